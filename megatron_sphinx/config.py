@@ -1,0 +1,248 @@
+"""A run's configuration: a preset, a YAML file, then key=value overrides, into checked dataclasses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_sphinx.data.plan import DataConfig
+from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
+from megatron_sphinx.parallel.layout import ParallelConfig
+from megatron_sphinx.stage.dealing import StageConfig
+from megatron_sphinx.training.optimizer import OptimizerConfig
+
+T = TypeVar("T")  # a dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Where a run lives, and what holds for all of it.
+
+    Attributes:
+        folder: what the run writes goes here.
+        seed: every random choice of the run follows from it.
+        timeout: seconds after which a collective that does not end is an error.
+        print_interval: steps between two progress lines.
+    """
+
+    folder: str
+    seed: int = 1
+    timeout: float = 600.0
+    print_interval: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how precisely to train.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        precision: bf16 (fp32 master weights in the optimizer) or fp32.
+        activation_checkpointing: none, or full: keep each layer's input only and compute the layer again in backward.
+    """
+
+    steps: int
+    precision: str = "bf16"
+    activation_checkpointing: str = "none"
+
+    def __post_init__(self) -> None:
+        _one_of("training.precision", self.precision, ("bf16", "fp32"))
+        _one_of("training.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        if self.steps < 1:
+            raise ConfigError(f"training.steps={self.steps}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the two streams weigh in the loss.
+
+    Attributes:
+        text_weight: weight of a text token beside a caption token's 1.
+    """
+
+    text_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.text_weight >= 0:
+            raise ConfigError(f"loss.text_weight={self.text_weight}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a training state is kept.
+
+    Attributes:
+        interval: steps between two checkpoints; the last step always makes one.
+        keep: how many of the newest stay.
+        resume: auto (the newest complete one, or a fresh start), none, or the path of one.
+    """
+
+    interval: int = 1000
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "keep"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"checkpoint.{name}={value}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is made of; each part is described where it is used."""
+
+    run: FolderConfig
+    model: LanguageConfig
+    vision: VisionConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        overhead = 2 + self.vision.tokens_per_view
+        if self.data.sequence_length <= overhead:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length}: an image takes {overhead} positions of a row "
+                f"before its caption; use more than {overhead}"
+            )
+        for name, size in (("heads", self.model.heads), ("groups", self.model.groups), ("ffn", self.model.ffn)):
+            if size % self.parallel.tensor:
+                raise ConfigError(
+                    f"parallel.tensor={self.parallel.tensor}: must divide model.{name}={size}; use one of "
+                    f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
+                )
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every value spelled out; `load` reads it back."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key}={value}: unknown value; {nearest(str(value), list(known))}")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file and apply `key.path=value` overrides; values are YAML.
+
+    Raises:
+        ConfigError: no such file, not a mapping, an unknown key or preset, a value of the wrong type or out of range.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file, e.g. examples/demo.yaml") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of sections such as run: and model:")
+    for override in overrides:
+        _override(values, override)
+    section = values.get("model")
+    preset = section.get("preset") if isinstance(section, dict) else None
+    if preset is not None:
+        values = _merge(_preset(preset), values)
+    return build(RunConfig, values)
+
+
+def _preset(name: object) -> dict[str, Any]:
+    folder = resources.files("megatron_sphinx") / "presets"
+    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    _one_of("model.preset", str(name), known)
+    values: dict[str, Any] = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    return values
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping; lists and scalars are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place; a whole number in the path picks a list's item."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override}: an override must read key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    here: Any = values
+    for name in parents:
+        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"{key}: {name} is a single value, not a section")
+    if isinstance(here, list):
+        _item(here, last, key)
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _item(items: list[Any], name: str, key: str) -> Any:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ConfigError(f"{key}: {name} must be one of the {len(items)} items, counted from 0")
+    return items[int(name)]
+
+
+def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Build a tree of dataclasses from plain values.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a required key left out, a wrong type.
+    """
+    types = get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise ConfigError(f"{path}{key}: unknown key; {nearest(f'{path}{key}', [path + name for name in types])}")
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{path}{item.name}: not given; set it in the file or as {path}{item.name}=value")
+    return cls(**{key: _value(types[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the type `kind`, or an error that names the key."""
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value}: must be a section with keys of its own")
+        return build(kind, value, f"{path}.")  # type: ignore[arg-type]
+    if isinstance(kind, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{path}={value}: must be a list")
+        return tuple(_value(get_args(kind)[0], item, f"{path}.{i}") for i, item in enumerate(value))
+    return _scalar(kind, value, path)
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float:
+        try:  # YAML reads 5e-5 as text
+            return float(value) if not isinstance(value, bool) else _wrong(kind, value, path)
+        except (TypeError, ValueError):
+            _wrong(kind, value, path)
+    if type(value) is not kind:
+        _wrong(kind, value, path)
+    return value
+
+
+def _wrong(kind: type, value: Any, path: str) -> Any:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{path}={value}: must be {names[kind]}")

@@ -1,0 +1,1 @@
+"""What is computed: frozen vision encoders, their mixture, the language model."""

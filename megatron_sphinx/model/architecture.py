@@ -1,0 +1,233 @@
+"""Shapes of everything a SPHINX is made of. Arithmetic only: imports no torch, so a login node can plan with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_sphinx.errors import ConfigError, nearest
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Shape of the decoder, a LLaMA: RMSNorm, SwiGLU, RoPE, grouped queries, untied output, no biases.
+
+    Attributes:
+        preset: the file of presets/ that fills what is not given.
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        ffn: width inside a feed-forward layer.
+        heads: query heads.
+        groups: key-value heads.
+        vocabulary: tokens of the tokenizer, without padding.
+        rope_theta: base of the rotary frequencies.
+        norm_epsilon: added to the mean square in RMSNorm.
+        init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
+
+    Source: LLaMA 2, arXiv:2307.09288, section 2.2.
+    """
+
+    preset: str | None = None
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    vocabulary: int
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "groups", "vocabulary"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"model.{name}={value}: must be at least 1")
+        if self.hidden % (2 * self.heads):
+            raise ConfigError(
+                f"model.heads={self.heads}: each head needs an even share of model.hidden={self.hidden}; "
+                f"use a number whose double divides it"
+            )
+        if self.heads % self.groups:
+            raise ConfigError(f"model.groups={self.groups}: must divide model.heads={self.heads}")
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding: the vocabulary up to a multiple of 128, the same for every layout."""
+        return -(-self.vocabulary // 128) * 128
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights in the matrices of one decoder layer."""
+        head = self.hidden // self.heads
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.groups * head
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the language model, vocabulary unpadded."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.layers * self.layer_matrices + norms + 2 * self.vocabulary * self.hidden
+
+    def train_flops(self, lengths: Sequence[int]) -> float:
+        """FLOPs of forward and backward over documents of these lengths, attention causal and inside each.
+
+        Counts matrix products only: 6 per weight and token, and 6 hidden per layer and pair of positions attended.
+        """
+        tokens = float(sum(lengths))
+        matrices = self.layers * self.layer_matrices + self.vocabulary * self.hidden
+        pairs = sum(n * (n + 1) / 2 for n in lengths)
+        return 6 * matrices * tokens + 12 * self.layers * self.hidden * pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """A frozen visual expert: how it is built and what comes out of it.
+
+    Attributes:
+        family: which feature contract it follows (encoders.py): clip, dinov2, convnext, cnn, qformer.
+        model: the timm model, empty for the Q-Former.
+        pixels: side of its square input.
+        channels: width of each feature token.
+        grid: side of the square of patch tokens it gives before any repetition; 0 for the Q-Former.
+        queries: tokens of a Q-Former.
+        mean, std: normalisation of its input.
+        options: keyword arguments of the timm model, or fields of the Q-Former's configuration.
+    """
+
+    family: str
+    model: str = ""
+    pixels: int
+    channels: int
+    grid: int = 0
+    queries: int = 0
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    options: dict[str, object] = field(default_factory=dict)
+
+
+def _vit(width: int, depth: int, heads: int, pixels: int, **more: object) -> dict[str, object]:
+    return {"embed_dim": width, "depth": depth, "num_heads": heads, "img_size": pixels} | more
+
+
+# Source: SPHINX, arXiv:2311.07575, section 3.2; shapes as in the released accessory/model/LLM/llama_ens.py.
+EXPERTS: dict[str, Expert] = {
+    "clip_vit_l14": Expert(
+        family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=224, channels=1024, grid=16
+    ),
+    "clip_convnext_xxl": Expert(family="convnext", model="convnext_xxlarge", pixels=256, channels=3072, grid=8),
+    "clip_convnext_xxl_512": Expert(family="convnext", model="convnext_xxlarge", pixels=512, channels=3072, grid=16),
+    "dinov2_vitg14": Expert(
+        family="dinov2", model="vit_giant_patch14_dinov2", pixels=224, channels=1536, grid=16,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, options={"img_size": 224},
+    ),
+    "blip2_qformer": Expert(family="qformer", pixels=224, channels=768, queries=32),
+    "efficientnet_lite0": Expert(
+        family="cnn", model="tf_efficientnet_lite0", pixels=112, channels=1280, grid=4, mean=HALF, std=HALF
+    ),
+    # The same architectures, small: for tests and for a laptop.
+    "clip_vit_small": Expert(
+        family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=56, channels=64, grid=4,
+        options=_vit(64, 2, 2, 56),
+    ),
+    "clip_convnext_small": Expert(
+        family="convnext", model="convnext_xxlarge", pixels=64, channels=96, grid=2,
+        options={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
+    ),
+    "dinov2_small": Expert(
+        family="dinov2", model="vit_giant_patch14_dinov2", pixels=56, channels=96, grid=4,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, options=_vit(96, 3, 3, 56),
+    ),
+    "blip2_qformer_small": Expert(
+        family="qformer", pixels=56, channels=48, queries=8,
+        options={"vision": (64, 2, 2, 128), "qformer": (48, 2, 2, 96)},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """One expert of a mixture.
+
+    Attributes:
+        name: a name of EXPERTS.
+        weights: a local .safetensors or torch file, or `random`: drawn from the run's seed.
+    """
+
+    name: str
+    weights: str
+
+    def __post_init__(self) -> None:
+        if self.name not in EXPERTS:
+            raise ConfigError(f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(EXPERTS))}")
+
+    @property
+    def expert(self) -> Expert:
+        """What the name stands for."""
+        return EXPERTS[self.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The mixture of visual experts, and how a picture becomes tokens.
+
+    Attributes:
+        experts: their features are concatenated by channel in this order; a Q-Former's tokens stand before them.
+        grid: side of the square of patch tokens of a view, whatever each expert gives natively.
+        padding: where a picture sits in its square: centre (SPHINX) or corner (SPHINX-X).
+        batch_views: views encoded at once. The shape is always full, so that a feature's bits never depend on it.
+    """
+
+    experts: tuple[ExpertConfig, ...]
+    grid: int = 16
+    padding: str = "centre"
+    batch_views: int = 8
+
+    def __post_init__(self) -> None:
+        if self.padding not in ("centre", "corner"):
+            raise ConfigError(f"vision.padding={self.padding}: must be centre or corner")
+        if self.batch_views < 1:
+            raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
+        if not self.channels:
+            raise ConfigError("vision.experts: needs at least one expert beside a Q-Former")
+        if sum(item.expert.family == "qformer" for item in self.experts) > 1:
+            raise ConfigError("vision.experts: at most one Q-Former can stand before the patch tokens")
+        for item in self.experts:
+            native = item.expert.grid
+            if native and self.grid % native:
+                raise ConfigError(
+                    f"vision.grid={self.grid}: {item.name} gives {native}x{native} patches, which cannot be repeated "
+                    f"to it; use a multiple of {native}"
+                )
+
+    @property
+    def channels(self) -> int:
+        """Width of a mixed token."""
+        return sum(item.expert.channels for item in self.experts if item.expert.grid)
+
+    @property
+    def qformer(self) -> Expert | None:
+        """The Q-Former of the mixture, if it has one."""
+        return next((item.expert for item in self.experts if item.expert.family == "qformer"), None)
+
+    @property
+    def mixed_tokens(self) -> int:
+        """Tokens of a view that carry the channels of all experts: a global one, then the patches."""
+        return 1 + self.grid * self.grid
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Positions a view takes in the sequence, its start and end tags counted."""
+        return 2 + self.mixed_tokens + (self.qformer.queries if self.qformer else 0)
+
+    @property
+    def feature_values(self) -> int:
+        """Numbers that the encoders give for one view: what crosses to the language ranks, in bf16."""
+        queries = self.qformer.queries * self.qformer.channels if self.qformer else 0
+        return self.mixed_tokens * self.channels + queries
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The input sizes that the experts need, each once."""
+        return tuple(sorted({item.expert.pixels for item in self.experts}))

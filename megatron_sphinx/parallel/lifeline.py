@@ -1,0 +1,89 @@
+"""How ranks learn that the job ends: a failing rank's own error comes first, and the others follow within seconds.
+
+Every rank watches one key of the job's store from a thread. Whoever ends the job writes it; a rank that is stuck in a
+collective, or far ahead of the others, sees it and leaves.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from threading import Thread
+from typing import NoReturn
+
+import torch.distributed as dist
+
+_KEY = "megatron_sphinx/ended"
+_GRACE_SECONDS = 3.0
+
+
+class Lifeline:
+    """The end of the job, as one rank sees and announces it.
+
+    Args:
+        store: a connection of this rank's own to the job's store; None for a job of one rank.
+        name: what this rank is called in messages.
+    """
+
+    def __init__(self, store: dist.Store | None, name: str, *, is_first_rank: bool = True) -> None:
+        self.name, self.is_first_rank = name, is_first_rank
+        self._store, self._is_closed = store, False
+        if store is not None:
+            Thread(target=self._watch, args=(store,), name="lifeline", daemon=True).start()
+
+    @classmethod
+    def connect(cls, name: str) -> "Lifeline":
+        """A lifeline over the store that the ranks met at, by torchrun's MASTER_ADDR and MASTER_PORT."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(None, name)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+        return cls(store, name, is_first_rank=os.environ["RANK"] == "0")
+
+    def leave(self, status: int, reason: str) -> NoReturn:
+        """Announce that the job ends with `status`, and end this process; the first announcement stands.
+
+        The first rank, where the store may live, goes last.
+        """
+        assert self._store is not None
+        self._is_closed = True
+        with suppress(RuntimeError):  # the store is gone already
+            self._store.compare_set(_KEY, "", json.dumps({"status": status, "by": self.name, "reason": reason}))
+            if self.is_first_rank:
+                time.sleep(_GRACE_SECONDS + 1.5)
+        _exit(status)
+
+    def close(self) -> None:
+        """Stop watching: from here on other ranks may leave."""
+        self._is_closed = True
+
+    def ended_by(self) -> str | None:
+        """Who else announced the end, if anyone did."""
+        if self._store is None or not self._store.check([_KEY]):
+            return None
+        by: str = json.loads(self._store.get(_KEY))["by"]
+        return None if by == self.name else by
+
+    def _watch(self, store: dist.Store) -> None:
+        while True:
+            time.sleep(0.5)
+            try:
+                if not store.check([_KEY]):
+                    continue
+                end = json.loads(store.get(_KEY))
+            except Exception:  # noqa: BLE001 - the store is gone, so the job is
+                end = {"status": 1, "by": "the store", "reason": "it is gone"}
+            if self._is_closed:
+                return
+            time.sleep(_GRACE_SECONDS)
+            print(f"[{self.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
+            _exit(end["status"])
+
+
+def _exit(status: int) -> NoReturn:
+    """End this process at once: no destructor waits for a message that will never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,110 @@
+"""CPU or CUDA: the device, the backend, what is fast there, and the adaptation of megatron-core to the CPU."""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What this rank computes on.
+
+    Attributes:
+        device: where tensors live.
+        backend: the torch.distributed backend of every group.
+        is_bf16_fast: whether bf16 matrix products beat fp32 ones here.
+    """
+
+    device: torch.device
+    backend: str
+    is_bf16_fast: bool
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether an accelerator is present."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was asked to."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """The most this rank has held so far: device memory on CUDA, resident memory on the CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def measure_peak_flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a large matrix product of this type on this rank, the best of a few."""
+        size = 8192 if self.is_cuda else 1024
+        a = torch.ones(size, size, dtype=dtype, device=self.device)
+        best = float("inf")
+        for _ in range(4):
+            self.synchronize()
+            start = time.perf_counter()
+            a @ a
+            self.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return 2 * size**3 / best
+
+
+@cache
+def current() -> Platform:
+    """The platform of this process; megatron-core is adapted to it on the first call."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets megatron-core overlap gradients' all-reduce
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        torch.cuda.set_device(local)
+        return Platform(torch.device("cuda", local), "nccl", torch.cuda.is_bf16_supported())
+    _adapt_megatron_to_cpu()
+    capability = torch.cpu.get_capabilities()
+    return Platform(torch.device("cpu"), "gloo", bool(capability.get("amx_tile") or capability.get("avx512_bf16")))
+
+
+def _adapt_megatron_to_cpu() -> None:
+    """Let megatron-core place its tensors on the CPU; called only where no accelerator is present.
+
+    megatron-core asks `torch.cuda` for the current device and for the generator's state. Here both are the CPU's.
+    """
+    cpu = torch.device("cpu")
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    def current_device() -> torch.device:
+        return cpu
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def get_rng_state(device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    torch.cuda.current_device = current_device  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = get_rng_state
+    torch.cuda.synchronize = nothing
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+
+
+def is_imported(package: str) -> bool:
+    """Whether an optional package can be imported, tried once."""
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return package in sys.modules

@@ -1,0 +1,325 @@
+"""From a configuration to a rank at work: what each role builds, and how a job starts and ends."""
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sphinx import platform
+from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.loader import BatchBuilder, BatchLoader, PixelLoader, Sources, make_planner, open_sources, rounds
+from megatron_sphinx.data.plan import Planner, StepPlan
+from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.language import build_language, draw_weights
+from megatron_sphinx.model.sphinx import SphinxModel
+from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.parallel.groups import ProcessGroups, agree
+from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.parallel.lifeline import Lifeline
+from megatron_sphinx.parallel.seeding import random_state, restore_random_state, seed_rank
+from megatron_sphinx.platform import Platform
+from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
+from megatron_sphinx.stage.producer import produce
+from megatron_sphinx.training.deepspeed_engine import Engine
+from megatron_sphinx.training.loop import Loop, StopSignal
+from megatron_sphinx.training.metrics import Reporter, say
+from megatron_sphinx.training.optimizer import learning_rate
+
+STOPPED = 75  # EX_TEMPFAIL: resubmit me
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank of a running job has."""
+
+    config: RunConfig
+    platform: Platform
+    groups: ProcessGroups
+    sources: Sources
+    planner: Planner
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.folder)
+
+    def pixels(self) -> PixelLoader | None:
+        """Where this rank reads images, if the run has any."""
+        if self.sources.pairs is None:
+            return None
+        data = self.config.data
+        quarantine = self.folder / "quarantine.jsonl"
+        return PixelLoader(self.sources.pairs, self.config.vision, workers=data.workers, quarantine=quarantine)
+
+    def encoders(self) -> FrozenEncoders:
+        """The frozen encoders, in bf16 where that is fast."""
+        dtype = torch.bfloat16 if self.platform.is_bf16_fast else torch.float32
+        return FrozenEncoders(self.config.vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
+
+
+def train(config: RunConfig) -> int:
+    """Train on this rank; the exit status of the process.
+
+    Raises:
+        SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
+    """
+    rank, world = _place()
+    layout = ParallelLayout(world=world, config=config.parallel)
+    seat = layout.seat(rank)
+    stop = StopSignal()
+    here = platform.current()
+    _meet(here, config.run.timeout)
+    lifeline = Lifeline.connect(f"{seat.role} rank {rank}")
+    try:
+        job = _open(config, here, ProcessGroups.create(layout, here.backend))
+        is_done = _language(job, stop) if seat.encoder is None else _encoder(job)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        if world == 1:
+            raise
+        lifeline.leave(_report(error, lifeline), str(error))
+    if not is_done:
+        if world > 1:
+            lifeline.leave(STOPPED, "it was asked to stop; the state is saved")
+        return STOPPED
+    lifeline.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _place() -> tuple[int, int]:
+    """Rank and world, as torchrun says them, or srun, or alone; set for the libraries that read them again."""
+    names = {"RANK": ("SLURM_PROCID", "0"), "WORLD_SIZE": ("SLURM_NTASKS", "1"), "LOCAL_RANK": ("SLURM_LOCALID", "0")}
+    for name, (of_slurm, alone) in names.items():
+        os.environ.setdefault(name, os.environ.get(of_slurm, alone) if "MASTER_ADDR" in os.environ else alone)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _meet(here: Platform, timeout_seconds: float) -> None:
+    """Join the job's process group; a rank alone makes one of its own."""
+    timeout = timedelta(seconds=timeout_seconds)
+    if os.environ["WORLD_SIZE"] != "1":
+        dist.init_process_group(here.backend, timeout=timeout)
+    else:
+        dist.init_process_group(here.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _report(error: Exception, lifeline: Lifeline) -> int:
+    """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
+    if isinstance(error, SphinxError):
+        if lifeline.is_first_rank or not (error.is_shared or lifeline.name.startswith("language")):
+            print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    if (other := lifeline.ended_by()) is None:
+        text = "".join(traceback.format_exception(error))
+        print(f"[{lifeline.name}] failed:\n{text}", file=sys.stderr, flush=True)
+    else:
+        print(f"[{lifeline.name}] leaves: {other} ended the job", file=sys.stderr, flush=True)
+    return 1
+
+
+def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
+    """Open the data on every rank; the first rank also compares the shards with their index."""
+
+    def work() -> Job:
+        sources = open_sources(config.data, config.model)
+        if groups.seat.rank == 0:
+            Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+            if sources.pairs is not None:
+                sources.pairs.check(sources.tokenizer)
+        planner = make_planner(
+            config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
+        )
+        return Job(config, here, groups, sources, planner)
+
+    return agree(work)
+
+
+def _encoder(job: Job) -> bool:
+    """The whole life of an encoder rank; always true."""
+    config, seat = job.config, job.groups.seat
+    assert seat.encoder is not None
+    encoders = agree(job.encoders)
+    _say_start(job, encoders.sha256, language_bytes=0, encoder_bytes=_bytes_of(encoders))
+    agree(lambda: None)  # that the language ranks could load their checkpoint
+    start = _agree_on_start(job, None)
+    lookahead = config.stage.lookahead
+    produce(
+        rounds(job.planner, start, config.training.steps),
+        encoder=seat.encoder,
+        encoder_count=config.parallel.encoder,
+        encoders=encoders,
+        pixels=job.pixels(),
+        sender=FeatureSender(job.groups, lookahead),
+        lookahead=lookahead,
+    )
+    return True
+
+
+def _language(job: Job, stop: StopSignal) -> bool:
+    """The whole life of a language rank; whether it did all steps."""
+    config, groups, here = job.config, job.groups, job.platform
+    encoders = agree(lambda: None if config.parallel.encoder else job.encoders())
+    seed_rank(config.run.seed, groups.seat)
+    model = build_model(config, groups, here)
+    marks = _say_start(
+        job, encoders.sha256 if encoders else {}, language_bytes=_bytes_of(model), encoder_bytes=_bytes_of(encoders)
+    )
+    engine = Engine(model, groups, here, config.optimizer, precision=config.training.precision)
+    store = CheckpointStore(
+        job.folder / "checkpoints", groups, keep=config.checkpoint.keep, identity=_identity(job, marks)
+    )
+    start, bad_pairs = _resume(job, store, engine)
+    _agree_on_start(job, start)
+    reporter = None
+    if groups.seat.rank == 0:
+        (job.folder / "config.yaml").write_text(config.to_yaml())
+        reporter = Reporter(
+            job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
+        )
+    loop = Loop(
+        engine=engine,
+        planner=job.planner,
+        batches=BatchLoader(job.planner, BatchBuilder(config.data, job.sources, config.vision), groups.seat.data),
+        features=_feature_source(job, encoders, start),
+        groups=groups,
+        platform=here,
+        reporter=reporter,
+        stop=stop,
+        save=lambda step: store.save(step, _state(engine, loop), model.state_dict()),
+        rate=lambda step: learning_rate(config.optimizer, step, config.training.steps),
+        step_flops=partial(_step_flops, job),
+        peak_flops=_peak_flops(job),
+        text_weight=config.loss.text_weight,
+        max_bad_share=config.data.max_bad_share,
+        save_interval=config.checkpoint.interval,
+        bad_pairs=bad_pairs,
+    )
+    try:
+        return loop.run(start, config.training.steps)
+    finally:
+        if reporter:
+            reporter.close()
+
+
+def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> SphinxModel:
+    """This rank's shard of the trainable model, its weights drawn from the run's seed."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    language = build_language(
+        config.model,
+        groups,
+        dtype=dtype,
+        sequence_length=config.data.sequence_length,
+        is_checkpointed=config.training.activation_checkpointing == "full",
+    )
+    model = SphinxModel(language, VisualProjection(config.vision, config.model.hidden, dtype=dtype, device=here.device))
+    draw_weights(model, config.model, groups, config.run.seed)
+    return model
+
+
+def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> FeatureSource:
+    """Where this language rank's features come from."""
+    config, ahead = job.config, rounds(job.planner, start, job.config.training.steps)
+    if encoders is not None:
+        return ColocatedEncoders(ahead, job.groups, encoders, job.pixels(), config.stage.lookahead)
+    return FeatureReceiver(
+        ahead,
+        job.groups,
+        values=config.vision.feature_values,
+        lookahead=config.stage.lookahead,
+        device=job.platform.device,
+    )
+
+
+def _bytes_of(module: torch.nn.Module | None) -> int:
+    return sum(weight.nbytes for weight in module.parameters()) if module else 0
+
+
+def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_bytes: int) -> dict[str, str]:
+    """Check that each role holds its own weights only, print what every rank holds; the marks of the encoders."""
+    config, seat = job.config, job.groups.seat
+    assert seat.encoder is None or not language_bytes, "an encoder rank holds language weights"
+    assert seat.encoder is not None or not (config.parallel.encoder and encoder_bytes), "a language rank holds encoders"
+    mine = (seat.role, language_bytes, encoder_bytes, marks)
+    everyone: list[tuple[str, int, int, dict[str, str]]] = [mine] * job.groups.layout.world
+    dist.all_gather_object(everyone, mine)
+    marks = next(found for *_, found in everyone if found)
+    if seat.rank == 0:
+        say(f"{job.groups.layout} = {job.groups.layout.world} ranks, {job.platform.device.type}, {config.training.precision}")
+        for rank, (role, language, encoder, _) in enumerate(everyone):
+            say(f"rank {rank}: {role}, language weights {language:,} bytes, encoder weights {encoder:,} bytes")
+        views = sum(piece.views for row in job.planner.step(0).rows for piece in row)
+        values = config.vision.feature_values
+        if config.parallel.encoder:
+            total = views * values * 2
+            say(f"step 0: {views} views x {values} values x 2 bytes = {total:,} bytes of features cross, 0 come back")
+        (job.folder / "encoders.json").write_text(json.dumps(marks, indent=1))
+    return marks
+
+
+def _agree_on_start(job: Job, start: int | None) -> int:
+    """The step to begin at, as the first language rank found it."""
+    found = [start]
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
+def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
+    config, data = job.config, job.config.data
+    model = {name: value for name, value in asdict(config.model).items() if name not in ("preset", "init_std")}
+    names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "isolate_documents")
+    return {
+        "model": model,
+        "vision": {"experts": marks, "grid": config.vision.grid, "padding": config.vision.padding},
+        "tokenizer": job.sources.tokenizer.mark.sha256,
+        "data": {name: getattr(data, name) for name in names},
+        "run": {"seed": config.run.seed},
+        "training": {"precision": config.training.precision},
+        "parallel": {"tensor": config.parallel.tensor, "data": job.groups.layout.data},
+    }
+
+
+def _state(engine: Engine, loop: Loop) -> dict[str, Any]:
+    return {"optimizer": engine.state(), "random": random_state(), "bad_pairs": loop.bad_pairs}
+
+
+def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
+    """Load the checkpoint to go on from, if there is one; steps done, and bad pairs so far."""
+
+    def load() -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        path = store.find(job.config.checkpoint.resume)
+        return store.load(path) if path else None
+
+    if (loaded := agree(load)) is None:
+        return 0, 0
+    step, state, weights = loaded
+    engine.model.load_state_dict(weights)
+    engine.load_state(state["optimizer"])
+    restore_random_state(state["random"])
+    if job.groups.seat.rank == 0:
+        say(f"resumed after step {step} from {store.find(job.config.checkpoint.resume)}")
+    return step, state["bad_pairs"]
+
+
+def _step_flops(job: Job, plan: StepPlan) -> float:
+    return job.config.model.train_flops([n for row in plan.rows for n in job.planner.lengths(row)])
+
+
+def _peak_flops(job: Job) -> float:
+    """FLOP/s that the language ranks reach together on a large matrix product."""
+    dtype = torch.bfloat16 if job.config.training.precision == "bf16" else torch.float32
+    peak = torch.tensor(job.platform.measure_peak_flops(dtype), dtype=torch.float64, device=job.platform.device)
+    dist.all_reduce(peak, group=job.groups.language)
+    return float(peak)

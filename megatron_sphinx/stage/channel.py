@@ -1,0 +1,167 @@
+"""How features reach the language ranks: forward only, a bounded number of micro-batches ahead, nothing ever back.
+
+Both ends compute the same shares from the plan, so no size or order is ever sent. An encoder sends a share to one rank
+of the replica's tensor group, which spreads it inside the group; which one goes round by the encoder's number. A view
+whose image could not be read travels as NaN: no flag beside it, no further message.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
+from megatron_sphinx.data.plan import Row
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.stage.dealing import Share, deal
+
+Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
+
+
+def shares_of(rounds: Round, encoders: int) -> list[Share]:
+    """Who encodes what of the next micro-batches of all replicas. All views of a run look alike to its encoders."""
+    return deal([[1.0] * len(views_in(rows)) for rows in rounds], encoders)
+
+
+class FeatureSource(Protocol):
+    """Where a language rank gets the features of its micro-batches, one after the other.
+
+    Attributes:
+        exposed_seconds: time spent waiting for features so far.
+        received_bytes: bytes of features that came to this replica from encoder ranks so far.
+    """
+
+    exposed_seconds: float
+    received_bytes: int
+
+    def next(self) -> Tensor:
+        """Features of this replica's next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
+
+
+def _spread(parts: Sequence[Tensor], owners: Sequence[int], groups: ProcessGroups) -> None:
+    """Give every part, which one rank of the tensor group has, to the others of the group."""
+    if groups.layout.config.tensor > 1:
+        for part, owner in zip(parts, owners, strict=True):
+            dist.broadcast(part, groups.layout.rank_of(data=groups.seat.data, tensor=owner), group=groups.tensor)
+
+
+class FeatureReceiver:
+    """The language rank's end: receives are posted `lookahead` micro-batches ahead, so encoders never wait for a reader."""
+
+    def __init__(
+        self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int, device: torch.device
+    ) -> None:
+        self.exposed_seconds, self.received_bytes = 0.0, 0
+        self._rounds, self._groups, self._values, self._device = rounds, groups, values, device
+        self._posted: deque[tuple[list[Share], list[Tensor], list[dist.Work]]] = deque()
+        for _ in range(lookahead):
+            self._post()
+
+    def _post(self) -> None:
+        """Begin to receive one more micro-batch, if there is one."""
+        if (ahead := next(self._rounds, None)) is None:
+            return
+        layout, seat = self._groups.layout, self._groups.seat
+        mine = [share for share in shares_of(ahead, layout.config.encoder) if share.replica == seat.data]
+        parts = [torch.empty(share.count, self._values, dtype=torch.bfloat16, device=self._device) for share in mine]
+        works = []
+        for share, part in zip(mine, parts, strict=True):
+            if share.encoder % layout.config.tensor == seat.tensor:
+                work = dist.irecv(part, layout.encoder_rank(share.encoder))
+                assert work is not None
+                works.append(work)
+        self._posted.append((mine, parts, works))
+
+    def next(self) -> Tensor:
+        """See FeatureSource."""
+        shares, parts, works = self._posted.popleft()
+        self._post()
+        start = time.perf_counter()
+        for work in works:
+            work.wait()
+        self.received_bytes += sum(part.nbytes for part in parts)
+        _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups)
+        self.exposed_seconds += time.perf_counter() - start
+        if not parts:
+            return torch.empty(0, self._values, dtype=torch.bfloat16, device=self._device)
+        return torch.cat(parts)
+
+
+class FeatureSender:
+    """The encoder rank's end: holds at most `lookahead` micro-batches that nobody has taken yet."""
+
+    def __init__(self, groups: ProcessGroups, lookahead: int) -> None:
+        self._layout, self._lookahead = groups.layout, lookahead
+        self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
+
+    def send(self, shares: Sequence[Share], features: Sequence[Tensor]) -> None:
+        """Send the shares of one micro-batch; waits while too many earlier ones are not taken."""
+        while len(self._sent) >= self._lookahead:
+            self._wait_for_oldest()
+        works = []
+        for share, part in zip(shares, features, strict=True):
+            target = self._layout.rank_of(data=share.replica, tensor=share.encoder % self._layout.config.tensor)
+            work = dist.isend(part, target)
+            assert work is not None
+            works.append((work, part))
+        self._sent.append(works)
+
+    def drain(self) -> None:
+        """Wait until everything is taken."""
+        while self._sent:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        for work, _ in self._sent.popleft():
+            work.wait()
+
+
+def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
+    """Features of views, NaN where the image is bad."""
+    read = pixels.result()
+    features = encoders(read.views)
+    features[list(read.bad)] = float("nan")
+    return features
+
+
+class ColocatedEncoders:
+    """No encoder ranks: the tensor ranks of a replica share its views among them, then gather the features."""
+
+    def __init__(
+        self, rounds: Iterator[Round], groups: ProcessGroups, encoders: FrozenEncoders, pixels: PixelLoader | None, lookahead: int
+    ) -> None:
+        self.exposed_seconds, self.received_bytes = 0.0, 0
+        self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
+        self._reading: deque[tuple[list[Share], PendingPixels | None]] = deque()
+        for _ in range(lookahead):
+            self._read()
+
+    def _read(self) -> None:
+        """Begin to decode one more micro-batch, if there is one."""
+        if (ahead := next(self._rounds, None)) is None:
+            return
+        seat = self._groups.seat
+        views = views_in(ahead[seat.data])
+        shares = deal([[1.0] * len(views)], self._groups.layout.config.tensor)
+        mine = [view for s in shares if s.encoder == seat.tensor for view in views[s.first : s.first + s.count]]
+        self._reading.append((shares, self._pixels.submit(mine) if self._pixels and mine else None))
+
+    def next(self) -> Tensor:
+        """See FeatureSource."""
+        shares, pending = self._reading.popleft()
+        self._read()
+        start = time.perf_counter()
+        values, device = self._encoders.config.feature_values, self._encoders.device
+        out = torch.empty(sum(share.count for share in shares), values, dtype=torch.bfloat16, device=device)
+        parts = list(out.split([share.count for share in shares])) if shares else []
+        if pending is not None:
+            own = next(part for share, part in zip(shares, parts, strict=True) if share.encoder == self._groups.seat.tensor)
+            own.copy_(encode(self._encoders, pending))
+        _spread(parts, [share.encoder for share in shares], self._groups)
+        self.exposed_seconds += time.perf_counter() - start
+        return out

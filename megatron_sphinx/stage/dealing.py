@@ -1,0 +1,66 @@
+"""Who encodes what: the views of a micro-batch dealt to encoder ranks by cost. Arithmetic only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sphinx.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """The encoder stage.
+
+    Attributes:
+        lookahead: micro-batches that the encoders may be ahead of the language model; bounds the memory of both.
+    """
+
+    lookahead: int = 4
+
+    def __post_init__(self) -> None:
+        if self.lookahead < 1:
+            raise ConfigError(f"stage.lookahead={self.lookahead}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Neighbouring views of one replica that one encoder takes.
+
+    Attributes:
+        encoder: number of the encoder.
+        replica: number of the data replica that the features go to.
+        first: the first of the views in the replica's micro-batch.
+        count: how many there are.
+    """
+
+    encoder: int
+    replica: int
+    first: int
+    count: int
+
+
+def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[Share]:
+    """Cut the views of all replicas, laid one behind the other, into neighbouring parts of equal cost.
+
+    A view goes to the encoder in whose part its middle lies, so no encoder is more than one view from its fair share, and
+    there are fewer than replicas + encoders messages.
+
+    Args:
+        costs: for each replica the cost of each of its views, in any unit.
+        encoders: how many take part.
+
+    Returns:
+        Shares in the order of replicas and views; no view is left out, none is empty.
+    """
+    total = sum(map(sum, costs))
+    shares: list[Share] = []
+    behind = 0.0
+    for replica, views in enumerate(costs):
+        for number, cost in enumerate(views):
+            encoder = min(int((behind + cost / 2) / total * encoders), encoders - 1)
+            behind += cost
+            last = shares[-1] if shares else None
+            if last is not None and (last.encoder, last.replica) == (encoder, replica):
+                shares[-1] = Share(encoder, replica, last.first, last.count + 1)
+            else:
+                shares.append(Share(encoder, replica, number, 1))
+    return shares

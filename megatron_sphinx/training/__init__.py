@@ -1,0 +1,1 @@
+"""How weights change: DeepSpeed ZeRO-2, the step, the loop and what it reports."""

@@ -1,0 +1,132 @@
+"""The steps of a run on one language rank: read, train, report, save, stop when asked to."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_sphinx.data.loader import BatchLoader
+from megatron_sphinx.data.plan import Planner, StepPlan
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.model.sphinx import MicroBatch
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.platform import Platform
+from megatron_sphinx.stage.channel import FeatureSource
+from megatron_sphinx.training.deepspeed_engine import Engine
+from megatron_sphinx.training.metrics import Reporter
+from megatron_sphinx.training.step import StepReport, train_step
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGUSR1 has come; Slurm sends one of them before it takes the nodes away."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.has_come = True
+
+
+@dataclass
+class Loop:
+    """One language rank's run over the steps.
+
+    Attributes:
+        save: keeps the state after so many steps, together with the other language ranks.
+        rate: learning rate of a step.
+        bad_pairs: pairs so far whose image could not be read.
+        peak_flops: of all language ranks together.
+        step_flops: of a step's language model, forward and backward.
+    """
+
+    engine: Engine
+    planner: Planner
+    batches: BatchLoader
+    features: FeatureSource
+    groups: ProcessGroups
+    platform: Platform
+    reporter: Reporter | None
+    stop: StopSignal
+    save: Callable[[int], Any]
+    rate: Callable[[int], float]
+    step_flops: Callable[[StepPlan], float]
+    peak_flops: float
+    text_weight: float
+    max_bad_share: float
+    save_interval: int
+    bad_pairs: int = 0
+
+    def run(self, start: int, steps: int) -> bool:
+        """Train steps `start` to `steps`; whether all of them were done (else a signal came and the state is saved).
+
+        Raises:
+            DataError: more pairs than `data.max_bad_share` could not be read.
+            DivergedError: a loss is not finite.
+        """
+        for step in range(start, steps):
+            begin = time.perf_counter()
+            batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
+            waited = time.perf_counter() - begin
+            plan, rate = self.planner.step(step), self.rate(step)
+            report = train_step(
+                self.engine, plan, batches, self.features, self.groups,
+                text_weight=self.text_weight, rate=rate, device=self.platform.device, is_stopping=self.stop.has_come,
+            )  # fmt: skip
+            self.platform.synchronize()
+            self.bad_pairs += round(report.sums.bad_pairs)
+            if self.reporter:
+                self.reporter.write(self._line(plan, report, rate, time.perf_counter() - begin, waited))
+            self._check_bad(plan)
+            is_stopping = report.sums.stop > 0
+            if is_stopping or (step + 1) % self.save_interval == 0 or step + 1 == steps:
+                self.save(step + 1)
+            if is_stopping and step + 1 < steps:
+                return False
+        return True
+
+    def _check_bad(self, plan: StepPlan) -> None:
+        seen = (plan.step + 1) * len(plan.pairs)
+        if self.bad_pairs > self.max_bad_share * seen:
+            raise DataError(
+                f"data.max_bad_share={self.max_bad_share}: {self.bad_pairs} of the {seen} pairs up to "
+                f"step={plan.step} could not be read; see quarantine.jsonl in run.folder, mend the shards or raise the share"
+            )
+
+    def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        sums, tokens = report.sums, sum(piece.length for row in plan.rows for piece in row)
+        return {
+            "step": plan.step,
+            "loss": report.loss,
+            "loss_pairs": sums.loss_pairs / sums.targets_pairs if sums.targets_pairs else None,
+            "loss_text": sums.loss_text / sums.targets_text if sums.targets_text else None,
+            "target_tokens_pairs": round(sums.targets_pairs),
+            "target_tokens_text": round(sums.targets_text),
+            "learning_rate": rate,
+            "gradient_norm": report.gradient_norm,
+            "sample_ids": plan.digest,
+            "pairs": len(plan.pairs),
+            "bad_pairs": round(sums.bad_pairs),
+            "captions_cut": plan.captions_cut,
+            "text_tokens": sum(tokens for _, _, tokens in plan.text),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "exposed_encoder_seconds": report.exposed_encoder_seconds,
+            "data_wait_seconds": waited,
+            "feature_bytes": round(sums.feature_bytes),
+            "model_flops_utilization": self.step_flops(plan) / seconds / self.peak_flops,
+            "peak_memory_bytes": self.platform.peak_memory_bytes(),
+        }
+
+
+def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in vars(batch).items()
+    }
+    return MicroBatch(**moved)

