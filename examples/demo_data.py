@@ -2,9 +2,9 @@
 
     examples/demo_data.py [FOLDER]
 
-Writes into FOLDER (data/demo): pairs/ (scikit-learn's handwritten digits with captions), text.bin (the documentation that
-ships with Python), tokenizer.model (trained on both), efficientnet_lite0.pth, and held_out.npz, which training never
-sees. Does nothing where that is all there.
+Writes into FOLDER (data/demo): pairs/ (scikit-learn's handwritten digits with captions), text.bin (the documentation
+that ships with Python), tokenizer.model (trained on both), efficientnet_lite0.pth, and held_out.npz, which training
+never sees. Does nothing where that is all there.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 import numpy as np
 import sentencepiece
 import timm
 import torch
 from PIL import Image
-from pydoc_data import topics
 
 from megatron_sphinx.data.pairs import index_shards, write_shards
 from megatron_sphinx.data.text import write_text

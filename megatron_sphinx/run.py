@@ -12,11 +12,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_sphinx import platform
-from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.config import RunConfig
-from megatron_sphinx.data.loader import BatchBuilder, BatchLoader, PixelLoader, Sources, make_planner, open_sources, rounds
+from megatron_sphinx.data.loader import (
+    BatchBuilder,
+    BatchLoader,
+    PixelLoader,
+    Sources,
+    make_planner,
+    open_sources,
+    rounds,
+)
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.encoders import FrozenEncoders
@@ -97,6 +106,26 @@ def train(config: RunConfig) -> int:
     return 0
 
 
+def alone(config: RunConfig) -> Job:
+    """A job of this one process, to evaluate in: the data opened, nothing trained."""
+    os.environ["WORLD_SIZE"] = "1"
+    _, world = _place()
+    here = platform.current()
+    if not dist.is_initialized():
+        _meet(here, config.run.timeout)
+    layout = ParallelLayout(world=world, config=config.parallel)
+    return _open(config, here, ProcessGroups.create(layout, here.backend))
+
+
+def newest_weights(job: Job) -> dict[str, Any]:
+    """The trained weights of the newest checkpoint of the run folder, saved by a run with parallel.tensor=1.
+
+    Raises:
+        CheckpointError: there is none, or it was saved in shards.
+    """
+    return load_weights(job.folder / "checkpoints")
+
+
 def _place() -> tuple[int, int]:
     """Rank and world, as torchrun says them, or srun, or alone; set for the libraries that read them again."""
     names = {"RANK": ("SLURM_PROCID", "0"), "WORLD_SIZE": ("SLURM_NTASKS", "1"), "LOCAL_RANK": ("SLURM_LOCALID", "0")}
@@ -111,7 +140,7 @@ def _meet(here: Platform, timeout_seconds: float) -> None:
     if os.environ["WORLD_SIZE"] != "1":
         dist.init_process_group(here.backend, timeout=timeout)
     else:
-        dist.init_process_group(here.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _report(error: Exception, lifeline: Lifeline) -> int:
@@ -184,9 +213,7 @@ def _language(job: Job, stop: StopSignal) -> bool:
     reporter = None
     if groups.seat.rank == 0:
         (job.folder / "config.yaml").write_text(config.to_yaml())
-        reporter = Reporter(
-            job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
-        )
+        reporter = Reporter(job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval)
     loop = Loop(
         engine=engine,
         planner=job.planner,
@@ -255,7 +282,8 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
     dist.all_gather_object(everyone, mine)
     marks = next(found for *_, found in everyone if found)
     if seat.rank == 0:
-        say(f"{job.groups.layout} = {job.groups.layout.world} ranks, {job.platform.device.type}, {config.training.precision}")
+        layout, device = job.groups.layout, job.platform.device.type
+        say(f"{layout} = {layout.world} ranks, {device}, {config.training.precision}")
         for rank, (role, language, encoder, _) in enumerate(everyone):
             say(f"rank {rank}: {role}, language weights {language:,} bytes, encoder weights {encoder:,} bytes")
         views = sum(piece.views for row in job.planner.step(0).rows for piece in row)

@@ -127,6 +127,21 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step_*/{_MANIFEST}"))
 
 
+def load_weights(folder: Path) -> dict[str, Any]:
+    """The weights of the newest complete checkpoint of a folder, saved by a run with parallel.tensor=1.
+
+    Raises:
+        CheckpointError: there is none, or its weights are in shards.
+    """
+    newest = next(reversed(complete(folder)), None)
+    if newest is None:
+        raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
+    if (tensor := read_manifest(newest)["identity"]["parallel"]["tensor"]) != 1:
+        raise CheckpointError(f"{newest}: holds its weights in {tensor} shards; use a run with parallel.tensor=1")
+    weights: dict[str, Any] = torch.load(newest / "model_tensor_000.pt", map_location="cpu", weights_only=True)
+    return weights
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, its files' sizes checked.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class PackedRows(PackedSeqParams):
+class PackedRows(PackedSeqParams):  # type: ignore[misc]
     """Documents that lie one behind the other in one row, sorted by length; none sees another.
 
     Attributes:
@@ -48,7 +48,14 @@ class PackedAttention(nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: PackedRows, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: PackedRows,
+        **_: Any,
     ) -> Tensor:
         """Attend.
 
@@ -67,9 +74,9 @@ class PackedAttention(nn.Module):
         for q, k, v, (documents, _length) in zip(
             query.split(sizes), key.split(sizes), value.split(sizes), packed_seq_params.runs, strict=True
         ):
-            heads_first = [x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v)]
+            q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
             mixed = F.scaled_dot_product_attention(
-                *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
             )
             out.append(mixed.transpose(1, 2).flatten(0, 1))
         return torch.cat(out).flatten(1)
@@ -84,7 +91,8 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = nn.Parameter(ones)
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last dimension."""

@@ -94,7 +94,7 @@ class FrozenEncoders(nn.Module):
             model, self.sha256[item.name] = load_expert(item, seed)
             self.experts.append(model)
         self.requires_grad_(False).eval()
-        self.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        self.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
         self.dtype, self.device = dtype, device
         for item in config.experts:
             for name in ("mean", "std"):
@@ -133,7 +133,8 @@ class FrozenEncoders(nn.Module):
     def _encode(self, chunk: Mapping[int, Tensor]) -> Tensor:
         mixed, queries = [], []
         for item, model in zip(self.config.experts, self.experts, strict=True):
-            pixels = (chunk[item.expert.pixels] - self.get_buffer(f"{item.name}_mean")) / self.get_buffer(f"{item.name}_std")
+            mean, std = self.get_buffer(f"{item.name}_mean"), self.get_buffer(f"{item.name}_std")
+            pixels = (chunk[item.expert.pixels] - mean) / std
             pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
             if item.expert.family == "qformer":
                 queries.append(model(pixels).flatten(1))
@@ -148,7 +149,8 @@ class FrozenEncoders(nn.Module):
         if times == 1:
             return patches
         square = patches.unflatten(1, (native, native))
-        return square.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1, 2)
+        repeated: Tensor = square.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1, 2)
+        return repeated
 
 
 def build_expert(expert: Expert) -> nn.Module:
@@ -199,7 +201,7 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"vision.experts: {name}: {path}: no such file; give a local weights file, or random") from error
+        raise ConfigError(f"vision.experts: {name}: {path}: no such file; give a weights file, or random") from error
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"vision.experts: {name}: {path} cannot be read as weights: {reason}") from error
@@ -216,4 +218,5 @@ def _fit_positions(saved: Tensor, wanted: Tensor) -> Tensor:
     if saved.shape == wanted.shape or saved.shape[-1] != wanted.shape[-1]:
         return saved
     side = round((wanted.shape[1] - 1) ** 0.5)
-    return resample_abs_pos_embed(saved, new_size=[side, side], num_prefix_tokens=1)
+    fitted: Tensor = resample_abs_pos_embed(saved, new_size=[side, side], num_prefix_tokens=1)
+    return fitted

@@ -85,5 +85,5 @@ def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
     """
     flat = blocks.flatten(0, 1)
     if len(flat) != len(positions):
-        raise SphinxError(f"{len(flat)} tokens of views for {len(positions)} positions: the plan and the encoders disagree")
+        raise SphinxError(f"{len(flat)} tokens of views for {len(positions)} positions; plan and encoders disagree")
     return text.index_copy(0, positions, flat.to(text.dtype))

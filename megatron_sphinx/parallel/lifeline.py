@@ -10,10 +10,10 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 _KEY = "megatron_sphinx/ended"
 _GRACE_SECONDS = 3.0
@@ -27,11 +27,13 @@ class Lifeline:
         name: what this rank is called in messages.
     """
 
-    def __init__(self, store: dist.Store | None, name: str, *, is_first_rank: bool = True) -> None:
+    def __init__(self, store: Store | None, name: str, *, is_first_rank: bool = True) -> None:
         self.name, self.is_first_rank = name, is_first_rank
-        self._store, self._is_closed = store, False
+        self._store, self._closed = store, Event()
+        self._watcher: Thread | None = None
         if store is not None:
-            Thread(target=self._watch, args=(store,), name="lifeline", daemon=True).start()
+            self._watcher = Thread(target=self._watch, args=(store,), name="lifeline", daemon=True)
+            self._watcher.start()
 
     @classmethod
     def connect(cls, name: str) -> "Lifeline":
@@ -39,7 +41,7 @@ class Lifeline:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(None, name)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
         return cls(store, name, is_first_rank=os.environ["RANK"] == "0")
 
     def leave(self, status: int, reason: str) -> NoReturn:
@@ -48,7 +50,7 @@ class Lifeline:
         The first rank, where the store may live, goes last.
         """
         assert self._store is not None
-        self._is_closed = True
+        self._closed.set()
         with suppress(RuntimeError):  # the store is gone already
             self._store.compare_set(_KEY, "", json.dumps({"status": status, "by": self.name, "reason": reason}))
             if self.is_first_rank:
@@ -57,7 +59,9 @@ class Lifeline:
 
     def close(self) -> None:
         """Stop watching: from here on other ranks may leave."""
-        self._is_closed = True
+        self._closed.set()
+        if self._watcher is not None:
+            self._watcher.join()
 
     def ended_by(self) -> str | None:
         """Who else announced the end, if anyone did."""
@@ -66,18 +70,16 @@ class Lifeline:
         by: str = json.loads(self._store.get(_KEY))["by"]
         return None if by == self.name else by
 
-    def _watch(self, store: dist.Store) -> None:
-        while True:
-            time.sleep(0.5)
+    def _watch(self, store: Store) -> None:
+        while not self._closed.wait(0.5):
             try:
                 if not store.check([_KEY]):
                     continue
                 end = json.loads(store.get(_KEY))
-            except Exception:  # noqa: BLE001 - the store is gone, so the job is
+            except Exception:
                 end = {"status": 1, "by": "the store", "reason": "it is gone"}
-            if self._is_closed:
+            if self._closed.wait(_GRACE_SECONDS):
                 return
-            time.sleep(_GRACE_SECONDS)
             print(f"[{self.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
             _exit(end["status"])
 

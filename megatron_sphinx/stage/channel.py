@@ -51,7 +51,7 @@ def _spread(parts: Sequence[Tensor], owners: Sequence[int], groups: ProcessGroup
 
 
 class FeatureReceiver:
-    """The language rank's end: receives are posted `lookahead` micro-batches ahead, so encoders never wait for a reader."""
+    """The language rank's end: receives are posted `lookahead` micro-batches ahead, so that encoders can run ahead."""
 
     def __init__(
         self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int, device: torch.device
@@ -124,7 +124,7 @@ class FeatureSender:
 def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
     """Features of views, NaN where the image is bad."""
     read = pixels.result()
-    features = encoders(read.views)
+    features: Tensor = encoders(read.views)
     features[list(read.bad)] = float("nan")
     return features
 
@@ -133,7 +133,12 @@ class ColocatedEncoders:
     """No encoder ranks: the tensor ranks of a replica share its views among them, then gather the features."""
 
     def __init__(
-        self, rounds: Iterator[Round], groups: ProcessGroups, encoders: FrozenEncoders, pixels: PixelLoader | None, lookahead: int
+        self,
+        rounds: Iterator[Round],
+        groups: ProcessGroups,
+        encoders: FrozenEncoders,
+        pixels: PixelLoader | None,
+        lookahead: int,
     ) -> None:
         self.exposed_seconds, self.received_bytes = 0.0, 0
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
@@ -160,7 +165,7 @@ class ColocatedEncoders:
         out = torch.empty(sum(share.count for share in shares), values, dtype=torch.bfloat16, device=device)
         parts = list(out.split([share.count for share in shares])) if shares else []
         if pending is not None:
-            own = next(part for share, part in zip(shares, parts, strict=True) if share.encoder == self._groups.seat.tensor)
+            own = parts[[share.encoder for share in shares].index(self._groups.seat.tensor)]
             own.copy_(encode(self._encoders, pending))
         _spread(parts, [share.encoder for share in shares], self._groups)
         self.exposed_seconds += time.perf_counter() - start

@@ -41,8 +41,8 @@ class Share:
 def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[Share]:
     """Cut the views of all replicas, laid one behind the other, into neighbouring parts of equal cost.
 
-    A view goes to the encoder in whose part its middle lies, so no encoder is more than one view from its fair share, and
-    there are fewer than replicas + encoders messages.
+    A view goes to the encoder in whose part its middle lies, so no encoder is more than one view from its fair share,
+    and there are fewer than replicas + encoders messages.
 
     Args:
         costs: for each replica the cost of each of its views, in any unit.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ def _mpu(groups: ProcessGroups) -> SimpleNamespace:
     return SimpleNamespace(**answers)
 
 
-def _same(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _same(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group
 
 
@@ -45,6 +46,7 @@ class Engine:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
+        warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated", category=FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config),
@@ -108,7 +110,12 @@ def _deepspeed_config(config: OptimizerConfig, *, is_cuda: bool, precision: str)
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": 2, "overlap_comm": is_cuda, "contiguous_gradients": True, "reduce_scatter": True},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": is_cuda,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }

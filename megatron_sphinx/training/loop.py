@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Loop:
         if self.bad_pairs > self.max_bad_share * seen:
             raise DataError(
                 f"data.max_bad_share={self.max_bad_share}: {self.bad_pairs} of the {seen} pairs up to "
-                f"step={plan.step} could not be read; see quarantine.jsonl in run.folder, mend the shards or raise the share"
+                f"step={plan.step} could not be read; see quarantine.jsonl in run.folder; mend them or raise the share"
             )
 
     def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float, waited: float) -> dict[str, Any]:
@@ -125,8 +125,6 @@ class Loop:
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    moved = {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in vars(batch).items()
-    }
-    return MicroBatch(**moved)
+    """The micro-batch on the device."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def train_step(
         counts = [pairs.detach(), text.detach(), (is_target & ~is_text).sum(), (is_target & is_text).sum(), bad]
         sums += torch.stack([value.double() for value in counts])
         suspects.append((pairs + text).detach())
-    mine = Sums(*sums.tolist(), feature_bytes=features.received_bytes - received, stop=float(is_stopping))
+    mine = Sums(*sums.tolist(), features.received_bytes - received, is_stopping)  # type: ignore[call-arg]
     whole = mine.over(groups, device)
     actual = whole.targets_pairs + text_weight * whole.targets_text
     loss = (whole.loss_pairs + text_weight * whole.loss_text) / max(actual, 1.0)

@@ -1,0 +1,44 @@
+# Everything from a bare machine: each target makes its own virtual environment, a second run uses it again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS := $(BIN)/torchrun --nproc-per-node 3
+RANDOM_RUN := runs/demo_random_expert
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint benchmark clean
+
+## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
+demo: $(VENV)/demo.installed
+	@date +%s > $(VENV)/demo.started
+	$(BIN)/python examples/demo_data.py
+	rm -rf runs/demo $(RANDOM_RUN)
+	$(RANKS) -m megatron_sphinx train examples/demo.yaml
+	$(RANKS) -m megatron_sphinx train examples/demo.yaml run.folder=$(RANDOM_RUN) vision.experts.0.weights=random
+	$(BIN)/python examples/demo_evaluate.py runs/demo $(RANDOM_RUN) --started $$(cat $(VENV)/demo.started)
+
+## test: every test, on gloo ranks without a GPU
+test: $(VENV)/dev.installed
+	$(BIN)/python examples/demo_data.py
+	$(BIN)/python -m pytest $(TESTS)
+
+## lint: style and types
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## benchmark: the encoder stage beside colocated encoders, on the same number of ranks, in turn
+benchmark: $(VENV)/demo.installed
+	$(BIN)/python examples/demo_data.py
+	$(BIN)/python -m megatron_sphinx benchmark examples/demo.yaml --ranks 3
+
+$(VENV)/%.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 is needed, %s is %s; say make PYTHON=..." % (sys.executable, sys.version.split()[0]) if sys.version_info[:2] != (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs data
