@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+from megatron_sphinx import platform
+
 
 @dataclass
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
@@ -91,7 +93,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=platform.current().device)
         self.weight = nn.Parameter(ones)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What a configuration means, before anything is started: sizes, work, and the composition of any step."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.loader import make_planner, open_sources, views_in
+from megatron_sphinx.data.plan import Piece
+from megatron_sphinx.model.encoders import build_expert
+from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.stage.dealing import deal
+
+
+def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """Parameters, tokens and work of a run. Builds the experts without memory, opens no data."""
+    with torch.device("meta"):
+        experts = {
+            item.name: sum(weight.numel() for weight in build_expert(item.expert).parameters())
+            for item in config.vision.experts
+        }
+    vision, hidden, data = config.vision, config.model.hidden, config.data
+    widths = [vision.channels] + ([vision.qformer.channels] if vision.qformer else [])
+    return {
+        "layout": str(layout),
+        "parameters": {
+            "language": config.model.parameters,
+            "projections": sum(width * hidden + 3 * hidden for width in widths) + 2 * hidden,
+            "experts": experts,
+        },
+        "tokens_per_view": vision.tokens_per_view,
+        "visual_tokens_per_image": vision.tokens_per_view - 2,
+        "feature_bytes_per_view": 2 * vision.feature_values,
+        "feature_bytes_per_step": 2 * vision.feature_values * data.pairs_per_step if layout.config.encoder else 0,
+    }
+
+
+def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
+    """The composition of one step, read from the indexes: first the whole, then a line per micro-batch and replica."""
+    sources = open_sources(config.data, config.model)
+    planner = make_planner(
+        config.data, sources, config.model, config.vision, replicas=layout.data, seed=config.run.seed
+    )
+    plan = planner.step(number)
+    yield {
+        "step": number,
+        "sample_ids": plan.digest,
+        "pairs": plan.pairs,
+        "text": plan.text,
+        "target_tokens_pairs": plan.targets(of_pairs=True),
+        "target_tokens_text": plan.targets(of_pairs=False),
+        "captions_cut": plan.captions_cut,
+    }
+    for micro, replicas in enumerate(plan.micro_batches):
+        counts = [len(views_in(rows)) for rows in replicas]
+        shares = deal([[1.0] * count for count in counts], layout.config.encoder or 1)
+        for replica, rows in enumerate(replicas):
+            yield {
+                "micro_batch": micro,
+                "replica": replica,
+                "rows": [[_name(piece) for piece in row] for row in rows],
+                "tokens": sum(piece.length for row in rows for piece in row),
+                "flops": sum(config.model.train_flops(planner.lengths(row)) for row in rows),
+                "views": counts[replica],
+                "encoders": [asdict(share) for share in shares if share.replica == replica and layout.config.encoder],
+            }
+
+
+def _name(piece: Piece) -> str:
+    if piece.is_pair:
+        return f"pair {piece.item}"
+    return f"text {piece.item}[{piece.start}:{piece.start + piece.tokens}]"

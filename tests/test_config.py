@@ -1,0 +1,138 @@
+"""Configurations: what is read, and what is refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_sphinx import config as configuration
+from megatron_sphinx.__main__ import main
+from megatron_sphinx.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+DEMO = ROOT / "examples" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_loads_and_survives_a_round_trip(path, tmp_path):
+    config = configuration.load(path)
+    again = tmp_path / "config.yaml"
+    again.write_text(config.to_yaml())
+    assert configuration.load(again) == config
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "megatron_sphinx" / "presets").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_preset_is_used_by_name(preset, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run: {{folder: x}}\nmodel: {{preset: {preset.stem}}}\ndata: {{pairs: a, text: b, tokenizer: c}}")
+    config = configuration.load(file, ["model.layers=3"])
+    assert config.model.layers == 3
+    assert config.model.preset == preset.stem
+
+
+def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
+    config = configuration.load(
+        DEMO, ["vision.experts.1.weights=x.pth", "optimizer.learning_rate=5e-5", "loss.text_weight=2"]
+    )
+    assert config.vision.experts[1].weights == "x.pth"
+    assert config.optimizer.learning_rate == 5e-5
+    assert config.loss.text_weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensr=2", r"parallel\.tensr: unknown key; did you mean parallel\.tensor\?"),
+        ("paralel.tensor=2", r"paralel: unknown key; did you mean parallel\?"),
+        ("data.zzz=2", r"data\.zzz: unknown key; known: data\.pairs, data\.text"),
+        ("training.steps=many", r"training\.steps=many: must be a whole number"),
+        ("training.steps=true", r"training\.steps=True: must be a whole number"),
+        ("training.steps=0", r"training\.steps=0: must be at least 1"),
+        ("optimizer.learning_rate=fast", r"optimizer\.learning_rate=fast: must be a number"),
+        ("optimizer.learning_rate=-1", r"optimizer\.learning_rate=-1\.0: must be at least 0"),
+        ("data.isolate_documents=1", r"data\.isolate_documents=1: must be true or false"),
+        ("run.folder=3", r"run\.folder=3: must be text"),
+        ("vision.experts=3", r"vision\.experts=3: must be a list"),
+        ("parallel=3", r"parallel=3: must be a section with keys of its own"),
+        ("vision.experts.5.weights=x", r"vision\.experts\.5\.weights: 5 must be one of the 2 items, counted from 0"),
+        ("run.folder.name=x", r"run\.folder\.name: folder is a single value, not a section"),
+        ("training.precision=fp16", r"training\.precision=fp16: unknown value; did you mean bf16\?"),
+        ("training.activation_checkpointing=ful", r"activation_checkpointing=ful: unknown value; did you mean full\?"),
+        ("vision.experts.0.name=dinov2_vitg", r"dinov2_vitg: unknown expert; did you mean dinov2_vitg14\?"),
+        ("vision.experts.0.name=dinov2_vitg14", r"vision\.grid=4: dinov2_vitg14 gives 16x16 patches"),
+        ("vision.padding=left", r"vision\.padding=left: must be centre or corner"),
+        ("vision.batch_views=0", r"vision\.batch_views=0: must be at least 1"),
+        ("vision.experts=[{name: blip2_qformer, weights: random}]", r"vision\.experts: needs at least one expert"),
+        ("model.heads=3", r"model\.heads=3: each head needs an even share of model\.hidden=128"),
+        ("model.groups=3", r"model\.groups=3: must divide model\.heads=4"),
+        ("model.layers=0", r"model\.layers=0: must be at least 1"),
+        ("model.preset=sphinx_8b", r"model\.preset=sphinx_8b: unknown value; did you mean sphinx_"),
+        ("parallel.tensor=8", r"parallel\.tensor=8: must divide model\.heads=4; use one of \[1, 2, 4\]"),
+        ("data.sequence_length=20", r"data\.sequence_length=20: an image takes 21 positions of a row"),
+        ("data.pairs=null", r"data\.pairs: not given, but data\.pairs_per_step=32"),
+        ("data.pairs_per_step=-1", r"data\.pairs_per_step=-1: must be at least 0"),
+        ("data.workers=0", r"data\.workers=0: must be at least 1"),
+        ("data.max_bad_share=2", r"data\.max_bad_share=2\.0: must be between 0 and 1"),
+        ("stage.lookahead=0", r"stage\.lookahead=0: must be at least 1"),
+        ("checkpoint.keep=0", r"checkpoint\.keep=0: must be at least 1"),
+        ("loss.text_weight=-1", r"loss\.text_weight=-1\.0: must be at least 0"),
+        ("training.steps", r"training\.steps: an override must read key\.path=value"),
+        ("training.steps=[", r"training\.steps=\[: the value is not YAML"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        configuration.load(DEMO, [override])
+    assert "\n" not in str(raised.value)
+
+
+def test_neither_stream_and_two_qformers_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.pairs_per_step=0: data\.text_tokens_per_step is 0 too"):
+        configuration.load(DEMO, ["data.pairs_per_step=0", "data.text_tokens_per_step=0"])
+    names = ("blip2_qformer", "blip2_qformer_small", "dinov2_small")
+    experts = "[" + ", ".join(f"{{name: {name}, weights: random}}" for name in names) + "]"
+    with pytest.raises(ConfigError, match="at most one Q-Former"):
+        configuration.load(DEMO, [f"vision.experts={experts}"])
+
+
+def test_a_key_left_out_is_named(tmp_path):
+    values = yaml.safe_load(DEMO.read_text())
+    del values["training"]["steps"]
+    file = tmp_path / "x.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(
+        ConfigError, match=r"training\.steps: not given; set it in the file or as training\.steps=value"
+    ):
+        configuration.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- a", "must hold a mapping of sections"),
+        (None, "No such file or directory; give the path"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    file = tmp_path / "x.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(file)
+
+
+def test_the_command_says_one_line_and_exits_2(capsys):
+    assert main(["train", str(DEMO), "parallel.tensr=2"]) == 2
+    error = capsys.readouterr().err
+    assert error == "megatron-sphinx train: parallel.tensr: unknown key; did you mean parallel.tensor?\n"
+
+
+def test_overrides_may_stand_behind_options_but_unknown_words_may_not(capsys):
+    assert main(["plan", str(DEMO), "--ranks", "3", "parallel.tensor=2", "parallel.encoder=1"]) == 0
+    assert '"layout": "tensor 2 x data 1 + encoder 1"' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", str(DEMO), "--rank", "3", "nonsense"])

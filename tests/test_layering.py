@@ -1,0 +1,60 @@
+"""The package's dependency rules, checked on its source text."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
+ORDER = [
+    "errors", "platform", "parallel", "model", "data", "stage", "checkpoint", "training",
+    "config", "run", "planning", "benchmark", "__main__",
+]  # fmt: skip
+OWNERS = {
+    "deepspeed": {"training/deepspeed_engine.py"},
+    "megatron.core.parallel_state": {"parallel/groups.py"},
+    "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "platform.py"},
+    "timm": {"model/encoders.py"},
+    "transformers": {"model/encoders.py"},
+}
+LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/plan.py",
+         "stage/dealing.py", "training/optimizer.py"]  # fmt: skip
+MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def imports(module: Path, *, of_top_only: bool = False) -> set[str]:
+    """Every module that a file imports, in the form a.b.c."""
+    tree = ast.parse((PACKAGE / module).read_text())
+    nodes = tree.body if of_top_only else list(ast.walk(tree))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_down(module):
+    own = ORDER.index(module.parts[0].removesuffix(".py"))
+    for name in imports(module):
+        parts = name.split(".")
+        if parts[0] == "megatron_sphinx":
+            other = ORDER.index(parts[1])
+            assert other < own or (other == own and len(module.parts) > 1), f"{module} may not import {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_foreign_libraries_have_owners(module):
+    for name in imports(module):
+        for owned, owners in OWNERS.items():
+            if name == owned or name.startswith(f"{owned}."):
+                assert str(module) in owners, f"only {sorted(owners)} may import {owned}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_planning_needs_no_torch(module):
+    assert not {name.split(".")[0] for name in imports(Path(module))} & {"torch", "megatron", "deepspeed", "timm"}
+
+
+def test_no_module_stands_outside_the_order():
+    assert {module.parts[0].removesuffix(".py") for module in MODULES} == set(ORDER)

@@ -1,0 +1,237 @@
+"""The language model against Hugging Face's, and pictures among text."""
+
+import random
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_sphinx import platform, run
+from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
+from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm
+from megatron_sphinx.model.language import build_language, draw_weights
+from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
+from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+
+CPU = torch.device("cpu")
+
+
+def groups() -> ProcessGroups:
+    run._place()
+    run._meet(platform.current(), 30)
+    return ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
+
+
+def random_shape(seed: int) -> LanguageConfig:
+    """Odd group counts, any feed-forward width, any vocabulary."""
+    rng = random.Random(seed)
+    kv, per_group, head = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 3]), rng.choice([4, 8, 10])
+    return LanguageConfig(
+        layers=rng.randint(1, 3),
+        hidden=kv * per_group * head,
+        ffn=rng.randint(5, 60),
+        heads=kv * per_group,
+        groups=kv,
+        vocabulary=rng.randint(20, 300),
+        rope_theta=rng.choice([1e4, 1e6]),
+        norm_epsilon=rng.choice([1e-5, 1e-6]),
+        init_std=0.2,
+    )
+
+
+def build(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> SphinxModel:
+    here = groups()
+    language = build_language(config, here, dtype=dtype, sequence_length=64, is_checkpointed=False)
+    experts = (ExpertConfig(name="dinov2_small", weights="random"),)
+    vision = VisualProjection(VisionConfig(experts=experts, grid=4), config.hidden, dtype=dtype, device=CPU)
+    model = SphinxModel(language, vision)
+    draw_weights(model, config, here, seed=4)
+    return model
+
+
+def llama_of(config: LanguageConfig, model: SphinxModel) -> LlamaForCausalLM:
+    """Hugging Face's model with the same weights."""
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.ffn,
+            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.groups,
+            rms_norm_eps=config.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    ours, head = model.language.state_dict(), config.hidden // config.heads
+    state = {
+        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][: config.vocabulary],
+        "lm_head.weight": ours["output_layer.weight"][: config.vocabulary],
+        "model.norm.weight": ours["decoder.final_layernorm.weight"],
+    }
+    for layer in range(config.layers):
+        here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        qkv = ours[f"{here}.self_attention.linear_qkv.weight"].view(config.groups, -1, head, config.hidden)
+        q, k, v = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
+        gate, up = ours[f"{here}.mlp.linear_fc1.weight"].chunk(2)
+        state |= {
+            f"{there}.self_attn.q_proj.weight": q.reshape(-1, config.hidden),
+            f"{there}.self_attn.k_proj.weight": k.reshape(-1, config.hidden),
+            f"{there}.self_attn.v_proj.weight": v.reshape(-1, config.hidden),
+            f"{there}.self_attn.o_proj.weight": ours[f"{here}.self_attention.linear_proj.weight"],
+            f"{there}.mlp.gate_proj.weight": gate,
+            f"{there}.mlp.up_proj.weight": up,
+            f"{there}.mlp.down_proj.weight": ours[f"{here}.mlp.linear_fc2.weight"],
+            f"{there}.input_layernorm.weight": ours[f"{here}.input_layernorm.weight"],
+            f"{there}.post_attention_layernorm.weight": ours[f"{here}.pre_mlp_layernorm.weight"],
+        }
+    theirs.load_state_dict(state, strict=True)
+    return theirs.eval()
+
+
+def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
+    """Documents behind one another, each predicting its next token."""
+    targets = [torch.cat([document[1:], torch.tensor([-100])]) for document in documents]
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(
+        tokens=torch.cat(documents), targets=torch.cat(targets), lengths=tuple(map(len, documents)),
+        pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, pair_of_view=none,
+        pairs=(), documents=tuple(range(len(documents))),
+    )  # fmt: skip
+
+
+def check_packed_rows_equal_llama(seed: int):
+    config = random_shape(seed)
+    model, generator = build(config), torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
+    lengths = sorted(rng.choice([1, 3, 7, 7, 20, 41]) for _ in range(6))
+    documents = [torch.randint(config.vocabulary, (n,), generator=generator) for n in lengths]
+    batch, features = text_batch(documents), torch.empty(0, model.vision.config.feature_values)
+    ours = model(batch, features)
+    theirs = llama_of(config, model)
+    at = 0
+    for document in documents:
+        logits = theirs(document[None]).logits[0]
+        if len(document) > 1:
+            wanted = torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="none")
+            torch.testing.assert_close(ours[at : at + len(document) - 1], wanted, rtol=1e-4, atol=1e-5)
+        at += len(document)
+    changed = [
+        documents[-1] if n == len(documents) - 1 else (d + 1) % config.vocabulary for n, d in enumerate(documents)
+    ]
+    again = model(text_batch(changed), features)
+    assert torch.equal(again[-len(documents[-1]) :], ours[-len(documents[-1]) :])  # no document sees another
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_packed_rows_give_the_losses_that_llama_gives_each_document_alone(run_ranks, seed):
+    run_ranks(1, lambda: check_packed_rows_equal_llama(seed))
+
+
+def check_gradients_equal_llama():
+    config = random_shape(3)
+    model = build(config)
+    document = torch.randint(config.vocabulary, (20,), generator=torch.Generator().manual_seed(0))
+    model(text_batch([document]), torch.empty(0, model.vision.config.feature_values))[:-1].sum().backward()
+    theirs = llama_of(config, model).train()
+    logits = theirs(document[None]).logits[0]
+    torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum").backward()
+    down = model.language.decoder.layers[0].mlp.linear_fc2.weight.grad
+    torch.testing.assert_close(down, theirs.model.layers[0].mlp.down_proj.weight.grad, rtol=1e-4, atol=1e-5)
+    embedding = model.language.embedding.word_embeddings.weight.grad
+    torch.testing.assert_close(
+        embedding[: config.vocabulary], theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5
+    )
+    assert all(weight.grad is not None for weight in model.parameters())  # zero pictures still reach the projections
+
+
+def test_gradients_are_llamas_and_text_reaches_every_weight(run_ranks):
+    run_ranks(1, check_gradients_equal_llama)
+
+
+def check_views_stand_behind_bos():
+    config = random_shape(1)
+    model = build(config)
+    block = model.vision.config.tokens_per_view
+    features = torch.randn(2, model.vision.config.feature_values).to(torch.bfloat16)
+    tokens = torch.cat([torch.tensor([1]), torch.zeros(block, dtype=torch.int64), torch.tensor([5, 6, 2])])
+    batch = MicroBatch(
+        tokens=tokens.repeat(2), targets=torch.full((2 * len(tokens),), 5), lengths=(len(tokens),) * 2,
+        pair_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
+        view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
+        pair_of_view=torch.tensor([0, 1]), pairs=(0, 1), documents=(),
+    )  # fmt: skip
+    both = model(batch, features)
+    swapped = model(batch, features.flip(0))
+    torch.testing.assert_close(both, swapped.view(2, -1).flip(0).flatten())
+    assert not torch.allclose(both[block:], both.view(2, -1).flip(0).flatten()[block:])
+    theirs = llama_of(config, model)
+    embedded = theirs.model.embed_tokens(tokens).clone()
+    embedded[1 : 1 + block] = model.vision(features[:1])[0]
+    wanted = torch.nn.functional.cross_entropy(theirs(inputs_embeds=embedded[None]).logits[0],
+                                               torch.full((len(tokens),), 5), reduction="none")  # fmt: skip
+    torch.testing.assert_close(both[: len(tokens)], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_views_stand_right_behind_bos(run_ranks):
+    run_ranks(1, check_views_stand_behind_bos)
+
+
+def test_place_views():
+    text = torch.zeros(6, 2, requires_grad=True)
+    blocks = torch.arange(8.0).view(2, 2, 2).requires_grad_()
+    out = place_views(text, blocks, torch.tensor([1, 2, 4, 5]))
+    assert out.tolist() == [[0, 0], [0, 1], [2, 3], [0, 0], [4, 5], [6, 7]]
+    with pytest.raises(SphinxError, match="4 tokens of views for 3 positions; plan and encoders disagree"):
+        place_views(text, blocks, torch.tensor([1, 2, 4]))
+
+
+def test_projection_lays_out_start_queries_tokens_end():
+    experts = tuple(ExpertConfig(name=name, weights="random") for name in ("blip2_qformer_small", "dinov2_small"))
+    config = VisionConfig(experts=experts, grid=4)
+    vision = VisualProjection(config, 12, dtype=torch.float32, device=CPU)
+    torch.nn.init.constant_(vision.start_tag, 2.0)
+    torch.nn.init.constant_(vision.end_tag, 3.0)
+    features = torch.randn(2, config.feature_values)
+    block = vision(features)
+    assert block.shape == (2, config.tokens_per_view, 12)
+    assert (block[:, 0] == 2).all()
+    assert (block[:, -1] == 3).all()
+    mixed, queries = features.split([17 * 96, 8 * 48], 1)
+    assert torch.equal(block[:, 1:9], vision.qformer_proj(queries.view(2, 8, 48)))
+    assert torch.equal(block[:, 9:-1], vision.visual_proj(mixed.view(2, 17, 96)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_attention_equals_one_masked_softmax(seed):
+    rng = random.Random(seed)
+    lengths = sorted(rng.choice([1, 2, 5, 5, 9]) for _ in range(rng.randint(1, 7)))
+    heads, kv, head, total = 6, rng.choice([1, 2, 3, 6]), 4, sum(lengths)
+    q, k, v = torch.randn(total, heads, head), torch.randn(total, kv, head), torch.randn(total, kv, head)
+    out = PackedAttention(None, 1)(q, k, v, None, packed_seq_params=PackedRows.of(lengths, CPU))
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    allowed = (document[:, None] == document) & torch.ones(total, total, dtype=torch.bool).tril()
+    k, v = (x.repeat_interleave(heads // kv, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / head**0.5
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    torch.testing.assert_close(out, torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+
+
+def test_rms_norm():
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    x = torch.randn(5, 8)
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RMSNorm(config, 8, 1e-5)(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "parameters"),
+    [
+        ("LLaMA2-7B", (32, 4096, 11008, 32, 32, 32000), 6_738_415_616),
+        ("LLaMA2-13B", (40, 5120, 13824, 40, 40, 32000), 13_015_864_320),
+        ("TinyLlama-1.1B", (22, 2048, 5632, 32, 4, 32000), 1_100_048_384),
+    ],
+)
+def test_parameters_of_published_models(name, sizes, parameters):
+    names = ("layers", "hidden", "ffn", "heads", "groups", "vocabulary")
+    assert LanguageConfig(**dict(zip(names, sizes, strict=True))).parameters == parameters

@@ -1,0 +1,387 @@
+"""Whole runs on gloo ranks: every layout against one rank, exact resume, and what bad luck gets."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sphinx.__main__ import main
+from megatron_sphinx.checkpoint.store import complete
+from megatron_sphinx.data.pairs import PairIndex
+from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.training.optimizer import OptimizerConfig, learning_rate
+
+EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")
+# language ranks, tensor, encoder
+LAYOUTS = [
+    (2, 1, 0), (1, 1, 1), (1, 1, 2), (2, 1, 1), (2, 1, 2), (2, 2, 0), (2, 2, 1), (2, 2, 2),
+    (4, 2, 0), (4, 2, 1), (4, 2, 2), (3, 1, 2),
+]  # fmt: skip
+
+
+def worst_difference(lines: list[dict], reference: list[dict]) -> float:
+    assert [line["sample_ids"] for line in lines] == [line["sample_ids"] for line in reference]
+    return max(abs(a[n] - b[n]) / abs(b[n]) for a, b in zip(lines, reference, strict=True) for n in EXACT)
+
+
+def identical(lines: list[dict], reference: list[dict]) -> bool:
+    """Whether all that does not depend on the clock is the same to the last bit."""
+    names = ("step", "sample_ids", "learning_rate", "target_tokens_pairs", "target_tokens_text", "bad_pairs", *EXACT)
+    return [[line[n] for n in names] for line in lines] == [[line[n] for n in names] for line in reference]
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """Metrics of one rank by overrides, each computed once."""
+    return {}
+
+
+def reference(train, one_rank, **overrides) -> list[dict]:
+    key = json.dumps(overrides)
+    if key not in one_rank:
+        one_rank[key] = train(1, overrides, name="one").metrics
+    return one_rank[key]
+
+
+# every layout
+
+
+@pytest.mark.parametrize(("language", "tensor", "encoder"), LAYOUTS, ids=lambda size: str(size))
+def test_every_layout_trains_as_one_rank_does(train, one_rank, language, tensor, encoder):
+    wanted = reference(train, one_rank)
+    rows = random.Random(f"{language} {tensor} {encoder}").randint(1, 4)
+    layout = {"parallel.tensor": tensor, "parallel.encoder": encoder, "data.micro_batch_rows": rows}
+    run = train(language + encoder, layout)
+    assert worst_difference(run.metrics, wanted) < 1e-5
+    crossing = 6 * 17 * (96 + 96) * 2 if encoder else 0
+    assert {line["feature_bytes"] for line in run.metrics} == {crossing}
+    for rank in range(language + encoder):
+        role = "language" if rank < language else "encoder"
+        assert f"rank {rank}: {role}, " in run.ranks.text(0)
+    if encoder:
+        said = run.ranks.text(0).splitlines()
+        assert (
+            sum("language, language weights" in line and "encoder weights 0 bytes" in line for line in said) == language
+        )
+        assert sum("encoder, language weights 0 bytes" in line for line in said) == encoder
+        assert f"= {crossing:,} bytes of features cross, 0 come back" in run.ranks.text(0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"training.activation_checkpointing": "full"},
+        {"data.micro_batch_rows": 1},
+        {"data.micro_batch_rows": 9},
+        {"stage.lookahead": 1, "parallel.encoder": 1},
+        {"data.workers": 5, "parallel.encoder": 1},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_what_must_not_matter_does_not(train, one_rank, overrides):
+    ranks = 1 + overrides.get("parallel.encoder", 0)
+    assert worst_difference(train(ranks, overrides).metrics, reference(train, one_rank)) < 1e-5
+
+
+@pytest.mark.parametrize("overrides", [{"loss.text_weight": 0.25}, {"data.isolate_documents": False},
+                                       {"data.text_tokens_per_step": 149, "data.pairs_per_step": 5}], ids=str)  # fmt: skip
+def test_settings_that_matter_do_so_in_every_layout(train, one_rank, overrides):
+    wanted = reference(train, one_rank, **overrides)
+    lines = train(5, overrides | {"parallel.tensor": 2, "parallel.encoder": 1}).metrics
+    assert worst_difference(lines, wanted) < 1e-5
+    assert worst_difference_of_loss(wanted, reference(train, one_rank)) > 1e-4
+
+
+def worst_difference_of_loss(lines: list[dict], other: list[dict]) -> float:
+    return max(abs(a["gradient_norm"] - b["gradient_norm"]) for a, b in zip(lines, other, strict=True))
+
+
+def test_the_loss_is_one_mean_over_all_target_tokens(train, one_rank):
+    for line in reference(train, one_rank, **{"loss.text_weight": 0.25}):
+        pairs, text = line["target_tokens_pairs"], 0.25 * line["target_tokens_text"]
+        mean = (line["loss_pairs"] * pairs + line["loss_text"] * text) / (pairs + text)
+        assert line["loss"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("overrides", [{"data.text_tokens_per_step": 0}, {"data.pairs_per_step": 0}], ids=str)
+def test_one_stream_alone_trains_in_every_role(train, one_rank, overrides):
+    lines = train(4, overrides | {"parallel.encoder": 2}).metrics
+    wanted = reference(train, one_rank, **overrides)
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in wanted], rel=1e-5)
+    missing = "loss_text" if "data.text_tokens_per_step" in overrides else "loss_pairs"
+    assert {line[missing] for line in lines} == {None}
+
+
+def test_bf16_stays_near_fp32_and_learns(train, one_rank):
+    longer = {"training.steps": 25, "optimizer.warmup_steps": 2}
+    exact = reference(train, one_rank, **longer)
+    for layout in ({"parallel.encoder": 1}, {"parallel.tensor": 2}):
+        lines = train(3 if "parallel.encoder" in layout else 2, layout | longer | {"training.precision": "bf16"},
+                      name=str(len(layout) + len(str(layout)))).metrics  # fmt: skip
+        assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=2e-3)
+        assert lines[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.1)
+        assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+# resume
+
+
+def test_killed_at_a_random_step_a_run_goes_on_to_the_same_bits(train):
+    settings = {"training.steps": 9, "checkpoint.interval": 2, "parallel.encoder": 1}
+    whole = train(3, settings, name="whole").metrics
+    folder, ranks = train.start(3, settings, name="killed")
+    last = random.Random().randint(2, 7)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = (folder / "metrics.jsonl").read_text().count("\n") if (folder / "metrics.jsonl").exists() else 0
+        if lines >= last and complete(folder / "checkpoints"):
+            break
+        time.sleep(0.005)
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGKILL)
+    ranks.wait()
+    resumed = train(3, settings, name="killed")
+    assert "resumed after step " in resumed.ranks.text(0)
+    assert identical(resumed.metrics, whole)
+    assert sorted(path.name for path in resumed.folder.iterdir()) == [
+        "checkpoints", "config.yaml", "encoders.json", "loss.png", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_a_signal_saves_and_exits_75_and_the_run_goes_on(train, number):
+    settings = {"training.steps": 40, "checkpoint.interval": 100}
+    whole = train(1, settings | {"parallel.encoder": 0}, name="whole").metrics
+    folder, ranks = train.start(3, settings | {"parallel.encoder": 1, "parallel.tensor": 2}, name="stopped")
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    for pid in ranks.pids:
+        os.kill(pid, number)
+    assert ranks.wait() == [75, 75, 75], ranks.text()
+    (saved,) = complete(folder / "checkpoints")
+    done = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert saved.name == f"step_{done:08d}"
+    assert done < 40
+    resumed = train(
+        4, settings | {"parallel.encoder": 2, "parallel.tensor": 2}, name="stopped"
+    ).metrics  # encoders are free
+    assert len(resumed) == 40
+    assert worst_difference(resumed[:3], whole[:3]) < 1e-5
+    assert [line["sample_ids"] for line in resumed] == [line["sample_ids"] for line in whole]
+
+
+def test_only_the_newest_checkpoints_stay(train):
+    run = train(1, {"training.steps": 7, "checkpoint.interval": 2, "checkpoint.keep": 3})
+    assert [path.name for path in complete(run.folder / "checkpoints")] == [f"step_{n:08d}" for n in (4, 6, 7)]
+    assert train(1, {"training.steps": 7}).metrics == run.metrics  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.layers": 1}, r"was made with model.layers=2, this run has 1"),
+        ({"run.seed": 4}, r"was made with run.seed=3, this run has 4"),
+        ({"data.pairs_per_step": 5}, r"was made with data.pairs_per_step=6, this run has 5"),
+        ({"training.precision": "bf16"}, r"was made with training.precision=fp32, this run has bf16"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_run_is_refused(train, overrides, message):
+    train(1)
+    refused = train(1, {"training.steps": 5} | overrides, status=2)
+    assert message in refused.ranks.text()
+    assert "resume with the configuration in its run folder, or start in another run.folder" in refused.ranks.text()
+
+
+def test_another_layout_is_refused_on_every_rank_with_one_line(train):
+    train(1)
+    refused = train(3, {"training.steps": 5, "parallel.encoder": 1}, status=2)
+    lines = [line for line in refused.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert len(lines) == 1
+    assert "was made with parallel.data=1, this run has 2" in lines[0]
+
+
+def test_a_damaged_checkpoint_is_refused(train):
+    run = train(1)
+    newest = complete(run.folder / "checkpoints")[-1]
+    with (newest / "model_tensor_000.pt").open("r+b") as file:
+        file.truncate(100)
+    said = train(1, {"training.steps": 5}, status=2).ranks.text()
+    assert "model_tensor_000.pt is missing or not" in said
+    said = train(1, {"checkpoint.resume": str(run.folder)}, status=2).ranks.text()
+    assert "not a complete checkpoint; give a step_... folder" in said
+
+
+def with_small_files(config: Path) -> int:
+    """Train, but no file may grow beyond 40 KB: a full disk, as far as a program can tell."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if (config.with_suffix("") / "checkpoints").exists():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    return main(["train", str(config)])
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(train, start_ranks, tiny, tmp_path):
+    done = train(2, {"parallel.encoder": 1}, name="full")
+    config = tiny.write(tmp_path / "full.yaml", {"parallel.encoder": 1, "training.steps": 6})
+    ranks = start_ranks(2, lambda: with_small_files(config))
+    assert ranks.wait() == [2, 2], ranks.text()
+    assert "step_00000004: rank 0 could not write it (" in ranks.text(0)
+    assert "earlier checkpoints are untouched; make room, then resume with checkpoint.resume=auto" in ranks.text(0)
+    kept = [path.name for path in (done.folder / "checkpoints").iterdir()]
+    assert sorted(kept) == ["step_00000002", "step_00000003"]
+    assert len(train(2, {"parallel.encoder": 1, "training.steps": 6}, name="full").metrics) == 6
+
+
+# bad luck
+
+
+@pytest.fixture
+def spoiled(tiny, tmp_path):
+    """The tiny pairs, copied, with some images overwritten inside a shard whose index does not know it yet."""
+    shutil.copytree(tiny.folder / "shards", tmp_path / "shards")
+    shutil.copytree(tiny.folder / "pairs", tmp_path / "pairs")
+    index = PairIndex(tmp_path / "pairs")
+    bad = [3, 30, 31]
+    for pair in bad:
+        sample = index.samples[pair]
+        shard = tmp_path / "pairs" / index.shards[int(sample["shard"])].path
+        state = shard.stat()
+        with shard.open("r+b") as file:
+            file.seek(int(sample["offset"]) + int(sample["bytes"]) // 2)
+            file.write(b"\0" * (int(sample["bytes"]) // 2))
+        os.utime(shard, ns=(state.st_atime_ns, int(index.shards[int(sample["shard"])].mtime_ns)))
+    return str(tmp_path / "pairs"), bad
+
+
+def test_bad_images_are_masked_and_the_loss_is_the_rest(train, spoiled, one_rank):
+    folder, bad = spoiled
+    settings = {"data.pairs": folder, "training.steps": 10, "data.max_bad_share": 0.5}
+    wanted = train(1, settings, name="one")
+    assert sum(line["bad_pairs"] for line in wanted.metrics) == len(bad)  # ten steps of six pairs are one epoch
+    assert all(line["pairs"] == 6 for line in wanted.metrics)
+    quarantined = [json.loads(line) for line in (wanted.folder / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["pair"] for line in quarantined) == bad
+    assert all(line["shard"] and line["key"] and "does not decode" in line["reason"] for line in quarantined)
+    for name, ranks, layout in (("a", 3, {"parallel.encoder": 1}), ("b", 4, {"parallel.tensor": 2})):
+        lines = train(ranks, settings | layout, name=name).metrics
+        assert worst_difference(lines, wanted.metrics) < 1e-5
+        assert [line["bad_pairs"] for line in lines] == [line["bad_pairs"] for line in wanted.metrics]
+    clean = reference(train, one_rank, **{"training.steps": 10})
+    first = next(n for n, line in enumerate(wanted.metrics) if line["bad_pairs"])
+    assert identical(wanted.metrics[:first], clean[:first])
+    assert wanted.metrics[first]["target_tokens_pairs"] < clean[first]["target_tokens_pairs"]
+
+
+def test_too_many_bad_images_stop_the_run_with_one_line(train, spoiled):
+    settings = {"data.pairs": spoiled[0], "training.steps": 10, "data.max_bad_share": 0.0, "parallel.encoder": 1}
+    stopped = train(3, settings, status=2)
+    said = [line for line in stopped.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert len(said) == 1
+    assert "data.max_bad_share=0.0: 1 of the " in said[0]
+    assert "see quarantine.jsonl in run.folder" in said[0]
+
+
+def test_a_shard_that_changed_is_refused_before_anything_is_trained(train, spoiled):
+    folder = Path(spoiled[0])
+    os.utime(folder.parent / "shards" / "000000.tar")
+    refused = train(3, {"data.pairs": str(folder), "parallel.encoder": 1}, status=2)
+    said = [line for line in refused.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert len(said) == 1
+    assert "is not the file its index was made for" in said[0]
+    assert not (refused.folder / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(train):
+    settings = {"optimizer.learning_rate": 1e30, "optimizer.gradient_clip": 0.0, "optimizer.warmup_steps": 0}
+    run = train(3, settings | {"training.steps": 9, "checkpoint.interval": 1, "parallel.encoder": 1}, status=1)
+    (said,) = [line for line in run.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert "weights unchanged; samples in it: pairs [" in said
+    step = int(said.split("step=")[1].split(":")[0])
+    (newest, *_) = reversed(complete(run.folder / "checkpoints"))
+    assert newest.name == f"step_{step:08d}"  # the step that failed left no trace
+    assert len(run.metrics) == step
+
+
+def lose_an_encoder(config: Path) -> int:
+    """Train, but the encoder rank meets an error of its own in its second micro-batch."""
+    from megatron_sphinx.model.encoders import FrozenEncoders
+
+    encode, calls = FrozenEncoders._encode, []
+
+    def fail(self, chunk):
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError("the encoder's own error")
+        return encode(self, chunk)
+
+    FrozenEncoders._encode = fail
+    return main(["train", str(config)])
+
+
+def test_a_failing_encoder_ends_the_job_within_seconds_with_its_own_error(start_ranks, tiny, tmp_path):
+    config = tiny.write(tmp_path / "run.yaml", {"parallel.encoder": 1, "training.steps": 50})
+    start = time.monotonic()
+    ranks = start_ranks(3, lambda: lose_an_encoder(config))
+    assert ranks.wait() == [1, 1, 1]
+    assert time.monotonic() - start < 30
+    assert "[encoder rank 2] failed:" in ranks.text(2)
+    assert "MemoryError: the encoder's own error" in ranks.text(2)
+    for rank in (0, 1):
+        assert f"[language rank {rank}] leaves: encoder rank 2 ended the job" in ranks.text(rank)
+        assert "Traceback" not in ranks.text(rank)
+
+
+def test_an_encoder_that_is_killed_ends_the_job(train):
+    folder, ranks = train.start(3, {"parallel.encoder": 1, "training.steps": 2000})
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(ranks.pids[2], signal.SIGKILL)
+    start = time.monotonic()
+    assert ranks.wait() == [1, 1, -9]
+    assert time.monotonic() - start < 20
+
+
+def test_wrong_encoder_weights_are_one_line_on_all_ranks(train, tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
+    experts = [{"name": "dinov2_small", "weights": str(tmp_path / "w.pth")}]
+    refused = train(4, {"vision.experts": experts, "parallel.encoder": 2}, status=2)
+    said = [line for line in refused.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert len(said) == 1
+    assert "holds weights of another architecture" in said[0]
+
+
+def test_the_run_folder_says_what_was_run(train):
+    run = train(2, {"parallel.encoder": 1})
+    marks = json.loads((run.folder / "encoders.json").read_text())
+    assert marks == {"clip_convnext_small": "random 3", "dinov2_small": "random 3"}
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run.folder / "tensorboard").iterdir())
+    wanted = ("step loss loss_pairs loss_text target_tokens_pairs target_tokens_text learning_rate gradient_norm step_seconds "
+              "tokens_per_second exposed_encoder_seconds data_wait_seconds model_flops_utilization peak_memory_bytes")  # fmt: skip
+    for number, line in enumerate(run.metrics):
+        assert line["step"] == number
+        assert set(wanted.split()) <= line.keys()
+        assert 0 < line["model_flops_utilization"] < 1
+        assert line["text_tokens"] == 150
+
+
+# the schedule
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine():
+    config = OptimizerConfig(learning_rate=1.0, minimum_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(config, step, 15) for step in range(15)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4] == pytest.approx(1.0)
+    assert rates[9] == pytest.approx(0.55)
+    assert rates[14] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps=-1: must be at least 0"):
+        OptimizerConfig(warmup_steps=-1)
