@@ -92,6 +92,8 @@ def train(config: RunConfig) -> int:
     try:
         job = _open(config, here, ProcessGroups.create(layout, here.backend))
         is_done = _language(job, stop) if seat.encoder is None else _encoder(job)
+        if is_done:
+            dist.barrier()  # encoder ranks are done first, and stay to hear how the job ends
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if world == 1:
             raise
@@ -101,7 +103,6 @@ def train(config: RunConfig) -> int:
             lifeline.leave(STOPPED, "it was asked to stop; the state is saved")
         return STOPPED
     lifeline.close()
-    dist.barrier()
     dist.destroy_process_group()
     return 0
 
@@ -149,11 +150,11 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
         if lifeline.is_first_rank or not (error.is_shared or lifeline.name.startswith("language")):
             print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
         return error.exit_status
-    if (other := lifeline.ended_by()) is None:
-        text = "".join(traceback.format_exception(error))
-        print(f"[{lifeline.name}] failed:\n{text}", file=sys.stderr, flush=True)
-    else:
-        print(f"[{lifeline.name}] leaves: {other} ended the job", file=sys.stderr, flush=True)
+    if (end := lifeline.ended()) is not None:
+        print(f"[{lifeline.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
+        return int(end["status"])
+    text = "".join(traceback.format_exception(error))
+    print(f"[{lifeline.name}] failed:\n{text}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -309,11 +310,11 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     model = {name: value for name, value in asdict(config.model).items() if name not in ("preset", "init_std")}
     names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "isolate_documents")
     return {
+        "run": {"seed": config.run.seed},
         "model": model,
         "vision": {"experts": marks, "grid": config.vision.grid, "padding": config.vision.padding},
         "tokenizer": job.sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names},
-        "run": {"seed": config.run.seed},
         "training": {"precision": config.training.precision},
         "parallel": {"tensor": config.parallel.tensor, "data": job.groups.layout.data},
     }

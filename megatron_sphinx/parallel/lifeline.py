@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from threading import Event, Thread
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -63,12 +63,12 @@ class Lifeline:
         if self._watcher is not None:
             self._watcher.join()
 
-    def ended_by(self) -> str | None:
-        """Who else announced the end, if anyone did."""
+    def ended(self) -> dict[str, Any] | None:
+        """How another rank ended the job, if one did: its `status`, who it was (`by`), and the `reason`."""
         if self._store is None or not self._store.check([_KEY]):
             return None
-        by: str = json.loads(self._store.get(_KEY))["by"]
-        return None if by == self.name else by
+        end: dict[str, Any] = json.loads(self._store.get(_KEY))
+        return end
 
     def _watch(self, store: Store) -> None:
         while not self._closed.wait(0.5):

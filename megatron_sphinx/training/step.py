@@ -17,7 +17,7 @@ from megatron_sphinx.training.deepspeed_engine import Engine
 
 @dataclass
 class Sums:
-    """What is summed over the micro-batches and replicas of a step. Losses are in nats."""
+    """What is summed over the micro-batches and replicas of a step. Losses are in nats; `stop` counts ranks."""
 
     loss_pairs: float = 0.0
     loss_text: float = 0.0
@@ -28,10 +28,15 @@ class Sums:
     stop: float = 0.0
 
     def over(self, groups: ProcessGroups, device: torch.device) -> "Sums":
-        """The sums over all replicas, the same on each rank."""
+        """The sums over all replicas, the same on every language rank: the ranks must agree on what to do next.
+
+        The tensor ranks of a replica know the same, so the first speaks for all; but a signal may have come to any.
+        """
         names = [field.name for field in fields(self)]
-        values = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64, device=device)
-        dist.all_reduce(values, group=groups.data)
+        speaks = groups.seat.tensor == 0
+        mine = [getattr(self, name) if speaks or name == "stop" else 0.0 for name in names]
+        values = torch.tensor(mine, dtype=torch.float64, device=device)
+        dist.all_reduce(values, group=groups.language)
         return Sums(**dict(zip(names, values.tolist(), strict=True)))
 
 
