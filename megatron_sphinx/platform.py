@@ -56,6 +56,36 @@ class Platform:
         return 2 * size**3 / best
 
 
+class Stopwatch:
+    """Adds up the time that `with` blocks take: on CUDA as its stream sees it, read only when asked."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform, self._seconds = platform, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._platform.is_cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._platform.is_cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; waits for the device."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
 @cache
 def current() -> Platform:
     """The platform of this process; megatron-core is adapted to it on the first call."""

@@ -209,7 +209,7 @@ def _language(job: Job, stop: StopSignal) -> bool:
     store = CheckpointStore(
         job.folder / "checkpoints", groups, keep=config.checkpoint.keep, identity=_identity(job, marks)
     )
-    start, bad_pairs = _resume(job, store, engine)
+    start, bad_pairs = _resume(job, store, engine, model)
     _agree_on_start(job, start)
     reporter = None
     if groups.seat.rank == 0:
@@ -224,7 +224,7 @@ def _language(job: Job, stop: StopSignal) -> bool:
         platform=here,
         reporter=reporter,
         stop=stop,
-        save=lambda step: store.save(step, _state(engine, loop), model.state_dict()),
+        save=lambda step: store.save(step, _state(engine, loop), _weights(model)),
         rate=lambda step: learning_rate(config.optimizer, step, config.training.steps),
         step_flops=partial(_step_flops, job),
         peak_flops=_peak_flops(job),
@@ -265,7 +265,6 @@ def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> Fe
         job.groups,
         values=config.vision.feature_values,
         lookahead=config.stage.lookahead,
-        device=job.platform.device,
     )
 
 
@@ -309,22 +308,28 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     config, data = job.config, job.config.data
     model = {name: value for name, value in asdict(config.model).items() if name not in ("preset", "init_std")}
     names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "isolate_documents")
+    pairs, text = job.sources.pairs, job.sources.text
+    amounts = {"pairs": len(pairs) if pairs else 0, "documents": len(text.lengths) if text else 0}
     return {
         "run": {"seed": config.run.seed},
         "model": model,
         "vision": {"experts": marks, "grid": config.vision.grid, "padding": config.vision.padding},
         "tokenizer": job.sources.tokenizer.mark.sha256,
-        "data": {name: getattr(data, name) for name in names},
+        "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision},
         "parallel": {"tensor": config.parallel.tensor, "data": job.groups.layout.data},
     }
+
+
+def _weights(model: SphinxModel) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def _state(engine: Engine, loop: Loop) -> dict[str, Any]:
     return {"optimizer": engine.state(), "random": random_state(), "bad_pairs": loop.bad_pairs}
 
 
-def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
+def _resume(job: Job, store: CheckpointStore, engine: Engine, model: SphinxModel) -> tuple[int, int]:
     """Load the checkpoint to go on from, if there is one; steps done, and bad pairs so far."""
 
     def load() -> tuple[int, dict[str, Any], dict[str, Any]] | None:
@@ -334,7 +339,8 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
     if (loaded := agree(load)) is None:
         return 0, 0
     step, state, weights = loaded
-    engine.model.load_state_dict(weights)
+    for name, weight in _weights(model).items():
+        weight.copy_(weights[name])
     engine.load_state(state["optimizer"])
     restore_random_state(state["random"])
     if job.groups.seat.rank == 0:

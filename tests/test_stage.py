@@ -75,7 +75,7 @@ def exchange(seed: int, tensor: int, encoders: int, lookahead: int, pause: float
                 sender.send(shares, parts)
         sender.drain()
     else:
-        source = FeatureReceiver(iter(made), groups, values=VALUES, lookahead=lookahead, device=torch.device("cpu"))
+        source = FeatureReceiver(iter(made), groups, values=VALUES, lookahead=lookahead)
         received = 0
         for ahead in made:
             time.sleep(rng.random() * pause)
@@ -108,7 +108,7 @@ def run_ahead(lookahead: int) -> None:
             sender.send(shares_of(ahead, 1), [features_of([n])])
         sender.drain()
     else:
-        source = FeatureReceiver(iter(made), groups, values=VALUES, lookahead=lookahead, device=torch.device("cpu"))
+        source = FeatureReceiver(iter(made), groups, values=VALUES, lookahead=lookahead)
         for taken in range(20):
             time.sleep(0.1)
             begun = int(store.get("sent"))

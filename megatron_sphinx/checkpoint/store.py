@@ -54,7 +54,8 @@ class CheckpointStore:
         return target
 
     def _begin(self, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_behind in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(left_behind)
         partial.mkdir(parents=True)
 
     def _write(self, partial: Path, state: dict[str, Any], model: dict[str, Any]) -> None:

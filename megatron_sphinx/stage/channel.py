@@ -5,7 +5,6 @@ of the replica's tensor group, which spreads it inside the group; which one goes
 whose image could not be read travels as NaN: no flag beside it, no further message.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -14,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sphinx import platform
 from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.data.plan import Row
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.platform import Stopwatch
 from megatron_sphinx.stage.dealing import Share, deal
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
@@ -32,11 +33,11 @@ class FeatureSource(Protocol):
     """Where a language rank gets the features of its micro-batches, one after the other.
 
     Attributes:
-        exposed_seconds: time spent waiting for features so far.
+        waiting: the time spent waiting for features so far.
         received_bytes: bytes of features that came to this replica from encoder ranks so far.
     """
 
-    exposed_seconds: float
+    waiting: Stopwatch
     received_bytes: int
 
     def next(self) -> Tensor:
@@ -53,11 +54,10 @@ def _spread(parts: Sequence[Tensor], owners: Sequence[int], groups: ProcessGroup
 class FeatureReceiver:
     """The language rank's end: receives are posted `lookahead` micro-batches ahead, so that encoders can run ahead."""
 
-    def __init__(
-        self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int, device: torch.device
-    ) -> None:
-        self.exposed_seconds, self.received_bytes = 0.0, 0
-        self._rounds, self._groups, self._values, self._device = rounds, groups, values, device
+    def __init__(self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int) -> None:
+        here = platform.current()
+        self.waiting, self.received_bytes = Stopwatch(here), 0
+        self._rounds, self._groups, self._values, self._device = rounds, groups, values, here.device
         self._posted: deque[tuple[list[Share], list[Tensor], list[dist.Work]]] = deque()
         for _ in range(lookahead):
             self._post()
@@ -81,12 +81,11 @@ class FeatureReceiver:
         """See FeatureSource."""
         shares, parts, works = self._posted.popleft()
         self._post()
-        start = time.perf_counter()
-        for work in works:
-            work.wait()
+        with self.waiting:
+            for work in works:
+                work.wait()
+            _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups)
         self.received_bytes += sum(part.nbytes for part in parts)
-        _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups)
-        self.exposed_seconds += time.perf_counter() - start
         if not parts:
             return torch.empty(0, self._values, dtype=torch.bfloat16, device=self._device)
         return torch.cat(parts)
@@ -119,6 +118,7 @@ class FeatureSender:
     def _wait_for_oldest(self) -> None:
         for work, _ in self._sent.popleft():
             work.wait()
+        platform.current().synchronize()  # NCCL's wait holds back the stream, not this thread
 
 
 def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
@@ -140,7 +140,7 @@ class ColocatedEncoders:
         pixels: PixelLoader | None,
         lookahead: int,
     ) -> None:
-        self.exposed_seconds, self.received_bytes = 0.0, 0
+        self.waiting, self.received_bytes = Stopwatch(platform.current()), 0
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
         self._reading: deque[tuple[list[Share], PendingPixels | None]] = deque()
         for _ in range(lookahead):
@@ -160,13 +160,12 @@ class ColocatedEncoders:
         """See FeatureSource."""
         shares, pending = self._reading.popleft()
         self._read()
-        start = time.perf_counter()
         values, device = self._encoders.config.feature_values, self._encoders.device
         out = torch.empty(sum(share.count for share in shares), values, dtype=torch.bfloat16, device=device)
         parts = list(out.split([share.count for share in shares])) if shares else []
-        if pending is not None:
-            own = parts[[share.encoder for share in shares].index(self._groups.seat.tensor)]
-            own.copy_(encode(self._encoders, pending))
-        _spread(parts, [share.encoder for share in shares], self._groups)
-        self.exposed_seconds += time.perf_counter() - start
+        with self.waiting:
+            if pending is not None:
+                own = parts[[share.encoder for share in shares].index(self._groups.seat.tensor)]
+                own.copy_(encode(self._encoders, pending))
+            _spread(parts, [share.encoder for share in shares], self._groups)
         return out

@@ -64,8 +64,8 @@ def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor, Tenso
         Features without NaN, targets without those pairs, and how many pairs there were of them.
     """
     bad_views = features[:, 0].isnan()
-    bad_pairs = torch.zeros(len(batch.pairs) + 1, dtype=torch.bool, device=features.device)
-    bad_pairs[batch.pair_of_view[bad_views]] = True
+    counts = torch.zeros(len(batch.pairs) + 1, dtype=torch.int32, device=features.device)
+    bad_pairs = counts.index_add(0, batch.pair_of_view, bad_views.int()) > 0
     targets = batch.targets.masked_fill(bad_pairs[batch.pair_of_token], -100)  # text points at the last, never bad
     return features.masked_fill(bad_views[:, None], 0.0), targets, bad_pairs.sum()
 
@@ -92,15 +92,16 @@ def train_step(
         DivergedError: a loss is not finite; names the samples. The weights have not been changed.
     """
     planned = plan.targets(of_pairs=True) + text_weight * plan.targets(of_pairs=False)
-    sums, waited = torch.zeros(5, dtype=torch.float64, device=device), features.exposed_seconds
+    sums, waited = torch.zeros(5, dtype=torch.float64, device=device), features.waiting.seconds
     received, suspects = features.received_bytes, []
     for batch in batches:
         clean, targets, bad = mask_bad(batch, features.next())
         losses = engine.model(replace(batch, targets=targets), clean)
         is_target, is_text = targets >= 0, batch.pair_of_token < 0
-        pairs, text = losses[is_target & ~is_text].sum(), losses[is_target & is_text].sum()
+        of_pairs, of_text = is_target & ~is_text, is_target & is_text
+        pairs, text = losses.where(of_pairs, 0.0).sum(), losses.where(of_text, 0.0).sum()
         engine.backward((pairs + text_weight * text) / planned)
-        counts = [pairs.detach(), text.detach(), (is_target & ~is_text).sum(), (is_target & is_text).sum(), bad]
+        counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad]
         sums += torch.stack([value.double() for value in counts])
         suspects.append((pairs + text).detach())
     mine = Sums(*sums.tolist(), features.received_bytes - received, is_stopping)  # type: ignore[call-arg]
@@ -112,7 +113,7 @@ def train_step(
     if whole.bad_pairs and actual:
         engine.rescale(planned / actual)
     norm = engine.update(rate)
-    return StepReport(loss, whole, norm, features.exposed_seconds - waited)
+    return StepReport(loss, whole, norm, features.waiting.seconds - waited)
 
 
 def _diverged(
