@@ -1,0 +1,1 @@
+"""What is trained on: indexes made offline, and the plan of every step computed from them."""

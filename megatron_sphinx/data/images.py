@@ -1,0 +1,83 @@
+"""Pixels: decode, pad to a square, cut a view, resize. Everything on the CPU, antialiased."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.model.architecture import CLIP_MEAN
+from megatron_sphinx.model.views import View
+
+MOST_PIXELS = 89_478_485  # Pillow's own limit, a quarter of a gibibyte of RGB
+BACKGROUND = tuple(int(255 * channel) for channel in CLIP_MEAN)
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Width and height from the header of an encoded image; nothing is decoded.
+
+    Raises:
+        DataError: it is not an image that Pillow knows.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"decompression bomb: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"not an image: {error}") from error
+
+
+def decode(content: bytes) -> Image.Image:
+    """The RGB image; transparent pixels become white.
+
+    Raises:
+        DataError: it does not decode, is truncated, or has more pixels than MOST_PIXELS.
+    """
+    width, height = size_of(content)
+    if width * height > MOST_PIXELS:
+        raise DataError(f"decompression bomb: {width}x{height} pixels, at most {MOST_PIXELS} are decoded")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                solid = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"does not decode: {error}") from error
+
+
+def to_square(image: Image.Image, padding: str) -> Image.Image:
+    """The image on a square of the mean colour, in its centre or its top left corner.
+
+    Source: PadToSquare of the released accessory/data/transform.py (centre).
+    """
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new("RGB", (side, side), BACKGROUND)
+    square.paste(image, ((side - width) // 2, (side - height) // 2) if padding == "centre" else (0, 0))
+    return square
+
+
+def cut(square: Image.Image, view: View, side: int) -> NDArray[np.uint8]:
+    """A view resized to `side`, antialiased bicubic: uint8 [3, side, side]."""
+    whole = square.size[0]
+    box = (view.left * whole, view.top * whole, (view.left + view.width) * whole, (view.top + view.width) * whole)
+    resized = square.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def views(
+    content: bytes, wanted: Sequence[View], sides: Sequence[int], padding: str
+) -> dict[int, NDArray[np.uint8]]:
+    """Every view at every input size: for each side uint8 [views, 3, side, side].
+
+    Raises:
+        DataError: see `decode`.
+    """
+    square = to_square(decode(content), padding)
+    return {side: np.stack([cut(square, view, side) for view in wanted]) for side in sides}

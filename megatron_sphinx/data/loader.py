@@ -1,0 +1,238 @@
+"""From the plan of a step to tensors: token rows on language ranks, pixels on encoder ranks, read in the background."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_sphinx.data import images
+from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.plan import DataConfig, Piece, Planner, Row
+from megatron_sphinx.data.text import TokenFile, check_tokenizer
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
+from megatron_sphinx.model.sphinx import MicroBatch
+from megatron_sphinx.model.views import views_of
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened streams of a run."""
+
+    tokenizer: Tokenizer
+    pairs: PairIndex | None
+    text: TokenFile | None
+
+
+def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
+    """Open what the configuration names; cheap, every rank does it.
+
+    Raises:
+        DataError: a file is missing or damaged, or a vocabulary differs.
+    """
+    tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer.mark.vocabulary != model.vocabulary:
+        raise DataError(
+            f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but "
+            f"model.vocabulary={model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
+        )
+    pairs = PairIndex(config.pairs) if config.pairs and config.pairs_per_step else None
+    text = TokenFile(config.text, "data.text") if config.text and config.text_tokens_per_step else None
+    if text is not None:
+        check_tokenizer(f"data.text={config.text}", text.tokenizer, tokenizer)
+    return Sources(tokenizer, pairs, text)
+
+
+def make_planner(
+    config: DataConfig, sources: Sources, model: LanguageConfig, vision: VisionConfig, *, replicas: int, seed: int
+) -> Planner:
+    """The planner of a run: the same on every rank."""
+
+    def tokens_of_views(pair: int) -> tuple[int, int]:
+        assert sources.pairs is not None
+        count = len(views_of(*sources.pairs.size(pair)))
+        return count * vision.tokens_per_view, count
+
+    return Planner(
+        config,
+        caption_lengths=sources.pairs.captions.lengths if sources.pairs else None,
+        text_lengths=sources.text.lengths if sources.text else None,
+        tokens_of_views=tokens_of_views,
+        cost=model.train_flops,
+        replicas=replicas,
+        seed=seed,
+    )
+
+
+class BatchBuilder:
+    """Turns planned rows into a MicroBatch; touches captions and text, never an image."""
+
+    def __init__(self, config: DataConfig, sources: Sources, vision: VisionConfig) -> None:
+        self.config, self.sources, self.vision = config, sources, vision
+
+    def build(self, rows: Sequence[Row]) -> MicroBatch:
+        """One replica's micro-batch. No rows at all give one position without a target: each rank takes every step."""
+        rows = sorted(rows, key=lambda row: sum(piece.length for piece in row))
+        units: list[Row] = [(piece,) for row in rows for piece in row] if self.config.isolate_documents else list(rows)
+        units.sort(key=lambda unit: sum(piece.length for piece in unit))
+        if not units:
+            return self._join([], ((np.zeros(1, np.int64), np.full(1, -100)),), (1,))
+        pieces = [piece for unit in units for piece in unit]
+        lengths = tuple(sum(piece.length for piece in unit) for unit in units)
+        return self._join(pieces, tuple(self._fill(piece) for piece in pieces), lengths)
+
+    def _fill(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens and targets of one piece."""
+        return self._fill_pair(piece) if piece.is_pair else self._fill_text(piece)
+
+    def _fill_pair(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        assert self.sources.pairs is not None
+        tokenizer = self.sources.tokenizer
+        caption = self.sources.pairs.captions.read(piece.item, 0, piece.tokens)
+        tokens = np.zeros(piece.length, np.int64)
+        tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
+        tokens[-1 - piece.tokens : -1] = caption
+        targets = np.full(piece.length, -100, np.int64)
+        targets[-2 - piece.tokens : -1] = tokens[-1 - piece.tokens :]  # the end tag predicts the first token
+        return tokens, targets
+
+    def _fill_text(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        assert self.sources.text is not None
+        ahead = self.sources.text.read(piece.item, piece.start, piece.tokens + (piece.targets == piece.tokens))
+        targets = np.full(piece.length, -100, np.int64)
+        targets[: piece.targets] = ahead[1:]
+        return ahead[: piece.tokens], targets
+
+    def _join(
+        self,
+        pieces: Sequence[Piece],
+        filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+        lengths: tuple[int, ...],
+    ) -> MicroBatch:
+        """Lay the pieces one behind the other; pairs keep the order of their numbers for their views."""
+        pairs = sorted(piece.item for piece in pieces if piece.is_pair)
+        order = {pair: number for number, pair in enumerate(pairs)}
+        owner = np.full(sum(lengths), -1, np.int64)
+        starts: dict[int, int] = {}
+        views: dict[int, int] = {}
+        at = 0
+        for piece in pieces:
+            if piece.is_pair:
+                owner[at : at + piece.length] = order[piece.item]
+                starts[piece.item], views[piece.item] = at + 1, piece.views
+            at += piece.length
+        block = np.arange(self.vision.tokens_per_view)
+        begins = [starts[pair] + view * len(block) for pair in pairs for view in range(views[pair])]
+        positions = (np.array(begins, np.int64)[:, None] + block).reshape(-1)
+        return MicroBatch(
+            tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in filled])),
+            targets=torch.from_numpy(np.concatenate([targets for _, targets in filled])),
+            lengths=lengths,
+            pair_of_token=torch.from_numpy(owner),
+            view_positions=torch.from_numpy(positions),
+            pair_of_view=torch.tensor([order[pair] for pair in pairs for _ in range(views[pair])], dtype=torch.int64),
+            pairs=tuple(pairs),
+            documents=tuple(piece.item for piece in pieces if not piece.is_pair),
+        )
+
+
+class BatchLoader:
+    """The micro-batches of one replica, step by step, the next step's made in the background."""
+
+    def __init__(self, planner: Planner, builder: BatchBuilder, replica: int) -> None:
+        self.planner, self.builder, self.replica = planner, builder, replica
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, on the CPU."""
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._pool.submit(self._make, step))
+        made = self._next[1].result()
+        self._next = (step + 1, self._pool.submit(self._make, step + 1))
+        return made
+
+    def _make(self, step: int) -> list[MicroBatch]:
+        return [self.builder.build(replicas[self.replica]) for replicas in self.planner.step(step).micro_batches]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Views of some pairs, ready to encode.
+
+    Attributes:
+        views: for each input side, uint8 [views, 3, side, side].
+        bad: numbers of the views whose image could not be read; their pixels mean nothing.
+    """
+
+    views: dict[int, Tensor]
+    bad: tuple[int, ...]
+
+
+class PixelLoader:
+    """Decodes the images of pairs on a few threads. What cannot be decoded is written to the quarantine file."""
+
+    def __init__(self, index: PairIndex, vision: VisionConfig, *, workers: int, quarantine: Path) -> None:
+        self.index, self.vision, self.quarantine = index, vision, quarantine
+        self._reader = ImageReader(index)
+        self._pool = ThreadPoolExecutor(workers, "decode")
+
+    def submit(self, views: Sequence[tuple[int, int]]) -> "PendingPixels":
+        """Begin to read views, given as (pair, number of the view)."""
+        pairs = sorted({pair for pair, _ in views})
+        return PendingPixels(self, list(views), {pair: self._pool.submit(self._read, pair) for pair in pairs})
+
+    def _read(self, pair: int) -> dict[int, NDArray[np.uint8]] | None:
+        try:
+            wanted = views_of(*self.index.size(pair))
+            return images.views(self._reader.read(pair), wanted, self.vision.sides, self.vision.padding)
+        except (DataError, OSError) as error:
+            self._report(pair, error)
+            return None
+
+    def _report(self, pair: int, error: Exception) -> None:
+        shard, key = self._reader.name(pair)
+        line = json.dumps({"shard": shard, "key": key, "pair": pair, "reason": " ".join(str(error).split())})
+        with self.quarantine.open("a") as file:
+            file.write(line + "\n")
+
+
+@dataclass(frozen=True)
+class PendingPixels:
+    """Views that are being read."""
+
+    loader: PixelLoader
+    views: list[tuple[int, int]]
+    pairs: dict[int, "Future[dict[int, NDArray[np.uint8]] | None]"]
+
+    def result(self) -> Pixels:
+        """Wait for the pixels."""
+        read = {pair: future.result() for pair, future in self.pairs.items()}
+        sides = self.loader.vision.sides
+        arrays: dict[int, Tensor] = {}
+        for side in sides:
+            out = np.zeros((len(self.views), 3, side, side), np.uint8)
+            for number, (pair, view) in enumerate(self.views):
+                if (pixels := read[pair]) is not None:
+                    out[number] = pixels[side][view]
+            arrays[side] = torch.from_numpy(out)
+        return Pixels(arrays, tuple(n for n, (pair, _) in enumerate(self.views) if read[pair] is None))
+
+
+def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """The views of a micro-batch as (pair, number of the view), in the order in which its MicroBatch has them."""
+    pieces = sorted((piece.item, piece.views) for row in rows for piece in row if piece.is_pair)
+    return [(pair, view) for pair, views in pieces for view in range(views)]
+
+
+def rounds(planner: Planner, start: int, stop: int) -> Iterator[tuple[tuple[Row, ...], ...]]:
+    """The micro-batches of steps `start` to `stop`, one behind the other: for each replica its rows."""
+    for step in range(start, stop):
+        yield from planner.step(step).micro_batches

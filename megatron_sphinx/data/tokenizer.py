@@ -1,0 +1,49 @@
+"""Text to token ids and back, by a sentencepiece model."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_sphinx.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizerMark:
+    """What identifies a tokenizer: written beside data that was made with it."""
+
+    vocabulary: int
+    sha256: str
+
+
+class Tokenizer:
+    """A sentencepiece model; BOS and EOS are added by whoever needs them, never by `encode`.
+
+    Raises:
+        DataError: the file is missing, is no sentencepiece model, or has no BOS or EOS piece.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"data.tokenizer={path}: {error.strerror}; give a sentencepiece .model file") from error
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(f"data.tokenizer={path}: not a sentencepiece model; give a .model file") from error
+        self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
+        if min(self.bos, self.eos) < 0:
+            raise DataError(f"data.tokenizer={path}: has no BOS or no EOS piece; train it with both")
+        self.mark = TokenizerMark(self._model.vocab_size(), hashlib.sha256(content).hexdigest())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS and EOS."""
+        ids: list[int] = self._model.encode(text)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        text: str = self._model.decode(ids)
+        return text
