@@ -72,7 +72,7 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
         ("model.preset=sphinx_8b", r"model\.preset=sphinx_8b: unknown value; did you mean sphinx_"),
         ("parallel.tensor=8", r"parallel\.tensor=8: must divide model\.heads=4; use one of \[1, 2, 4\]"),
         ("data.sequence_length=20", r"data\.sequence_length=20: an image takes 21 positions of a row"),
-        ("data.pairs=null", r"data\.pairs: not given, but data\.pairs_per_step=32"),
+        ("data.pairs=null", r"data\.pairs: not given, but data\.pairs_per_step=48"),
         ("data.pairs_per_step=-1", r"data\.pairs_per_step=-1: must be at least 0"),
         ("data.workers=0", r"data\.workers=0: must be at least 1"),
         ("data.max_bad_share=2", r"data\.max_bad_share=2\.0: must be between 0 and 1"),
