@@ -96,6 +96,8 @@ def test_neither_stream_and_two_qformers_are_refused():
     experts = "[" + ", ".join(f"{{name: {name}, weights: random}}" for name in names) + "]"
     with pytest.raises(ConfigError, match="at most one Q-Former"):
         configuration.load(DEMO, [f"vision.experts={experts}"])
+    with pytest.raises(ConfigError, match=r"vision\.experts: dinov2_small stands in the mixture twice"):
+        configuration.load(DEMO, ["vision.experts.0={name: dinov2_small, weights: random}"])
 
 
 def test_a_key_left_out_is_named(tmp_path):

@@ -18,10 +18,10 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources
+from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
 from megatron_sphinx.data.pairs import ImageReader, PairIndex, index_shards, write_shards
 from megatron_sphinx.data.plan import Planner
-from megatron_sphinx.data.text import TokenFile, write_text
+from megatron_sphinx.data.text import TokenFile, TokenWriter, write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.views import GLOBAL
@@ -313,6 +313,26 @@ def test_a_micro_batch_holds_what_the_plan_says(tiny, tmp_path, isolate):
         targets += int((batch.targets >= 0).sum())
     assert sorted(seen_pairs) == plan.pairs
     assert targets == plan.targets(of_pairs=True) + plan.targets(of_pairs=False)
+
+
+def test_a_pair_that_comes_twice_in_a_step_has_its_views_twice(tiny, tmp_path):
+    config, planner, builder = opened(tiny, tmp_path, {"data.pairs_per_step": 100, "data.micro_batch_rows": 200})
+    block, rows = config.vision.tokens_per_view, planner.step(0).rows
+    batch = builder.build(rows)
+    assert len(set(batch.pairs)) == 60 < len(batch.pairs) == 100
+    assert [pair for pair, _ in views_in(rows)] == list(batch.pairs)
+    for number in range(100):
+        first = int((batch.pair_of_token == number).nonzero()[0])
+        positions = batch.view_positions.view(-1, block)[number]
+        assert positions.tolist() == list(range(first + 1, first + 1 + block))
+
+
+def test_a_text_file_without_tokens_is_refused(tiny, tmp_path):
+    with TokenWriter(tmp_path / "empty", tiny.tokenizer):
+        pass
+    config = configuration.load(tiny.write(tmp_path / "run.yaml", {"data.text": str(tmp_path / "empty")}))
+    with pytest.raises(DataError, match=r"data\.text=.*empty: holds no tokens"):
+        open_sources(config.data, config.model)
 
 
 def test_text_predicts_its_next_token_over_cuts(tiny, tmp_path):

@@ -71,9 +71,7 @@ def cut(square: Image.Image, view: View, side: int) -> NDArray[np.uint8]:
     return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
 
 
-def views(
-    content: bytes, wanted: Sequence[View], sides: Sequence[int], padding: str
-) -> dict[int, NDArray[np.uint8]]:
+def views(content: bytes, wanted: Sequence[View], sides: Sequence[int], padding: str) -> dict[int, NDArray[np.uint8]]:
     """Every view at every input size: for each side uint8 [views, 3, side, side].
 
     Raises:

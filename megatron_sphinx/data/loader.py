@@ -40,8 +40,8 @@ def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
     tokenizer = Tokenizer(config.tokenizer)
     if tokenizer.mark.vocabulary != model.vocabulary:
         raise DataError(
-            f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but "
-            f"model.vocabulary={model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
+            f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but model.vocabulary="
+            f"{model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
         )
     pairs = PairIndex(config.pairs) if config.pairs and config.pairs_per_step else None
     text = TokenFile(config.text, "data.text") if config.text and config.text_tokens_per_step else None
@@ -116,20 +116,19 @@ class BatchBuilder:
         filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
         lengths: tuple[int, ...],
     ) -> MicroBatch:
-        """Lay the pieces one behind the other; pairs keep the order of their numbers for their views."""
-        pairs = sorted(piece.item for piece in pieces if piece.is_pair)
-        order = {pair: number for number, pair in enumerate(pairs)}
+        """Lay the pieces one behind the other; pairs keep the order of their ids for their views.
+
+        A pair may be there twice, where one epoch ends and the next begins.
+        """
+        places = sorted((n for n, piece in enumerate(pieces) if piece.is_pair), key=lambda n: pieces[n].item)
+        order = {place: number for number, place in enumerate(places)}
+        starts = np.cumsum([0, *(piece.length for piece in pieces)])
         owner = np.full(sum(lengths), -1, np.int64)
-        starts: dict[int, int] = {}
-        views: dict[int, int] = {}
-        at = 0
-        for piece in pieces:
-            if piece.is_pair:
-                owner[at : at + piece.length] = order[piece.item]
-                starts[piece.item], views[piece.item] = at + 1, piece.views
-            at += piece.length
+        for place, number in order.items():
+            owner[starts[place] : starts[place + 1]] = number
+        views = [(number, view) for number, place in enumerate(places) for view in range(pieces[place].views)]
         block = np.arange(self.vision.tokens_per_view)
-        begins = [starts[pair] + view * len(block) for pair in pairs for view in range(views[pair])]
+        begins = [starts[places[number]] + 1 + view * len(block) for number, view in views]
         positions = (np.array(begins, np.int64)[:, None] + block).reshape(-1)
         return MicroBatch(
             tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in filled])),
@@ -137,8 +136,8 @@ class BatchBuilder:
             lengths=lengths,
             pair_of_token=torch.from_numpy(owner),
             view_positions=torch.from_numpy(positions),
-            pair_of_view=torch.tensor([order[pair] for pair in pairs for _ in range(views[pair])], dtype=torch.int64),
-            pairs=tuple(pairs),
+            pair_of_view=torch.tensor([number for number, _ in views], dtype=torch.int64),
+            pairs=tuple(pieces[place].item for place in places),
             documents=tuple(piece.item for piece in pieces if not piece.is_pair),
         )
 

@@ -81,7 +81,9 @@ class PairIndex:
                 f"data.pairs={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_pairs.py"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.pairs={folder}: damaged index ({error}); run tools/prepare_pairs.py again") from error
+            raise DataError(
+                f"data.pairs={folder}: damaged index ({error}); run tools/prepare_pairs.py again"
+            ) from error
         self.captions = TokenFile(self.folder / "captions", "data.pairs")
         if not len(self.samples) == len(self.captions.lengths) == sum(shard.samples for shard in self.shards):
             raise DataError(f"data.pairs={folder}: the files of the index disagree; run tools/prepare_pairs.py again")

@@ -200,9 +200,6 @@ class Planner:
         cost: FLOPs of a row, from the lengths of its pieces; what replicas are balanced by.
         replicas: data-parallel replicas.
         seed: the run's.
-
-    Raises:
-        ConfigError: a stream that is asked for is empty.
     """
 
     def __init__(
@@ -244,7 +241,11 @@ class Planner:
         """The step's text tokens in full rows, the last one as long as what is left."""
         if self._text is None:
             return []
-        first, total, size = step * self.config.text_tokens_per_step, self.config.text_tokens_per_step, self.config.sequence_length
+        first, total, size = (
+            step * self.config.text_tokens_per_step,
+            self.config.text_tokens_per_step,
+            self.config.sequence_length,
+        )
         return [tuple(self._text.pieces(first + at, min(size, total - at))) for at in range(0, total, size)]
 
     def _deal(self, rows: Sequence[Row]) -> tuple[tuple[tuple[Row, ...], ...], ...]:

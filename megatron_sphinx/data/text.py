@@ -46,16 +46,17 @@ class TokenFile:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise DataError(f"{key}={prefix}: {path} is missing; make it by tools/prepare_text.py")
+        size = bin_path.stat().st_size
+        if not size:
+            raise DataError(f"{key}={prefix}: holds no tokens; make it again from files with text")
         try:
             self._dataset = IndexedDataset(str(self.prefix))
         except Exception as error:
             raise DataError(f"{key}={prefix}: {idx_path} is not an index of tokens ({error}); make it again") from error
         self.lengths: NDArray[np.int32] = self._dataset.sequence_lengths
         wanted = int(self.lengths.sum(dtype=np.int64)) * DType.size(self._dataset.index.dtype)
-        if bin_path.stat().st_size != wanted:
-            raise DataError(
-                f"{key}={prefix}: {bin_path} has {bin_path.stat().st_size} bytes, its index says {wanted}; copy it again"
-            )
+        if size != wanted:
+            raise DataError(f"{key}={prefix}: {bin_path} has {size} bytes, its index says {wanted}; copy it again")
         self.tokenizer = TokenizerMark(**json.loads(mark_path.read_text())) if mark_path.is_file() else None
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
@@ -82,7 +83,9 @@ class TokenWriter:
         """Append one document."""
         self._builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         files = {ending: Path(f"{self._partial}{ending}") for ending in (".bin", ".idx", ".json")}
         self._builder.finalize(str(files[".idx"]))
         files[".json"].write_text(json.dumps(asdict(self.tokenizer.mark)))

@@ -191,6 +191,9 @@ class VisionConfig:
             raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
             raise ConfigError("vision.experts: needs at least one expert beside a Q-Former")
+        names = [item.name for item in self.experts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"vision.experts: {twice[0]} stands in the mixture twice; name each expert once")
         if sum(item.expert.family == "qformer" for item in self.experts) > 1:
             raise ConfigError("vision.experts: at most one Q-Former can stand before the patch tokens")
         for item in self.experts:
