@@ -20,7 +20,6 @@ demo: $(VENV)/demo.installed
 
 ## test: every test, on gloo ranks without a GPU
 test: $(VENV)/dev.installed
-	$(BIN)/python examples/demo_data.py
 	$(BIN)/python -m pytest $(TESTS)
 
 ## lint: style and types

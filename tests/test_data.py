@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw, train_tokenizer
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from PIL import Image
@@ -25,6 +26,7 @@ from megatron_sphinx.data.text import TokenFile, TokenWriter, write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.views import GLOBAL
+from megatron_sphinx.stage.channel import encode
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -190,6 +192,21 @@ def test_an_index_that_is_missing_or_damaged_is_refused(tiny, copied, tmp_path):
     (folder / "index.json").write_text("{}")
     with pytest.raises(DataError, match="damaged index"):
         PairIndex(folder)
+
+
+def test_a_picture_that_the_encoders_cannot_take_is_quarantined_too(tiny, copied, tmp_path):
+    config = configuration.load(tiny.write(tmp_path / "run.yaml"))
+    loader = PixelLoader(PairIndex(copied[0]), config.vision, workers=1, quarantine=tmp_path / "quarantine.jsonl")
+
+    def encoders(views: dict[int, torch.Tensor]) -> torch.Tensor:
+        features = torch.ones(3, 4, dtype=torch.bfloat16)
+        features[1, 2] = float("nan")
+        return features
+
+    features = encode(encoders, loader.submit([(1, 0), (4, 0), (5, 0)]))
+    assert features.isnan().all(1).tolist() == [False, True, False]
+    line = json.loads((tmp_path / "quarantine.jsonl").read_text())
+    assert (line["pair"], line["reason"]) == (4, "the encoders give NaN for it")
 
 
 def test_a_shard_that_ends_inside_an_image_is_a_bad_sample(copied):

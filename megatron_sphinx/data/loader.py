@@ -193,12 +193,13 @@ class PixelLoader:
             wanted = views_of(*self.index.size(pair))
             return images.views(self._reader.read(pair), wanted, self.vision.sides, self.vision.padding)
         except (DataError, OSError) as error:
-            self._report(pair, error)
+            self.report(pair, str(error))
             return None
 
-    def _report(self, pair: int, error: Exception) -> None:
+    def report(self, pair: int, reason: str) -> None:
+        """Write a pair to the quarantine file."""
         shard, key = self._reader.name(pair)
-        line = json.dumps({"shard": shard, "key": key, "pair": pair, "reason": " ".join(str(error).split())})
+        line = json.dumps({"shard": shard, "key": key, "pair": pair, "reason": " ".join(reason.split())})
         with self.quarantine.open("a") as file:
             file.write(line + "\n")
 
@@ -210,6 +211,10 @@ class PendingPixels:
     loader: PixelLoader
     views: list[tuple[int, int]]
     pairs: dict[int, "Future[dict[int, NDArray[np.uint8]] | None]"]
+
+    def report(self, view: int, reason: str) -> None:
+        """Write the pair of one of the views to the quarantine file."""
+        self.loader.report(self.views[view][0], reason)
 
     def result(self) -> Pixels:
         """Wait for the pixels."""

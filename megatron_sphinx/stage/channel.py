@@ -122,11 +122,14 @@ class FeatureSender:
 
 
 def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
-    """Features of views, NaN where the image is bad."""
+    """Features of views; all NaN where the image is bad, or where the encoders give a NaN for it."""
     read = pixels.result()
     features: Tensor = encoders(read.views)
-    features[list(read.bad)] = float("nan")
-    return features
+    lost = features.isnan().any(1)
+    for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
+        pixels.report(view, "the encoders give NaN for it")
+    lost[list(read.bad)] = True
+    return features.masked_fill_(lost[:, None], float("nan"))
 
 
 class ColocatedEncoders:

@@ -1,0 +1,52 @@
+"""The demo end to end, but for the length of its training."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sphinx import config as configuration
+from megatron_sphinx.__main__ import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run_example(run_ranks, monkeypatch):
+    """`run_example(name, *args)` runs a program of examples/ in a process of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name: str, *args: object) -> str:
+        def work() -> int:
+            sys.argv = [name, *map(str, args)]
+            return runpy.run_path(str(EXAMPLES / name))["main"]()
+
+        return run_ranks(1, work).text()
+
+    return run
+
+
+def test_the_demo(run_example, run_ranks, tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    said = run_example("demo_data.py", data)
+    assert "1437 pairs, 360 held out" in said
+    assert run_example("demo_data.py", data) in said + "\n"  # there already
+    names = {"pairs": "pairs", "text": "text", "tokenizer": "tokenizer.model"}
+    overrides = [f"data.{key}={data / name}" for key, name in names.items()]
+    overrides += [
+        f"vision.experts.0.weights={data / 'efficientnet_lite0.pth'}",
+        f"run.folder={folder}",
+        "training.steps=2",
+    ]
+    assert configuration.load(EXAMPLES / "demo.yaml", overrides).parallel.encoder == 1
+    run_ranks(3, lambda: main(["train", str(EXAMPLES / "demo.yaml"), *overrides]))
+    said = run_example("demo_evaluate.py", folder, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() == {
+        "steps", "seconds", "held_out_accuracy", "held_out_accuracy_random_expert", "loss_pairs", "loss_text",
+    }  # fmt: skip
+    assert summary["steps"] == 2
+    assert 0 <= summary["held_out_accuracy"] < 0.5  # nothing is learnt in two steps
+    assert said.count(f"{summary['held_out_accuracy']:8.1%}") == 2
