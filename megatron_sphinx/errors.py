@@ -22,6 +22,10 @@ class CheckpointError(SphinxError, ValueError):
     """A checkpoint that cannot be written, or does not match what was asked of it."""
 
 
+class FolderError(SphinxError, OSError):
+    """The run folder cannot be written."""
+
+
 class DivergedError(SphinxError, ArithmeticError):
     """The loss is not finite; the weights were left as they were before the step."""
 

@@ -41,7 +41,7 @@ from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, Fe
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.loop import Loop, StopSignal
-from megatron_sphinx.training.metrics import Reporter, say
+from megatron_sphinx.training.metrics import Reporter, say, writing
 from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
@@ -164,7 +164,8 @@ def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
     def work() -> Job:
         sources = open_sources(config.data, config.model)
         if groups.seat.rank == 0:
-            Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+            with writing(Path(config.run.folder)):
+                Path(config.run.folder).mkdir(parents=True, exist_ok=True)
             if sources.pairs is not None:
                 sources.pairs.check(sources.tokenizer)
         planner = make_planner(
@@ -213,8 +214,12 @@ def _language(job: Job, stop: StopSignal) -> bool:
     _agree_on_start(job, start)
     reporter = None
     if groups.seat.rank == 0:
-        (job.folder / "config.yaml").write_text(config.to_yaml())
-        reporter = Reporter(job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval)
+        with writing(job.folder):
+            (job.folder / "config.yaml").write_text(config.to_yaml())
+            (job.folder / "encoders.json").write_text(json.dumps(marks, indent=1))
+            reporter = Reporter(
+                job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
+            )
     loop = Loop(
         engine=engine,
         planner=job.planner,
@@ -291,7 +296,6 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
         if config.parallel.encoder:
             total = views * values * 2
             say(f"step 0: {views} views x {values} values x 2 bytes = {total:,} bytes of features cross, 0 come back")
-        (job.folder / "encoders.json").write_text(json.dumps(marks, indent=1))
     return marks
 
 

@@ -232,24 +232,39 @@ def test_a_damaged_checkpoint_is_refused(train):
     assert "not a complete checkpoint; give a step_... folder" in said
 
 
-def with_small_files(config: Path) -> int:
-    """Train, but no file may grow beyond 40 KB: a full disk, as far as a program can tell."""
+def with_small_files(config: Path, most: int) -> int:
+    """Train, but no file may grow beyond so many bytes: a full disk, as far as a program can tell."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if (config.with_suffix("") / "checkpoints").exists():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     return main(["train", str(config)])
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(train, start_ranks, tiny, tmp_path):
     done = train(2, {"parallel.encoder": 1}, name="full")
     config = tiny.write(tmp_path / "full.yaml", {"parallel.encoder": 1, "training.steps": 6})
-    ranks = start_ranks(2, lambda: with_small_files(config))
+    ranks = start_ranks(2, lambda: with_small_files(config, 40_000))
     assert ranks.wait() == [2, 2], ranks.text()
     assert "step_00000004: rank 0 could not write it (" in ranks.text(0)
     assert "earlier checkpoints are untouched; make room, then resume with checkpoint.resume=auto" in ranks.text(0)
     kept = [path.name for path in (done.folder / "checkpoints").iterdir()]
     assert sorted(kept) == ["step_00000002", "step_00000003"]
     assert len(train(2, {"parallel.encoder": 1, "training.steps": 6}, name="full").metrics) == 6
+
+
+def test_a_disk_too_full_for_the_metrics_is_one_line_too(train, start_ranks, tiny, tmp_path):
+    done = train(2, {"parallel.encoder": 1}, name="full")
+    config = tiny.write(tmp_path / "full.yaml", {"parallel.encoder": 1, "training.steps": 6})
+    most = (done.folder / "metrics.jsonl").stat().st_size + 100
+    ranks = start_ranks(2, lambda: with_small_files(config, most))
+    assert ranks.wait() == [2, 2], ranks.text()
+    (said,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert "cannot be written (File too large); make room" in said
+    (tmp_path / "file").write_text("in the way")
+    config = tiny.write(tmp_path / "other.yaml")
+    ranks = start_ranks(2, lambda: main(["train", str(config), f"run.folder={tmp_path / 'file' / 'run'}"]))
+    assert ranks.wait() == [2, 2]
+    (said,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert "cannot be written (Not a directory); make room or give another folder" in said
 
 
 # bad luck
@@ -286,6 +301,9 @@ def test_bad_images_are_masked_and_the_loss_is_the_rest(train, spoiled, one_rank
         lines = train(ranks, settings | layout, name=name).metrics
         assert worst_difference(lines, wanted.metrics) < 1e-5
         assert [line["bad_pairs"] for line in lines] == [line["bad_pairs"] for line in wanted.metrics]
+    half = train(3, settings | {"parallel.encoder": 1, "training.precision": "bf16"}, name="bf16").metrics
+    norms = [[line["gradient_norm"] for line in lines] for lines in (half, wanted.metrics)]
+    assert norms[0][:3] == pytest.approx(norms[1][:3], rel=0.05)
     clean = reference(train, one_rank, **{"training.steps": 10})
     first = next(n for n, line in enumerate(wanted.metrics) if line["bad_pairs"])
     assert identical(wanted.metrics[:first], clean[:first])

@@ -79,7 +79,6 @@ class BatchBuilder:
 
     def build(self, rows: Sequence[Row]) -> MicroBatch:
         """One replica's micro-batch. No rows at all give one position without a target: each rank takes every step."""
-        rows = sorted(rows, key=lambda row: sum(piece.length for piece in row))
         units: list[Row] = [(piece,) for row in rows for piece in row] if self.config.isolate_documents else list(rows)
         units.sort(key=lambda unit: sum(piece.length for piece in unit))
         if not units:

@@ -65,23 +65,27 @@ class Lifeline:
 
     def ended(self) -> dict[str, Any] | None:
         """How another rank ended the job, if one did: its `status`, who it was (`by`), and the `reason`."""
-        if self._store is None or not self._store.check([_KEY]):
-            return None
-        end: dict[str, Any] = json.loads(self._store.get(_KEY))
-        return end
+        return _read(self._store) if self._store is not None else None
 
     def _watch(self, store: Store) -> None:
         while not self._closed.wait(0.5):
-            try:
-                if not store.check([_KEY]):
-                    continue
-                end = json.loads(store.get(_KEY))
-            except Exception:
-                end = {"status": 1, "by": "the store", "reason": "it is gone"}
-            if self._closed.wait(_GRACE_SECONDS):
+            if (end := _read(store)) is None:
+                continue
+            if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
             print(f"[{self.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
             _exit(end["status"])
+
+
+def _read(store: Store) -> dict[str, Any] | None:
+    """The announcement, if there is one; a store that is gone says that the job is."""
+    try:
+        if not store.check([_KEY]):
+            return None
+        end: dict[str, Any] = json.loads(store.get(_KEY))
+    except RuntimeError:
+        return {"status": 1, "by": "the first rank, where the store was,", "reason": "it is gone"}
+    return end
 
 
 def _exit(status: int) -> NoReturn:

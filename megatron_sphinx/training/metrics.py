@@ -5,8 +5,24 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from megatron_sphinx.errors import FolderError
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into the run folder into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"run.folder={folder}: cannot be written ({error.strerror or error}); "
+            f"make room or give another folder, then go on with checkpoint.resume=auto"
+        ) from error
 
 
 class Reporter:
@@ -29,13 +45,18 @@ class Reporter:
         self._seconds: deque[float] = deque(maxlen=50)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Record one step."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Record one step.
+
+        Raises:
+            FolderError: the disk is full.
+        """
         step = line["step"]
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, step)
+        with writing(self.path.parent):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, step)
         self._seconds.append(line["step_seconds"])
         if step % self.interval == 0 or step in (self.start, self.steps - 1):
             print(self._progress(line), flush=True)
@@ -51,10 +72,11 @@ class Reporter:
         )
 
     def close(self) -> None:
-        """Finish the files and draw loss.png."""
-        self._file.close()
-        self._board.close()
-        plot(self.path, self.path.with_name("loss.png"))
+        """Finish the files and draw loss.png, as far as there is room."""
+        with suppress(OSError):
+            self._file.close()
+            self._board.close()
+            plot(self.path, self.path.with_name("loss.png"))
 
 
 def _shown(value: float | None) -> str:
