@@ -99,7 +99,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     done = folder / "prepared.json"
     if done.is_file():
-        print(f"{folder}: {done.read_text()}")
+        print(f"{folder}: {done.read_text()}", end="")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     pixels, labels = digits()

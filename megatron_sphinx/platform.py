@@ -2,7 +2,6 @@
 
 import os
 import resource
-import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -137,4 +136,4 @@ def is_imported(package: str) -> bool:
         __import__(package)
     except ImportError:
         return False
-    return package in sys.modules
+    return True

@@ -90,7 +90,8 @@ def train(config: RunConfig) -> int:
     _meet(here, config.run.timeout)
     lifeline = Lifeline.connect(f"{seat.role} rank {rank}")
     try:
-        job = _open(config, here, ProcessGroups.create(layout, here.backend))
+        timeout = timedelta(seconds=config.run.timeout)
+        job = _open(config, here, ProcessGroups.create(layout, here.backend, timeout))
         is_done = _language(job, stop) if seat.encoder is None else _encoder(job)
         if is_done:
             dist.barrier()  # encoder ranks are done first, and stay to hear how the job ends
@@ -151,7 +152,7 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
             print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     if (end := lifeline.ended()) is not None:
-        print(f"[{lifeline.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
+        print(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
         return int(end["status"])
     text = "".join(traceback.format_exception(error))
     print(f"[{lifeline.name}] failed:\n{text}", file=sys.stderr, flush=True)

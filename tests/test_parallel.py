@@ -1,6 +1,7 @@
 """Layouts, groups, random streams, and how ranks fail together."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -48,6 +49,24 @@ def create(tensor: int, encoder: int) -> ProcessGroups:
     run._meet(platform.current(), 30)
     layout = ParallelLayout(world=world, config=ParallelConfig(tensor=tensor, encoder=encoder))
     return ProcessGroups.create(layout, "gloo")
+
+
+def wait_for_nobody():
+    _, world = run._place()
+    run._meet(platform.current(), 60)
+    layout = ParallelLayout(world=world, config=ParallelConfig())
+    groups = ProcessGroups.create(layout, "gloo", timedelta(seconds=1))
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.all_reduce(torch.zeros(1), group=groups.data)
+    else:
+        time.sleep(4)
+
+
+def test_a_collective_that_does_not_end_is_an_error_within_the_timeout(run_ranks):
+    start = time.monotonic()
+    run_ranks(2, wait_for_nobody)
+    assert time.monotonic() - start < 30
 
 
 def check_groups():
@@ -100,7 +119,7 @@ def test_ranks_that_hang_leave_within_seconds_of_the_first_failure(start_ranks):
     start = time.monotonic()
     assert ranks.wait() == [5, 5, 5]
     assert time.monotonic() - start < 20
-    assert "[rank 2] leaves: rank 1 ended the job" in ranks.text(2)
+    assert "[rank 2] leaves: rank 1 ended the job (rank one speaks)" in ranks.text(2)
 
 
 def test_streams_depend_on_seed_and_name_only():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -39,8 +40,11 @@ class ProcessGroups:
     collection: ProcessGroupCollection | None
 
     @classmethod
-    def create(cls, layout: ParallelLayout, backend: str) -> "ProcessGroups":
-        """Build every group on the initialised world; each rank calls this once, together."""
+    def create(cls, layout: ParallelLayout, backend: str, timeout: timedelta | None = None) -> "ProcessGroups":
+        """Build every group on the initialised world; each rank calls this once, together.
+
+        A group does not take over the world's `timeout`: without one of its own it waits as long as the backend likes.
+        """
         config = layout.config
         grid = HyperCommGrid(
             [config.tensor, 1, layout.data, config.pipeline], ["tp", "cp", "dp", "pp"], rank_offset=0, backend=backend
@@ -56,7 +60,7 @@ class ProcessGroups:
             "tp_dp_cp": ["tp", "cp", "dp"],
             "language": ["tp", "cp", "dp", "pp"],
         }
-        groups = {name: grid.create_pg(dims) for name, dims in axes.items()}
+        groups = {name: grid.create_pg(dims, timeout=timeout) for name, dims in axes.items()}
         seat = layout.seat(dist.get_rank())
         if seat.encoder is not None:
             return cls(layout, seat, None, None, None, None, None)

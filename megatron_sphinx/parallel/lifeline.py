@@ -52,7 +52,8 @@ class Lifeline:
         assert self._store is not None
         self._closed.set()
         with suppress(RuntimeError):  # the store is gone already
-            self._store.compare_set(_KEY, "", json.dumps({"status": status, "by": self.name, "reason": reason}))
+            end = {"status": status, "by": self.name, "reason": " ".join(reason.split())[:200]}
+            self._store.compare_set(_KEY, "", json.dumps(end))
             if self.is_first_rank:
                 time.sleep(_GRACE_SECONDS + 1.5)
         _exit(status)
@@ -73,7 +74,7 @@ class Lifeline:
                 continue
             if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
-            print(f"[{self.name}] leaves: {end['by']} ended the job", file=sys.stderr, flush=True)
+            print(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
             _exit(end["status"])
 
 
