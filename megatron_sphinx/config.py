@@ -43,16 +43,27 @@ class TrainingConfig:
     Attributes:
         steps: optimizer steps of the whole run.
         precision: bf16 (fp32 master weights in the optimizer) or fp32.
-        activation_checkpointing: none, or full: keep each layer's input only and compute the layer again in backward.
+        activation_checkpointing: what backward computes again instead of keeping it: none; selective, the feed-forward
+            layers and experts; or full, whole layers from their inputs.
+        checkpointed_layers: of full: layers of each pipeline stage that are computed again; without it all.
     """
 
     steps: int
     precision: str = "bf16"
     activation_checkpointing: str = "none"
+    checkpointed_layers: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("training.precision", self.precision, ("bf16", "fp32"))
-        _one_of("training.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        _one_of("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        if self.checkpointed_layers is not None:
+            if self.activation_checkpointing != "full":
+                raise ConfigError(
+                    f"training.checkpointed_layers={self.checkpointed_layers}: is for "
+                    f"training.activation_checkpointing=full only; set that, or leave this out"
+                )
+            if self.checkpointed_layers < 1:
+                raise ConfigError(f"training.checkpointed_layers={self.checkpointed_layers}: must be at least 1")
         if self.steps < 1:
             raise ConfigError(f"training.steps={self.steps}: must be at least 1")
 
@@ -114,12 +125,34 @@ class RunConfig:
                 f"data.sequence_length={self.data.sequence_length}: an image takes {overhead} positions of a row "
                 f"before its caption; use more than {overhead}"
             )
-        for name, size in (("heads", self.model.heads), ("groups", self.model.groups), ("ffn", self.model.ffn)):
-            if size % self.parallel.tensor:
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Whether the model can be divided as asked for."""
+        model, sizes = self.model, self.parallel
+        sizes.stage_layers(model.layers)
+        shared = {
+            "tensor": {"heads": model.heads, "groups": model.groups, "padded_vocabulary": model.padded_vocabulary}
+        }
+        if model.experts:
+            shared |= {"expert": {"experts": model.experts}, "expert_tensor": {"ffn": model.ffn}}
+            if sizes.tensor > 1 and not sizes.sequence:
                 raise ConfigError(
-                    f"parallel.tensor={self.parallel.tensor}: must divide model.{name}={size}; use one of "
-                    f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
+                    f"parallel.sequence=false: with model.experts={model.experts} the tensor ranks must share the "
+                    f"tokens; set parallel.sequence=true, or parallel.tensor=1"
                 )
+        else:
+            shared["tensor"]["ffn"] = model.ffn
+            for name in ("expert", "expert_tensor"):
+                if (size := getattr(sizes, name)) > 1:
+                    raise ConfigError(f"parallel.{name}={size}: the model has no experts; use 1, or set model.experts")
+        for axis, of_model in shared.items():
+            for name, size in of_model.items():
+                if size % (ranks := getattr(sizes, axis)):
+                    raise ConfigError(
+                        f"parallel.{axis}={ranks}: must divide model.{name}={size}; use one of "
+                        f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
+                    )
 
     def to_yaml(self) -> str:
         """The configuration as YAML, every value spelled out; `load` reads it back."""

@@ -12,6 +12,7 @@ from megatron_sphinx.data.plan import Piece
 from megatron_sphinx.model.encoders import build_expert
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
+from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 
 def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
@@ -21,15 +22,19 @@ def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
             item.name: sum(weight.numel() for weight in build_expert(item.expert).parameters())
             for item in config.vision.experts
         }
-    vision, hidden, data = config.vision, config.model.hidden, config.data
-    widths = [vision.channels] + ([vision.qformer.channels] if vision.qformer else [])
+    vision, model, data = config.vision, config.model, config.data
+    memory = [
+        zero2_bytes(rank_weights(model, vision, layout, stage), layout, precision=config.training.precision)
+        for stage in range(layout.config.pipeline)
+    ]
     return {
         "layout": str(layout),
         "parameters": {
-            "language": config.model.parameters,
-            "projections": sum(width * hidden + 3 * hidden for width in widths) + 2 * hidden,
+            "language": model.parameters,
+            "projections": projection_weights(vision, model.hidden),
             "experts": experts,
         },
+        "bytes_per_rank": {f"stage {stage}": bytes_of for stage, bytes_of in enumerate(memory)},
         "tokens_per_view": vision.tokens_per_view,
         "visual_tokens_per_image": vision.tokens_per_view - 2,
         "feature_bytes_per_view": 2 * vision.feature_values,

@@ -4,10 +4,12 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -101,7 +103,9 @@ def current() -> Platform:
 def _adapt_megatron_to_cpu() -> None:
     """Let megatron-core place its tensors on the CPU; called only where no accelerator is present.
 
-    megatron-core asks `torch.cuda` for the current device and for the generator's state. Here both are the CPU's.
+    megatron-core asks `torch.cuda` for the current device and for the generator's state; here both are the CPU's. Its
+    pipeline schedule names the device "cuda", its expert dispatch copies split sizes off the device on a stream, and
+    gathers uneven parts, which gloo cannot.
     """
     cpu = torch.device("cpu")
 
@@ -124,10 +128,54 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = get_rng_state
     torch.cuda.synchronize = nothing
-    from megatron.core.tensor_parallel import random
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def settle_splits(self: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+        if point == self.cuda_dtoh_point and self.input_splits is not None:  # gloo's all-to-all takes lists
+            self.input_splits, self.output_splits = self.input_splits.tolist(), self.output_splits.tolist()
+        return tokens_per_expert
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+    schedules.torch = _TorchOnCpu("torch")
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # never used, but looked for
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = settle_splits
+    mappings._gather_along_first_dim = partial(_gather_uneven, mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = partial(_scatter_uneven, mappings._reduce_scatter_along_first_dim)
+
+
+def _gather_uneven(even: Any, part: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+    """megatron-core's gather along the first dimension, uneven parts padded on the way."""
+    if sizes is None or group.size() == 1:
+        return even(part, group, None, *rest)  # type: ignore[no-any-return]
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)])
+
+
+def _scatter_uneven(even: Any, whole: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+    """megatron-core's reduce-scatter along the first dimension; where parts are uneven, of a whole sum."""
+    if sizes is None or group.size() == 1:
+        return even(whole, group, None, *rest)  # type: ignore[no-any-return]
+    total = whole.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
+
+
+class _TorchOnCpu(ModuleType):
+    """The torch module, for code that names the device "cuda"."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any, **options: Any) -> Tensor:
+        """torch.zeros on the CPU."""
+        return torch.zeros(*size, **options)
 
 
 def is_imported(package: str) -> bool:

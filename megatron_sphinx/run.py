@@ -30,6 +30,7 @@ from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
+from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
@@ -41,6 +42,7 @@ from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, Fe
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.loop import Loop, StopSignal
+from megatron_sphinx.training.memory import rank_weights, zero2_bytes
 from megatron_sphinx.training.metrics import Reporter, say, writing
 from megatron_sphinx.training.optimizer import learning_rate
 
@@ -119,13 +121,13 @@ def alone(config: RunConfig) -> Job:
     return _open(config, here, ProcessGroups.create(layout, here.backend))
 
 
-def newest_weights(job: Job) -> dict[str, Any]:
-    """The trained weights of the newest checkpoint of the run folder, saved by a run with parallel.tensor=1.
+def newest_weights(job: Job) -> dict[str, torch.Tensor]:
+    """The trained fp32 weights of the newest checkpoint of the run folder, saved in any layout.
 
     Raises:
-        CheckpointError: there is none, or it was saved in shards.
+        CheckpointError: there is none.
     """
-    return load_weights(job.folder / "checkpoints")
+    return dict(load_weights(job.folder / "checkpoints"))
 
 
 def _place() -> tuple[int, int]:
@@ -183,7 +185,8 @@ def _encoder(job: Job) -> bool:
     assert seat.encoder is not None
     encoders = agree(job.encoders)
     _say_start(job, encoders.sha256, language_bytes=0, encoder_bytes=_bytes_of(encoders))
-    agree(lambda: None)  # that the language ranks could load their checkpoint
+    for _ in range(2):
+        agree(lambda: None)  # that the language ranks could check and load their checkpoint
     start = _agree_on_start(job, None)
     lookahead = config.stage.lookahead
     produce(
@@ -207,11 +210,22 @@ def _language(job: Job, stop: StopSignal) -> bool:
     marks = _say_start(
         job, encoders.sha256 if encoders else {}, language_bytes=_bytes_of(model), encoder_bytes=_bytes_of(encoders)
     )
-    engine = Engine(model, groups, here, config.optimizer, precision=config.training.precision)
-    store = CheckpointStore(
-        job.folder / "checkpoints", groups, keep=config.checkpoint.keep, identity=_identity(job, marks)
+    engine = Engine(
+        model,
+        shards_of(model, config.model, groups),
+        groups,
+        here,
+        config.optimizer,
+        precision=config.training.precision,
     )
-    start, bad_pairs = _resume(job, store, engine, model)
+    store = CheckpointStore(
+        job.folder / "checkpoints",
+        groups,
+        keep=config.checkpoint.keep,
+        identity=_identity(job, marks),
+        about={"layout": asdict(config.parallel) | {"world": groups.layout.world}},
+    )
+    start, bad_pairs = _resume(job, store, engine)
     _agree_on_start(job, start)
     reporter = None
     if groups.seat.rank == 0:
@@ -224,19 +238,24 @@ def _language(job: Job, stop: StopSignal) -> bool:
     loop = Loop(
         engine=engine,
         planner=job.planner,
-        batches=BatchLoader(job.planner, BatchBuilder(config.data, job.sources, config.vision), groups.seat.data),
+        batches=BatchLoader(job.planner, _batch_builder(job), groups.seat.data),
         features=_feature_source(job, encoders, start),
         groups=groups,
         platform=here,
         reporter=reporter,
         stop=stop,
-        save=lambda step: store.save(step, _state(engine, loop), _weights(model)),
+        store=store,
+        save=lambda step: store.save(
+            step, engine.pieces(of_copies=False), {"random": random_state()}, bad_pairs=loop.bad_pairs
+        ),
+        say_memory=lambda: _say_memory(job, engine),
         rate=lambda step: learning_rate(config.optimizer, step, config.training.steps),
         step_flops=partial(_step_flops, job),
         peak_flops=_peak_flops(job),
         text_weight=config.loss.text_weight,
         max_bad_share=config.data.max_bad_share,
         save_interval=config.checkpoint.interval,
+        layers=config.model.layers if config.model.experts else 0,
         bad_pairs=bad_pairs,
     )
     try:
@@ -254,18 +273,31 @@ def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> Sph
         groups,
         dtype=dtype,
         sequence_length=config.data.sequence_length,
-        is_checkpointed=config.training.activation_checkpointing == "full",
+        recompute=config.training.activation_checkpointing,
+        recompute_layers=config.training.checkpointed_layers,
     )
-    model = SphinxModel(language, VisualProjection(config.vision, config.model.hidden, dtype=dtype, device=here.device))
+    vision = None
+    if groups.is_first_stage:
+        vision = VisualProjection(config.vision, config.model.hidden, dtype=dtype, device=here.device)
+    model = SphinxModel(language, vision, groups)
     draw_weights(model, config.model, groups, config.run.seed)
     return model
 
 
-def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> FeatureSource:
-    """Where this language rank's features come from."""
+def _batch_builder(job: Job) -> BatchBuilder:
+    """Tensor ranks that share the tokens need as many each."""
+    sizes = job.config.parallel
+    multiple = sizes.tensor if sizes.sequence else 1
+    return BatchBuilder(job.config.data, job.sources, job.config.vision, multiple)
+
+
+def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> FeatureSource | None:
+    """Where this language rank's features come from; None where it needs none and encodes none."""
     config, ahead = job.config, rounds(job.planner, start, job.config.training.steps)
     if encoders is not None:
         return ColocatedEncoders(ahead, job.groups, encoders, job.pixels(), config.stage.lookahead)
+    if not job.groups.is_first_stage:
+        return None
     return FeatureReceiver(
         ahead,
         job.groups,
@@ -308,6 +340,23 @@ def _agree_on_start(job: Job, start: int | None) -> int:
     return found[0]
 
 
+def _say_memory(job: Job, engine: Engine) -> None:
+    """Print what each language rank holds for weights, gradients and optimizer beside what ZeRO-2 needs at least."""
+    config, groups = job.config, job.groups
+    needed = zero2_bytes(
+        rank_weights(config.model, config.vision, groups.layout, groups.seat.pipeline),
+        groups.layout,
+        precision=config.training.precision,
+    )
+    mine = (engine.held, needed)
+    everyone = [mine] * groups.layout.language
+    dist.all_gather_object(everyone, mine, group=groups.language)
+    if groups.seat.rank == 0:
+        for rank, (held, formula) in enumerate(everyone):
+            parts = [f"{name} {held[name]:,} (formula {formula[name]:,})" for name in formula]
+            say(f"rank {rank} holds bytes of {', '.join(parts)}")
+
+
 def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
     config, data = job.config, job.config.data
@@ -322,35 +371,35 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
         "tokenizer": job.sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision},
-        "parallel": {"tensor": config.parallel.tensor, "data": job.groups.layout.data},
     }
 
 
-def _weights(model: SphinxModel) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters()}
-
-
-def _state(engine: Engine, loop: Loop) -> dict[str, Any]:
-    return {"optimizer": engine.state(), "random": random_state(), "bad_pairs": loop.bad_pairs}
-
-
-def _resume(job: Job, store: CheckpointStore, engine: Engine, model: SphinxModel) -> tuple[int, int]:
+def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
     """Load the checkpoint to go on from, if there is one; steps done, and bad pairs so far."""
 
-    def load() -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    def load() -> tuple[Path, dict[str, Any]] | None:
         path = store.find(job.config.checkpoint.resume)
-        return store.load(path) if path else None
+        return (path, store.check(path)) if path else None
 
-    if (loaded := agree(load)) is None:
-        return 0, 0
-    step, state, weights = loaded
-    for name, weight in _weights(model).items():
-        weight.copy_(weights[name])
-    engine.load_state(state["optimizer"])
-    restore_random_state(state["random"])
-    if job.groups.seat.rank == 0:
-        say(f"resumed after step {step} from {store.find(job.config.checkpoint.resume)}")
-    return step, state["bad_pairs"]
+    found = agree(load)
+
+    def fill() -> tuple[int, int]:
+        if found is None:
+            return 0, 0
+        path, manifest = found
+        step = int(manifest["step"])
+        engine.prepare_state(step)
+        objects = store.load(path, engine.pieces(of_copies=True), ["random"])
+        engine.take_state()
+        layout = asdict(job.config.parallel) | {"world": job.groups.layout.world}
+        if manifest["layout"] == layout and "random" in objects:
+            restore_random_state(objects["random"])
+        if job.groups.seat.rank == 0:
+            moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
+            say(f"resumed after step {step} from {path}{moved}")
+        return step, int(manifest["bad_pairs"])
+
+    return agree(fill)
 
 
 def _step_flops(job: Job, plan: StepPlan) -> float:

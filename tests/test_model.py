@@ -45,10 +45,10 @@ def random_shape(seed: int) -> LanguageConfig:
 
 def build(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> SphinxModel:
     here = groups()
-    language = build_language(config, here, dtype=dtype, sequence_length=64, is_checkpointed=False)
+    language = build_language(config, here, dtype=dtype, sequence_length=64)
     experts = (ExpertConfig(name="dinov2_small", weights="random"),)
     vision = VisualProjection(VisionConfig(experts=experts, grid=4), config.hidden, dtype=dtype, device=CPU)
-    model = SphinxModel(language, vision)
+    model = SphinxModel(language, vision, here)
     draw_weights(model, config, here, seed=4)
     return model
 
@@ -96,6 +96,7 @@ def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
     return MicroBatch(
         tokens=torch.cat(documents), targets=torch.cat(targets), lengths=tuple(map(len, documents)),
         pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, pair_of_view=none,
+        row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
         pairs=(), documents=tuple(range(len(documents))),
     )  # fmt: skip
 
@@ -159,7 +160,8 @@ def check_views_stand_behind_bos():
         tokens=tokens.repeat(2), targets=torch.full((2 * len(tokens),), 5), lengths=(len(tokens),) * 2,
         pair_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
-        pair_of_view=torch.tensor([0, 1]), pairs=(0, 1), documents=(),
+        pair_of_view=torch.tensor([0, 1]), row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
+        pairs=(0, 1), documents=(),
     )  # fmt: skip
     both = model(batch, features)
     swapped = model(batch, features.flip(0))

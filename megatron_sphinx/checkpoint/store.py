@@ -1,118 +1,260 @@
-"""Training states on disk: complete or invisible.
+"""Training states on disk: complete or invisible, and the same for every layout.
 
-A checkpoint is a folder `step_<8 digits>`. It is written under a hidden name, each rank its own files, and renamed
-when every rank is done; a crash or a full disk leaves the ones before it as they were.
+A checkpoint is a folder `step_<8 digits>`. Each rank writes the parts of the whole weights that it updates, through
+torch.distributed.checkpoint, while the run goes on; the folder has a hidden name until every rank is done. A crash or a
+full disk leaves the checkpoints before it as they were.
 """
 
+import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 
 _MANIFEST = "checkpoint.json"
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A box of a whole tensor that a rank keeps.
+
+    Attributes:
+        name: of the whole tensor.
+        whole: its shape.
+        block: where the piece lies in it.
+        values: the piece, of the block's shape.
+    """
+
+    name: str
+    whole: tuple[int, ...]
+    block: Block
+    values: Tensor
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Writes pieces, and small objects by name."""
+
+    def __init__(self, pieces: Iterable[Piece], objects: dict[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
+        self.objects = {MetadataIndex(name): value for name, value in objects.items()}
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(index=index, type=WriteItemType.BYTE_IO) for index in self.objects]
+        for index, piece in self.pieces.items():
+            data = TensorWriteData(
+                chunk=_chunk(piece),
+                properties=TensorProperties.create_from_tensor(piece.values),
+                size=torch.Size(piece.whole),
+            )
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.pieces.get(index)
+        return found.values if found is not None else self.objects[index]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Fills pieces, and returns small objects by name."""
+
+    def __init__(self, pieces: Iterable[Piece], wanted: Iterable[str], path: Path) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
+        self.wanted, self.path = list(wanted), path
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        by_name: dict[str, list[Piece]] = {}
+        for piece in self.pieces.values():
+            by_name.setdefault(piece.name, []).append(piece)
+        plan = super().create_local_plan() if self.wanted else LoadPlan([])
+        items = list(plan.items)
+        for name, pieces in by_name.items():
+            saved = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise CheckpointError(
+                    f"checkpoint.resume={self.path}: holds no {name}; it is of another model: "
+                    f"resume with the configuration in its run folder, or start in another run.folder"
+                )
+            if tuple(saved.size) != pieces[0].whole:
+                raise CheckpointError(
+                    f"checkpoint.resume={self.path}: {name} has shape {list(saved.size)}, this run's has "
+                    f"{list(pieces[0].whole)}; resume with the configuration in its run folder"
+                )
+            items += create_read_items_for_chunk_list(name, saved, [_chunk(piece) for piece in pieces])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.pieces[index].values
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(piece.block.offset), sizes=torch.Size(piece.block.shape))
+
+
 class CheckpointStore:
-    """The checkpoints of a run, in one layout.
+    """The checkpoints of a run.
 
     Args:
         folder: where they are kept.
         keep: how many of the newest stay.
-        identity: what a checkpoint must agree with to be resumed: model, encoders, tokenizer, layout, data.
+        identity: what a checkpoint must agree with to be resumed: model, encoders, tokenizer, data.
+        about: what it says of itself beside that, for its reader.
+
+    Attributes:
+        waiting_seconds: how long the run has waited for its checkpoints.
     """
 
-    def __init__(self, folder: Path, groups: ProcessGroups, *, keep: int, identity: dict[str, Any]) -> None:
-        self.folder, self.groups, self.keep, self.identity = folder, groups, keep, identity
+    def __init__(
+        self, folder: Path, groups: ProcessGroups, *, keep: int, identity: dict[str, Any], about: dict[str, Any]
+    ) -> None:
+        self.folder, self.groups, self.keep, self.identity, self.about = folder, groups, keep, identity, about
+        self.waiting_seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._is_first = groups.seat.rank == 0
 
-    def save(self, step: int, state: dict[str, Any], model: dict[str, Any]) -> Path:
+    # save
+
+    def save(self, step: int, pieces: Iterable[Piece], objects: dict[str, Any], *, bad_pairs: int) -> None:
         """Keep the state after `step` steps; every language rank calls this, together.
+
+        Returns when the state is copied; it is written in the background. One save waits for the one before it.
 
         Args:
             step: steps done.
-            state: this rank's own: optimizer, random state.
-            model: this rank's shard of the weights; written once per tensor rank.
+            pieces: what this rank updates; together the ranks' pieces must tile the whole tensors. Copies of a piece
+                are written once.
+            objects: what belongs to this rank alone, e.g. its random state.
+            bad_pairs: of the run so far.
+
+        Raises:
+            CheckpointError: the save before this one failed.
+        """
+        begin = time.perf_counter()
+        self.finish()
+        planner = _SavePlanner([_copied(piece) for piece in pieces], self._named(objects))
+        self._saving = self._pool.submit(self._write, step, planner, bad_pairs)
+        self.waiting_seconds += time.perf_counter() - begin
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has ended, and in failure; `finish` says why."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until what is being saved is complete.
 
         Raises:
             CheckpointError: a rank could not write, e.g. the disk is full; earlier checkpoints stay as they are.
         """
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _named(self, objects: dict[str, Any]) -> dict[str, Any]:
+        return {f"rank {self.groups.seat.rank}/{name}": value for name, value in objects.items()}
+
+    def _write(self, step: int, planner: _SavePlanner, bad_pairs: int) -> None:
+        """Everything that is done in the background; the ranks talk over a group of its own."""
         target = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{target.name}.partial"
-        if self.groups.seat.rank == 0:
-            self._together(target, lambda: self._begin(partial))
-        else:
-            self._together(target, lambda: None)
-        self._together(target, lambda: self._write(partial, state, model), clean=partial)
-        self._together(target, lambda: self._publish(partial, target, step), clean=partial)
-        return target
+
+        def publish(files: list[dict[str, str]]) -> None:
+            sums = {name: value for part in files for name, value in part.items()}
+            sums[".metadata"] = _sha256(partial / ".metadata")
+            manifest = {"step": step, "bad_pairs": bad_pairs, "identity": self.identity, **self.about, "files": sums}
+            with (partial / _MANIFEST).open("w") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            for old in complete(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+
+        try:
+            self._together(target, lambda: self._begin(partial) if self._is_first else None)
+            writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
+            self._together(target, lambda: self._write_pieces(writer, planner))
+            own = dist.get_rank(self.groups.storage)
+            files = self._together(
+                target, lambda: {path.name: _sha256(path) for path in partial.glob(f"__{own}_*.distcp")}
+            )
+            self._together(target, lambda: publish(files) if self._is_first else None)
+        except CheckpointError:
+            if self._is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write_pieces(self, writer: FileSystemWriter, planner: _SavePlanner) -> None:
+        save({}, storage_writer=writer, planner=planner, process_group=self.groups.storage)
 
     def _begin(self, partial: Path) -> None:
         for left_behind in self.folder.glob(".step_*.partial"):
             shutil.rmtree(left_behind)
         partial.mkdir(parents=True)
 
-    def _write(self, partial: Path, state: dict[str, Any], model: dict[str, Any]) -> None:
-        seat = self.groups.seat
-        _save(state, partial / f"state_{seat.rank:05d}.pt")
-        if seat.data == 0:
-            _save(model, partial / f"model_tensor_{seat.tensor:03d}.pt")
-
-    def _publish(self, partial: Path, target: Path, step: int) -> None:
-        if self.groups.seat.rank != 0:
-            return
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        with (partial / _MANIFEST).open("w") as file:
-            json.dump({"step": step, "identity": self.identity, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for old in complete(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
-
-    def _together(self, target: Path, work: Callable[[], None], clean: Path | None = None) -> None:
-        """Do this rank's part, and fail on every rank where one fails."""
-        reason = ""
+    def _together(self, target: Path, work: Callable[[], Any]) -> list[Any]:
+        """Do this rank's part, and fail on every rank where one fails; else what each has returned."""
+        result, reason = None, ""
         try:
-            work()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            reason = " ".join(str(error).split())[:200]
-        reasons: list[str] = [reason] * dist.get_world_size(self.groups.language)
-        dist.all_gather_object(reasons, reason, group=self.groups.language)
-        if not any(reasons):
-            return
-        if clean is not None and self.groups.seat.rank == 0:
-            shutil.rmtree(clean, ignore_errors=True)
-        rank, reason = next((rank, text) for rank, text in enumerate(reasons) if text)
-        raise CheckpointError(
-            f"{target}: rank {rank} could not write it ({reason}); earlier checkpoints are untouched; "
-            f"make room, then resume with checkpoint.resume=auto"
-        )
-
-    def load(self, path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Steps done, this rank's state and its shard of the weights, from a checkpoint.
-
-        Raises:
-            CheckpointError: it is incomplete, or of another model, data or layout.
-        """
-        manifest = read_manifest(path)
-        for name, wanted in self.identity.items():
-            if (found := manifest["identity"].get(name)) != wanted:
-                raise CheckpointError(
-                    f"checkpoint.resume={path}: was made with {_difference(name, found, wanted)}; "
-                    f"resume with the configuration in its run folder, or start in another run.folder"
+            result = work()
+        except (Exception, CheckpointException) as error:  # torch reports a full disk in errors of its own
+            reason = " ".join(_cause(error).split())[:200] or type(error).__name__
+        mine = (reason, result)
+        found = [mine] * dist.get_world_size(self.groups.storage)
+        dist.all_gather_object(found, mine, group=self.groups.storage)
+        for rank, (text, _) in enumerate(found):
+            if text:
+                failure = CheckpointError(
+                    f"{target}: rank {rank} could not write it ({text}); earlier checkpoints are untouched; "
+                    f"make room, then resume with checkpoint.resume=auto"
                 )
-        seat = self.groups.seat
-        state = torch.load(path / f"state_{seat.rank:05d}.pt", map_location="cpu", weights_only=True)
-        model = torch.load(path / f"model_tensor_{seat.tensor:03d}.pt", map_location="cpu", weights_only=True)
-        return manifest["step"], state, model
+                failure.is_shared = True
+                raise failure
+        return [value for _, value in found]
+
+    # load
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to go on from, by `checkpoint.resume`; None for a fresh start."""
@@ -122,29 +264,71 @@ class CheckpointStore:
             return Path(resume)
         return next(reversed(complete(self.folder)), None)
 
+    def check(self, path: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself. The ranks compare its files' checksums, each a share of them.
+
+        Raises:
+            CheckpointError: it is incomplete or damaged, or of another model or other data.
+        """
+        manifest = read_manifest(path)
+        for name, wanted in self.identity.items():
+            if (found := manifest["identity"].get(name)) != wanted:
+                raise CheckpointError(
+                    f"checkpoint.resume={path}: was made with {_difference(name, found, wanted)}; "
+                    f"resume with the configuration in its run folder, or start in another run.folder"
+                )
+        for number, (name, wanted) in enumerate(manifest["files"].items()):
+            if number % self.groups.layout.language == self.groups.seat.rank and _sha256(path / name) != wanted:
+                raise CheckpointError(
+                    f"checkpoint.resume={path}: {name} is damaged (its checksum differs); resume from an earlier one"
+                )
+        return manifest
+
+    def load(self, path: Path, pieces: Iterable[Piece], objects: Iterable[str]) -> dict[str, Any]:
+        """Fill pieces from a checkpoint that `check` has passed; the objects of this rank that it has, by name.
+
+        Every language rank calls this, together.
+
+        Raises:
+            CheckpointError: it lacks a tensor, or has one of another shape; names the tensor.
+        """
+        reader = FileSystemReader(path)
+        known = reader.read_metadata().state_dict_metadata
+        wanted = {name: None for name in self._named(dict.fromkeys(objects)) if name in known}
+        planner = _LoadPlanner(pieces, wanted, path)
+        try:
+            load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise first if isinstance(first, CheckpointError) else error from None
+        return {name.partition("/")[2]: value for name, value in wanted.items()}
+
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step_*/{_MANIFEST}"))
 
 
-def load_weights(folder: Path) -> dict[str, Any]:
-    """The weights of the newest complete checkpoint of a folder, saved by a run with parallel.tensor=1.
+def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The whole fp32 weights of the newest complete checkpoint of a folder, saved in any layout: (name, weight).
 
     Raises:
-        CheckpointError: there is none, or its weights are in shards.
+        CheckpointError: there is none.
     """
     newest = next(reversed(complete(folder)), None)
     if newest is None:
         raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
-    if (tensor := read_manifest(newest)["identity"]["parallel"]["tensor"]) != 1:
-        raise CheckpointError(f"{newest}: holds its weights in {tensor} shards; use a run with parallel.tensor=1")
-    weights: dict[str, Any] = torch.load(newest / "model_tensor_000.pt", map_location="cpu", weights_only=True)
-    return weights
+    read_manifest(newest)
+    prefix, reader = "master/", FileSystemReader(newest)
+    for name, saved in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith(prefix) and isinstance(saved, TensorStorageMetadata):
+            whole = {name: torch.empty(saved.size)}
+            load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
+            yield name.removeprefix(prefix), whole[name]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, its files' sizes checked.
+    """What a checkpoint says of itself; its files are there.
 
     Raises:
         CheckpointError: it is missing or incomplete.
@@ -153,20 +337,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint.resume={path}: not a complete checkpoint; give a step_... folder") from error
-    for name, size in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(
-                f"checkpoint.resume={path}: {name} is missing or not {size} bytes long; resume from an earlier one"
-            )
+    for name in manifest["files"]:
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint.resume={path}: {name} is missing; resume from an earlier one")
     return manifest
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _copied(piece: Piece) -> Piece:
+    """The piece in memory of its own on the CPU."""
+    values = piece.values.detach()
+    values = values.to("cpu") if values.is_cuda else values.clone()
+    return Piece(piece.name, piece.whole, piece.block, values)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cause(error: BaseException) -> str:
+    """The text of the error that began it."""
+    if isinstance(error, CheckpointException):
+        return _cause(next(iter(error.failures.values()))[0])
+    return str(error)
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

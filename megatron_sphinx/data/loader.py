@@ -72,20 +72,26 @@ def make_planner(
 
 
 class BatchBuilder:
-    """Turns planned rows into a MicroBatch; touches captions and text, never an image."""
+    """Turns planned rows into a MicroBatch; touches captions and text, never an image.
 
-    def __init__(self, config: DataConfig, sources: Sources, vision: VisionConfig) -> None:
-        self.config, self.sources, self.vision = config, sources, vision
+    Args:
+        multiple: what the number of positions must be a multiple of; padding makes it so.
+    """
+
+    def __init__(self, config: DataConfig, sources: Sources, vision: VisionConfig, multiple: int = 1) -> None:
+        self.config, self.sources, self.vision, self.multiple = config, sources, vision, multiple
 
     def build(self, rows: Sequence[Row]) -> MicroBatch:
-        """One replica's micro-batch. No rows at all give one position without a target: each rank takes every step."""
-        units: list[Row] = [(piece,) for row in rows for piece in row] if self.config.isolate_documents else list(rows)
-        units.sort(key=lambda unit: sum(piece.length for piece in unit))
-        if not units:
-            return self._join([], ((np.zeros(1, np.int64), np.full(1, -100)),), (1,))
-        pieces = [piece for unit in units for piece in unit]
-        lengths = tuple(sum(piece.length for piece in unit) for unit in units)
-        return self._join(pieces, tuple(self._fill(piece) for piece in pieces), lengths)
+        """One replica's micro-batch. No rows at all give padding only: each rank takes every step."""
+        units = [(number, row) for number, row in enumerate(rows)]
+        if self.config.isolate_documents:
+            units = [(number, (piece,)) for number, row in units for piece in row]
+        units.sort(key=lambda unit: sum(piece.length for piece in unit[1]))
+        pieces = [piece for _, unit in units for piece in unit]
+        lengths = [sum(piece.length for piece in unit) for _, unit in units]
+        row_of_token = np.repeat([number for number, _ in units], lengths).astype(np.int64)
+        padding = -sum(lengths) % self.multiple if lengths else self.multiple
+        return self._join(pieces, [self._fill(piece) for piece in pieces], lengths, row_of_token, len(rows), padding)
 
     def _fill(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and targets of one piece."""
@@ -113,12 +119,19 @@ class BatchBuilder:
         self,
         pieces: Sequence[Piece],
         filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
-        lengths: tuple[int, ...],
+        lengths: list[int],
+        row_of_token: NDArray[np.int64],
+        rows: int,
+        padding: int,
     ) -> MicroBatch:
         """Lay the pieces one behind the other; pairs keep the order of their ids for their views.
 
         A pair may be there twice, where one epoch ends and the next begins.
         """
+
+        def padded(parts: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
+            return torch.from_numpy(np.concatenate([*parts, np.full(padding, fill, np.int64)]))
+
         places = sorted((n for n, piece in enumerate(pieces) if piece.is_pair), key=lambda n: pieces[n].item)
         order = {place: number for number, place in enumerate(places)}
         starts = np.cumsum([0, *(piece.length for piece in pieces)])
@@ -130,10 +143,12 @@ class BatchBuilder:
         begins = [starts[places[number]] + 1 + view * len(block) for number, view in views]
         positions = (np.array(begins, np.int64)[:, None] + block).reshape(-1)
         return MicroBatch(
-            tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in filled])),
-            targets=torch.from_numpy(np.concatenate([targets for _, targets in filled])),
-            lengths=lengths,
-            pair_of_token=torch.from_numpy(owner),
+            tokens=padded([tokens for tokens, _ in filled], 0),
+            targets=padded([targets for _, targets in filled], -100),
+            lengths=(*lengths, padding) if padding else tuple(lengths),
+            pair_of_token=padded([owner], -1),
+            row_of_token=padded([row_of_token], -1),
+            rows=rows,
             view_positions=torch.from_numpy(positions),
             pair_of_view=torch.tensor([number for number, _ in views], dtype=torch.int64),
             pairs=tuple(pieces[place].item for place in places),

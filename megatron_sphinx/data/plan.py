@@ -120,6 +120,11 @@ class StepPlan:
         return sum(piece.targets for row in self.rows for piece in row if piece.is_pair is of_pairs)
 
     @cached_property
+    def positions(self) -> int:
+        """Positions of all rows: tokens of text, and what pairs take."""
+        return sum(piece.length for row in self.rows for piece in row)
+
+    @cached_property
     def digest(self) -> str:
         """Identifies the samples of the step: equal exactly where they are."""
         return hashlib.sha256(repr((self.pairs, self.text)).encode()).hexdigest()[:16]

@@ -12,21 +12,25 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Shape of the decoder, a LLaMA: RMSNorm, SwiGLU, RoPE, grouped queries, untied output, no biases.
+    """Shape of the decoder, a LLaMA or a Mixtral: RMSNorm, SwiGLU, RoPE, grouped queries, untied output, no biases.
 
     Attributes:
         preset: the file of presets/ that fills what is not given.
         layers: decoder layers.
         hidden: width of the residual stream.
-        ffn: width inside a feed-forward layer.
+        ffn: width inside a feed-forward layer, or inside each expert.
         heads: query heads.
         groups: key-value heads.
         vocabulary: tokens of the tokenizer, without padding.
+        experts: feed-forward experts of every layer; 0 for the one layer of a LLaMA.
+        experts_per_token: how many of them compute a token; the softmax is over their logits only.
+        balance_loss_coefficient: of the load-balancing loss of each layer.
+        z_loss_coefficient: of the squared log-sum-exp of each layer's router logits.
         rope_theta: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
 
-    Source: LLaMA 2, arXiv:2307.09288, section 2.2.
+    Source: LLaMA 2, arXiv:2307.09288, section 2.2; Mixtral, arXiv:2401.04088, section 2.
     """
 
     preset: str | None = None
@@ -36,6 +40,10 @@ class LanguageConfig:
     heads: int
     groups: int
     vocabulary: int
+    experts: int = 0
+    experts_per_token: int = 2
+    balance_loss_coefficient: float = 0.0
+    z_loss_coefficient: float = 0.0
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
@@ -51,6 +59,13 @@ class LanguageConfig:
             )
         if self.heads % self.groups:
             raise ConfigError(f"model.groups={self.groups}: must divide model.heads={self.heads}")
+        for name in ("experts", "balance_loss_coefficient", "z_loss_coefficient"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"model.{name}={value}: must be at least 0")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ConfigError(
+                f"model.experts_per_token={self.experts_per_token}: must be between 1 and model.experts={self.experts}"
+            )
 
     @property
     def padded_vocabulary(self) -> int:
@@ -58,11 +73,25 @@ class LanguageConfig:
         return -(-self.vocabulary // 128) * 128
 
     @property
+    def attention_matrices(self) -> int:
+        """Weights in the matrices of one layer's attention."""
+        return 2 * self.hidden * self.hidden + 2 * self.hidden * self.groups * (self.hidden // self.heads)
+
+    @property
+    def expert_matrices(self) -> int:
+        """Weights in the matrices of one expert, or of a LLaMA's feed-forward layer."""
+        return 3 * self.hidden * self.ffn
+
+    @property
+    def active_matrices(self) -> int:
+        """Weights in the matrices of one layer that a token meets."""
+        feed_forward = self.expert_matrices * (self.experts_per_token if self.experts else 1)
+        return self.attention_matrices + feed_forward + self.experts * self.hidden
+
+    @property
     def layer_matrices(self) -> int:
         """Weights in the matrices of one decoder layer."""
-        head = self.hidden // self.heads
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.groups * head
-        return attention + 3 * self.hidden * self.ffn
+        return self.attention_matrices + self.expert_matrices * max(self.experts, 1) + self.experts * self.hidden
 
     @property
     def parameters(self) -> int:
@@ -76,7 +105,7 @@ class LanguageConfig:
         Counts matrix products only: 6 per weight and token, and 6 hidden per layer and pair of positions attended.
         """
         tokens = float(sum(lengths))
-        matrices = self.layers * self.layer_matrices + self.vocabulary * self.hidden
+        matrices = self.layers * self.active_matrices + self.vocabulary * self.hidden
         pairs = sum(n * (n + 1) / 2 for n in lengths)
         return 6 * matrices * tokens + 12 * self.layers * self.hidden * pairs
 

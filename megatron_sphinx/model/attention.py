@@ -11,21 +11,24 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from megatron_sphinx import platform
+from megatron_sphinx.model.experts import Routing
 
 
 @dataclass
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
-    """Documents that lie one behind the other in one row, sorted by length; none sees another.
+    """Documents that lie one behind the other, best sorted by length; none sees another.
 
     Attributes:
         runs: (documents, length of each), in the order they lie.
+        routing: what routers must know of the same tokens; None without experts.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
+    routing: Routing | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "PackedRows":
-        """The boundaries of documents of these lengths, which must be sorted."""
+    def of(cls, lengths: Sequence[int], device: torch.device, routing: Routing | None = None) -> "PackedRows":
+        """The boundaries of documents of these lengths."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         longest = max(lengths)
         return cls(
@@ -35,6 +38,7 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             runs=tuple((len(list(same)), length) for length, same in groupby(lengths)),
+            routing=routing,
         )
 
 
@@ -95,6 +99,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=platform.current().device)
         self.weight = nn.Parameter(ones)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last dimension."""

@@ -1,20 +1,23 @@
 """The language model: what SPHINX asks of megatron-core's GPT."""
 
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
@@ -22,26 +25,39 @@ from torch import Tensor, nn
 from megatron_sphinx import platform
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedAttention, RMSNorm
+from megatron_sphinx.model.experts import GroupedExperts, RowLayer, RowMoE, RowRouter
+from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.parallel.seeding import generator
 
-# Which dimension of a weight the tensor ranks share, and how many matrices are stacked in it (gate and up).
-SHARDED = {
-    "word_embeddings.weight": (0, 1),
-    "linear_qkv.weight": (0, 1),
-    "linear_proj.weight": (1, 1),
-    "linear_fc1.weight": (0, 2),
-    "linear_fc2.weight": (1, 1),
-    "output_layer.weight": (0, 1),
-}
 
+def block_spec(
+    config: LanguageConfig, groups: ProcessGroups, *, is_recomputed: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Which modules the decoder is made of: transformer-engine's where it imports, else torch's own kernels.
 
-def block_spec(layers: int) -> ModuleSpec | TransformerBlockSubmodules:
-    """Which modules the decoder is made of: transformer-engine's where it imports, else torch's own kernels."""
+    Args:
+        config: the model.
+        groups: the groups it computes in.
+        is_recomputed: whether experts are computed again in backward.
+    """
+    dense = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    router = partial(RowRouter, balance=config.balance_loss_coefficient, z_loss=config.z_loss_coefficient)
+    experts = ModuleSpec(
+        module=RowMoE,
+        submodules=MoESubmodules(experts=GroupedExperts, router=router),
+        params={"collection": groups.collection, "is_recomputed": is_recomputed},
+    )
     if platform.current().is_cuda and platform.is_imported("transformer_engine"):
-        return get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=config.experts or None)
+        if config.experts:
+            spec.module, spec.submodules.mlp = RowLayer, experts
+        return spec
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=RowLayer if config.experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -57,17 +73,22 @@ def block_spec(layers: int) -> ModuleSpec | TransformerBlockSubmodules:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=experts if config.experts else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+    layers = groups.layout.config.stage_layers(config.layers)[groups.seat.pipeline]
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def build_language(
-    config: LanguageConfig, groups: ProcessGroups, *, dtype: torch.dtype, sequence_length: int, is_checkpointed: bool
+    config: LanguageConfig,
+    groups: ProcessGroups,
+    *,
+    dtype: torch.dtype,
+    sequence_length: int,
+    recompute: str = "none",
+    recompute_layers: int | None = None,
 ) -> GPTModel:
     """This rank's shard of the decoder, its weights not yet set.
 
@@ -76,11 +97,64 @@ def build_language(
         groups: the groups it computes in.
         dtype: type of weights and activations.
         sequence_length: longest document it will see.
-        is_checkpointed: keep each layer's input only and compute the layer again in backward.
+        recompute: what backward computes again: none, selective (feed-forward layers and experts), or full (layers).
+        recompute_layers: of full: how many layers of each stage; None for all.
     """
-    sizes = groups.layout.config
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    transformer = TransformerConfig(
+    transformer = _transformer_config(config, groups.layout.config, dtype, **_recompute(recompute, recompute_layers))
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=block_spec(config, groups, is_recomputed=recompute == "selective"),
+        vocab_size=config.padded_vocabulary,
+        max_sequence_length=sequence_length,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        share_embeddings_and_output_weights=False,
+        scatter_embedding_sequence_parallel=False,  # pictures are placed among the tokens first
+        pg_collection=groups.collection,
+    )
+    if groups.is_last_stage:
+        _hide_padding(model, config, groups)
+    _sum_over_sequence(model, groups)
+    return model
+
+
+def _recompute(recompute: str, layers: int | None) -> dict[str, Any]:
+    """megatron-core's words for what is computed again; experts do it themselves."""
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    method = "uniform" if layers is None else "block"
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers or 1}
+
+
+def _transformer_config(
+    config: LanguageConfig, sizes: ParallelConfig, dtype: torch.dtype, **recompute: Any
+) -> TransformerConfig:
+    stages = sizes.stage_layers(config.layers)
+    parts = [["decoder"] * layers for layers in stages]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    pipeline = {
+        "pipeline_model_parallel_layout": parts,
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": True,
+        "deallocate_pipeline_outputs": True,
+        "calculate_per_token_loss": True,  # the schedule must not scale the loss: it is divided by the step's tokens
+        "batch_p2p_sync": False,
+    }
+    experts = {
+        "num_moe_experts": config.experts,
+        "moe_router_topk": config.experts_per_token,
+        "moe_ffn_hidden_size": config.ffn,
+        "moe_router_load_balancing_type": "none",  # RowRouter's own
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": sizes.expert_tensor,
+    }
+    return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.hidden,
         ffn_hidden_size=config.ffn,
@@ -100,30 +174,31 @@ def build_language(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, experts or not
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
+        sequence_parallel=sizes.sequence,
         use_cpu_initialization=not platform.current().is_cuda,
         perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        **(recompute if is_checkpointed else {}),
+        **(pipeline if sizes.pipeline > 1 else {}),
+        **(experts if config.experts else {}),
+        **recompute,
     )
-    model = GPTModel(
-        config=transformer,
-        transformer_layer_spec=block_spec(config.layers),
-        vocab_size=config.padded_vocabulary,
-        max_sequence_length=sequence_length,
-        position_embedding_type="rope",
-        rotary_base=config.rope_theta,
-        share_embeddings_and_output_weights=False,
-        pg_collection=groups.collection,
-    )
-    for name, weight in model.named_parameters():
-        sharding = SHARDED.get(".".join(name.split(".")[-2:]))
-        if sharding and not hasattr(weight, "partition_dim"):  # megatron-core marks only what it draws itself
-            set_tensor_model_parallel_attributes(weight, True, *sharding)
-    _hide_padding(model, config, groups)
-    return model
+
+
+def _sum_over_sequence(model: nn.Module, groups: ProcessGroups) -> None:
+    """Let the tensor ranks sum the gradients of what each applies to its own part of the tokens: norms and routers."""
+
+    def sum_up(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=groups.tensor)
+        return gradient
+
+    for weight in model.parameters():
+        if getattr(weight, "sequence_parallel", False):
+            weight.register_hook(sum_up)
 
 
 def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups) -> None:
@@ -148,29 +223,31 @@ def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups
 
     Norms start at one, biases at zero, the tags uniform in [0, 1) as released, matrices normal.
     """
-    for name, weight in model.named_parameters():
+    shards = shards_of(model, config, groups)
+    for own_name, weight in model.named_parameters():
+        shard = shards[own_name]
+        name = shard.name
         if weight.ndim == 1:
             weight.fill_(1.0 if name.endswith("weight") else 0.0)
             if name.endswith("_tag"):
                 weight.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
             continue
-        is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.weight2"))
         std = config.init_std / (2 * config.layers) ** 0.5 if is_output else config.init_std
-        whole = torch.empty(_whole_shape(weight, groups)).normal_(0.0, std, generator=generator(seed, name))
-        weight.copy_(_shard(whole, weight, groups))
+        if shard.is_expert:
+            first = shard.blocks[0].offset[0]
+            draws = [_normal(shard.whole[1:], std, seed, f"{name}.{first + n}") for n in range(len(weight))]
+            whole, begin = torch.stack(draws), first
+        else:
+            whole, begin = _normal(shard.whole, std, seed, name), 0
+        at = 0
+        for block in shard.blocks:
+            (offset, *others), count = block.offset, prod(block.shape)
+            corners = zip((offset - begin, *others), block.shape, strict=True)
+            part = whole[tuple(slice(corner, corner + size) for corner, size in corners)]
+            weight.view(-1)[at : at + count] = part.flatten()
+            at += count
 
 
-def _whole_shape(weight: Tensor, groups: ProcessGroups) -> list[int]:
-    shape = list(weight.shape)
-    if getattr(weight, "tensor_model_parallel", False):
-        shape[weight.partition_dim] *= groups.layout.config.tensor  # type: ignore[attr-defined]
-    return shape
-
-
-def _shard(whole: Tensor, weight: Tensor, groups: ProcessGroups) -> Tensor:
-    """This rank's part. A stride of 2 means two matrices, gate and up, each cut among the ranks."""
-    if not getattr(weight, "tensor_model_parallel", False):
-        return whole
-    dim, stride, size = weight.partition_dim, weight.partition_stride, groups.layout.config.tensor  # type: ignore[attr-defined]
-    parts = [part.chunk(size, dim)[groups.seat.tensor] for part in whole.chunk(stride, dim)]
-    return torch.cat(parts, dim)
+def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
+    return torch.empty(*shape).normal_(0.0, std, generator=generator(seed, name))

@@ -2,23 +2,29 @@
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.attention import PackedRows
+from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, Routing
 from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one replica computes at once: documents and pairs, one behind the other in one row, sorted by length.
+    """What one replica computes at once: documents and pairs, one behind the other, sorted by length, then padding.
 
     Attributes:
         tokens: int64 [tokens]; 0 at the positions of views.
         targets: int64 [tokens], -100 where no loss is taken.
         lengths: length of each document or pair, ascending; attention stays inside it.
-        pair_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text.
+        pair_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
+        row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
+        rows: how many planned rows are here.
         view_positions: int64 [views * tokens_per_view], view by view.
         pair_of_view: int64 [views], index into `pairs`.
         pairs: ids of the pairs, in the order in which their views come.
@@ -29,6 +35,8 @@ class MicroBatch:
     targets: Tensor
     lengths: tuple[int, ...]
     pair_of_token: Tensor
+    row_of_token: Tensor
+    rows: int
     view_positions: Tensor
     pair_of_view: Tensor
     pairs: tuple[int, ...]
@@ -36,37 +44,62 @@ class MicroBatch:
 
 
 class SphinxModel(nn.Module):
-    """The trainable part of SPHINX on one language rank: projections, tags and a shard of the language model."""
+    """The trainable part of SPHINX on one language rank: a shard of the language model.
 
-    def __init__(self, language: GPTModel, vision: VisualProjection) -> None:
+    The first pipeline stage also has the projections and tags; only the last one computes losses.
+    """
+
+    def __init__(self, language: GPTModel, vision: VisualProjection | None, groups: ProcessGroups) -> None:
         super().__init__()
         self.language = language
         self.vision = vision
+        self.groups = groups
+        self.config, self.model_type = language.config, language.model_type  # megatron-core's schedules ask for them
 
-    def forward(self, batch: MicroBatch, features: Tensor) -> Tensor:
-        """Token losses of a micro-batch.
+    def set_input_tensor(self, hidden: Tensor) -> None:
+        """Take what the stage before this one has computed, before `forward`; megatron-core's schedules call this."""
+        self.language.set_input_tensor(hidden)
+
+    def forward(self, batch: MicroBatch, features: Tensor | None, routing: Routing | None = None) -> Tensor:
+        """Token losses of a micro-batch, or what the next pipeline stage goes on from.
 
         Args:
             batch: tokens [tokens] and where the views sit among them.
-            features: [views, feature_values], in the batch's order of views.
+            features: [views, feature_values], in the batch's order of views; None behind the first stage.
+            routing: what the routers must know; with experts only.
 
         Returns:
-            Cross entropy in nats, fp32 [tokens]; what stands at positions without a target means nothing.
+            Cross entropy in nats, fp32 [tokens]; what stands at positions without a target means nothing. Before the
+            last stage: hidden states [tokens of this rank, 1, hidden].
 
         Source: SPHINX, arXiv:2311.07575, section 3; the view blocks stand right behind BOS.
         """
         tokens = batch.tokens[None]
-        text = self.language.embedding(input_ids=tokens, position_ids=None)
-        embeddings = place_views(text[:, 0], self.vision(features), batch.view_positions)
-        losses: Tensor = self.language(
+        out: Tensor = self.language(
             input_ids=tokens,
             position_ids=None,
             attention_mask=None,
-            decoder_input=embeddings[:, None],
-            labels=batch.targets.clamp(min=0)[None],
-            packed_seq_params=PackedRows.of(batch.lengths, tokens.device),
+            decoder_input=None if features is None else self._embed(batch, features),
+            labels=batch.targets.clamp(min=0)[None] if self.groups.is_last_stage else None,
+            packed_seq_params=PackedRows.of(batch.lengths, tokens.device, routing),
         )
-        return losses[0]
+        return out[0] if self.groups.is_last_stage else out
+
+    def _embed(self, batch: MicroBatch, features: Tensor) -> Tensor:
+        """Embeddings [tokens of this rank, 1, hidden] of tokens and views."""
+        assert self.vision is not None
+        text = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
+        embeddings = place_views(text[:, 0], self.vision(features), batch.view_positions)[:, None]
+        if self.groups.layout.config.sequence:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tensor)
+        return embeddings
+
+
+def routing_of(batch: MicroBatch, weight: float) -> Routing:
+    """What routers must know of a micro-batch whose every token weighs `weight` in their losses."""
+    row = batch.row_of_token
+    kind = torch.full_like(row, TEXT).index_fill(0, batch.view_positions, IMAGE).masked_fill(row < 0, PADDING)
+    return Routing(row.where(row >= 0, batch.rows), kind, batch.rows, weight)
 
 
 def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:

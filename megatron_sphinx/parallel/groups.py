@@ -15,6 +15,18 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.parallel.layout import ParallelLayout, Seat
 
 T = TypeVar("T")
+_DENSE = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "pp": ["pp"],
+    "dp": ["dp"],
+    "mp": ["tp", "pp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_cp": ["tp", "cp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+    "language": ["tp", "cp", "dp", "pp"],
+}
+_EXPERTS = {"expt_tp": ["expt_tp"], "ep": ["ep"], "expt_dp": ["expt_dp"], "tp_ep": ["expt_tp", "ep"]}
 
 
 @dataclass(frozen=True)
@@ -26,18 +38,28 @@ class ProcessGroups:
         seat: where this rank sits on them.
         tensor: ranks that share this rank's matrices.
         data: ranks that hold the same shard for other samples; ZeRO-2 partitions over them.
+        pipeline: the stages of this rank's replica, as far as they have its place in the tensor group.
+        flags: the same ranks, to talk beside the pipeline's own messages; None without a pipeline.
         model: tensor x pipeline, one whole replica.
+        expert: ranks that share the experts.
+        expert_data: ranks that hold the same experts; ZeRO-2 partitions those over them.
         language: every language rank.
+        storage: the language ranks, over gloo: for checkpoints that are written while the run goes on.
         collection: the same groups as megatron-core's layers take them.
     """
 
     layout: ParallelLayout
     seat: Seat
-    tensor: ProcessGroup | None
-    data: ProcessGroup | None
-    model: ProcessGroup | None
-    language: ProcessGroup | None
-    collection: ProcessGroupCollection | None
+    tensor: ProcessGroup | None = None
+    data: ProcessGroup | None = None
+    pipeline: ProcessGroup | None = None
+    flags: ProcessGroup | None = None
+    model: ProcessGroup | None = None
+    expert: ProcessGroup | None = None
+    expert_data: ProcessGroup | None = None
+    language: ProcessGroup | None = None
+    storage: ProcessGroup | None = None
+    collection: ProcessGroupCollection | None = None
 
     @classmethod
     def create(cls, layout: ParallelLayout, backend: str, timeout: timedelta | None = None) -> "ProcessGroups":
@@ -45,31 +67,51 @@ class ProcessGroups:
 
         A group does not take over the world's `timeout`: without one of its own it waits as long as the backend likes.
         """
-        config = layout.config
-        grid = HyperCommGrid(
-            [config.tensor, 1, layout.data, config.pipeline], ["tp", "cp", "dp", "pp"], rank_offset=0, backend=backend
-        )
-        axes = {
-            "tp": ["tp"],
-            "cp": ["cp"],
-            "pp": ["pp"],
-            "dp": ["dp"],
-            "mp": ["tp", "pp"],
-            "dp_cp": ["cp", "dp"],
-            "tp_cp": ["tp", "cp"],
-            "tp_dp_cp": ["tp", "cp", "dp"],
-            "language": ["tp", "cp", "dp", "pp"],
-        }
-        groups = {name: grid.create_pg(dims, timeout=timeout) for name, dims in axes.items()}
+        sizes = layout.config
+        dense = {"tp": sizes.tensor, "cp": 1, "dp": layout.data, "pp": sizes.pipeline}
+        experts = {
+            "expt_tp": sizes.expert_tensor, "ep": sizes.expert, "expt_dp": layout.expert_data, "pp": sizes.pipeline,
+        }  # fmt: skip
+
+        def create(grid: dict[str, int], axes: dict[str, list[str]], backend: str) -> dict[str, ProcessGroup]:
+            made = HyperCommGrid(list(grid.values()), list(grid), rank_offset=0, backend=backend)
+            return {name: made.create_pg(dims, timeout=timeout) for name, dims in axes.items()}
+
+        groups = create(dense, _DENSE, backend) | create(experts, _EXPERTS, backend)
+        flags = create(dense, {"flags": ["pp"]}, backend) if sizes.pipeline > 1 else {}
+        storage = create(dense, {"storage": ["tp", "cp", "dp", "pp"]}, "gloo")
         seat = layout.seat(dist.get_rank())
         if seat.encoder is not None:
-            return cls(layout, seat, None, None, None, None, None)
+            return cls(layout, seat)
         collection = ProcessGroupCollection()
         for name, group in groups.items():
             setattr(collection, name, group)
         collection.embd = collection.pos_embd = None  # input and output embeddings are not tied
         _install_globals(collection)
-        return cls(layout, seat, groups["tp"], groups["dp"], groups["mp"], groups["language"], collection)
+        return cls(
+            layout,
+            seat,
+            tensor=groups["tp"],
+            data=groups["dp"],
+            pipeline=groups["pp"],
+            flags=flags.get("flags"),
+            model=groups["mp"],
+            expert=groups["ep"],
+            expert_data=groups["expt_dp"],
+            language=groups["language"],
+            storage=storage["storage"],
+            collection=collection,
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens and pictures."""
+        return self.seat.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return self.seat.pipeline == self.layout.config.pipeline - 1
 
 
 def _install_globals(collection: ProcessGroupCollection) -> None:
@@ -80,6 +122,10 @@ def _install_globals(collection: ProcessGroupCollection) -> None:
     parallel_state._DATA_PARALLEL_GROUP = collection.dp
     parallel_state._DATA_PARALLEL_GROUP_WITH_CP = collection.dp_cp
     parallel_state._MODEL_PARALLEL_GROUP = collection.mp
+    parallel_state._EXPERT_MODEL_PARALLEL_GROUP = collection.ep
+    parallel_state._EXPERT_TENSOR_PARALLEL_GROUP = collection.expt_tp
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
 
 
 def agree(work: Callable[[], T]) -> T:

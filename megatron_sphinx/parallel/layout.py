@@ -12,37 +12,83 @@ class ParallelConfig:
     Attributes:
         tensor: ranks that share every weight matrix of the language model.
         pipeline: stages its layers are cut into.
+        pipeline_layers: decoder layers of each stage; without it as even as they go, the first stages taking more.
+        sequence: whether tensor ranks also share the tokens between the matrices (norms, residuals, routers).
+        expert: ranks of a pipeline stage that share the experts of a layer.
+        expert_tensor: ranks that share every matrix of an expert.
         encoder: ranks that hold the frozen encoders and nothing else; 0 puts the encoders on the language ranks.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    pipeline_layers: tuple[int, ...] | None = None
+    sequence: bool = False
+    expert: int = 1
+    expert_tensor: int = 1
     encoder: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            size = getattr(self, field.name)
+            if field.name in ("pipeline_layers", "sequence"):
+                continue
             least = 0 if field.name == "encoder" else 1
-            if (size := getattr(self, field.name)) < least:
+            if size < least:
                 raise ConfigError(f"parallel.{field.name}={size}: must be at least {least}")
-        if self.pipeline > 1:
-            raise ConfigError(f"parallel.pipeline={self.pipeline}: the language model is one stage here; use 1")
+        if self.sequence and self.tensor == 1:
+            raise ConfigError(
+                "parallel.sequence=true: the tokens are shared by tensor ranks; set parallel.tensor above 1"
+            )
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:
+            raise ConfigError(
+                f"parallel.pipeline_layers={list(self.pipeline_layers)}: must name the layers of each of the "
+                f"{self.pipeline} stages of parallel.pipeline"
+            )
+
+    def stage_layers(self, layers: int) -> tuple[int, ...]:
+        """How many of a model's decoder layers each pipeline stage holds.
+
+        Raises:
+            ConfigError: a stage would hold none, or the stages hold more or fewer than there are.
+        """
+        if self.pipeline_layers is not None:
+            if sum(self.pipeline_layers) != layers or min(self.pipeline_layers) < 1:
+                raise ConfigError(
+                    f"parallel.pipeline_layers={list(self.pipeline_layers)}: must be at least 1 each and "
+                    f"model.layers={layers} together"
+                )
+            return self.pipeline_layers
+        if self.pipeline > layers:
+            raise ConfigError(
+                f"parallel.pipeline={self.pipeline}: leaves stages without a layer; use at most model.layers={layers}"
+            )
+        even, more = divmod(layers, self.pipeline)
+        return tuple(even + (stage < more) for stage in range(self.pipeline))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seat:
-    """Where one rank sits.
+    """Where one rank sits. On an encoder rank all places but `rank` and `encoder` are 0.
 
     Attributes:
         rank: number in the world.
         encoder: number among the encoder ranks, None on a language rank.
-        tensor: place in its tensor-parallel group (0 on an encoder rank).
-        data: number of its data-parallel replica (0 on an encoder rank).
+        tensor: place in its tensor-parallel group.
+        data: number of its data-parallel replica.
+        pipeline: number of its pipeline stage.
+        expert: place among the ranks that share the experts.
+        expert_tensor: place among the ranks that share each expert's matrices.
+        expert_data: number among the copies of its experts.
     """
 
     rank: int
-    encoder: int | None
-    tensor: int
-    data: int
+    encoder: int | None = None
+    tensor: int = 0
+    data: int = 0
+    pipeline: int = 0
+    expert: int = 0
+    expert_tensor: int = 0
+    expert_data: int = 0
 
     @property
     def role(self) -> str:
@@ -53,6 +99,8 @@ class Seat:
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
     """A world of ranks: language ranks first (tensor fastest, then data, then pipeline), encoder ranks last.
+
+    The experts divide the ranks of a stage anew: expert-tensor fastest, then expert, then expert-data.
 
     Attributes:
         world: ranks in the job.
@@ -66,17 +114,28 @@ class ParallelLayout:
     config: ParallelConfig
 
     def __post_init__(self) -> None:
-        encoder, model = self.config.encoder, self.config.tensor * self.config.pipeline
+        sizes, encoder = self.config, self.config.encoder
         if encoder >= self.world:
             raise ConfigError(
                 f"parallel.encoder={encoder}: leaves no language rank of the {self.world} in the job; "
                 f"use 0 to {self.world - 1}, or start more ranks"
             )
-        if self.language % model:
-            sizes = [n for n in range(1, self.language + 1) if self.language % (n * self.config.pipeline) == 0]
+        of_job = f"({self.world} in the job, {encoder} of them encoders)"
+        if self.language % sizes.pipeline:
             raise ConfigError(
-                f"parallel.tensor={self.config.tensor}: must divide the {self.language} language ranks "
-                f"({self.world} in the job, {encoder} of them encoders); use one of {sizes}, or another number of ranks"
+                f"parallel.pipeline={sizes.pipeline}: must divide the {self.language} language ranks {of_job}; "
+                f"use one of {_divisors(self.language)}, or another number of ranks"
+            )
+        if self.stage % sizes.tensor:
+            raise ConfigError(
+                f"parallel.tensor={sizes.tensor}: must divide the {self.stage} language ranks of a pipeline stage "
+                f"{of_job}; use one of {_divisors(self.stage)}, or another number of ranks"
+            )
+        if self.stage % (sizes.expert * sizes.expert_tensor):
+            raise ConfigError(
+                f"parallel.expert={sizes.expert}: times parallel.expert_tensor={sizes.expert_tensor} must divide the "
+                f"{self.stage} language ranks of a pipeline stage {of_job}; use for both together one of "
+                f"{_divisors(self.stage)}, or another number of ranks"
             )
 
     @property
@@ -85,23 +144,52 @@ class ParallelLayout:
         return self.world - self.config.encoder
 
     @property
+    def stage(self) -> int:
+        """Language ranks of one pipeline stage."""
+        return self.language // self.config.pipeline
+
+    @property
     def data(self) -> int:
         """Replicas of the language model; each sees other samples."""
-        return self.language // (self.config.tensor * self.config.pipeline)
+        return self.stage // self.config.tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of each expert."""
+        return self.stage // (self.config.expert * self.config.expert_tensor)
 
     def seat(self, rank: int) -> Seat:
         """Where `rank` sits."""
         if rank >= self.language:
-            return Seat(rank, rank - self.language, 0, 0)
-        return Seat(rank, None, rank % self.config.tensor, rank // self.config.tensor % self.data)
+            return Seat(rank=rank, encoder=rank - self.language)
+        sizes, here = self.config, rank % self.stage
+        return Seat(
+            rank=rank,
+            tensor=here % sizes.tensor,
+            data=here // sizes.tensor,
+            pipeline=rank // self.stage,
+            expert=here // sizes.expert_tensor % sizes.expert,
+            expert_tensor=here % sizes.expert_tensor,
+            expert_data=here // (sizes.expert_tensor * sizes.expert),
+        )
 
-    def rank_of(self, *, data: int, tensor: int) -> int:
-        """The first-stage language rank at these places."""
-        return data * self.config.tensor + tensor
+    def rank_of(self, *, data: int, tensor: int, pipeline: int = 0) -> int:
+        """The language rank at these places."""
+        return (pipeline * self.data + data) * self.config.tensor + tensor
 
     def encoder_rank(self, encoder: int) -> int:
         """The rank of the encoder with this number."""
         return self.language + encoder
 
     def __str__(self) -> str:
-        return f"tensor {self.config.tensor} x data {self.data} + encoder {self.config.encoder}"
+        sizes = self.config
+        parts = [f"tensor {sizes.tensor}" + (" (sequence)" if sizes.sequence else "")]
+        parts += [f"pipeline {sizes.pipeline}"] if sizes.pipeline > 1 else []
+        parts += [f"data {self.data}"]
+        experts = {"expert": sizes.expert, "expert_tensor": sizes.expert_tensor}
+        inside = ", ".join(f"{name} {size}" for name, size in experts.items() if size > 1)
+        return " x ".join(parts) + (f" [{inside}]" if inside else "") + f" + encoder {sizes.encoder}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -22,7 +22,9 @@ def generator(seed: int, name: str) -> torch.Generator:
 def seed_rank(seed: int, seat: Seat) -> None:
     """Seed this rank's default generators; tensor ranks share one stream and have one each beside it."""
     torch.manual_seed(stream_seed(seed, f"data {seat.data}"))
-    model_parallel_cuda_manual_seed(seed, tp_rank=seat.tensor, ep_rank=0, etp_rank=seat.tensor)
+    model_parallel_cuda_manual_seed(
+        seed + 100 * seat.pipeline, tp_rank=seat.tensor, ep_rank=seat.expert, etp_rank=seat.expert_tensor
+    )
 
 
 def random_state() -> dict[str, Tensor]:

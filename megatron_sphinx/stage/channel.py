@@ -40,15 +40,18 @@ class FeatureSource(Protocol):
     waiting: Stopwatch
     received_bytes: int
 
+    def prepare(self, count: int) -> None:
+        """Called before each step with its number of micro-batches, by all ranks of a replica together."""
+
     def next(self) -> Tensor:
         """Features of this replica's next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
 
 
-def _spread(parts: Sequence[Tensor], owners: Sequence[int], groups: ProcessGroups) -> None:
-    """Give every part, which one rank of the tensor group has, to the others of the group."""
-    if groups.layout.config.tensor > 1:
+def _spread(parts: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup | None) -> None:
+    """Give every part, which one rank of the group has, to its others."""
+    if dist.get_world_size(group) > 1:
         for part, owner in zip(parts, owners, strict=True):
-            dist.broadcast(part, groups.layout.rank_of(data=groups.seat.data, tensor=owner), group=groups.tensor)
+            dist.broadcast(part, group=group, group_src=owner)
 
 
 class FeatureReceiver:
@@ -77,6 +80,9 @@ class FeatureReceiver:
                 works.append(work)
         self._posted.append((mine, parts, works))
 
+    def prepare(self, count: int) -> None:
+        """See FeatureSource: the encoders are at work already."""
+
     def next(self) -> Tensor:
         """See FeatureSource."""
         shares, parts, works = self._posted.popleft()
@@ -84,7 +90,7 @@ class FeatureReceiver:
         with self.waiting:
             for work in works:
                 work.wait()
-            _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups)
+            _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups.tensor)
         self.received_bytes += sum(part.nbytes for part in parts)
         if not parts:
             return torch.empty(0, self._values, dtype=torch.bfloat16, device=self._device)
@@ -133,7 +139,10 @@ def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
 
 
 class ColocatedEncoders:
-    """No encoder ranks: the tensor ranks of a replica share its views among them, then gather the features."""
+    """No encoder ranks: the tensor x pipeline ranks of a replica share its views among them, then gather the features.
+
+    In a pipeline that is done for all micro-batches of a step before the first: its stages may not wait for each other.
+    """
 
     def __init__(
         self,
@@ -146,6 +155,8 @@ class ColocatedEncoders:
         self.waiting, self.received_bytes = Stopwatch(platform.current()), 0
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
         self._reading: deque[tuple[list[Share], PendingPixels | None]] = deque()
+        self._ready: deque[Tensor] = deque()
+        self._size, self._place = dist.get_world_size(groups.model), dist.get_rank(groups.model)
         for _ in range(lookahead):
             self._read()
 
@@ -153,14 +164,23 @@ class ColocatedEncoders:
         """Begin to decode one more micro-batch, if there is one."""
         if (ahead := next(self._rounds, None)) is None:
             return
-        seat = self._groups.seat
-        views = views_in(ahead[seat.data])
-        shares = deal([[1.0] * len(views)], self._groups.layout.config.tensor)
-        mine = [view for s in shares if s.encoder == seat.tensor for view in views[s.first : s.first + s.count]]
+        views = views_in(ahead[self._groups.seat.data])
+        shares = deal([[1.0] * len(views)], self._size)
+        mine = [view for s in shares if s.encoder == self._place for view in views[s.first : s.first + s.count]]
         self._reading.append((shares, self._pixels.submit(mine) if self._pixels and mine else None))
+
+    def prepare(self, count: int) -> None:
+        """See FeatureSource."""
+        if self._groups.layout.config.pipeline > 1:
+            features = [self._encode() for _ in range(count)]
+            self._ready.extend(features if self._groups.is_first_stage else [])
 
     def next(self) -> Tensor:
         """See FeatureSource."""
+        return self._ready.popleft() if self._groups.layout.config.pipeline > 1 else self._encode()
+
+    def _encode(self) -> Tensor:
+        """Features of the next micro-batch, on all ranks of the replica."""
         shares, pending = self._reading.popleft()
         self._read()
         values, device = self._encoders.config.feature_values, self._encoders.device
@@ -168,7 +188,7 @@ class ColocatedEncoders:
         parts = list(out.split([share.count for share in shares])) if shares else []
         with self.waiting:
             if pending is not None:
-                own = parts[[share.encoder for share in shares].index(self._groups.seat.tensor)]
+                own = parts[[share.encoder for share in shares].index(self._place)]
                 own.copy_(encode(self._encoders, pending))
-            _spread(parts, [share.encoder for share in shares], self._groups)
+            _spread(parts, [share.encoder for share in shares], self._groups.model)
         return out

@@ -3,19 +3,288 @@
 import logging
 import os
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+from torch import Tensor
 
+from megatron_sphinx.checkpoint.store import Piece
+from megatron_sphinx.model.shards import Shard
+from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.platform import Platform
-from megatron_sphinx.training.optimizer import OptimizerConfig, parameter_groups
+from megatron_sphinx.training.optimizer import EXPERTS, OptimizerConfig, parameter_groups
 
-_SAVED = ("base_optimizer_state", "single_partition_of_fp32_groups")
+STATES = ("master", "exp_avg", "exp_avg_sq")  # fp32: weights, first and second moments
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of elements of a weight that this rank updates.
+
+    Attributes:
+        shard: the weight.
+        start: the first element, in this rank's part of the weight.
+        count: how many elements.
+        group: number of the optimizer's group that it is in.
+        at: where it begins in this rank's flat partition of the group.
+    """
+
+    shard: Shard
+    start: int
+    count: int
+    group: int
+    at: int
+
+
+class Engine:
+    """A model whose gradients are summed and whose optimizer is partitioned over the data-parallel ranks.
+
+    Without a pipeline, gradients are reduced and partitioned after every micro-batch, in fp32. In a pipeline they stay
+    whole on each rank until the schedule has ended. The number of micro-batches may differ from step to step.
+
+    Attributes:
+        loss_scale: what every loss is multiplied by, since DeepSpeed averages over replicas.
+        fragments: what this rank updates.
+        held: bytes of weights, gradients and optimizer on this rank, as the first step found them.
+    """
+
+    def __init__(
+        self,
+        model: SphinxModel,
+        shards: dict[str, Shard],
+        groups: ProcessGroups,
+        platform: Platform,
+        config: OptimizerConfig,
+        *,
+        precision: str,
+    ) -> None:
+        if not platform.is_cuda:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated", category=FutureWarning)
+        self.model, self.loss_scale = model, groups.layout.data
+        self._groups, self._config, self._platform = groups, config, platform
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=platform.is_cuda,
+        )
+        self._engine = _initialize(model, optimizer, groups, is_cuda=platform.is_cuda, precision=precision)
+        self.held = {"weights": sum(weight.nbytes for weight in model.parameters()), "gradients": 0}
+        self.fragments = list(self._fragments(shards))
+
+    def _fragments(self, shards: dict[str, Shard]) -> Iterator[Fragment]:
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        for group, weights in enumerate(self._engine.optimizer.params_in_partition):
+            for weight in weights:
+                here, flat = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.hp_fragment_address
+                yield Fragment(shards[names[weight]], here.start, here.numel, group, flat.start)
+
+    # gradients
+
+    def backward(self, forward: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch]) -> None:
+        """Add the gradient of the sum of the losses of all micro-batches and replicas; every rank calls this together.
+
+        Args:
+            forward: computes a micro-batch on this pipeline stage; on the last one, its loss.
+            batches: of this replica.
+        """
+        if self._groups.layout.config.pipeline == 1:
+            for batch in batches:
+                self._engine.backward(forward(batch) * self.loss_scale)
+            return
+        with self._engine.coalesce_grad_reduction():
+            self._run_pipeline(forward, batches)
+            if "optimizer" not in self.held:
+                whole = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+                self.held["gradients"] += sum(gradient.nbytes for gradient in whole)
+        self._engine.set_gradient_accumulation_boundary(True)
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _run_pipeline(self, forward: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch]) -> None:
+        """One forward, one backward, as megatron-core schedules it."""
+
+        def loss(out: Tensor) -> tuple[Tensor, Tensor, None]:
+            return out * self.loss_scale, torch.zeros([], dtype=torch.int, device=out.device), None
+
+        def step(todo: Iterator[MicroBatch], _model: SphinxModel) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            return forward(next(todo)), loss
+
+        config, sizes = self.model.config, self._groups.layout.config
+        width = sizes.tensor if sizes.sequence else 1
+        shapes = [(len(batch.tokens) // width, 1, config.hidden_size) for batch in batches]
+        forward_backward_pipelining_without_interleaving(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=1,  # the planned shapes are the true ones
+            micro_batch_size=1,
+            p2p_communicator=_PlannedCommunicator(self._groups.pipeline, config, shapes),
+            pg_collection=self._groups.collection,
+        )
+
+    def keep(self, work: dist.Work | None, sent: Tensor) -> None:
+        """Hold a tensor that is being sent until it has gone, at the latest at the end of the step."""
+        assert work is not None
+        self._sent.append((work, sent))
+
+    def gradients(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """The gradient of what this rank updates, after `backward`: by fragment, flat, to be changed in place."""
+        kept: dict[int, list[Tensor]] = {}
+        for fragment in self.fragments:
+            group = fragment.group
+            if group not in kept:
+                kept[group] = self._parts(group)
+            part = kept[group].pop(0).view(-1)
+            is_whole = part.numel() != fragment.count  # fp32: whole tensors, of which only a fragment is summed up
+            yield fragment, part.narrow(0, fragment.start, fragment.count) if is_whole else part
+        assert not any(kept.values()), "DeepSpeed holds gradients of other weights than it updates"
+
+    def _parts(self, group: int) -> list[Tensor]:
+        """What DeepSpeed holds of a group's gradient, weight by weight."""
+        optimizer = self._engine.optimizer
+        flat = optimizer.averaged_gradients.get(group) or optimizer.all_grad_tensors.get(group) or []
+        return [part for part in flat if not getattr(part, "_zero_padding", False)]
+
+    def update(self, rate: float, factor: float = 1.0) -> float:
+        """Multiply the gradient by `factor`, clip it, change the weights, clear the gradient.
+
+        Returns:
+            The global L2 norm of the gradient before clipping. DeepSpeed's own does not count experts rightly.
+        """
+        parts = [(fragment.shard.is_first_copy, part) for fragment, part in self.gradients()]
+        norms = [part for is_counted, part in parts if is_counted]
+        squared = torch.zeros([], dtype=torch.float64, device=self._platform.device)
+        if norms:
+            squared += torch.stack(torch._foreach_norm(norms)).double().square().sum()
+        dist.all_reduce(squared, group=self._groups.language)
+        norm = float(squared.sqrt()) * factor
+        clip = self._config.gradient_clip
+        if clip and norm > clip:
+            factor *= clip / norm
+        if factor != 1.0:
+            torch._foreach_mul_([part for _, part in parts], factor)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        partition = self._bytes_of_gradients() if "optimizer" not in self.held else 0
+        self._engine.step()
+        if "optimizer" not in self.held:
+            states = self._engine.optimizer.optimizer.state
+            moments = sum(value.nbytes for state in states.values() for value in state.values() if value.ndim)
+            self.held |= {"gradients": self.held["gradients"] + partition, "optimizer": moments + moments // 2}
+        return norm
+
+    def _bytes_of_gradients(self) -> int:
+        """What DeepSpeed holds of the gradient once it is reduced: storage of the parts of this rank's partition."""
+        parts = [part for group in range(len(self._engine.optimizer.bit16_groups)) for part in self._parts(group)]
+        return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+    # state
+
+    def pieces(self, *, of_copies: bool) -> Iterator[Piece]:
+        """What must be kept of what this rank updates: fp32 weights and moments, named `master/...`, `exp_avg/...`.
+
+        The values are the optimizer's own memory.
+
+        Args:
+            of_copies: also of weights that a tensor rank before this one holds as well.
+        """
+        optimizer = self._engine.optimizer
+        for fragment in self.fragments:
+            if not (of_copies or fragment.shard.is_first_copy):
+                continue
+            flat = optimizer.single_partition_of_fp32_groups[fragment.group]
+            states = {"master": flat.detach()} | optimizer.optimizer.state[flat]
+            for state in STATES:
+                values = states[state].narrow(0, fragment.at, fragment.count)
+                for block, start in fragment.shard.boxes(fragment.start, fragment.count):
+                    part = values.narrow(0, start - fragment.start, prod(block.shape)).view(block.shape)
+                    yield Piece(f"{state}/{fragment.shard.name}", fragment.shard.whole, block, part)
+
+    def prepare_state(self, steps: int) -> None:
+        """Make room for a state after so many updates; then write into what `pieces` gives, and call `take_state`."""
+        optimizer = self._engine.optimizer
+        on = self._platform.device if self._platform.is_cuda else torch.device("cpu")
+        for flat in optimizer.single_partition_of_fp32_groups:
+            optimizer.optimizer.state[flat] = {
+                "step": torch.tensor(float(steps), device=on),
+                "exp_avg": torch.zeros_like(flat.detach()),
+                "exp_avg_sq": torch.zeros_like(flat.detach()),
+            }
+
+    def take_state(self) -> None:
+        """Set the model's weights from the state, on all replicas."""
+        self._engine.optimizer.update_lp_params()
+
+
+class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
+    """Takes the shapes of what comes from the plan: no stage has to tell the next one.
+
+    Args:
+        shapes: of the hidden states of each micro-batch; their gradients have the same, in the same order.
+    """
+
+    def __init__(self, group: Any, config: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(group, config)
+        self._forward, self._backward = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(self, _next: Any, _previous: Any, recv_prev: bool, recv_next: bool) -> tuple[Any, Any]:
+        return next(self._forward) if recv_prev else None, next(self._backward) if recv_next else None
+
+
+def _initialize(
+    model: SphinxModel, optimizer: torch.optim.Optimizer, groups: ProcessGroups, *, is_cuda: bool, precision: str
+) -> Any:
+    """DeepSpeed's engine."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import groups as deepspeed_groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    experts = [weight for weight in model.parameters() if not getattr(weight, "allreduce", True)]
+    for weight in experts:
+        weight.group_name = EXPERTS  # type: ignore[attr-defined]
+    if experts:
+        deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_data
+        ranks = dist.get_process_group_ranks(groups.expert_data)
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERTS] = ranks
+
+    class EngineWithExperts(DeepSpeedEngine):  # type: ignore[misc]
+        """Knows of megatron-core's experts; DeepSpeed looks for a layer class of its own."""
+
+        def _configure_distributed_model(self, module: Any) -> None:
+            if experts:
+                self.has_moe_layers, self.num_experts = True, [module.config.num_moe_experts]
+            super()._configure_distributed_model(module)
+
+    deepspeed.comm.init_distributed(dist_init_required=False)
+    settings = _deepspeed_config(is_cuda=is_cuda, precision=precision, is_pipeline=groups.layout.config.pipeline > 1)
+    mpu = _mpu(groups)
+    return EngineWithExperts(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        mpu=mpu,
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, mpu),
+    )
 
 
 def _mpu(groups: ProcessGroups) -> SimpleNamespace:
@@ -32,81 +301,13 @@ def _same(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group
 
 
-class Engine:
-    """A model whose gradients are summed and whose optimizer is partitioned over the data-parallel ranks.
-
-    Gradients are reduced and partitioned after every micro-batch, in fp32. The number of micro-batches may differ from
-    step to step; the caller says when a step ends.
-    """
-
-    def __init__(
-        self, model: nn.Module, groups: ProcessGroups, platform: Platform, config: OptimizerConfig, *, precision: str
-    ) -> None:
-        if not platform.is_cuda:
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated", category=FutureWarning)
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=platform.is_cuda,
-        )
-        self._replicas = groups.layout.data
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, is_cuda=platform.is_cuda, precision=precision),
-            mpu=_mpu(groups),
-            dist_init_required=False,
-        )
-        self.model = model
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the sum over the replicas of `loss`; every rank calls this as often, together."""
-        self._engine.backward(loss * self._replicas)  # DeepSpeed averages over the replicas
-
-    def rescale(self, factor: float) -> None:
-        """Multiply the gradient so far; every rank calls this together, or none does."""
-        optimizer = self._engine.optimizer
-        for group in range(len(optimizer.bit16_groups)):
-            kept = optimizer.averaged_gradients.get(group)  # bf16 weights: one flat fp32 buffer a group
-            for gradient in [kept.flat_partition] if kept else optimizer.all_grad_tensors[group]:
-                gradient.mul_(factor)
-
-    def update(self, rate: float) -> float:
-        """Clip, change the weights, clear the gradient.
-
-        Returns:
-            The global L2 norm of the gradient before clipping.
-        """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
-
-    def state(self) -> dict[str, Any]:
-        """This rank's part of the optimizer: fp32 master weights and moments."""
-        state = self._engine.optimizer.state_dict()
-        return {name: state[name] for name in _SAVED}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned on this rank, the model's weights being loaded already."""
-        optimizer = self._engine.optimizer
-        whole = optimizer.state_dict() | state
-        optimizer.load_state_dict([whole] * self._replicas, load_optimizer_states=True, load_from_fp32_weights=True)
-
-
-def _deepspeed_config(config: OptimizerConfig, *, is_cuda: bool, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own configuration; everything in it follows from ours."""
+def _deepspeed_config(*, is_cuda: bool, precision: str, is_pipeline: bool) -> dict[str, Any]:
+    """DeepSpeed's own configuration; everything in it follows from ours. Norm and clipping are the Engine's."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.gradient_clip,
+        "managed_gradient_accumulation": is_pipeline,
+        "gradient_clipping": 0.0,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": precision == "bf16"},
@@ -115,6 +316,7 @@ def _deepspeed_config(config: OptimizerConfig, *, is_cuda: bool, precision: str)
             "overlap_comm": is_cuda,
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            "compute_grad_norm": False,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,

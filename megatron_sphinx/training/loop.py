@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.metrics import Reporter
-from megatron_sphinx.training.step import StepReport, train_step
+from megatron_sphinx.training.step import StepReport, Sums, train_step
 
 
 class StopSignal:
@@ -37,7 +39,10 @@ class Loop:
     """One language rank's run over the steps.
 
     Attributes:
-        save: keeps the state after so many steps, together with the other language ranks.
+        store: where the state is kept.
+        save: begins to keep the state after so many steps, together with the other language ranks.
+        say_memory: reports, after the first step, what each rank holds.
+        layers: of the whole model, where it has experts; else 0.
         rate: learning rate of a step.
         bad_pairs: pairs so far whose image could not be read.
         peak_flops: of all language ranks together.
@@ -47,47 +52,58 @@ class Loop:
     engine: Engine
     planner: Planner
     batches: BatchLoader
-    features: FeatureSource
+    features: FeatureSource | None
     groups: ProcessGroups
     platform: Platform
     reporter: Reporter | None
     stop: StopSignal
-    save: Callable[[int], Any]
+    store: CheckpointStore
+    save: Callable[[int], None]
+    say_memory: Callable[[], None]
     rate: Callable[[int], float]
     step_flops: Callable[[StepPlan], float]
     peak_flops: float
     text_weight: float
     max_bad_share: float
     save_interval: int
+    layers: int
     bad_pairs: int = 0
 
     def run(self, start: int, steps: int) -> bool:
         """Train steps `start` to `steps`; whether all of them were done (else a signal came and the state is saved).
 
         Raises:
+            CheckpointError: a checkpoint could not be written.
             DataError: more pairs than `data.max_bad_share` could not be read.
             DivergedError: a loss is not finite.
         """
+        step = steps - 1  # where nothing is left to do
         for step in range(start, steps):
             begin = time.perf_counter()
             batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
             waited = time.perf_counter() - begin
             plan, rate = self.planner.step(step), self.rate(step)
+            known = Sums(stop=self.stop.has_come, failed=self.store.has_failed, data_wait_seconds=waited)
             report = train_step(
                 self.engine, plan, batches, self.features, self.groups,
-                text_weight=self.text_weight, rate=rate, device=self.platform.device, is_stopping=self.stop.has_come,
+                text_weight=self.text_weight, rate=rate, device=self.platform.device, layers=self.layers, known=known,
             )  # fmt: skip
             self.platform.synchronize()
             self.bad_pairs += round(report.sums.bad_pairs)
             if self.reporter:
-                self.reporter.write(self._line(plan, report, rate, time.perf_counter() - begin, waited))
+                self.reporter.write(self._line(plan, report, rate, time.perf_counter() - begin))
+            if report.sums.failed:
+                self.store.finish()
+            if step == start:
+                self.say_memory()
             self._check_bad(plan)
             is_stopping = report.sums.stop > 0
             if is_stopping or (step + 1) % self.save_interval == 0 or step + 1 == steps:
                 self.save(step + 1)
             if is_stopping and step + 1 < steps:
-                return False
-        return True
+                break
+        self.store.finish()
+        return step + 1 == steps
 
     def _check_bad(self, plan: StepPlan) -> None:
         seen = (plan.step + 1) * len(plan.pairs)
@@ -97,10 +113,11 @@ class Loop:
                 f"step={plan.step} could not be read; see quarantine.jsonl in run.folder; mend them or raise the share"
             )
 
-    def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+    def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
-        sums, tokens = report.sums, sum(piece.length for row in plan.rows for piece in row)
-        return {
+        sums, tokens, waited_for_saves = report.sums, plan.positions, self.store.waiting_seconds
+        self.store.waiting_seconds = 0.0
+        line: dict[str, Any] = {
             "step": plan.step,
             "loss": report.loss,
             "loss_pairs": sums.loss_pairs / sums.targets_pairs if sums.targets_pairs else None,
@@ -116,12 +133,21 @@ class Loop:
             "text_tokens": sum(tokens for _, _, tokens in plan.text),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "exposed_encoder_seconds": report.exposed_encoder_seconds,
-            "data_wait_seconds": waited,
+            "exposed_encoder_seconds": sums.exposed_encoder_seconds,
+            "data_wait_seconds": sums.data_wait_seconds,
+            "checkpoint_wait_seconds": waited_for_saves,
             "feature_bytes": round(sums.feature_bytes),
             "model_flops_utilization": self.step_flops(plan) / seconds / self.peak_flops,
             "peak_memory_bytes": self.platform.peak_memory_bytes(),
         }
+        if report.expert_load is not None:
+            line["balance_loss"] = sums.balance
+            shares = report.expert_load / report.expert_load.sum(-1, keepdim=True).clamp(min=1)
+            for kind, name in ((TEXT, "text"), (IMAGE, "image")):  # a list for each layer: the share of each expert
+                line[f"expert_load_{name}"] = [
+                    [round(share, 6) for share in layer] for layer in shares[:, kind].tolist()
+                ]
+        return line
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:

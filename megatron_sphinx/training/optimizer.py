@@ -6,6 +6,8 @@ from typing import Any
 
 from megatron_sphinx.errors import ConfigError
 
+EXPERTS = "experts"  # the name of the group of experts' weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -47,9 +49,17 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(model: Any, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable weights in two groups: matrices, which decay, and vectors, which do not."""
+    """The trainable weights in groups: matrices, which decay, vectors, which do not, and experts' matrices.
+
+    Experts have fewer or more copies than other weights; DeepSpeed knows their group by `moe` and its name.
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    shared = [weight for weight in weights if getattr(weight, "allreduce", True)]
+    experts = [weight for weight in weights if not getattr(weight, "allreduce", True)]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in shared if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in shared if weight.ndim < 2], "weight_decay": 0.0},
     ]
+    if experts:
+        groups.append({"params": experts, "weight_decay": config.weight_decay, "moe": True, "name": EXPERTS})
+    return groups

@@ -1,7 +1,7 @@
 """One optimizer step: every micro-batch forward and backward, one global count of tokens, one update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.errors import DivergedError
-from megatron_sphinx.model.sphinx import MicroBatch
+from megatron_sphinx.model.experts import Routing
+from megatron_sphinx.model.sphinx import MicroBatch, routing_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -17,7 +18,10 @@ from megatron_sphinx.training.deepspeed_engine import Engine
 
 @dataclass
 class Sums:
-    """What is summed over the micro-batches and replicas of a step. Losses are in nats; `stop` counts ranks."""
+    """What is summed over the micro-batches and replicas of a step.
+
+    Losses are in nats; `stop` and `failed` count ranks; the seconds are those of the rank that waited longest.
+    """
 
     loss_pairs: float = 0.0
     loss_text: float = 0.0
@@ -25,19 +29,27 @@ class Sums:
     targets_text: float = 0.0
     bad_pairs: float = 0.0
     feature_bytes: float = 0.0
+    balance: float = 0.0
     stop: float = 0.0
+    failed: float = 0.0
+    exposed_encoder_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
 
     def over(self, groups: ProcessGroups, device: torch.device) -> "Sums":
         """The sums over all replicas, the same on every language rank: the ranks must agree on what to do next.
 
-        The tensor ranks of a replica know the same, so the first speaks for all; but a signal may have come to any.
+        The tensor ranks of a replica know the same, so the first speaks for all; but a signal may have come to any,
+        and each waits and routes for itself.
         """
+        own = ("balance", "stop", "failed", "exposed_encoder_seconds", "data_wait_seconds")
         names = [field.name for field in fields(self)]
-        speaks = groups.seat.tensor == 0
-        mine = [getattr(self, name) if speaks or name == "stop" else 0.0 for name in names]
-        values = torch.tensor(mine, dtype=torch.float64, device=device)
-        dist.all_reduce(values, group=groups.language)
-        return Sums(**dict(zip(names, values.tolist(), strict=True)))
+        mine = [getattr(self, name) if groups.seat.tensor == 0 or name in own else 0.0 for name in names]
+        everyone = torch.empty(groups.layout.language, len(mine), dtype=torch.float64, device=device)
+        dist.all_gather_into_tensor(
+            everyone, torch.tensor([mine], dtype=torch.float64, device=device), group=groups.language
+        )
+        sums, most = everyone.sum(0).tolist(), everyone.amax(0).tolist()
+        return Sums(**{name: most[n] if name.endswith("seconds") else sums[n] for n, name in enumerate(names)})
 
 
 @dataclass(frozen=True)
@@ -48,39 +60,124 @@ class StepReport:
         loss: weighted mean over the step's target tokens, in nats.
         sums: what it is made of.
         gradient_norm: global norm before clipping.
-        exposed_encoder_seconds: how long this rank waited for features.
+        expert_load: tokens that each expert took: int64 [layers, text and image, experts]; None without experts.
     """
 
     loss: float
     sums: Sums
     gradient_norm: float
-    exposed_encoder_seconds: float
+    expert_load: Tensor | None
 
 
-def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take out of a micro-batch the pairs whose image could not be read (their features are NaN).
+def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the pairs of a micro-batch whose image could not be read (their features are NaN).
 
     Returns:
-        Features without NaN, targets without those pairs, and how many pairs there were of them.
+        Features without NaN, and for each pair whether it is bad, bool [pairs].
     """
     bad_views = features[:, 0].isnan()
-    counts = torch.zeros(len(batch.pairs) + 1, dtype=torch.int32, device=features.device)
+    counts = torch.zeros(len(batch.pairs), dtype=torch.int32, device=features.device)
     bad_pairs = counts.index_add(0, batch.pair_of_view, bad_views.int()) > 0
-    targets = batch.targets.masked_fill(bad_pairs[batch.pair_of_token], -100)  # text points at the last, never bad
-    return features.masked_fill(bad_views[:, None], 0.0), targets, bad_pairs.sum()
+    return features.masked_fill(bad_views[:, None], 0.0), bad_pairs
+
+
+@dataclass
+class Forward:
+    """Computes micro-batches one after the other, on one stage of the pipeline, and keeps what they report.
+
+    Attributes:
+        planned: what the loss is divided by: the step's target tokens, text ones by `text_weight`.
+        weight: of a token in the routers' losses.
+        sums: loss of pairs and of text, their targets, bad pairs: float64 [5]; zeros before the last stage.
+        suspects: micro-batches, each with its loss.
+    """
+
+    engine: Engine
+    features: FeatureSource | None
+    groups: ProcessGroups
+    device: torch.device
+    text_weight: float
+    planned: float
+    weight: float
+    has_experts: bool
+    sums: Tensor = field(init=False)
+    suspects: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """This stage's output; on the last stage the loss, so divided that those of all micro-batches add up."""
+        features, bad = None, torch.empty(len(batch.pairs), dtype=torch.bool, device=self.device)
+        if self.groups.is_first_stage:
+            assert self.features is not None
+            features, bad = mask_bad(batch, self.features.next())
+        self._tell_last_stage(bad)
+        routing = routing_of(batch, self.weight) if self.has_experts else None
+        if routing is not None:
+            self.routings.append(routing)
+        out: Tensor = self.engine.model(batch, features, routing)
+        return self._loss(batch, out, bad) if self.groups.is_last_stage else out
+
+    def _tell_last_stage(self, bad: Tensor) -> None:
+        """Hand what the first stage knows of bad pairs to the last one."""
+        stages = self.groups.layout.config.pipeline
+        if stages == 1 or not len(bad):
+            return
+        seat, layout = self.groups.seat, self.groups.layout
+        if self.groups.is_first_stage:
+            last = layout.rank_of(data=seat.data, tensor=seat.tensor, pipeline=stages - 1)
+            self.engine.keep(dist.isend(flags := bad.to(torch.uint8), last, group=self.groups.flags), flags)
+        elif self.groups.is_last_stage:
+            flags = torch.empty_like(bad, dtype=torch.uint8)
+            dist.recv(flags, layout.rank_of(data=seat.data, tensor=seat.tensor), group=self.groups.flags)
+            bad.copy_(flags)
+
+    def _loss(self, batch: MicroBatch, losses: Tensor, bad: Tensor) -> Tensor:
+        is_bad = torch.cat([bad, bad.new_zeros(1)])  # text points at the last, never bad
+        is_target = (batch.targets >= 0) & ~is_bad[batch.pair_of_token]
+        is_text = batch.pair_of_token < 0
+        of_pairs, of_text = is_target & ~is_text, is_target & is_text
+        pairs, text = losses.where(of_pairs, 0.0).sum(), losses.where(of_text, 0.0).sum()
+        counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad.sum()]
+        self.sums += torch.stack([value.double() for value in counts])
+        self.suspects.append((batch, (pairs + text).detach()))
+        return (pairs + self.text_weight * text) / self.planned
+
+    def balance(self) -> float:
+        """This rank's part of the balance loss of its layers, before the coefficient."""
+        found = [value for routing in self.routings for value in routing.balance.values()]
+        return float(torch.stack(found).sum()) if found else 0.0
+
+    def load(self, layers: int) -> Tensor | None:
+        """Tokens that each expert took in this step, over all ranks: int64 [layers, text and image, experts]."""
+        if not self.has_experts:
+            return None
+        load: Tensor | None = None
+        for routing in self.routings:
+            for layer, counts in routing.load.items():
+                load = (
+                    torch.zeros(layers, *counts.shape, dtype=torch.int64, device=self.device) if load is None else load
+                )
+                load[layer - 1] += counts
+        assert load is not None
+        dist.all_reduce(load, group=self.groups.language)
+        return load
 
 
 def train_step(
     engine: Engine,
     plan: StepPlan,
     batches: Sequence[MicroBatch],
-    features: FeatureSource,
+    features: FeatureSource | None,
     groups: ProcessGroups,
     *,
     text_weight: float,
     rate: float,
     device: torch.device,
-    is_stopping: bool,
+    layers: int = 0,
+    known: Sums | None = None,
 ) -> StepReport:
     """Update the weights once from the step's micro-batches.
 
@@ -88,42 +185,40 @@ def train_step(
     are summed and divided once, by a count that follows from the plan. Where images could not be read, the gradient
     is scaled afterwards to the count that is left.
 
+    `layers` are those of the whole model where it has experts, else 0; `known` is what this rank knows already:
+    whether it was asked to stop, how long it waited for data.
+
     Raises:
         DivergedError: a loss is not finite; names the samples. The weights have not been changed.
     """
     planned = plan.targets(of_pairs=True) + text_weight * plan.targets(of_pairs=False)
-    sums, waited = torch.zeros(5, dtype=torch.float64, device=device), features.waiting.seconds
-    received, suspects = features.received_bytes, []
-    for batch in batches:
-        clean, targets, bad = mask_bad(batch, features.next())
-        losses = engine.model(replace(batch, targets=targets), clean)
-        is_target, is_text = targets >= 0, batch.pair_of_token < 0
-        of_pairs, of_text = is_target & ~is_text, is_target & is_text
-        pairs, text = losses.where(of_pairs, 0.0).sum(), losses.where(of_text, 0.0).sum()
-        engine.backward((pairs + text_weight * text) / planned)
-        counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad]
-        sums += torch.stack([value.double() for value in counts])
-        suspects.append((pairs + text).detach())
-    mine = Sums(*sums.tolist(), features.received_bytes - received, is_stopping)  # type: ignore[call-arg]
+    waited, received = (features.waiting.seconds, features.received_bytes) if features else (0.0, 0)
+    weight = engine.loss_scale / plan.positions
+    forward = Forward(engine, features, groups, device, text_weight, planned, weight, has_experts=layers > 0)
+    if features is not None:
+        features.prepare(len(batches))
+    engine.backward(forward, batches)
+    names = ("loss_pairs", "loss_text", "targets_pairs", "targets_text", "bad_pairs")
+    mine = replace(known or Sums(), **dict(zip(names, forward.sums.tolist(), strict=True)), balance=forward.balance())
+    if features is not None:
+        mine.feature_bytes = features.received_bytes - received
+        mine.exposed_encoder_seconds = features.waiting.seconds - waited
     whole = mine.over(groups, device)
     actual = whole.targets_pairs + text_weight * whole.targets_text
     loss = (whole.loss_pairs + text_weight * whole.loss_text) / max(actual, 1.0)
     if not torch.tensor(loss).isfinite():
-        raise DivergedError(_diverged(plan.step, loss, batches, suspects, groups))
-    if whole.bad_pairs and actual:
-        engine.rescale(planned / actual)
-    norm = engine.update(rate)
-    return StepReport(loss, whole, norm, features.waiting.seconds - waited)
+        raise DivergedError(_diverged(plan.step, loss, forward.suspects, groups))
+    norm = engine.update(rate, planned / actual if whole.bad_pairs and actual else 1.0)
+    whole.balance /= engine.loss_scale * max(layers, 1)
+    return StepReport(loss, whole, norm, forward.load(layers))
 
 
-def _diverged(
-    step: int, loss: float, batches: Sequence[MicroBatch], losses: Sequence[Tensor], groups: ProcessGroups
-) -> str:
+def _diverged(step: int, loss: float, losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups) -> str:
     """One line that names the step and the samples of the micro-batches whose loss is not finite."""
-    bad = [batch for batch, value in zip(batches, losses, strict=True) if not value.isfinite()]
+    bad = [batch for batch, value in losses if not value.isfinite()]
     mine = (sorted({p for b in bad for p in b.pairs}), sorted({d for b in bad for d in b.documents}))
-    found: list[tuple[list[int], list[int]]] = [mine] * groups.layout.data
-    dist.all_gather_object(found, mine, group=groups.data)
+    found: list[tuple[list[int], list[int]]] = [mine] * groups.layout.language
+    dist.all_gather_object(found, mine, group=groups.language)
     pairs, documents = (sorted({item for part in found for item in part[side]}) for side in (0, 1))
     return (
         f"step={step}: loss is {loss}; weights unchanged; samples in it: pairs {pairs}, text documents {documents}; "

@@ -1,0 +1,179 @@
+"""Mixture of experts: megatron-core's layer with routers that balance by row, and experts as grouped products."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_sphinx import platform
+
+TEXT, IMAGE, PADDING = 0, 1, 2
+
+
+@dataclass
+class Routing:
+    """What the routers must know of a micro-batch, and what they report of it.
+
+    A row of the plan is computed by one replica at once in every layout, a micro-batch is not: so the balance loss is
+    taken over each row, and weighted with the row's share of the step's tokens.
+
+    Attributes:
+        row_of_token: int64 [tokens]; the rows are numbered from 0, padding has the last number.
+        kind_of_token: int64 [tokens]: TEXT, IMAGE or PADDING.
+        rows: how many rows there are.
+        weight: of a token in the balance loss: 1 / tokens of the step, times what the loss is scaled by.
+        load: for each layer, tokens each expert took, int64 [TEXT and IMAGE, experts], of this rank's tokens.
+        balance: for each layer, this rank's part of the balance loss before its coefficient.
+    """
+
+    row_of_token: Tensor
+    kind_of_token: Tensor
+    rows: int
+    weight: float
+    load: dict[int, Tensor] = field(default_factory=dict)
+    balance: dict[int, Tensor] = field(default_factory=dict)
+
+
+class RowRouter(TopKRouter):  # type: ignore[misc]
+    """Softmax over the chosen logits, no token dropped; the losses of balance and size are attached row by row.
+
+    Args:
+        balance: coefficient of the balance loss of a layer. Source: Switch Transformer, arXiv:2101.03961, section 2.2,
+            as megatron-core's switch_load_balancing_loss_func takes it.
+        z_loss: coefficient of the squared log-sum-exp of the logits. Source: ST-MoE, arXiv:2202.08906, section 2.4.
+    """
+
+    routing_of_batch: Routing | None = None  # set before every forward
+
+    def __init__(self, *args: Any, balance: float, z_loss: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.balance, self.z_loss = balance, z_loss
+
+    def gating(self, hidden: Tensor) -> Tensor:
+        """Logits in fp32."""
+        logits: Tensor = F.linear(hidden.float(), self.weight.float())
+        return logits
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choice of experts.
+
+        Args:
+            logits: fp32 [tokens, 1, experts], under sequence parallelism this rank's part of the tokens.
+            padding_mask: not used; the rows say what is padding.
+
+        Returns:
+            [tokens, experts] weights, zero where not chosen, and what is chosen.
+        """
+        weights, chosen = super().routing(logits)
+        if self.routing_of_batch is not None and torch.is_grad_enabled():
+            loss = self._losses(logits.flatten(0, 1), chosen, self.routing_of_batch)
+            weights = MoEAuxLossAutoScaler.apply(weights, loss)
+        return weights, chosen
+
+    def _losses(self, logits: Tensor, chosen: Tensor, batch: Routing) -> Tensor:
+        """This rank's part of both losses; reports load and balance."""
+        row, kind = batch.row_of_token, batch.kind_of_token
+        if self.config.sequence_parallel:
+            row, kind = (part.chunk(self.tp_group.size())[self.tp_group.rank()] for part in (row, kind))
+        zeros = logits.new_zeros(batch.rows + 1, self.num_experts)
+        taken = zeros.index_add(0, row, chosen.to(logits.dtype))
+        if self.config.sequence_parallel:
+            dist.all_reduce(taken, group=self.tp_group)
+        lengths = batch.row_of_token.bincount(minlength=batch.rows + 1).clamp(min=1)
+        share = (taken / lengths[:, None])[:-1]  # tokens of a row for each expert, padding left out
+        scores = zeros.index_add(0, row, logits.softmax(-1))[:-1]
+        balance = batch.weight * self.num_experts / self.topk * (share * scores).sum()
+        size = batch.weight * (logits.logsumexp(-1).square() * (kind != PADDING)).sum()
+        counts = torch.zeros(3, self.num_experts, dtype=torch.int64, device=logits.device)
+        batch.load[self.layer_number] = counts.index_add(0, kind, chosen.long())[:PADDING]
+        batch.balance[self.layer_number] = balance.detach()
+        loss: Tensor = self.balance * balance + self.z_loss * size
+        return loss
+
+
+class RowMoE(MoELayer):  # type: ignore[misc]
+    """megatron-core's layer, told of the rows; can be computed again in backward instead of keeping activations."""
+
+    routing_of_batch: Routing | None = None  # set before every forward
+
+    def __init__(self, *args: Any, collection: ProcessGroupCollection, is_recomputed: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"pg_collection": collection}))  # 0.16 hands it to its own class only
+        self.is_recomputed = is_recomputed
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Through the chosen experts: [tokens, 1, hidden] to the same, and no bias."""
+        batch = self.routing_of_batch
+
+        def work(hidden: Tensor) -> Tensor:
+            self.router.routing_of_batch = batch  # by now another micro-batch may have come by
+            return super(RowMoE, self).forward(hidden)[0]  # type: ignore[no-any-return]
+
+        out = checkpoint(work, False, hidden_states) if self.is_recomputed else work(hidden_states)
+        return out, None
+
+
+class RowLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer, which hands what is known of the micro-batch on to its experts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLayer's."""
+        self.mlp.routing_of_batch = kwargs["packed_seq_params"].routing
+        return super().forward(*args, **kwargs)
+
+
+class GroupedExperts(nn.Module):
+    """The experts of this rank: their matrices in one tensor each, one product for all; a megatron-core `experts`.
+
+    Args:
+        num_local_experts: how many are here.
+        config: the widths; `expert_tensor_parallel_size` ranks share each matrix.
+    """
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        here, dtype = platform.current().device, config.params_dtype
+        ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+
+        def matrices(rows: int, columns: int) -> nn.Parameter:
+            weight = nn.Parameter(torch.empty(num_local_experts, rows, columns, dtype=dtype, device=here))
+            weight.allreduce = False  # type: ignore[attr-defined]  # megatron-core's mark of an expert's weight
+            return weight
+
+        self.weight1 = matrices(2 * ffn, config.hidden_size)  # gate over up
+        self.weight2 = matrices(config.hidden_size, ffn)  # down
+
+    def forward(self, hidden: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """SwiGLU of each token by its expert, times the router's weight.
+
+        Args:
+            hidden: [tokens, hidden], those of the first expert first.
+            tokens_per_expert: how many each has.
+            weights: [tokens].
+
+        Returns:
+            [tokens, hidden]; under expert-tensor parallelism this rank's summand. No bias.
+        """
+        ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
+        gate, up = _grouped(hidden, self.weight1, ends).chunk(2, -1)
+        active = F.silu(gate) * up * weights[:, None].to(hidden.dtype)
+        return _grouped(active, self.weight2, ends), None
+
+
+def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows `ends[i - 1]` to `ends[i]` times the transpose of matrix i."""
+    is_known = not rows.is_cuda or rows.dtype is torch.bfloat16
+    is_aligned = all(width * rows.itemsize % 16 == 0 for width in matrices.shape[1:])
+    if is_known and is_aligned and len(rows):
+        return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+    parts = rows.tensor_split(ends[:-1].cpu().long())  # what the kernel does not take
+    return torch.cat([part @ matrix.t() for part, matrix in zip(parts, matrices, strict=True)])
