@@ -223,7 +223,7 @@ def _language(job: Job, stop: StopSignal) -> bool:
         groups,
         keep=config.checkpoint.keep,
         identity=_identity(job, marks),
-        about={"layout": asdict(config.parallel) | {"world": groups.layout.world}},
+        about={"layout": _layout(job), "encoders": _encoder_files(config, marks)},
     )
     start, bad_pairs = _resume(job, store, engine)
     _agree_on_start(job, start)
@@ -374,6 +374,17 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def _layout(job: Job) -> dict[str, Any]:
+    """How this run is divided, as plain values."""
+    sizes = asdict(job.config.parallel) | {"world": job.groups.layout.world}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+
+
+def _encoder_files(config: RunConfig, marks: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Where the frozen weights are, which no checkpoint holds."""
+    return {item.name: {"path": item.weights, "sha256": marks[item.name]} for item in config.vision.experts}
+
+
 def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
     """Load the checkpoint to go on from, if there is one; steps done, and bad pairs so far."""
 
@@ -391,7 +402,7 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
         engine.prepare_state(step)
         objects = store.load(path, engine.pieces(of_copies=True), ["random"])
         engine.take_state()
-        layout = asdict(job.config.parallel) | {"world": job.groups.layout.world}
+        layout = _layout(job)
         if manifest["layout"] == layout and "random" in objects:
             restore_random_state(objects["random"])
         if job.groups.seat.rank == 0:

@@ -13,7 +13,8 @@ from itertools import count
 from pathlib import Path
 
 # Ranks are forked from this process: what is imported here is imported once, not once a rank.
-import deepspeed  # noqa: F401
+import deepspeed.module_inject.auto_ep_config  # noqa: F401
+import matplotlib
 import numpy as np
 import pytest
 import sentencepiece
@@ -21,12 +22,16 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 from torch._C._distributed_c10d import TCPStore
+from torch.utils import tensorboard  # noqa: F401
 
 from megatron_sphinx import platform, run  # noqa: F401
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.pairs import index_shards, write_shards
 from megatron_sphinx.data.text import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: F401
 
 torch.set_num_threads(1)  # a process that has started threads must not fork
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")

@@ -108,7 +108,8 @@ def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tu
     """The largest difference over the largest value of a tensor, and the tensor."""
     assert found.keys() == wanted.keys()
     return max(
-        (float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-12)), name) for name in wanted
+        (float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-12)), name)
+        for name in wanted
     )
 
 
