@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -146,10 +147,12 @@ def _adapt_megatron_to_cpu() -> None:
     mappings._reduce_scatter_along_first_dim = partial(_scatter_uneven, mappings._reduce_scatter_along_first_dim)
 
 
-def _gather_uneven(even: Any, part: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+def _gather_uneven(
+    even: Callable[..., Tensor], part: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
+) -> Tensor:
     """megatron-core's gather along the first dimension, uneven parts padded on the way."""
     if sizes is None or group.size() == 1:
-        return even(part, group, None, *rest)  # type: ignore[no-any-return]
+        return even(part, group, None, *rest)
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -157,13 +160,16 @@ def _gather_uneven(even: Any, part: Tensor, group: Any, sizes: list[int] | None 
     return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)])
 
 
-def _scatter_uneven(even: Any, whole: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Tensor:
+def _scatter_uneven(
+    even: Callable[..., Tensor], whole: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
+) -> Tensor:
     """megatron-core's reduce-scatter along the first dimension; where parts are uneven, of a whole sum."""
     if sizes is None or group.size() == 1:
-        return even(whole, group, None, *rest)  # type: ignore[no-any-return]
+        return even(whole, group, None, *rest)
     total = whole.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
-    return total.split(sizes)[group.rank()].clone()
+    mine: Tensor = total.split(sizes)[group.rank()]
+    return mine.clone()
 
 
 class _TorchOnCpu(ModuleType):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def compute(start_ranks, tiny, tmp_path):
 
 
 def compare(compute, references, sizes: dict, language: int, encoder: int, model: dict) -> None:
-    print(f"PARITY_SEED={SEED}: {model}")
+    sys.stdout.write(f"PARITY_SEED={SEED}: {model}\n")
     key = json.dumps(model)
     if key not in references:
         references[key] = compute(1, model, "one")
