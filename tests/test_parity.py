@@ -59,7 +59,7 @@ def shape(*, has_experts: bool) -> dict:
         "init_std": 0.1,
     }
     if has_experts:
-        values |= {"experts": 4 * rng.choice([1, 2]), "experts_per_token": rng.choice([1, 2, 3])}
+        values |= {"experts": 4 * rng.choice([1, 2]), "experts_per_token": rng.choice([2, 3])}
         values |= {"balance_loss_coefficient": 0.1, "z_loss_coefficient": 0.01}
     return {f"model.{name}": value for name, value in values.items()}
 

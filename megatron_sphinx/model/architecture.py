@@ -62,9 +62,10 @@ class LanguageConfig:
         for name in ("experts", "balance_loss_coefficient", "z_loss_coefficient"):
             if not (value := getattr(self, name)) >= 0:
                 raise ConfigError(f"model.{name}={value}: must be at least 0")
-        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+        if self.experts and not 2 <= self.experts_per_token <= self.experts:
             raise ConfigError(
-                f"model.experts_per_token={self.experts_per_token}: must be between 1 and model.experts={self.experts}"
+                f"model.experts_per_token={self.experts_per_token}: must be between 2 (a softmax over one logit teaches "
+                f"the router nothing) and model.experts={self.experts}"
             )
 
     @property

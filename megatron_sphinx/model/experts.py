@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_sphinx import platform
 
 TEXT, IMAGE, PADDING = 0, 1, 2
+_MOST_PADDING = 2.0  # rows with padding over rows without it, up to which batched products pay
 
 
 @dataclass
@@ -163,17 +164,60 @@ class GroupedExperts(nn.Module):
         Returns:
             [tokens, hidden]; under expert-tensor parallelism this rank's summand. No bias.
         """
+        counts = tokens_per_expert.tolist()
+        if len(hidden) and not hidden.is_cuda and len(counts) * max(counts) <= _MOST_PADDING * len(hidden):
+            return _PaddedExperts.apply(hidden, self.weight1, self.weight2, weights, counts), None
         ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
         gate, up = _grouped(hidden, self.weight1, ends).chunk(2, -1)
-        active = F.silu(gate) * up * weights[:, None].to(hidden.dtype)
-        return _grouped(active, self.weight2, ends), None
+        return _grouped(F.silu(gate) * up, self.weight2, ends) * weights[:, None].to(hidden.dtype), None
 
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Rows `ends[i - 1]` to `ends[i]` times the transpose of matrix i."""
-    is_known = not rows.is_cuda or rows.dtype is torch.bfloat16
+    is_known = rows.dtype is torch.bfloat16 or (rows.dtype is torch.float32 and not rows.is_cuda)
     is_aligned = all(width * rows.itemsize % 16 == 0 for width in matrices.shape[1:])
     if is_known and is_aligned and len(rows):
         return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
     parts = rows.tensor_split(ends[:-1].cpu().long())  # what the kernel does not take
     return torch.cat([part @ matrix.t() for part, matrix in zip(parts, matrices, strict=True)])
+
+
+class _PaddedExperts(torch.autograd.Function):
+    """All experts as batched products over as many rows each: on a CPU twice as fast as one after the other.
+
+    Rows of the experts that have fewer are zeros. Nothing is written that is not used again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor, counts: list[int]
+    ) -> Tensor:
+        """As GroupedExperts.forward."""
+        experts, most = len(counts), max(counts)
+        places = torch.cat([torch.arange(most * n, most * n + count) for n, count in enumerate(counts)])
+        rows = hidden.new_zeros(experts * most, hidden.shape[1]).index_copy_(0, places, hidden).view(experts, most, -1)
+        both = torch.bmm(rows, weight1.transpose(1, 2))
+        gate, up = both.chunk(2, -1)
+        gated = F.silu(gate)
+        active = gated * up
+        out = torch.bmm(active, weight2.transpose(1, 2)).flatten(0, 1).index_select(0, places)
+        ctx.save_for_backward(rows, weight1, weight2, weights, both, gated, active, out, places)
+        return out * weights[:, None].to(out.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tokens, the matrices and the router's weights."""
+        (of_out,) = gradients
+        rows, weight1, weight2, weights, both, gated, active, out, places = ctx.saved_tensors
+        experts, most, width = rows.shape
+        gate, up = both.chunk(2, -1)
+        of_weights = (of_out * out).sum(-1, dtype=weights.dtype)
+        weighted = of_out * weights[:, None].to(of_out.dtype)
+        padded = of_out.new_zeros(experts * most, width).index_copy_(0, places, weighted).view(experts, most, -1)
+        of_active, of_both = torch.bmm(padded, weight2), torch.empty_like(both)
+        of_gate, of_up = of_both.chunk(2, -1)
+        torch.mul(of_active, gated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_active.mul_(up), gate, grad_input=of_gate)
+        of_hidden = torch.bmm(of_both, weight1).flatten(0, 1).index_select(0, places)
+        of_weight1, of_weight2 = torch.bmm(of_both.transpose(1, 2), rows), torch.bmm(padded.transpose(1, 2), active)
+        return of_hidden, of_weight1, of_weight2, of_weights, None
