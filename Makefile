@@ -7,7 +7,7 @@ RANDOM_RUN := runs/demo_random_expert
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo demo_moe test lint benchmark clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -17,6 +17,14 @@ demo: $(VENV)/demo.installed
 	$(RANKS) -m megatron_sphinx train examples/demo.yaml
 	$(RANKS) -m megatron_sphinx train examples/demo.yaml run.folder=$(RANDOM_RUN) vision.experts.0.weights=random
 	$(BIN)/python examples/demo_evaluate.py runs/demo $(RANDOM_RUN) --started $$(cat $(VENV)/demo.started)
+
+## demo_moe: the same with eight experts in each layer, on ranks that share them
+demo_moe: $(VENV)/demo.installed
+	@date +%s > $(VENV)/demo.started
+	$(BIN)/python examples/demo_data.py
+	rm -rf runs/demo_moe
+	$(RANKS) -m megatron_sphinx train examples/demo_moe.yaml
+	$(BIN)/python examples/demo_evaluate.py runs/demo_moe --started $$(cat $(VENV)/demo.started)
 
 ## test: every test, on gloo ranks without a GPU
 test: $(VENV)/dev.installed
@@ -34,7 +42,7 @@ benchmark: $(VENV)/demo.installed
 	$(BIN)/python -m megatron_sphinx benchmark examples/demo.yaml --ranks 3
 
 $(VENV)/%.installed: setup.py
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 is needed, %s is %s; say make PYTHON=..." % (sys.executable, sys.version.split()[0]) if sys.version_info[:2] != (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, %s is %s; say make PYTHON=..." % (sys.executable, sys.version.split()[0]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	@touch $@

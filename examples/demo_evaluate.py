@@ -58,6 +58,8 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
         targets=torch.tensor(targets),
         lengths=tuple(lengths),
         pair_of_token=torch.zeros(len(tokens), dtype=torch.int64),
+        row_of_token=torch.zeros(len(tokens), dtype=torch.int64),
+        rows=1,
         view_positions=torch.from_numpy(positions),
         pair_of_view=torch.arange(len(lengths)),
         pairs=tuple(range(len(lengths))),
@@ -81,7 +83,7 @@ def accuracy(model: SphinxModel, config: RunConfig, features: torch.Tensor, labe
 
 def evaluate(folder: Path) -> float:
     """Held-out accuracy of the newest checkpoint of a run."""
-    config = configuration.load(folder / "config.yaml", ["parallel.encoder=0", "parallel.tensor=1"])
+    config = configuration.load(folder / "config.yaml", ["parallel={}"])
     job = run.alone(config)
     views, labels = held_out(config)
     model = run.build_model(config, job.groups, job.platform)

@@ -1,4 +1,4 @@
-"""A run's configuration: a preset, a YAML file, then key=value overrides, into checked dataclasses."""
+"""A run's configuration: a preset, YAML files, then key=value overrides, into checked dataclasses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -167,9 +167,23 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file and apply `key.path=value` overrides; values are YAML.
 
+    A file may name another one, beside it, that it changes: `base: other.yaml`.
+
     Raises:
         ConfigError: no such file, not a mapping, an unknown key or preset, a value of the wrong type or out of range.
     """
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    section = values.get("model")
+    preset = section.get("preset") if isinstance(section, dict) else None
+    if preset is not None:
+        values = _merge(_preset(preset), values)
+    return build(RunConfig, values)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over its base."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -178,13 +192,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections such as run: and model:")
-    for override in overrides:
-        _override(values, override)
-    section = values.get("model")
-    preset = section.get("preset") if isinstance(section, dict) else None
-    if preset is not None:
-        values = _merge(_preset(preset), values)
-    return build(RunConfig, values)
+    if (base := values.pop("base", None)) is None:
+        return values
+    if path.resolve() in above:
+        raise ConfigError(f"base={base}: {path} is its own base; name another file")
+    return _merge(_read(path.parent / str(base), (*above, path.resolve())), values)
 
 
 def _preset(name: object) -> dict[str, Any]:

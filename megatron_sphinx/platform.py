@@ -1,5 +1,6 @@
 """CPU or CUDA: the device, the backend, what is fast there, and the adaptation of megatron-core to the CPU."""
 
+import logging
 import os
 import resource
 import time
@@ -92,6 +93,7 @@ class Stopwatch:
 def current() -> Platform:
     """The platform of this process; megatron-core is adapted to it on the first call."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets megatron-core overlap gradients' all-reduce
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # knows its own MLPs only
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local)

@@ -79,6 +79,12 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
         ("stage.lookahead=0", r"stage\.lookahead=0: must be at least 1"),
         ("checkpoint.keep=0", r"checkpoint\.keep=0: must be at least 1"),
         ("loss.text_weight=-1", r"loss\.text_weight=-1\.0: must be at least 0"),
+        ("parallel.pipeline=5", r"parallel\.pipeline=5: leaves stages without a layer; use at most model\.layers=4"),
+        ("parallel.expert=2", r"parallel\.expert=2: the model has no experts; use 1, or set model\.experts"),
+        ("model.experts=-1", r"model\.experts=-1: must be at least 0"),
+        ("model.z_loss_coefficient=-1", r"model\.z_loss_coefficient=-1\.0: must be at least 0"),
+        ("training.checkpointed_layers=2", r"checkpointed_layers=2: is for training\.activation_checkpointing=full "
+                                           r"only; set that, or leave this out"),
         ("training.steps", r"training\.steps: an override must read key\.path=value"),
         ("training.steps=[", r"training\.steps=\[: the value is not YAML"),
     ],
@@ -87,6 +93,37 @@ def test_what_is_refused(override, message):
     with pytest.raises(ConfigError, match=message) as raised:
         configuration.load(DEMO, [override])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.expert=3"], r"parallel\.expert=3: must divide model\.experts=8; use one of \[1, 2, 4, 8\]"),
+        (["parallel.expert_tensor=3"], r"parallel\.expert_tensor=3: must divide model\.ffn=352"),
+        (["parallel.tensor=2"], r"parallel\.sequence=false: with model\.experts=8 the tensor ranks must share the "
+                                r"tokens; set parallel\.sequence=true, or parallel\.tensor=1"),
+        (["model.experts_per_token=1"], r"model\.experts_per_token=1: must be between 2 \(a softmax over .*\) and "
+                                        r"model\.experts=8"),
+        (["training.activation_checkpointing=full", "training.checkpointed_layers=0"],
+         r"training\.checkpointed_layers=0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_with_experts(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(DEMO.with_name("demo_moe.yaml"), overrides)
+
+
+def test_a_file_may_change_another(tmp_path):
+    dense, mixtral = configuration.load(DEMO), configuration.load(DEMO.with_name("demo_moe.yaml"))
+    assert (mixtral.model.experts, mixtral.model.hidden) == (8, dense.model.hidden)
+    assert mixtral.data == dense.data
+    file = tmp_path / "a.yaml"
+    file.write_text("base: b.yaml")
+    with pytest.raises(ConfigError, match=r"b\.yaml: No such file or directory; give the path of a YAML file"):
+        configuration.load(file)
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match=r"base=b\.yaml: .*a\.yaml is its own base; name another file"):
+        configuration.load(file)
 
 
 def test_neither_stream_and_two_qformers_are_refused():

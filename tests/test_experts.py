@@ -1,5 +1,7 @@
 """Mixture of experts: grouped products, the routers' losses, and the whole model against Hugging Face's Mixtral."""
 
+import json
+import os
 import random
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_f
 from test_model import groups, text_batch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from megatron_sphinx.__main__ import main
 from megatron_sphinx.model import experts
 from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, GroupedExperts, Routing
@@ -73,7 +76,26 @@ def test_grouped_experts_are_a_loop_over_experts(monkeypatch, seed, padding):
     for found, expected in zip(
         torch.autograd.grad(ours, inputs, gradient), torch.autograd.grad(wanted, inputs, gradient), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # every weight has a gradient, also where there are no rows
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-4
+        )  # every weight has a gradient, also where there are no rows
+
+
+def train_in_another_way_on_each_rank(config):
+    experts._MOST_PADDING = float("inf") if os.environ["RANK"] == "0" else 0.0
+    return main(["train", str(config)])
+
+
+def test_ranks_that_compute_experts_in_different_ways_agree(train, start_ranks, tiny, tmp_path):
+    settings = {"model.experts": 4, "model.balance_loss_coefficient": 0.1}
+    wanted = train(1, settings).metrics
+    config = tiny.write(tmp_path / "two.yaml", settings)
+    ranks = start_ranks(2, lambda: train_in_another_way_on_each_rank(config))
+    assert ranks.wait() == [0, 0], ranks.text()
+    lines = [json.loads(line) for line in (config.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
+    for line, reference in zip(lines, wanted, strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert line[name] == pytest.approx(reference[name], rel=1e-5)
 
 
 # routers

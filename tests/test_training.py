@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -383,6 +384,31 @@ def test_the_run_folder_says_what_was_run(train):
         assert line.keys() >= KEYS
         assert 0 < line["model_flops_utilization"] < 1
         assert line["text_tokens"] == 150
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (2, {}),
+        (3, {"parallel.tensor": 2, "parallel.encoder": 1}),
+        (4, {"parallel.pipeline": 2}),
+        (4, {"parallel.pipeline": 2, "parallel.expert": 2, "model.experts": 4}),
+        (4, {"parallel.expert": 2, "model.experts": 4}),
+    ],
+    ids=str,
+)
+def test_ranks_hold_what_zero2_needs(train, world, overrides):
+    model = {"model.layers": 3, "model.hidden": 64, "training.precision": "bf16"}
+    text = train(world, model | overrides).ranks.text(0)
+    found = re.findall(r"rank \d+ holds bytes of (.*)", text)
+    assert len(found) == world - overrides.get("parallel.encoder", 0)
+    for line in found:
+        numbers = re.findall(r"(\w+) ([\d,]+) \(formula ([\d,]+)\)", line)
+        assert [name for name, *_ in numbers] == ["weights", "gradients", "optimizer"]
+        for name, held, formula in numbers:
+            held, formula = (int(number.replace(",", "")) for number in (held, formula))
+            # DeepSpeed pads each of three groups so that its partitions begin at 4 bytes
+            assert formula <= held <= formula + (0 if name == "weights" else 12 * 3 * 2 * world), line
 
 
 # the schedule

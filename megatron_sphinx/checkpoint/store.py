@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -323,7 +324,9 @@ def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name, saved in reader.read_metadata().state_dict_metadata.items():
         if name.startswith(prefix) and isinstance(saved, TensorStorageMetadata):
             whole = {name: torch.empty(saved.size)}
-            load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
+                load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
             yield name.removeprefix(prefix), whole[name]
 
 

@@ -64,8 +64,8 @@ class LanguageConfig:
                 raise ConfigError(f"model.{name}={value}: must be at least 0")
         if self.experts and not 2 <= self.experts_per_token <= self.experts:
             raise ConfigError(
-                f"model.experts_per_token={self.experts_per_token}: must be between 2 (a softmax over one logit teaches "
-                f"the router nothing) and model.experts={self.experts}"
+                f"model.experts_per_token={self.experts_per_token}: must be between 2 (a softmax over one logit "
+                f"teaches the router nothing) and model.experts={self.experts}"
             )
 
     @property

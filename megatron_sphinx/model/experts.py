@@ -1,6 +1,8 @@
 """Mixture of experts: megatron-core's layer with routers that balance by row, and experts as grouped products."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,11 +167,42 @@ class GroupedExperts(nn.Module):
             [tokens, hidden]; under expert-tensor parallelism this rank's summand. No bias.
         """
         counts = tokens_per_expert.tolist()
-        if len(hidden) and not hidden.is_cuda and len(counts) * max(counts) <= _MOST_PADDING * len(hidden):
-            return _PaddedExperts.apply(hidden, self.weight1, self.weight2, weights, counts), None
-        ends = tokens_per_expert.cumsum(0).to(hidden.device, torch.int32)
-        gate, up = _grouped(hidden, self.weight1, ends).chunk(2, -1)
-        return _grouped(F.silu(gate) * up, self.weight2, ends) * weights[:, None].to(hidden.dtype), None
+        is_even = len(hidden) > 0 and len(counts) * max(counts) <= _MOST_PADDING * len(hidden)
+        work = _padded_experts if is_even and not hidden.is_cuda else _grouped_experts
+        return _AtOnce.apply(partial(work, counts), hidden, self.weight1, self.weight2, weights), None
+
+
+class _AtOnce(torch.autograd.Function):
+    """Does some work so that the gradients of all its inputs come at once.
+
+    How a rank's experts are computed depends on the tokens it gets, and so would the order of their gradients; but
+    DeepSpeed adds up the gradients of replicas in the order in which they come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.inputs = [value.detach().requires_grad_() for value in inputs]
+            ctx.out = work(*ctx.inputs)
+        out: Tensor = ctx.out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.autograd.grad(ctx.out, ctx.inputs, gradients)
+        del ctx.out, ctx.inputs
+        return None, *found
+
+
+def _grouped_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:
+    ends = torch.tensor(counts).cumsum(0).to(hidden.device, torch.int32)
+    gate, up = _grouped(hidden, weight1, ends).chunk(2, -1)
+    return _grouped(F.silu(gate) * up, weight2, ends) * weights[:, None].to(hidden.dtype)
+
+
+def _padded_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:
+    out: Tensor = _PaddedExperts.apply(hidden, weight1, weight2, weights, counts)
+    return out
 
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
