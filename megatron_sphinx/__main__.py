@@ -23,9 +23,7 @@ def train(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """print sizes of the model and the run, or the composition of a step, without starting anything"""
     config = configuration.load(args.config, args.overrides)
-    layout = ParallelLayout(
-        world=args.ranks or config.parallel.tensor + config.parallel.encoder, config=config.parallel
-    )
+    layout = ParallelLayout(world=args.ranks or config.parallel.smallest_world, config=config.parallel)
     from megatron_sphinx import planning
 
     if args.step is None:

@@ -127,7 +127,7 @@ def newest_weights(job: Job) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: there is none.
     """
-    return dict(load_weights(job.folder / "checkpoints"))
+    return load_weights(job.folder / "checkpoints")
 
 
 def _place() -> tuple[int, int]:
@@ -360,7 +360,8 @@ def _say_memory(job: Job, engine: Engine) -> None:
 def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
     config, data = job.config, job.config.data
-    model = {name: value for name, value in asdict(config.model).items() if name not in ("preset", "init_std")}
+    free = ("preset", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+    model = {name: value for name, value in asdict(config.model).items() if name not in free}
     names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "isolate_documents")
     pairs, text = job.sources.pairs, job.sources.text
     amounts = {"pairs": len(pairs) if pairs else 0, "documents": len(text.lengths) if text else 0}

@@ -100,7 +100,7 @@ def test_a_run_goes_on_in_another_layout(train, whole_run, pair):
     if not whole_run:
         done = train(1, overrides({}) | settings, name="whole")
         whole_run["metrics"] = done.metrics
-        whole_run["weights"] = dict(load_weights(done.folder / "checkpoints"))
+        whole_run["weights"] = load_weights(done.folder / "checkpoints")
     stop = overrides(first[1]) | settings
     folder, ranks = train.start(first[0], stop | {"training.steps": 8}, name="moved")
     assert ranks.wait() == [0] * first[0], ranks.text()
@@ -113,7 +113,7 @@ def test_a_run_goes_on_in_another_layout(train, whole_run, pair):
     for line, wanted in zip(moved.metrics, whole_run["metrics"], strict=True):
         for name in EXACT:
             assert line[name] == pytest.approx(wanted[name], rel=1e-5), f"{first} to {second}: {name}"
-    for name, weight in load_weights(moved.folder / "checkpoints"):
+    for name, weight in load_weights(moved.folder / "checkpoints").items():
         torch.testing.assert_close(weight, whole_run["weights"][name], rtol=1e-4, atol=1e-5)
 
 
@@ -127,13 +127,15 @@ def test_in_the_same_layout_a_run_goes_on_to_the_bit(train, world, sizes, precis
     settings = overrides(sizes) | {"training.steps": 6, "checkpoint.interval": 3, "training.precision": precision}
     run = train(world, settings)
     wanted = [[line[name] for name in EXACT] for line in run.metrics]
-    weights = dict(load_weights(run.folder / "checkpoints"))
+    weights = load_weights(run.folder / "checkpoints")
     (run.folder / "checkpoints" / "step_00000006" / "checkpoint.json").unlink()
     again = train(world, settings)
     assert "resumed after step 3" in again.ranks.text(0)
     assert "from layout" not in again.ranks.text(0)
     assert [[line[name] for name in EXACT] for line in again.metrics] == wanted
-    assert all(torch.equal(weight, weights[name]) for name, weight in load_weights(again.folder / "checkpoints"))
+    assert all(
+        torch.equal(weight, weights[name]) for name, weight in load_weights(again.folder / "checkpoints").items()
+    )
 
 
 def test_a_checkpoint_says_what_it_is(train):
@@ -141,7 +143,7 @@ def test_a_checkpoint_says_what_it_is(train):
     manifest = json.loads((complete(run.folder / "checkpoints")[-1] / "checkpoint.json").read_text())
     assert manifest["layout"]["world"] == 3
     assert manifest["encoders"]["dinov2_small"] == {"path": "random", "sha256": "random 3"}
-    names = {name for name, _ in load_weights(run.folder / "checkpoints")}
+    names = load_weights(run.folder / "checkpoints").keys()
     assert "language.decoder.layers.2.mlp.experts.weight1" in names
     assert not any("encoder" in name for name in names)
     assert len(manifest["files"]) == 3  # two language ranks and the metadata
@@ -258,7 +260,7 @@ def check_other_tensors(folder: Path):
     with pytest.raises(CheckpointError, match=r"w has shape \[2, 3\], this run's has \[2, 4\]; resume with the config"):
         kept.load(path, [piece("w", 2, 4)], [])
     with pytest.raises(CheckpointError, match=r"holds no complete checkpoint; train first"):
-        list(load_weights(folder / "nothing"))
+        load_weights(folder / "nothing")
     kept.save(8, [Piece("w", (2, 3), Block((1, 0), (2, 3)), torch.ones(2, 3))], {}, bad_pairs=0)
     with pytest.raises(CheckpointError, match=r"step_00000008: rank 0 could not write it \(.*key:w has out of bounds"):
         kept.finish()  # pieces that do not make a whole are no checkpoint

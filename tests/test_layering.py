@@ -18,7 +18,7 @@ OWNERS = {
     "transformers": {"model/encoders.py"},
 }
 LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/plan.py",
-         "stage/dealing.py", "training/optimizer.py"]  # fmt: skip
+         "stage/dealing.py", "training/memory.py", "training/optimizer.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
 

@@ -51,6 +51,8 @@ def test_every_rank_has_one_seat(tensor, data, pipeline, expert, expert_tensor, 
         tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor, encoder=encoder
     )
     layout = ParallelLayout(world=tensor * data * pipeline + encoder, config=sizes)
+    least = sizes.smallest_world
+    assert ParallelLayout(world=least, config=sizes).world == least <= layout.world
     assert layout.data == data
     copies = layout.expert_data
     assert copies * expert * expert_tensor == tensor * data

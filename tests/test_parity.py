@@ -102,7 +102,7 @@ class Result:
     def __init__(self, folder: Path) -> None:
         self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.gradients = [whole_gradients(folder, step) for step in range(3)]
-        self.weights = dict(load_weights(folder / "checkpoints"))
+        self.weights = load_weights(folder / "checkpoints")
 
 
 def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:

@@ -17,6 +17,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.store import complete
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.optimizer import OptimizerConfig, learning_rate
 
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")
@@ -323,6 +324,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(train):
     (newest, *_) = reversed(complete(run.folder / "checkpoints"))
     assert newest.name == f"step_{step:08d}"  # the step that failed left no trace
     assert len(run.metrics) == step
+
+
+def overflow(config: Path) -> int:
+    """Train, but in the second step a gradient is infinite though the loss is not."""
+    backward, calls = Engine.backward, []
+
+    def spoil(self, *args):
+        backward(self, *args)
+        calls.append(1)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            next(self.gradients())[1][0] = float("inf")
+
+    Engine.backward = spoil
+    return main(["train", str(config)])
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(start_ranks, tiny, tmp_path):
+    config = tiny.write(tmp_path / "run.yaml", {"checkpoint.interval": 1})
+    ranks = start_ranks(2, lambda: overflow(config))
+    assert ranks.wait() == [1, 1]
+    (said,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    assert "step=1: the gradient's norm is inf; weights unchanged; resume with a lower optimizer.learning_rate" in said
+    assert [path.name for path in complete(config.with_suffix("") / "checkpoints")] == ["step_00000001"]
 
 
 def lose_an_encoder(config: Path) -> int:

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,8 +310,8 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step_*/{_MANIFEST}"))
 
 
-def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The whole fp32 weights of the newest complete checkpoint of a folder, saved in any layout: (name, weight).
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole fp32 weights of the newest complete checkpoint of a folder, saved in any layout.
 
     Raises:
         CheckpointError: there is none.
@@ -320,14 +320,16 @@ def load_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if newest is None:
         raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
     read_manifest(newest)
-    prefix, reader = "master/", FileSystemReader(newest)
-    for name, saved in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith(prefix) and isinstance(saved, TensorStorageMetadata):
-            whole = {name: torch.empty(saved.size)}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
-                load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
-            yield name.removeprefix(prefix), whole[name]
+    prefix, saved = "master/", FileSystemReader(newest).read_metadata().state_dict_metadata
+    whole = {
+        name: torch.empty(about.size)
+        for name, about in saved.items()
+        if name.startswith(prefix) and isinstance(about, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
+        load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
+    return {name.removeprefix(prefix): weight for name, weight in whole.items()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How the ranks of a job are divided. Arithmetic only: imports no torch, so a login node can check a plan."""
 
 from dataclasses import dataclass, fields
+from math import lcm
 
 from megatron_sphinx.errors import ConfigError
 
@@ -44,6 +45,11 @@ class ParallelConfig:
                 f"parallel.pipeline_layers={list(self.pipeline_layers)}: must name the layers of each of the "
                 f"{self.pipeline} stages of parallel.pipeline"
             )
+
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that these sizes fit."""
+        return self.pipeline * lcm(self.tensor, self.expert * self.expert_tensor) + self.encoder
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """How many of a model's decoder layers each pipeline stage holds.

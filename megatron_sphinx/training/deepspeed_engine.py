@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,7 +107,7 @@ class Engine:
             return
         with self._engine.coalesce_grad_reduction():
             self._run_pipeline(forward, batches)
-            if "optimizer" not in self.held:
+            if self._is_first_step:
                 whole = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
                 self.held["gradients"] += sum(gradient.nbytes for gradient in whole)
         self._engine.set_gradient_accumulation_boundary(True)
@@ -150,8 +150,8 @@ class Engine:
             if group not in kept:
                 kept[group] = self._parts(group)
             part = kept[group].pop(0).view(-1)
-            is_whole = part.numel() != fragment.count  # fp32: whole tensors, of which only a fragment is summed up
-            yield fragment, part.narrow(0, fragment.start, fragment.count) if is_whole else part
+            is_cut = part.numel() == fragment.count  # in fp32 DeepSpeed keeps the whole, only the fragment summed up
+            yield fragment, part if is_cut else part.narrow(0, fragment.start, fragment.count)
         assert not any(kept.values()), "DeepSpeed holds gradients of other weights than it updates"
 
     def _parts(self, group: int) -> list[Tensor]:
@@ -164,7 +164,8 @@ class Engine:
         """Multiply the gradient by `factor`, clip it, change the weights, clear the gradient.
 
         Returns:
-            The global L2 norm of the gradient before clipping. DeepSpeed's own does not count experts rightly.
+            The global L2 norm of the gradient before clipping; where it is not finite, nothing has been changed.
+            DeepSpeed's own norm does not count experts rightly.
         """
         parts = [(fragment.shard.is_first_copy, part) for fragment, part in self.gradients()]
         norms = [part for is_counted, part in parts if is_counted]
@@ -173,6 +174,8 @@ class Engine:
             squared += torch.stack(torch._foreach_norm(norms)).double().square().sum()
         dist.all_reduce(squared, group=self._groups.language)
         norm = float(squared.sqrt()) * factor
+        if not isfinite(norm):
+            return norm
         clip = self._config.gradient_clip
         if clip and norm > clip:
             factor *= clip / norm
@@ -180,13 +183,18 @@ class Engine:
             torch._foreach_mul_([part for _, part in parts], factor)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        partition = self._bytes_of_gradients() if "optimizer" not in self.held else 0
+        partition = self._bytes_of_gradients() if self._is_first_step else 0
         self._engine.step()
-        if "optimizer" not in self.held:
+        if self._is_first_step:
             states = self._engine.optimizer.optimizer.state
             moments = sum(value.nbytes for state in states.values() for value in state.values() if value.ndim)
             self.held |= {"gradients": self.held["gradients"] + partition, "optimizer": moments + moments // 2}
         return norm
+
+    @property
+    def _is_first_step(self) -> bool:
+        """Whether `held` is still to be found."""
+        return "optimizer" not in self.held
 
     def _bytes_of_gradients(self) -> int:
         """What DeepSpeed holds of the gradient once it is reduced: storage of the parts of this rank's partition."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -127,8 +128,9 @@ class Forward:
             return
         seat, layout = self.groups.seat, self.groups.layout
         if self.groups.is_first_stage:
+            flags = bad.to(torch.uint8)
             last = layout.rank_of(data=seat.data, tensor=seat.tensor, pipeline=stages - 1)
-            self.engine.keep(dist.isend(flags := bad.to(torch.uint8), last, group=self.groups.flags), flags)
+            self.engine.keep(dist.isend(flags, last, group=self.groups.flags), flags)
         elif self.groups.is_last_stage:
             flags = torch.empty_like(bad, dtype=torch.uint8)
             dist.recv(flags, layout.rank_of(data=seat.data, tensor=seat.tensor), group=self.groups.flags)
@@ -189,7 +191,7 @@ def train_step(
     whether it was asked to stop, how long it waited for data.
 
     Raises:
-        DivergedError: a loss is not finite; names the samples. The weights have not been changed.
+        DivergedError: a loss or the gradient is not finite. The weights have not been changed.
     """
     planned = plan.targets(of_pairs=True) + text_weight * plan.targets(of_pairs=False)
     waited, received = (features.waiting.seconds, features.received_bytes) if features else (0.0, 0)
@@ -206,21 +208,23 @@ def train_step(
     whole = mine.over(groups, device)
     actual = whole.targets_pairs + text_weight * whole.targets_text
     loss = (whole.loss_pairs + text_weight * whole.loss_text) / max(actual, 1.0)
-    if not torch.tensor(loss).isfinite():
-        raise DivergedError(_diverged(plan.step, loss, forward.suspects, groups))
+    if not isfinite(loss):
+        raise DivergedError(_diverged(plan.step, f"loss is {loss}", forward.suspects, groups))
     norm = engine.update(rate, planned / actual if whole.bad_pairs and actual else 1.0)
+    if not isfinite(norm):
+        raise DivergedError(_diverged(plan.step, f"the gradient's norm is {norm}", [], groups))
     whole.balance /= engine.loss_scale * max(layers, 1)
     return StepReport(loss, whole, norm, forward.load(layers))
 
 
-def _diverged(step: int, loss: float, losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups) -> str:
-    """One line that names the step and the samples of the micro-batches whose loss is not finite."""
+def _diverged(step: int, what: str, losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups) -> str:
+    """One line that names the step and the samples of the micro-batches whose loss is not finite, if there are such."""
     bad = [batch for batch, value in losses if not value.isfinite()]
     mine = (sorted({p for b in bad for p in b.pairs}), sorted({d for b in bad for d in b.documents}))
     found: list[tuple[list[int], list[int]]] = [mine] * groups.layout.language
     dist.all_gather_object(found, mine, group=groups.language)
     pairs, documents = (sorted({item for part in found for item in part[side]}) for side in (0, 1))
-    return (
-        f"step={step}: loss is {loss}; weights unchanged; samples in it: pairs {pairs}, text documents {documents}; "
-        f"look at them, or resume with a lower optimizer.learning_rate"
+    samples = (
+        f"samples in it: pairs {pairs}, text documents {documents}; look at them, or " if pairs or documents else ""
     )
+    return f"step={step}: {what}; weights unchanged; {samples}resume with a lower optimizer.learning_rate"
