@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
-from test_model import groups, text_batch
+from test_model import all_but_feed_forward, groups, text_batch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from megatron_sphinx.__main__ import main
@@ -167,25 +167,13 @@ def mixtral_of(config: LanguageConfig, model: SphinxModel) -> MixtralForCausalLM
             tie_word_embeddings=False, head_dim=config.hidden // config.heads, experts_implementation="eager",
         )
     )  # fmt: skip
-    ours, head = model.language.state_dict(), config.hidden // config.heads
-    state = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][: config.vocabulary],
-        "lm_head.weight": ours["output_layer.weight"][: config.vocabulary],
-        "model.norm.weight": ours["decoder.final_layernorm.weight"],
-    }
+    ours, state = model.language.state_dict(), all_but_feed_forward(config, model)
     for layer in range(config.layers):
-        here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        qkv = ours[f"{here}.self_attention.linear_qkv.weight"].view(config.groups, -1, head, config.hidden)
+        here, there = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
         state |= {
-            f"{there}.self_attn.q_proj.weight": qkv[:, :-2].reshape(-1, config.hidden),
-            f"{there}.self_attn.k_proj.weight": qkv[:, -2].reshape(-1, config.hidden),
-            f"{there}.self_attn.v_proj.weight": qkv[:, -1].reshape(-1, config.hidden),
-            f"{there}.self_attn.o_proj.weight": ours[f"{here}.self_attention.linear_proj.weight"],
-            f"{there}.mlp.gate.weight": ours[f"{here}.mlp.router.weight"],
-            f"{there}.mlp.experts.gate_up_proj": ours[f"{here}.mlp.experts.weight1"],
-            f"{there}.mlp.experts.down_proj": ours[f"{here}.mlp.experts.weight2"],
-            f"{there}.input_layernorm.weight": ours[f"{here}.input_layernorm.weight"],
-            f"{there}.post_attention_layernorm.weight": ours[f"{here}.pre_mlp_layernorm.weight"],
+            f"{there}.gate.weight": ours[f"{here}.router.weight"],
+            f"{there}.experts.gate_up_proj": ours[f"{here}.experts.weight1"],
+            f"{there}.experts.down_proj": ours[f"{here}.experts.weight2"],
         }
     theirs.load_state_dict(state, strict=True)
     return theirs.train()

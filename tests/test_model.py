@@ -53,16 +53,8 @@ def build(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> SphinxM
     return model
 
 
-def llama_of(config: LanguageConfig, model: SphinxModel) -> LlamaForCausalLM:
-    """Hugging Face's model with the same weights."""
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.ffn,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.groups,
-            rms_norm_eps=config.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+def all_but_feed_forward(config: LanguageConfig, model: SphinxModel) -> dict[str, torch.Tensor]:
+    """What LLaMA and Mixtral have in common, under Hugging Face's names."""
     ours, head = model.language.state_dict(), config.hidden // config.heads
     state = {
         "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][: config.vocabulary],
@@ -73,17 +65,35 @@ def llama_of(config: LanguageConfig, model: SphinxModel) -> LlamaForCausalLM:
         here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
         qkv = ours[f"{here}.self_attention.linear_qkv.weight"].view(config.groups, -1, head, config.hidden)
         q, k, v = qkv[:, :-2], qkv[:, -2], qkv[:, -1]
-        gate, up = ours[f"{here}.mlp.linear_fc1.weight"].chunk(2)
         state |= {
             f"{there}.self_attn.q_proj.weight": q.reshape(-1, config.hidden),
             f"{there}.self_attn.k_proj.weight": k.reshape(-1, config.hidden),
             f"{there}.self_attn.v_proj.weight": v.reshape(-1, config.hidden),
             f"{there}.self_attn.o_proj.weight": ours[f"{here}.self_attention.linear_proj.weight"],
-            f"{there}.mlp.gate_proj.weight": gate,
-            f"{there}.mlp.up_proj.weight": up,
-            f"{there}.mlp.down_proj.weight": ours[f"{here}.mlp.linear_fc2.weight"],
             f"{there}.input_layernorm.weight": ours[f"{here}.input_layernorm.weight"],
             f"{there}.post_attention_layernorm.weight": ours[f"{here}.pre_mlp_layernorm.weight"],
+        }
+    return state
+
+
+def llama_of(config: LanguageConfig, model: SphinxModel) -> LlamaForCausalLM:
+    """Hugging Face's model with the same weights."""
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.ffn,
+            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.groups,
+            rms_norm_eps=config.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    ours, state = model.language.state_dict(), all_but_feed_forward(config, model)
+    for layer in range(config.layers):
+        here, there = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+        gate, up = ours[f"{here}.linear_fc1.weight"].chunk(2)
+        state |= {
+            f"{there}.gate_proj.weight": gate,
+            f"{there}.up_proj.weight": up,
+            f"{there}.down_proj.weight": ours[f"{here}.linear_fc2.weight"],
         }
     theirs.load_state_dict(state, strict=True)
     return theirs.eval()
