@@ -43,7 +43,7 @@ from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.loop import Loop, StopSignal
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
-from megatron_sphinx.training.metrics import Reporter, say, writing
+from megatron_sphinx.training.metrics import Reporter, say, say_of_ranks, writing
 from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
@@ -322,8 +322,12 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
     if seat.rank == 0:
         layout, device = job.groups.layout, job.platform.device.type
         say(f"{layout} = {layout.world} ranks, {device}, {config.training.precision}")
-        for rank, (role, language, encoder, _) in enumerate(everyone):
-            say(f"rank {rank}: {role}, language weights {language:,} bytes, encoder weights {encoder:,} bytes")
+        say_of_ranks(
+            [
+                f"{role}, language weights {language:,} bytes, encoder weights {encoder:,} bytes"
+                for role, language, encoder, _ in everyone
+            ]
+        )
         views = sum(piece.views for row in job.planner.step(0).rows for piece in row)
         values = config.vision.feature_values
         if config.parallel.encoder:
@@ -352,9 +356,8 @@ def _say_memory(job: Job, engine: Engine) -> None:
     everyone = [mine] * groups.layout.language
     dist.all_gather_object(everyone, mine, group=groups.language)
     if groups.seat.rank == 0:
-        for rank, (held, formula) in enumerate(everyone):
-            parts = [f"{name} {held[name]:,} (formula {formula[name]:,})" for name in formula]
-            say(f"rank {rank} holds bytes of {', '.join(parts)}")
+        parts = [[f"{name} {held[name]:,} (formula {known[name]:,})" for name in known] for held, known in everyone]
+        say_of_ranks([f"bytes of {', '.join(part)}" for part in parts])
 
 
 def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:

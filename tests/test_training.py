@@ -30,6 +30,15 @@ KEYS = {
 LAYOUTS = [(2, 1, 0), (1, 1, 2), (2, 2, 1), (4, 2, 2), (3, 1, 2)]  # test_parity.py has the many
 
 
+def facts_of_ranks(text: str, after: str = "") -> list[str]:
+    """What the first rank said of each rank, as far as it begins so."""
+    facts: dict[int, str] = {}
+    for first, last, fact in re.findall(rf"^ranks? (\d+)(?:-(\d+))?: ({after}.*)$", text, re.MULTILINE):
+        facts |= {rank: fact for rank in range(int(first), int(last or first) + 1) if rank not in facts}
+    assert list(facts) == list(range(len(facts)))
+    return list(facts.values())
+
+
 def worst_difference(lines: list[dict], reference: list[dict]) -> float:
     assert [line["sample_ids"] for line in lines] == [line["sample_ids"] for line in reference]
     return max(abs(a[n] - b[n]) / abs(b[n]) for a, b in zip(lines, reference, strict=True) for n in EXACT)
@@ -66,15 +75,11 @@ def test_every_layout_trains_as_one_rank_does(train, one_rank, language, tensor,
     assert worst_difference(run.metrics, wanted) < 1e-5
     crossing = 6 * 17 * (96 + 96) * 2 if encoder else 0
     assert {line["feature_bytes"] for line in run.metrics} == {crossing}
-    for rank in range(language + encoder):
-        role = "language" if rank < language else "encoder"
-        assert f"rank {rank}: {role}, " in run.ranks.text(0)
+    said = facts_of_ranks(run.ranks.text(0))
+    assert [fact.split(",")[0] for fact in said] == ["language"] * language + ["encoder"] * encoder
     if encoder:
-        said = run.ranks.text(0).splitlines()
-        assert (
-            sum("language, language weights" in line and "encoder weights 0 bytes" in line for line in said) == language
-        )
-        assert sum("encoder, language weights 0 bytes" in line for line in said) == encoder
+        assert all(fact.endswith("encoder weights 0 bytes") for fact in said[:language])
+        assert all("language weights 0 bytes" in fact for fact in said[language:])
         assert f"= {crossing:,} bytes of features cross, 0 come back" in run.ranks.text(0)
 
 
@@ -424,7 +429,7 @@ def test_the_run_folder_says_what_was_run(train):
 def test_ranks_hold_what_zero2_needs(train, world, overrides):
     model = {"model.layers": 3, "model.hidden": 64, "training.precision": "bf16"}
     text = train(world, model | overrides).ranks.text(0)
-    found = re.findall(r"rank \d+ holds bytes of (.*)", text)
+    found = facts_of_ranks(text, "bytes of")
     assert len(found) == world - overrides.get("parallel.encoder", 0)
     for line in found:
         numbers = re.findall(r"(\w+) ([\d,]+) \(formula ([\d,]+)\)", line)

@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,12 @@ def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
 def say(message: str) -> None:
     """One line of what is going on, on standard output at once."""
     print(message, file=sys.stdout, flush=True)
+
+
+def say_of_ranks(facts: Sequence[str]) -> None:
+    """A line for each rank, numbered as they come; neighbours of whom the same is to be said share one."""
+    first = 0
+    for fact, same in groupby(facts):
+        last = first + len(list(same)) - 1
+        say(f"rank {first}: {fact}" if first == last else f"ranks {first}-{last}: {fact}")
+        first = last + 1
