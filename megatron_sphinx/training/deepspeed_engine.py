@@ -264,6 +264,8 @@ def _initialize(
     from deepspeed.utils import groups as deepspeed_groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not is_cuda:
+        deepspeed.ops.__compatible_ops__ = {}  # none is needed here; looking for them would run a compiler
     experts = [weight for weight in model.parameters() if not getattr(weight, "allreduce", True)]
     for weight in experts:
         weight.group_name = EXPERTS  # type: ignore[attr-defined]
