@@ -126,7 +126,7 @@ def check_losses_of_routers(seed: int):
     ]
     kind = torch.where(row < 0, PADDING, torch.where(row % 2 == 0, TEXT, IMAGE))
     logits = torch.randn(len(row), 1, config.experts, requires_grad=True)
-    router.routing_of_batch = Routing(row.where(row >= 0, rows), kind, rows, 1 / step_tokens)
+    router.routing_of_batch = Routing(row.where(row >= 0, rows), kind, torch.tensor(lengths), 1 / step_tokens)
     weights, chosen = router.routing(logits)
     (found,) = torch.autograd.grad(weights.sum() * 0, logits)  # only what is attached
     wanted = 0.0

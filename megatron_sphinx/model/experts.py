@@ -33,7 +33,7 @@ class Routing:
     Attributes:
         row_of_token: int64 [tokens]; the rows are numbered from 0, padding has the last number.
         kind_of_token: int64 [tokens]: TEXT, IMAGE or PADDING.
-        rows: how many rows there are.
+        row_lengths: int64 [rows], tokens of each row.
         weight: of a token in the balance loss: 1 / tokens of the step, times what the loss is scaled by.
         load: for each layer, tokens each expert took, int64 [TEXT and IMAGE, experts], of this rank's tokens.
         balance: for each layer, this rank's part of the balance loss before its coefficient.
@@ -41,7 +41,7 @@ class Routing:
 
     row_of_token: Tensor
     kind_of_token: Tensor
-    rows: int
+    row_lengths: Tensor
     weight: float
     load: dict[int, Tensor] = field(default_factory=dict)
     balance: dict[int, Tensor] = field(default_factory=dict)
@@ -88,12 +88,11 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
         row, kind = batch.row_of_token, batch.kind_of_token
         if self.config.sequence_parallel:
             row, kind = (part.chunk(self.tp_group.size())[self.tp_group.rank()] for part in (row, kind))
-        zeros = logits.new_zeros(batch.rows + 1, self.num_experts)
+        zeros = logits.new_zeros(len(batch.row_lengths) + 1, self.num_experts)
         taken = zeros.index_add(0, row, chosen.to(logits.dtype))
         if self.config.sequence_parallel:
             dist.all_reduce(taken, group=self.tp_group)
-        lengths = batch.row_of_token.bincount(minlength=batch.rows + 1).clamp(min=1)
-        share = (taken / lengths[:, None])[:-1]  # tokens of a row for each expert, padding left out
+        share = taken[:-1] / batch.row_lengths[:, None]  # tokens of a row for each expert, padding left out
         scores = zeros.index_add(0, row, logits.softmax(-1))[:-1]
         balance = batch.weight * self.num_experts / self.topk * (share * scores).sum()
         size = batch.weight * (logits.logsumexp(-1).square() * (kind != PADDING)).sum()

@@ -99,7 +99,8 @@ def routing_of(batch: MicroBatch, weight: float) -> Routing:
     """What routers must know of a micro-batch whose every token weighs `weight` in their losses."""
     row = batch.row_of_token
     kind = torch.full_like(row, TEXT).index_fill(0, batch.view_positions, IMAGE).masked_fill(row < 0, PADDING)
-    return Routing(row.where(row >= 0, batch.rows), kind, batch.rows, weight)
+    row = row.where(row >= 0, batch.rows)
+    return Routing(row, kind, row.bincount(minlength=batch.rows + 1)[:-1], weight)
 
 
 def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
