@@ -181,7 +181,7 @@ class _TorchOnCpu(ModuleType):
         return getattr(torch, name)
 
     @staticmethod
-    def zeros(*size: Any, device: Any, **options: Any) -> Tensor:
+    def zeros(*size: Any, device: Any = None, **options: Any) -> Tensor:
         """torch.zeros on the CPU."""
         return torch.zeros(*size, **options)
 

@@ -291,7 +291,7 @@ class CheckpointStore:
         Every language rank calls this, together.
 
         Raises:
-            CheckpointError: it lacks a tensor, or has one of another shape; names the tensor.
+            CheckpointError: it lacks a tensor, or has one of another shape, and names it; or it cannot be read.
         """
         reader = FileSystemReader(path)
         known = reader.read_metadata().state_dict_metadata
@@ -301,7 +301,12 @@ class CheckpointStore:
             load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
-            raise first if isinstance(first, CheckpointError) else error from None
+            if isinstance(first, CheckpointError):
+                raise first from None
+            reason = " ".join(_cause(error).split())[:200] or type(first).__name__
+            raise CheckpointError(
+                f"checkpoint.resume={path}: cannot be read ({reason}); resume from an earlier one"
+            ) from error
         return {name.partition("/")[2]: value for name, value in wanted.items()}
 
 

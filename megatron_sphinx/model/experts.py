@@ -167,8 +167,9 @@ class GroupedExperts(nn.Module):
         """
         counts = tokens_per_expert.tolist()
         is_even = len(hidden) > 0 and len(counts) * max(counts) <= _MOST_PADDING * len(hidden)
-        work = _padded_experts if is_even and not hidden.is_cuda else _grouped_experts
-        return _AtOnce.apply(partial(work, counts), hidden, self.weight1, self.weight2, weights), None
+        work = partial(_padded_experts if is_even and not hidden.is_cuda else _grouped_experts, counts)
+        inputs = (hidden, self.weight1, self.weight2, weights)
+        return (_AtOnce.apply(work, *inputs) if torch.is_grad_enabled() else work(*inputs)), None
 
 
 class _AtOnce(torch.autograd.Function):
