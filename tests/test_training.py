@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.checkpoint.store import complete
+from megatron_sphinx.checkpoint.store import CheckpointStore, complete
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -320,15 +320,30 @@ def test_a_shard_that_changed_is_refused_before_anything_is_trained(train, spoil
     assert not (refused.folder / "metrics.jsonl").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(train):
+def slowly(config: Path) -> int:
+    """Train, but writing a checkpoint takes much longer than a step."""
+    write = CheckpointStore._write_pieces
+
+    def wait(self, *args):
+        time.sleep(3.0)
+        return write(self, *args)
+
+    CheckpointStore._write_pieces = wait
+    return main(["train", str(config)])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(start_ranks, tiny, tmp_path):
     settings = {"optimizer.learning_rate": 1e30, "optimizer.gradient_clip": 0.0, "optimizer.warmup_steps": 0}
-    run = train(3, settings | {"training.steps": 9, "checkpoint.interval": 1, "parallel.encoder": 1}, status=1)
-    (said,) = [line for line in run.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
+    settings |= {"training.steps": 9, "checkpoint.interval": 1, "parallel.encoder": 1}
+    config = tiny.write(tmp_path / "run.yaml", settings)
+    ranks, folder = start_ranks(3, lambda: slowly(config)), config.with_suffix("")
+    assert ranks.wait() == [1, 1, 1]
+    (said,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
     assert "weights unchanged; samples in it: pairs [" in said
     step = int(said.split("step=")[1].split(":")[0])
-    (newest, *_) = reversed(complete(run.folder / "checkpoints"))
-    assert newest.name == f"step_{step:08d}"  # the step that failed left no trace
-    assert len(run.metrics) == step
+    (newest, *_) = reversed(complete(folder / "checkpoints"))
+    assert newest.name == f"step_{step:08d}"  # the save before it was completed, the step that failed left no trace
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == step
 
 
 def overflow(config: Path) -> int:

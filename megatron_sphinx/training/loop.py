@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
-from megatron_sphinx.errors import DataError
+from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -77,6 +78,14 @@ class Loop:
             DataError: more pairs than `data.max_bad_share` could not be read.
             DivergedError: a loss is not finite.
         """
+        try:
+            return self._train(start, steps)
+        except SphinxError:
+            with suppress(CheckpointError):  # the state before the mistake is what one resumes from
+                self.store.finish()
+            raise
+
+    def _train(self, start: int, steps: int) -> bool:
         step = steps - 1  # where nothing is left to do
         for step in range(start, steps):
             begin = time.perf_counter()
