@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS := $(BIN)/torchrun --nproc-per-node 3
 RANDOM_RUN := runs/demo_random_expert
+FIGURE7 := runs/figure7
+FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=$(FIGURE7)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe test lint benchmark clean
+.PHONY: demo demo_moe figure7 test lint benchmark clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -25,6 +27,17 @@ demo_moe: $(VENV)/demo.installed
 	rm -rf runs/demo_moe
 	$(RANKS) -m megatron_sphinx train examples/demo_moe.yaml
 	$(BIN)/python examples/demo_evaluate.py runs/demo_moe --started $$(cat $(VENV)/demo.started)
+
+## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png
+figure7: $(VENV)/demo.installed
+	$(BIN)/python examples/demo_data.py
+	rm -rf $(FIGURE7)
+	$(RANKS) -m megatron_sphinx train examples/figure7.yaml run.folder=$(FIGURE7)/language \
+	    data.pairs_per_step=0 data.text_tokens_per_step=3072 training.steps=250 optimizer.learning_rate=2e-3
+	$(RANKS) -m megatron_sphinx train $(FROM_TEXT)/both
+	$(RANKS) -m megatron_sphinx train $(FROM_TEXT)/captions loss.text_weight=0
+	$(RANKS) -m megatron_sphinx train $(FROM_TEXT)/text data.pairs_per_step=0
+	$(BIN)/python examples/figure7.py $(FIGURE7) --plot examples/figure7.png
 
 ## test: every test, on gloo ranks without a GPU
 test: $(VENV)/dev.installed

@@ -25,6 +25,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "timm>=1.0.20,<2",
         "einops",
+        "fsspec",
         "matplotlib",
         "numpy>=2,<3",
         "pillow>=11",
@@ -33,6 +34,7 @@ setup(
         "safetensors",
         "sentencepiece>=0.2,<0.3",
         "tensorboard>=2.18",
+        "tqdm",
         "webdataset>=1.0,<2",
     ],
     extras_require={

@@ -24,8 +24,8 @@ import timm
 import torch
 from PIL import Image
 
-from megatron_sphinx.data.pairs import index_shards, write_shards
-from megatron_sphinx.data.text import write_text
+from megatron_sphinx.data.pair_writer import index_shards, write_shards
+from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -97,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
     folder = parser.parse_args().folder
-    done = folder / "prepared.json"
+    done = folder / "prepared.txt"
     if done.is_file():
         print(f"{folder}: {done.read_text()}", end="")
         return 0
@@ -127,11 +127,11 @@ def main() -> int:
         )
         (folder / "tokenizer.model").write_bytes(model.getvalue())
         tokenizer = Tokenizer(folder / "tokenizer.model")
-        report = index_shards(write_shards(pictures, folder / "shards", 500), folder / "pairs", tokenizer)
+        pairs = index_shards(write_shards(pictures, folder / "shards", 500), folder / "pairs", tokenizer)
         source = Path(name) / "text.jsonl"
         source.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-        documents, tokens = write_text([source], folder / "text", tokenizer)
-    done.write_text(f"{report.pairs} pairs, {HELD_OUT} held out; {documents} documents, {tokens} text tokens\n")
+        text = write_text([source], folder / "text", tokenizer)
+    done.write_text(f"{pairs.taken} pairs, {HELD_OUT} held out; {text.taken} documents, {text.tokens} text tokens\n")
     print(f"{folder}: {done.read_text()}", end="")
     return 0
 

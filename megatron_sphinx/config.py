@@ -263,6 +263,8 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 def _value(kind: Any, value: Any, path: str) -> Any:
     """`value` as the type `kind`, or an error that names the key."""
     if is_dataclass(kind):
+        if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
+            return from_text(value)
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value}: must be a section with keys of its own")
         return build(kind, value, f"{path}.")  # type: ignore[arg-type]
@@ -271,6 +273,8 @@ def _value(kind: Any, value: Any, path: str) -> Any:
             return None
         kind = next(option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is tuple:
+        if hasattr(get_args(kind)[0], "from_text") and isinstance(value, str | Mapping | None):
+            value = [] if value is None else [value]  # one alone
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{path}={value}: must be a list")
         return tuple(_value(get_args(kind)[0], item, f"{path}.{i}") for i, item in enumerate(value))

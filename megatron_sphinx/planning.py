@@ -46,8 +46,9 @@ def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dic
     """The composition of one step, read from the indexes: first the whole, then a line per micro-batch and replica."""
     sources = open_sources(config.data, config.model)
     planner = make_planner(
-        config.data, sources, config.model, config.vision, replicas=layout.data, seed=config.run.seed
-    )
+        config.data, sources, config.model, config.vision,
+        replicas=layout.data, seed=config.run.seed, multiple=layout.config.token_multiple,
+    )  # fmt: skip
     plan = planner.step(number)
     yield {
         "step": number,
@@ -57,6 +58,10 @@ def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dic
         "target_tokens_pairs": plan.targets(of_pairs=True),
         "target_tokens_text": plan.targets(of_pairs=False),
         "captions_cut": plan.captions_cut,
+        "rows": len(plan.rows),
+        "fill": plan.fill,
+        "padding_share": plan.padding_share,
+        "imbalance": plan.imbalance,
     }
     for micro, replicas in enumerate(plan.micro_batches):
         counts = [len(views_in(rows)) for rows in replicas]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_sphinx import platform
-from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights, newest_of
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import (
     BatchBuilder,
@@ -162,18 +162,18 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
 
 
 def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
-    """Open the data on every rank; the first rank also compares the shards with their index."""
+    """Open the data on every rank; the first rank also compares the files with their indexes."""
 
     def work() -> Job:
         sources = open_sources(config.data, config.model)
         if groups.seat.rank == 0:
             with writing(Path(config.run.folder)):
                 Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-            if sources.pairs is not None:
-                sources.pairs.check(sources.tokenizer)
+            sources.check()
         planner = make_planner(
-            config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
-        )
+            config.data, sources, config.model, config.vision,
+            replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
+        )  # fmt: skip
         return Job(config, here, groups, sources, planner)
 
     return agree(work)
@@ -238,7 +238,11 @@ def _language(job: Job, stop: StopSignal) -> bool:
     loop = Loop(
         engine=engine,
         planner=job.planner,
-        batches=BatchLoader(job.planner, _batch_builder(job), groups.seat.data),
+        batches=BatchLoader(
+            job.planner,
+            BatchBuilder(job.config.data, job.sources, job.config.vision, job.planner.multiple),
+            groups.seat.data,
+        ),
         features=_feature_source(job, encoders, start),
         groups=groups,
         platform=here,
@@ -282,13 +286,6 @@ def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> Sph
     model = SphinxModel(language, vision, groups)
     draw_weights(model, config.model, groups, config.run.seed)
     return model
-
-
-def _batch_builder(job: Job) -> BatchBuilder:
-    """Tensor ranks that share the tokens need as many each."""
-    sizes = job.config.parallel
-    multiple = sizes.tensor if sizes.sequence else 1
-    return BatchBuilder(job.config.data, job.sources, job.config.vision, multiple)
 
 
 def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> FeatureSource | None:
@@ -363,11 +360,14 @@ def _say_memory(job: Job, engine: Engine) -> None:
 def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
     config, data = job.config, job.config.data
-    free = ("preset", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+    free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
     model = {name: value for name, value in asdict(config.model).items() if name not in free}
-    names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "isolate_documents")
-    pairs, text = job.sources.pairs, job.sources.text
-    amounts = {"pairs": len(pairs) if pairs else 0, "documents": len(text.lengths) if text else 0}
+    names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "row_multiple", "isolate_documents")
+    sources = {"pairs": job.sources.pairs, "text": job.sources.text}
+    amounts = {
+        name: {"bounds": source.bounds, "weights": [of.weight for of in getattr(data, name)]} if source else None
+        for name, source in sources.items()
+    }
     return {
         "run": {"seed": config.run.seed},
         "model": model,
@@ -390,11 +390,21 @@ def _encoder_files(config: RunConfig, marks: dict[str, str]) -> dict[str, dict[s
 
 
 def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
-    """Load the checkpoint to go on from, if there is one; steps done, and bad pairs so far."""
+    """Load the checkpoint to go on from, if there is one, or else the weights to begin with.
 
-    def load() -> tuple[Path, dict[str, Any]] | None:
-        path = store.find(job.config.checkpoint.resume)
-        return (path, store.check(path)) if path else None
+    Returns:
+        Steps done, and bad pairs so far.
+    """
+    weights = job.config.model.weights
+
+    def load() -> tuple[Path, dict[str, Any] | None] | None:
+        if path := store.find(job.config.checkpoint.resume):
+            return path, store.check(path)
+        if weights is None:
+            return None
+        path = newest_of(Path(weights))
+        store.check(path, "model.weights", ["tokenizer"])
+        return path, None
 
     found = agree(load)
 
@@ -402,6 +412,14 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
         if found is None:
             return 0, 0
         path, manifest = found
+        if manifest is None:
+            engine.prepare_state(0)
+            pieces = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
+            store.load(path, pieces, key="model.weights")
+            engine.take_state()
+            if job.groups.seat.rank == 0:
+                say(f"begins with the weights of {path}")
+            return 0, 0
         step = int(manifest["step"])
         engine.prepare_state(step)
         objects = store.load(path, engine.pieces(of_copies=True), ["random"])

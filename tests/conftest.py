@@ -26,8 +26,8 @@ from torch.utils import tensorboard  # noqa: F401
 
 from megatron_sphinx import platform, run  # noqa: F401
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data.pairs import index_shards, write_shards
-from megatron_sphinx.data.text import write_text
+from megatron_sphinx.data.pair_writer import index_shards, write_shards
+from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 
 matplotlib.use("Agg")
@@ -213,7 +213,7 @@ def tiny(tmp_path_factory) -> Tiny:
                                           {"name": "dinov2_small", "weights": "random"}]},
         "data": {"pairs": str(folder / "pairs"), "text": str(folder / "text"),
                  "tokenizer": str(folder / "tokenizer.model"), "pairs_per_step": 6, "text_tokens_per_step": 150,
-                 "sequence_length": 96, "micro_batch_rows": 2},
+                 "sequence_length": 96, "row_multiple": 1, "micro_batch_rows": 2},
         "optimizer": {"learning_rate": 1.0e-2, "warmup_steps": 2},
         "training": {"steps": 3, "precision": "fp32"},
         "checkpoint": {"interval": 2},

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from itertools import pairwise
@@ -131,6 +132,27 @@ def test_in_the_same_layout_a_run_goes_on_to_the_bit(train, world, sizes, precis
     )
 
 
+def test_a_run_begins_with_the_weights_of_another_in_any_layout(train):
+    first = train(2, overrides({"tensor": 2, "sequence": True}) | {"data.pairs_per_step": 0}, name="first")
+    weights = load_weights(first.folder)
+    still = {"training.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
+    still |= {"model.weights": str(first.folder)}  # other data, other steps, fresh moments
+    for name, world, sizes in (("a", 1, {}), ("b", 5, {"pipeline": 2, "expert": 2, "encoder": 1})):
+        second = train(world, overrides(sizes) | still, name=name)
+        assert f"begins with the weights of {first.folder}" in second.ranks.text(0)
+        found = load_weights(second.folder)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(weight, weights[name]) for name, weight in found.items())
+    again = train(1, overrides({}) | still | {"training.steps": 2}, name="a")  # what it has done itself comes first
+    assert "resumed after step 1" in again.ranks.text(0)
+    other = train(1, still | {"model.layers": 3}, name="c", status=2)
+    assert re.search(
+        r"model\.weights=.*: (holds no|\S+ has shape) .*use the configuration in its run", other.ranks.text(0)
+    )
+    nowhere = train(1, {"model.weights": "/nowhere"}, name="d", status=2)
+    assert "/nowhere: holds no complete checkpoint; train first" in nowhere.ranks.text(0)
+
+
 def test_a_checkpoint_says_what_it_is(train):
     run = train(3, overrides({"encoder": 1}))
     manifest = json.loads((complete(run.folder / "checkpoints")[-1] / "checkpoint.json").read_text())
@@ -222,10 +244,10 @@ def test_a_damaged_checkpoint_is_refused(train):
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     said = one_line(train(3, {"training.steps": 5, "parallel.encoder": 1}, status=2).ranks)
-    assert f"{victim.name} is damaged (its checksum differs); resume from an earlier one" in said
+    assert f"{victim.name} is damaged (its checksum differs); give an earlier one" in said
     victim.unlink()
     said = one_line(train(2, {"training.steps": 5}, status=2).ranks)
-    assert f"{victim.name} is missing; resume from an earlier one" in said
+    assert f"{victim.name} is missing; give an earlier one" in said
     said = one_line(train(2, {"checkpoint.resume": str(run.folder)}, status=2).ranks)
     assert "not a complete checkpoint; give a step_... folder" in said
     earlier = str(complete(run.folder / "checkpoints")[-2])
@@ -248,15 +270,15 @@ def check_other_tensors(folder: Path):
     empty.values.zero_()
     assert torch.equal(kept.load(path, [empty], ["random"])["random"]["x"], torch.ones(1))
     assert torch.equal(empty.values, torch.ones(2, 3))
-    with pytest.raises(CheckpointError, match=r"holds no v; it is of another model: resume with the configuration"):
+    with pytest.raises(CheckpointError, match=r"holds no v; it is of another model: use the configuration"):
         kept.load(path, [piece("v", 2)], [])
-    with pytest.raises(CheckpointError, match=r"w has shape \[2, 3\], this run's has \[2, 4\]; resume with the config"):
+    with pytest.raises(CheckpointError, match=r"w has shape \[2, 3\], this run's has \[2, 4\]; use the config"):
         kept.load(path, [piece("w", 2, 4)], [])
     with pytest.raises(CheckpointError, match=r"holds no complete checkpoint; train first"):
         load_weights(folder / "nothing")
     content = next(path.glob("*.distcp"))
     content.write_bytes(content.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=r"cannot be read \(.+\); resume from an earlier one"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(.+\); give an earlier one"):
         kept.load(path, [empty], [])
     kept.save(8, [Piece("w", (2, 3), Block((1, 0), (2, 3)), torch.ones(2, 3))], {}, bad_pairs=0)
     with pytest.raises(CheckpointError, match=r"step_00000008: rank 0 could not write it \(.*key:w has out of bounds"):

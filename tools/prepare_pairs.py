@@ -2,15 +2,19 @@
 
     tools/prepare_pairs.py SOURCE... TARGET --tokenizer MODEL
 
-SOURCE is a folder of images with captions (x.png and x.txt), which are packed into shards under TARGET, or WebDataset
-or img2dataset tars, which stay where they are. The index is written to TARGET: give that as data.pairs.
+SOURCE is a WebDataset tar as img2dataset writes them, a folder of such tars, or a URL that fsspec knows
+(s3://bucket/00000.tar): shards stay where they are. A folder of images with captions (x.png and x.txt) is packed into
+shards under TARGET. The index is written to TARGET: give that as data.pairs. Pairs that cannot be used are listed in
+TARGET/quarantine.jsonl with shard and key. Killed, the same command goes on where it was.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.pairs import index_shards, write_shards
+from megatron_sphinx.data.files import is_url
+from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError, SphinxError
 
@@ -18,26 +22,36 @@ from megatron_sphinx.errors import DataError, SphinxError
 def main() -> int:
     """Run the tool; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument("--caption-key", help="key of the caption in the .json; default: the .txt, else caption")
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by key")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="of shards made from a folder")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     args = parser.parse_args()
     try:
         tokenizer = Tokenizer(args.tokenizer)
-        shards: list[Path] = []
+        shards: list[str] = []
         for number, source in enumerate(args.sources):
-            if source.is_dir():
-                shards += write_shards(source, args.target / f"shards{number:03d}", args.samples_per_shard)
-            elif source.is_file():
+            if is_url(source) or Path(source).is_file():
                 shards.append(source)
-            else:
+            elif not Path(source).is_dir():
                 raise DataError(f"{source}: no such file or folder")
-        report = index_shards(shards, args.target, tokenizer)
+            elif found := sorted(map(str, Path(source).glob("*.tar"))):
+                shards += found
+            else:
+                target = args.target / f"shards{number:03d}"
+                shards += map(str, write_shards(Path(source), target, args.samples_per_shard, workers=args.workers))
+        report = index_shards(
+            shards, args.target, tokenizer,
+            caption_key=args.caption_key, held_out=args.held_out, workers=args.workers, show=True,
+        )  # fmt: skip
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
-    print(f"{args.target}: {report.pairs} pairs in {len(shards)} shards")
+    held_out = f", {report.held_out} more held out" if args.held_out else ""
+    print(f"{args.target}: {report.taken} pairs in {len(shards)} shards, {report.tokens} caption tokens{held_out}")
     for reason, count in sorted(report.rejected.items()):
         print(f"  left out: {count} ({reason})")
     return 0

@@ -94,10 +94,10 @@ class _SavePlanner(DefaultSavePlanner):
 class _LoadPlanner(DefaultLoadPlanner):
     """Fills pieces, and returns small objects by name."""
 
-    def __init__(self, pieces: Iterable[Piece], wanted: Iterable[str], path: Path) -> None:
+    def __init__(self, pieces: Iterable[Piece], wanted: Iterable[str], source: str) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
-        self.wanted, self.path = list(wanted), path
+        self.wanted, self.source = list(wanted), source
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -110,13 +110,13 @@ class _LoadPlanner(DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
                 raise CheckpointError(
-                    f"checkpoint.resume={self.path}: holds no {name}; it is of another model: "
-                    f"resume with the configuration in its run folder, or start in another run.folder"
+                    f"{self.source}: holds no {name}; it is of another model: "
+                    f"use the configuration in its run folder, or start in another run.folder"
                 )
             if tuple(saved.size) != pieces[0].whole:
                 raise CheckpointError(
-                    f"checkpoint.resume={self.path}: {name} has shape {list(saved.size)}, this run's has "
-                    f"{list(pieces[0].whole)}; resume with the configuration in its run folder"
+                    f"{self.source}: {name} has shape {list(saved.size)}, this run's has "
+                    f"{list(pieces[0].whole)}; use the configuration in its run folder"
                 )
             items += create_read_items_for_chunk_list(name, saved, [_chunk(piece) for piece in pieces])
         return LoadPlan(items)
@@ -265,27 +265,33 @@ class CheckpointStore:
             return Path(resume)
         return next(reversed(complete(self.folder)), None)
 
-    def check(self, path: Path) -> dict[str, Any]:
+    def check(self, path: Path, key: str = "checkpoint.resume", names: Iterable[str] | None = None) -> dict[str, Any]:
         """What a checkpoint says of itself. The ranks compare its files' checksums, each a share of them.
+
+        Args:
+            path: of the checkpoint.
+            key: the configuration's name for it.
+            names: what of the identity must agree; all of it unless given.
 
         Raises:
             CheckpointError: it is incomplete or damaged, or of another model or other data.
         """
-        manifest = read_manifest(path)
-        for name, wanted in self.identity.items():
-            if (found := manifest["identity"].get(name)) != wanted:
+        manifest = read_manifest(path, key)
+        for name in self.identity if names is None else names:
+            found, wanted = manifest["identity"].get(name), self.identity[name]
+            if found != wanted:
                 raise CheckpointError(
-                    f"checkpoint.resume={path}: was made with {_difference(name, found, wanted)}; "
-                    f"resume with the configuration in its run folder, or start in another run.folder"
+                    f"{key}={path}: was made with {_difference(name, found, wanted)}; "
+                    f"use the configuration in its run folder, or start in another run.folder"
                 )
         for number, (name, wanted) in enumerate(manifest["files"].items()):
             if number % self.groups.layout.language == self.groups.seat.rank and _sha256(path / name) != wanted:
-                raise CheckpointError(
-                    f"checkpoint.resume={path}: {name} is damaged (its checksum differs); resume from an earlier one"
-                )
+                raise CheckpointError(f"{key}={path}: {name} is damaged (its checksum differs); give an earlier one")
         return manifest
 
-    def load(self, path: Path, pieces: Iterable[Piece], objects: Iterable[str]) -> dict[str, Any]:
+    def load(
+        self, path: Path, pieces: Iterable[Piece], objects: Iterable[str] = (), key: str = "checkpoint.resume"
+    ) -> dict[str, Any]:
         """Fill pieces from a checkpoint that `check` has passed; the objects of this rank that it has, by name.
 
         Every language rank calls this, together.
@@ -296,7 +302,7 @@ class CheckpointStore:
         reader = FileSystemReader(path)
         known = reader.read_metadata().state_dict_metadata
         wanted = {name: None for name in self._named(dict.fromkeys(objects)) if name in known}
-        planner = _LoadPlanner(pieces, wanted, path)
+        planner = _LoadPlanner(pieces, wanted, f"{key}={path}")
         try:
             load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
         except CheckpointException as error:
@@ -304,9 +310,7 @@ class CheckpointStore:
             if isinstance(first, CheckpointError):
                 raise first from None
             reason = " ".join(_cause(error).split())[:200] or type(first).__name__
-            raise CheckpointError(
-                f"checkpoint.resume={path}: cannot be read ({reason}); resume from an earlier one"
-            ) from error
+            raise CheckpointError(f"{key}={path}: cannot be read ({reason}); give an earlier one") from error
         return {name.partition("/")[2]: value for name, value in wanted.items()}
 
 
@@ -315,15 +319,27 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step_*/{_MANIFEST}"))
 
 
+def newest_of(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the newest complete one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / _MANIFEST).is_file():
+        return folder
+    for place in (folder, folder / "checkpoints"):
+        if found := complete(place):
+            return found[-1]
+    raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The whole fp32 weights of the newest complete checkpoint of a folder, saved in any layout.
 
     Raises:
         CheckpointError: there is none.
     """
-    newest = next(reversed(complete(folder)), None)
-    if newest is None:
-        raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
+    newest = newest_of(folder)
     read_manifest(newest)
     prefix, saved = "master/", FileSystemReader(newest).read_metadata().state_dict_metadata
     whole = {
@@ -337,7 +353,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in whole.items()}
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
     """What a checkpoint says of itself; its files are there.
 
     Raises:
@@ -346,10 +362,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint.resume={path}: not a complete checkpoint; give a step_... folder") from error
+        raise CheckpointError(f"{key}={path}: not a complete checkpoint; give a step_... folder") from error
     for name in manifest["files"]:
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint.resume={path}: {name} is missing; resume from an earlier one")
+            raise CheckpointError(f"{key}={path}: {name} is missing; give an earlier one")
     return manifest
 
 

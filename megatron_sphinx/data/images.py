@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import CLIP_MEAN
@@ -30,21 +30,33 @@ def size_of(content: bytes) -> tuple[int, int]:
         raise DataError(f"not an image: {error}") from error
 
 
+def check_size(width: int, height: int) -> None:
+    """Raise DataError where the square that a picture is padded to has too many pixels, or where it shows nothing."""
+    if max(width, height) ** 2 > MOST_PIXELS:
+        raise DataError(f"decompression bomb: {width}x{height} pixels, on a square at most {MOST_PIXELS} are decoded")
+    if min(width, height) < 2:
+        raise DataError(f"a side of one pixel: {width}x{height} pixels")
+
+
 def decode(content: bytes) -> Image.Image:
     """The RGB image; transparent pixels become white.
 
     Raises:
-        DataError: it does not decode, is truncated, or has more pixels than MOST_PIXELS.
+        DataError: it does not decode, is truncated, or has a size that `check_size` refuses.
     """
-    width, height = size_of(content)
-    if width * height > MOST_PIXELS:
-        raise DataError(f"decompression bomb: {width}x{height} pixels, at most {MOST_PIXELS} are decoded")
     try:
         with Image.open(io.BytesIO(content)) as image:
+            check_size(*image.size)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 solid = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
             return image.convert("RGB")
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"not an image: {error}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise DataError(f"does not decode: {error}") from error
 

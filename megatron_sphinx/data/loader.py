@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_sphinx.data import images
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.plan import DataConfig, Piece, Planner, Row
-from megatron_sphinx.data.text import TokenFile, check_tokenizer
+from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
@@ -28,7 +28,13 @@ class Sources:
 
     tokenizer: Tokenizer
     pairs: PairIndex | None
-    text: TokenFile | None
+    text: TextIndex | None
+
+    def check(self) -> None:
+        """Raise DataError where a file is missing or has changed, or was made with another tokenizer."""
+        for source in (self.pairs, self.text):
+            if source is not None:
+                source.check(self.tokenizer)
 
 
 def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
@@ -43,31 +49,36 @@ def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
             f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but model.vocabulary="
             f"{model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
         )
-    pairs = PairIndex(config.pairs) if config.pairs and config.pairs_per_step else None
-    text = TokenFile(config.text, "data.text") if config.text and config.text_tokens_per_step else None
-    if text is not None:
-        check_tokenizer(f"data.text={config.text}", text.tokenizer, tokenizer)
+    pairs = PairIndex([source.path for source in config.pairs]) if config.pairs_per_step else None
+    text = TextIndex([source.path for source in config.text]) if config.text_tokens_per_step else None
     return Sources(tokenizer, pairs, text)
 
 
 def make_planner(
-    config: DataConfig, sources: Sources, model: LanguageConfig, vision: VisionConfig, *, replicas: int, seed: int
+    config: DataConfig,
+    sources: Sources,
+    model: LanguageConfig,
+    vision: VisionConfig,
+    *,
+    replicas: int,
+    seed: int,
+    multiple: int = 1,
 ) -> Planner:
     """The planner of a run: the same on every rank."""
 
-    def tokens_of_views(pair: int) -> tuple[int, int]:
-        assert sources.pairs is not None
-        count = len(views_of(*sources.pairs.size(pair)))
+    def tokens_of_views(width: int, height: int) -> tuple[int, int]:
+        count = len(views_of(width, height))
         return count * vision.tokens_per_view, count
 
     return Planner(
         config,
-        caption_lengths=sources.pairs.captions.lengths if sources.pairs else None,
-        text_lengths=sources.text.lengths if sources.text else None,
+        pairs=sources.pairs,
+        text=sources.text,
         tokens_of_views=tokens_of_views,
         cost=model.train_flops,
         replicas=replicas,
         seed=seed,
+        multiple=multiple,
     )
 
 
@@ -100,7 +111,7 @@ class BatchBuilder:
     def _fill_pair(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         assert self.sources.pairs is not None
         tokenizer = self.sources.tokenizer
-        caption = self.sources.pairs.captions.read(piece.item, 0, piece.tokens)
+        caption = self.sources.pairs.caption(piece.item, piece.tokens)
         tokens = np.zeros(piece.length, np.int64)
         tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
         tokens[-1 - piece.tokens : -1] = caption

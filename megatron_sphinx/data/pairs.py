@@ -1,106 +1,175 @@
-"""Image-text pairs: WebDataset shards, and an index beside them that knows every sample without reading it."""
+"""Image-text pairs: WebDataset shards, and an index beside them that knows every sample without reading it.
 
-import hashlib
+An index is a folder:
+
+* `index.json`: the tokenizer's mark, the shards with their sizes, the type of caption tokens;
+* `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
+* `captions.bin`: the tokens of all captions, memory-mapped;
+* `quarantine.jsonl`: what was left out, and why.
+"""
+
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sphinx.data import images
-from megatron_sphinx.data.text import TokenFile, TokenWriter, check_tokenizer, renamed
-from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark
+from megatron_sphinx.data.files import Mapped, RangeReader, is_url
+from megatron_sphinx.data.plan import PairSizes
+from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
 from megatron_sphinx.errors import DataError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-CAPTION_ENDINGS = (".txt", ".caption")
-SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u4"), ("width", "<u4"), ("height", "<u4")])
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),  # of the image in the shard
+        ("bytes", "<u4"),  # of the image
+        ("header", "<u4"),  # CRC-32 of the 512 bytes before it: of the tar's header, so of its name, size and time
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("caption", "<u8"),  # first token in captions.bin
+        ("tokens", "<u4"),  # of the caption
+    ]
+)
+_REMEDY = "run tools/prepare_pairs.py again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file as it was when it was indexed."""
+    """A tar file as it was when it was indexed; its path is relative to the index, or a URL."""
 
     path: str
     bytes: int
-    mtime_ns: int
-    sha256: str
     samples: int
 
-    @classmethod
-    def of(cls, path: Path, name: str, samples: int) -> "Shard":
-        """The shard at `path` as it is now."""
-        state = path.stat()
-        return cls(name, state.st_size, state.st_mtime_ns, file_sha256(path), samples)
 
-    def check(self, folder: Path) -> None:
-        """Raise DataError where the file is not the one that was indexed. Reads it only if its time has changed."""
-        path = folder / self.path
-        remedy = "run tools/prepare_pairs.py again"
+class _Folder:
+    """One index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
-            state = path.stat()
-        except OSError as error:
-            raise DataError(f"data.pairs={folder}: shard {path} is missing ({error.strerror}); {remedy}") from error
-        if state.st_size != self.bytes:
-            raise DataError(
-                f"data.pairs={folder}: shard {path} has {state.st_size} bytes, its index was made for {self.bytes}; "
-                f"copy it again, or {remedy}"
-            )
-        if state.st_mtime_ns != self.mtime_ns and file_sha256(path) != self.sha256:
-            raise DataError(f"data.pairs={folder}: shard {path} is not the file its index was made for; {remedy}")
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class PairIndex:
-    """Sizes, places and captions of all pairs; nothing of a shard is read through it.
-
-    Raises:
-        DataError: the folder holds no index, or a damaged one.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            content = json.loads((self.folder / "index.json").read_text())
+            content = json.loads((folder / "index.json").read_text())
             self.tokenizer = TokenizerMark(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
-            self.samples: NDArray[Any] = np.load(self.folder / "samples.npy", mmap_mode="r")
+            self.samples = Mapped(folder / "samples.bin", SAMPLE)
+            self.captions = Mapped(folder / "captions.bin", np.dtype(content["caption_type"]))
         except OSError as error:
             raise DataError(
                 f"data.pairs={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_pairs.py"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"data.pairs={folder}: damaged index ({error}); {_REMEDY}") from error
+        [last] = self.samples.read(self.samples.size - 1, self.samples.size)
+        found = (self.samples.size, self.captions.size)
+        if found != (sum(shard.samples for shard in self.shards), int(last["caption"]) + int(last["tokens"])):
+            raise DataError(f"data.pairs={folder}: the files of the index disagree; {_REMEDY}")
+
+    def path(self, shard: int) -> str:
+        """Where a shard is."""
+        path = self.shards[shard].path
+        return path if is_url(path) else os.path.normpath(self.folder / path)
+
+    def check(self, shard: int) -> None:
+        """Raise DataError where a shard on a disk is missing or of another size."""
+        path, wanted = self.path(shard), self.shards[shard].bytes
+        if is_url(path):
+            return
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
             raise DataError(
-                f"data.pairs={folder}: damaged index ({error}); run tools/prepare_pairs.py again"
+                f"data.pairs={self.folder}: shard {path} is missing ({error.strerror}); {_REMEDY}"
             ) from error
-        self.captions = TokenFile(self.folder / "captions", "data.pairs")
-        if not len(self.samples) == len(self.captions.lengths) == sum(shard.samples for shard in self.shards):
-            raise DataError(f"data.pairs={folder}: the files of the index disagree; run tools/prepare_pairs.py again")
+        if size != wanted:
+            raise DataError(
+                f"data.pairs={self.folder}: shard {path} has {size} bytes, its index was made for {wanted}; "
+                f"copy it again, or {_REMEDY}"
+            )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the image of a pair is: `path` to open, `shard` as the index calls it."""
+
+    shard: str
+    path: str
+    offset: int
+    bytes: int
+    header: int
+
+
+class PairIndex:
+    """Sizes, places and captions of all pairs of some indexes; nothing of a shard is read through it.
+
+    Pairs are numbered one index behind the other, as given.
+
+    Raises:
+        DataError: a folder holds no index, or a damaged one.
+    """
+
+    def __init__(self, folders: Sequence[str | Path]) -> None:
+        self._folders = [_Folder(Path(folder)) for folder in folders]
+        self.bounds = [0, *accumulate(folder.samples.size for folder in self._folders)]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self.bounds[-1]
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError where a shard or the tokenizer is not the one that was indexed."""
-        check_tokenizer(f"data.pairs={self.folder}", self.tokenizer, tokenizer)
-        for shard in self.shards:
-            shard.check(self.folder)
+        """Raise DataError where a shard is missing or has changed its size, or the tokenizer is another one.
+
+        That a shard of the right size is the one that was indexed is checked with each image that is read.
+        """
+        with ThreadPoolExecutor(16, "check") as pool:
+            for folder in self._folders:
+                check_tokenizer(f"data.pairs={folder.folder}", folder.tokenizer, tokenizer)
+                for _ in pool.map(folder.check, range(len(folder.shards))):
+                    pass
+
+    def sizes(self, first: int, last: int) -> PairSizes:
+        """Sizes of neighbouring pairs."""
+        found = []
+        while first < last:
+            source = bisect_right(self.bounds, first) - 1
+            begin, stop = self.bounds[source], min(last, self.bounds[source + 1])
+            samples = self._folders[source].samples.read(first - begin, stop - begin)
+            found.append(PairSizes(samples["width"], samples["height"], samples["tokens"]))
+            first = stop
+        return PairSizes.joined(found)
 
     def size(self, pair: int) -> tuple[int, int]:
         """Width and height of a pair's image."""
-        sample = self.samples[pair]
+        _, sample = self._at(pair)
         return int(sample["width"]), int(sample["height"])
+
+    def caption(self, pair: int, most: int | None = None) -> NDArray[np.int64]:
+        """Tokens of a pair's caption, at most so many."""
+        folder, sample = self._at(pair)
+        first, tokens = int(sample["caption"]), int(sample["tokens"])
+        kept = tokens if most is None else min(tokens, most)
+        return folder.captions.read(first, first + kept).astype(np.int64)
+
+    def place(self, pair: int) -> Place:
+        """Where a pair's image is."""
+        folder, sample = self._at(pair)
+        shard = int(sample["shard"])
+        numbers = (int(sample[name]) for name in ("offset", "bytes", "header"))
+        return Place(folder.shards[shard].path, folder.path(shard), *numbers)
+
+    def _at(self, pair: int) -> tuple[_Folder, Any]:
+        source = bisect_right(self.bounds, pair) - 1
+        folder = self._folders[source]
+        place = pair - self.bounds[source]
+        return folder, folder.samples.read(place, place + 1)[0]
 
 
 class ImageReader:
@@ -108,148 +177,36 @@ class ImageReader:
 
     def __init__(self, index: PairIndex) -> None:
         self.index = index
-        self._files: dict[int, int] = {}
-        self._lock = Lock()
+        self._files = RangeReader()
 
     def read(self, pair: int) -> bytes:
         """The image file of a pair.
 
         Raises:
-            DataError: the shard ends before the image does.
+            DataError: the shard ends before the image does, or is not the one that was indexed.
+            OSError: the shard cannot be read.
         """
-        sample = self.index.samples[pair]
-        content = os.pread(self._file(int(sample["shard"])), int(sample["bytes"]), int(sample["offset"]))
-        if len(content) != sample["bytes"]:
+        place = self.index.place(pair)
+        head = tarfile.BLOCKSIZE
+        content = self._files.read(place.path, place.offset - head, place.bytes + head)
+        if len(content) < head or zlib.crc32(memoryview(content)[:head]) != place.header:
+            raise DataError("the shard is not the one its index was made for")
+        if len(content) != place.bytes + head:
             raise DataError("the shard ends inside the image")
-        return content
+        return content[head:]
 
     def name(self, pair: int) -> tuple[str, str]:
         """Shard and key of a pair, as an error should name them; the key is read from the tar's own header."""
-        sample = self.index.samples[pair]
-        shard = self.index.shards[int(sample["shard"])].path
-        header = os.pread(self._file(int(sample["shard"])), 100, int(sample["offset"]) - tarfile.BLOCKSIZE)
-        return shard, os.path.splitext(header.split(b"\0")[0].decode(errors="replace"))[0]
-
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                if len(self._files) >= 256:
-                    os.close(self._files.pop(next(iter(self._files))))
-                self._files[shard] = os.open(self.index.folder / self.index.shards[shard].path, os.O_RDONLY)
-            return self._files[shard]
+        place = self.index.place(pair)
+        try:
+            header = self._files.read(place.path, place.offset - tarfile.BLOCKSIZE, 100)
+        except OSError:
+            return place.shard, f"at byte {place.offset}"
+        return place.shard, split_name(header.split(b"\0")[0].decode(errors="replace"))[0]
 
 
-@dataclass
-class Report:
-    """What `index_shards` took, and what it left out and why."""
-
-    pairs: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-
-    def reject(self, reason: str) -> None:
-        """Count one sample left out."""
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
-
-
-def write_shards(folder: Path, target: Path, samples_per_shard: int = 1000) -> list[Path]:
-    """Pack a folder of images with captions (`x.png` and `x.txt`) into WebDataset shards.
-
-    Raises:
-        DataError: no image in the folder has a caption.
-    """
-    from webdataset import TarWriter
-
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    found = [path for path in found if path.with_suffix(".txt").is_file()]
-    if not found:
-        raise DataError(f"{folder}: holds no image with a caption beside it; give x.png and x.txt, and so on")
-    target.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for first in range(0, len(found), samples_per_shard):
-        shard = target / f"{first // samples_per_shard:06d}.tar"
-        with renamed(shard) as partial, TarWriter(str(partial), encoder=False) as tar:
-            for number, image in enumerate(found[first : first + samples_per_shard], first):
-                kind, caption = image.suffix.lower().removeprefix("."), image.with_suffix(".txt")
-                tar.write({"__key__": f"{number:09d}", kind: image.read_bytes(), "txt": caption.read_bytes()})
-        shards.append(shard)
-    return shards
-
-
-def index_shards(shards: Iterable[Path], folder: Path, tokenizer: Tokenizer) -> Report:
-    """Write the index of WebDataset or img2dataset shards: index.json, samples.npy, captions.bin, captions.idx.
-
-    Images are opened, not decoded. A sample without image or caption is left out and counted.
-
-    Raises:
-        DataError: a shard that is no tar or is cut short, or no pair in any of them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    report, marks, rows = Report(), list[Shard](), list[tuple[int, ...]]()
-    with TokenWriter(folder / "captions", tokenizer) as captions:
-        for number, path in enumerate(shards):
-            before = len(rows)
-            for row, caption in _pairs_of(path, report):
-                rows.append((number, *row))
-                captions.add(tokenizer.encode(caption))
-            marks.append(Shard.of(path, os.path.relpath(path, folder), len(rows) - before))
-        if not rows:
-            raise DataError(f"{marks[0].path if marks else folder}: no image has a caption (.txt, or caption in .json)")
-    report.pairs = len(rows)
-    with renamed(folder / "samples.npy") as partial, partial.open("wb") as file:
-        np.save(file, np.array(rows, dtype=SAMPLE))
-    with renamed(folder / "index.json") as partial:
-        content = {"tokenizer": asdict(tokenizer.mark), "shards": [asdict(mark) for mark in marks]}
-        partial.write_text(json.dumps(content, indent=1))
-    return report
-
-
-def _pairs_of(path: Path, report: Report) -> Iterator[tuple[tuple[int, int, int, int], str]]:
-    """(offset, bytes, width, height) and caption of each pair of a shard, in the order of its images."""
-    images_found: dict[str, tuple[int, int, int, int]] = {}
-    captions: dict[str, str] = {}
-    for name, offset, content in _members(path):
-        key, ending = os.path.splitext(name)
-        if ending.lower() in IMAGE_ENDINGS:
-            try:
-                images_found[key] = (offset, len(content), *images.size_of(content))
-            except DataError as error:
-                report.reject(str(error).split(":")[0])
-        elif ending.lower() in CAPTION_ENDINGS:
-            captions[key] = content.decode("utf-8", errors="replace").strip()
-        elif ending.lower() == ".json" and key not in captions:
-            captions[key] = _json_caption(content)
-    for key, image in images_found.items():
-        if captions.get(key):
-            yield image, captions[key]
-        else:
-            report.reject("no caption")
-    for _key in captions.keys() - images_found.keys():
-        report.reject("no image")
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """Name, offset of the content, and content of each regular file of a tar."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    file = tar.extractfile(member)
-                    content = file.read() if file else b""
-                    if len(content) != member.size:
-                        raise DataError(f"{path}: cut short inside {member.name}; copy it again")
-                    yield member.name, member.offset_data, content
-        with path.open("rb") as file:
-            file.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
-            if file.read().strip(b"\0"):
-                raise DataError(f"{path}: cut short, it lacks the mark of its end; copy it again")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as a tar file ({error}); copy it again") from error
-
-
-def _json_caption(content: bytes) -> str:
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return ""
-    caption = value.get("caption") if isinstance(value, dict) else None
-    return caption.strip() if isinstance(caption, str) else ""
+def split_name(name: str) -> tuple[str, str]:
+    """Key and ending of a member of a tar: divided at the first dot of the file's name, as WebDataset does."""
+    folder, _, file = name.rpartition("/")
+    key, _, ending = file.partition(".")
+    return (f"{folder}/{key}" if folder else key), ending.lower()

@@ -6,16 +6,47 @@ which of them computes which row.
 
 import hashlib
 import heapq
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from itertools import chain, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sphinx.data.shuffle import Numbers, Shuffle, Window, key_of
 from megatron_sphinx.errors import ConfigError
 
-Lengths = NDArray[np.int32]
+PAIR_BLOCK, PAIR_WINDOW = 1024, 64  # pairs come from 64 runs of up to 1,024 neighbours at a time
+TEXT_BLOCK, TEXT_WINDOW = 2**20, 16  # text from 16 runs of up to 1,048,576 tokens
+_LEAST_PIECE = 64  # tokens; a long document is not cut into smaller pieces
+_SLACKS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of a row's cost over the mean: what is tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Prepared data, and its share.
+
+    Attributes:
+        path: of an index of pairs, or of text.
+        weight: its share of the stream's pairs or tokens beside the other sources' weights. Without weights the
+            sources are one, and each gives what it has.
+    """
+
+    path: str
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(f"data: weight={self.weight} of {self.path}: must be more than 0")
+
+    @classmethod
+    def from_text(cls, path: str) -> "DataSource":
+        """A source that is given by its path alone."""
+        return cls(path=path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +54,16 @@ class DataConfig:
     """The two streams and what a step takes of each.
 
     Attributes:
-        pairs: folder of an index of image-text pairs (tools/prepare_pairs.py).
-        text: prefix of a token file (tools/prepare_text.py, or Megatron's own).
-        tokenizer: the sentencepiece model that both were made with.
+        pairs: folders of indexes of image-text pairs (tools/prepare_pairs.py): one path, or a list of paths or of
+            {path, weight}.
+        text: the same of text: folders (tools/prepare_text.py), or prefixes of Megatron's .bin and .idx.
+        tokenizer: the sentencepiece model that all were made with.
         pairs_per_step: image-text pairs in every optimizer step.
         text_tokens_per_step: text tokens in every optimizer step.
-        sequence_length: most positions of a row; longer documents are cut, longer captions lose their end.
+        sequence_length: most positions of a row; longer documents are cut in consecutive pieces, longer captions lose
+            their end.
+        row_multiple: the rows of a step are a multiple of this, and of equal cost, so that replicas whose rows at once
+            (replicas x micro_batch_rows) divide it all have the same work. 1: as few rows as there can be.
         micro_batch_rows: most rows that a replica computes at once.
         max_bad_share: the run stops when more than this share of its pairs could not be read.
         isolate_documents: whether attention stays inside each document and pair.
@@ -37,30 +72,91 @@ class DataConfig:
     Source: SPHINX, arXiv:2311.07575, section 4.1: 640 pairs and 65,536 text tokens a step.
     """
 
-    pairs: str | None = None
-    text: str | None = None
+    pairs: tuple[DataSource, ...] = ()
+    text: tuple[DataSource, ...] = ()
     tokenizer: str
     pairs_per_step: int = 640
     text_tokens_per_step: int = 65536
     sequence_length: int = 2048
+    row_multiple: int = 8
     micro_batch_rows: int = 1
     max_bad_share: float = 0.05
     isolate_documents: bool = True
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "micro_batch_rows", "workers"):
+        for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
-        for amount, source in (("pairs_per_step", "pairs"), ("text_tokens_per_step", "text")):
-            if (value := getattr(self, amount)) < 0:
+        for amount, name in (("pairs_per_step", "pairs"), ("text_tokens_per_step", "text")):
+            value, sources = getattr(self, amount), getattr(self, name)
+            if value < 0:
                 raise ConfigError(f"data.{amount}={value}: must be at least 0")
-            if value and getattr(self, source) is None:
-                raise ConfigError(f"data.{source}: not given, but data.{amount}={value}; give it, or set that to 0")
+            if value and not sources:
+                raise ConfigError(f"data.{name}: not given, but data.{amount}={value}; give it, or set that to 0")
+            if len({source.weight is None for source in sources}) > 1:
+                raise ConfigError(f"data.{name}: some of the sources have no weight; give one to all, or to none")
         if self.pairs_per_step + self.text_tokens_per_step == 0:
             raise ConfigError("data.pairs_per_step=0: data.text_tokens_per_step is 0 too; a step needs one of them")
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """Sizes of some pairs: width and height of the image, tokens of the caption, each integers [pairs]."""
+
+    width: NDArray[Any]
+    height: NDArray[Any]
+    tokens: NDArray[Any]
+
+    def __getitem__(self, which: Numbers) -> "PairSizes":
+        return PairSizes(self.width[which], self.height[which], self.tokens[which])
+
+    @classmethod
+    def joined(cls, parts: Sequence["PairSizes"]) -> "PairSizes":
+        """The sizes of all parts, in their order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+class PairSource(Protocol):
+    """What planning asks of the pairs of all sources, which are numbered one source behind the other."""
+
+    @property
+    def bounds(self) -> Sequence[int]:
+        """First pair of each source, and how many there are."""
+
+    def sizes(self, first: int, last: int) -> PairSizes:
+        """Sizes of neighbouring pairs."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Neighbouring tokens of documents: which document, its first token among them, how many, whether they end it."""
+
+    document: Numbers
+    start: Numbers
+    length: Numbers
+    is_end: NDArray[np.bool_]
+
+    def __getitem__(self, which: Numbers) -> "Runs":
+        return Runs(self.document[which], self.start[which], self.length[which], self.is_end[which])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Runs"]) -> "Runs":
+        """The runs of all parts, in their order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+class TextSource(Protocol):
+    """What planning asks of the text of all sources; tokens and documents are numbered one source behind the other."""
+
+    @property
+    def bounds(self) -> Sequence[int]:
+        """First token of each source, and how many there are."""
+
+    def runs(self, first: int, last: int) -> Runs:
+        """The documents, or parts of them, that tokens `first` to `last` are of; none is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +194,18 @@ class StepPlan:
         rows: pieces that lie in one row; the same for every layout.
         micro_batches: [micro-batch][replica] the rows it computes; a replica may have none.
         captions_cut: captions that lost their end to fit.
+        fill: share of the rows' capacity that is used; nothing is computed for the rest.
+        imbalance: cost of the costliest replica over the mean of all.
+        padding_share: share of the computed positions that belong to no piece.
     """
 
     step: int
     rows: tuple[Row, ...]
     micro_batches: tuple[tuple[tuple[Row, ...], ...], ...]
     captions_cut: int
+    fill: float
+    imbalance: float
+    padding_share: float
 
     @cached_property
     def pairs(self) -> list[int]:
@@ -112,8 +214,8 @@ class StepPlan:
 
     @cached_property
     def text(self) -> list[tuple[int, int, int]]:
-        """(document, first token, tokens) of the step's text."""
-        return [(p.item, p.start, p.tokens) for row in self.rows for p in row if not p.is_pair]
+        """(document, first token, tokens) of the step's text, in ascending order."""
+        return sorted((p.item, p.start, p.tokens) for row in self.rows for p in row if not p.is_pair)
 
     def targets(self, *, of_pairs: bool) -> int:
         """Positions of the step with a target, in one of the streams."""
@@ -122,7 +224,7 @@ class StepPlan:
     @cached_property
     def positions(self) -> int:
         """Positions of all rows: tokens of text, and what pairs take."""
-        return sum(piece.length for row in self.rows for piece in row)
+        return positions(self.rows)
 
     @cached_property
     def digest(self) -> str:
@@ -130,68 +232,191 @@ class StepPlan:
         return hashlib.sha256(repr((self.pairs, self.text)).encode()).hexdigest()[:16]
 
 
-class Shuffled:
-    """An endless stream of item numbers: every epoch all of them once, in an order drawn from the seed."""
+def positions(rows: Sequence[Row]) -> int:
+    """Positions that the pieces of some rows take."""
+    return sum(piece.length for row in rows for piece in row)
 
-    def __init__(self, items: int, seed: int, name: str) -> None:
-        self.items = items
-        self._order = lru_cache(maxsize=2)(self._draw)
-        self._key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
-    def _draw(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.Generator(np.random.PCG64([self._key, epoch])).permutation(self.items)
+class Mixture:
+    """How much each source gives a stream: after any number of steps its share, to less than one pair or token.
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The order of one epoch."""
-        return self._order(epoch)
+    After k steps every source but the heaviest has given its share of all, rounded down; that one gives what is left.
 
-    def take(self, start: int, count: int) -> list[int]:
-        """Items `start` to `start + count` of the stream."""
-        return [int(self.epoch(n // self.items)[n % self.items]) for n in range(start, start + count)]
+    Args:
+        bounds: where each source begins among all, and how many there are.
+        weights: of the sources; None where each gives what it has: then they are one source.
+        amount: what all give together in a step.
+        key: what the stream is called in the configuration.
+
+    Raises:
+        ConfigError: too many sources for so small an amount.
+    """
+
+    def __init__(self, bounds: Sequence[int], weights: Sequence[float | None], amount: int, key: str) -> None:
+        known = [Fraction(str(weight)) for weight in weights if weight is not None] or [Fraction(1)]
+        self.spans = list(pairwise(bounds)) if len(known) > 1 else [(bounds[0], bounds[-1])]
+        self.amount, self._shares = amount, [weight / sum(known) for weight in known]
+        self._heaviest = max(range(len(known)), key=lambda source: self._shares[source])
+        if 0 < amount < len(known) / self._shares[self._heaviest]:
+            raise ConfigError(f"data.{key}={amount}: too few for {len(known)} weighted sources; take more, or fewer")
+
+    def given(self, steps: int) -> list[int]:
+        """What each source has given after so many steps."""
+        total = steps * self.amount
+        parts = [int(total * share) for share in self._shares]
+        parts[self._heaviest] += total - sum(parts)
+        return parts
+
+    def parts(self, step: int) -> Iterator[tuple[int, int, int]]:
+        """(source, where in its own order, how many) a step takes."""
+        for source, (before, after) in enumerate(zip(self.given(step), self.given(step + 1), strict=True)):
+            if after > before:
+                yield source, before, after - before
+
+
+class PairStream:
+    """An endless stream of the pairs of one source, in shuffled order."""
+
+    def __init__(self, pairs: PairSource, span: tuple[int, int], key: int) -> None:
+        self._pairs, self._first = pairs, span[0]
+        self._shuffle = Shuffle(span[1] - span[0], block=PAIR_BLOCK, window=PAIR_WINDOW, key=key)
+        self._open = lru_cache(maxsize=2)(self._read)
+
+    def _read(self, epoch: int, number: int) -> tuple[Window, PairSizes]:
+        """A window, and the sizes of its pairs block by block: its index is read in few long runs."""
+        window = self._shuffle.open(epoch, number)
+        spans = zip((window.begins + self._first).tolist(), window.sizes.tolist(), strict=True)
+        return window, PairSizes.joined([self._pairs.sizes(begin, begin + size) for begin, size in spans])
+
+    def take(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(pair, width, height, caption tokens) of pairs `start` to `start + count` of the stream."""
+        for epoch, number, first, taken in self._shuffle.spans(start, count):
+            window, sizes = self._open(epoch, number)
+            drawn = window.draw(np.arange(first, first + taken, dtype=np.int64))
+            found = sizes[drawn]
+            columns = (window.item(drawn) + self._first, found.width, found.height, found.tokens)
+            yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
 class TextStream:
-    """An endless stream of text tokens: documents in shuffled order, one behind the other."""
+    """An endless stream of the text tokens of one source: whole documents in shuffled order.
 
-    def __init__(self, lengths: Lengths, seed: int) -> None:
-        self.lengths = lengths
-        self.tokens = int(lengths.sum(dtype=np.int64))
-        self._documents = Shuffled(len(lengths), seed, "text")
-        self._ends = lru_cache(maxsize=2)(self._cumulate)
+    Only where a block of the shuffle ends is a document divided in two; its parts then come apart.
+    """
 
-    def _cumulate(self, epoch: int) -> NDArray[np.int64]:
-        return np.cumsum(self.lengths[self._documents.epoch(epoch)], dtype=np.int64)
+    def __init__(self, text: TextSource, span: tuple[int, int], key: int) -> None:
+        self._text, self._first = text, span[0]
+        self._shuffle = Shuffle(span[1] - span[0], block=TEXT_BLOCK, window=TEXT_WINDOW, key=key)
+        self._open = lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int, number: int) -> tuple[Runs, Numbers]:
+        """The documents of a window in their order, and where each ends."""
+        window = self._shuffle.open(epoch, number)
+        begins = window.begins + self._first
+        parts = [
+            self._text.runs(int(begin), int(begin + size)) for begin, size in zip(begins, window.sizes, strict=True)
+        ]
+        runs = Runs.joined(parts)
+        runs = runs[window.order(len(runs.document))]
+        return runs, np.cumsum(runs.length)
 
     def pieces(self, start: int, count: int) -> Iterator[Piece]:
         """Tokens `start` to `start + count` of the stream, document by document.
 
-        The last token of a piece predicts the document's next token, which may stand in the next piece; only a
+        The last token of a piece predicts the document's next token, which may stand in another piece; only a
         document's own last token predicts nothing.
         """
-        while count:
-            epoch, here = divmod(start, self.tokens)
-            ends = self._ends(epoch)
-            place = int(np.searchsorted(ends, here, side="right"))
-            document = int(self._documents.epoch(epoch)[place])
-            length = int(self.lengths[document])
-            first = here - (int(ends[place]) - length)
-            taken = min(count, length - first)
-            yield Piece(False, document, first, taken, taken, taken - (first + taken == length), 0)
-            start, count = start + taken, count - taken
+        for epoch, number, first, taken in self._shuffle.spans(start, count):
+            runs, ends = self._open(epoch, number)
+            last = first + taken
+            for at in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1):
+                length, end = int(runs.length[at]), int(ends[at])
+                skipped = max(first - (end - length), 0)
+                begin, stop = int(runs.start[at]) + skipped, int(runs.start[at]) + length - max(end - last, 0)
+                tokens, is_end = stop - begin, bool(runs.is_end[at]) and end <= last
+                yield Piece(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end, 0)
 
 
-def pack(pieces: Sequence[Piece], size: int) -> list[Row]:
-    """Fill rows of at most `size` positions with whole pieces, first fit by decreasing length."""
-    rows: list[list[Piece]] = []
-    room: list[int] = []
-    for piece in sorted(pieces, key=lambda piece: -piece.length):
-        row = next((i for i, left in enumerate(room) if left >= piece.length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(size)
-        rows[row].append(piece)
-        room[row] -= piece.length
-    return [tuple(row) for row in rows]
+class Packer:
+    """Fills rows with pieces: whole ones, and text longer than a row, which is cut where a row is full.
+
+    Args:
+        size: positions of a row.
+        cost: of one piece of so many positions.
+    """
+
+    def __init__(self, size: int, cost: Callable[[int], float]) -> None:
+        self.size, self.cost, self.least = size, cost, min(_LEAST_PIECE, size)
+
+    def rows(self, pieces: Sequence[Piece], multiple: int) -> tuple[Row, ...]:
+        """As few rows as there can be, rounded up to a multiple, of as equal cost as there can be.
+
+        Source of the search for the least bound on a row's cost: MULTIFIT (Coffman, Garey, Johnson 1978).
+        """
+        whole = sorted((piece for piece in pieces if piece.length <= self.size), key=lambda piece: -piece.length)
+        long = [piece for piece in pieces if piece.length > self.size]
+        count = -(-sum(piece.length for piece in pieces) // self.size)
+        while (found := self._fill(whole, long, count, float("inf"))) is None:
+            count += 1
+        rounded = -(-count // multiple) * multiple
+        costs = [self.cost(piece.length) for row in found for piece in row]
+        mean, most = sum(costs) / rounded, self.cost(whole[0].length) if whole else 0.0
+        low, high = 0, len(_SLACKS)
+        while low < high:
+            middle = (low + high) // 2
+            even = self._fill(whole, long, rounded, max(mean * (1 + _SLACKS[middle]), most))
+            if even is None:
+                low = middle + 1
+            else:
+                found, high = even, middle
+        return tuple(row for row in found if row)
+
+    def _fill(self, whole: Sequence[Piece], long: Sequence[Piece], rows: int, limit: float) -> list[Row] | None:
+        """Best fit by decreasing length, then the long pieces into what is left; None where it does not hold them."""
+        filled: list[list[Piece]] = [[] for _ in range(rows)]
+        spent = [0.0] * rows
+        room = [(self.size, row) for row in range(rows)]  # ascending
+        for piece in whole:
+            cost = self.cost(piece.length)
+            at = bisect_left(room, (piece.length, 0))
+            while at < rows and spent[room[at][1]] + cost > limit:
+                at += 1
+            if at == rows:
+                return None
+            left, row = room.pop(at)
+            filled[row].append(piece)
+            spent[row] += cost
+            insort(room, (left - piece.length, row))
+        rest = list(reversed(long))
+        while rest and room:
+            left, row = room.pop()
+            while rest:
+                piece = rest.pop()
+                taken = self._most(min(left, piece.length), limit - spent[row])
+                if taken < min(self.least, piece.length):
+                    rest.append(piece)
+                    break
+                head, tail = _cut(piece, taken)
+                filled[row].append(head)
+                left, spent[row] = left - taken, spent[row] + self.cost(taken)
+                if tail is not None:
+                    rest.append(tail)
+        return None if rest else [tuple(row) for row in filled]
+
+    def _most(self, length: int, limit: float) -> int:
+        """The most positions, up to `length`, that one piece may have to cost no more than `limit`."""
+        if self.cost(length) <= limit:
+            return length
+        return bisect_right(range(length), limit, key=self.cost) - 1
+
+
+def _cut(piece: Piece, tokens: int) -> tuple[Piece, Piece | None]:
+    """The first tokens of a piece of text, and what is left of it."""
+    if tokens == piece.tokens:
+        return piece, None
+    rest = piece.tokens - tokens
+    head = replace(piece, length=tokens, tokens=tokens, targets=tokens)
+    return head, replace(piece, start=piece.start + tokens, length=rest, tokens=rest, targets=piece.targets - tokens)
 
 
 class Planner:
@@ -199,75 +424,107 @@ class Planner:
 
     Args:
         config: the streams and their shares.
-        caption_lengths: tokens of each pair's caption; None without pairs.
-        text_lengths: tokens of each text document; None without text.
-        tokens_of_views: positions that the views of a pair take, and how many views there are.
-        cost: FLOPs of a row, from the lengths of its pieces; what replicas are balanced by.
+        pairs: sizes of the pairs; None without pairs.
+        text: the documents; None without text.
+        tokens_of_views: of an image's width and height: positions that its views take, and how many views there are.
+        cost: FLOPs of a row, from the lengths of what attention stays inside; what rows and replicas are balanced by.
         replicas: data-parallel replicas.
         seed: the run's.
+        multiple: of what the positions of a replica's micro-batch must be; padding makes it so.
     """
 
     def __init__(
         self,
         config: DataConfig,
         *,
-        caption_lengths: Lengths | None,
-        text_lengths: Lengths | None,
-        tokens_of_views: Callable[[int], tuple[int, int]],
+        pairs: PairSource | None,
+        text: TextSource | None,
+        tokens_of_views: Callable[[int, int], tuple[int, int]],
         cost: Callable[[Sequence[int]], float],
         replicas: int,
         seed: int,
+        multiple: int = 1,
     ) -> None:
-        self.config, self.replicas = config, replicas
-        self._caption_lengths, self._tokens_of_views, self._cost = caption_lengths, tokens_of_views, cost
-        self._pairs = None if caption_lengths is None else Shuffled(len(caption_lengths), seed, "pairs")
-        self._text = None if text_lengths is None else TextStream(text_lengths, seed)
+        self.config, self.replicas, self.multiple = config, replicas, multiple
+        self._pairs, self._tokens_of_views = pairs, lru_cache(maxsize=4096)(tokens_of_views)
+        self._cost = lru_cache(maxsize=65536)(cost)
+        self._packer = Packer(config.sequence_length, self._cost_of_piece if config.isolate_documents else float)
+        if pairs is not None:
+            weights = [source.weight for source in config.pairs]
+            self._pair_mixture = Mixture(pairs.bounds, weights, config.pairs_per_step, "pairs_per_step")
+            self._pair_streams = [
+                PairStream(pairs, span, key_of(seed, "pairs", source))
+                for source, span in enumerate(self._pair_mixture.spans)
+            ]
+        self._text_streams: list[TextStream] = []
+        if text is not None:
+            weights = [source.weight for source in config.text]
+            self._text_mixture = Mixture(text.bounds, weights, config.text_tokens_per_step, "text_tokens_per_step")
+            self._text_streams = [
+                TextStream(text, span, key_of(seed, "text", source))
+                for source, span in enumerate(self._text_mixture.spans)
+            ]
         self.step = lru_cache(maxsize=4)(self._plan)
 
     def _plan(self, step: int) -> StepPlan:
         pairs, cut = self._plan_pairs(step)
-        rows = tuple(pack(pairs, self.config.sequence_length) + self._plan_text(step))
-        return StepPlan(step, rows, self._deal(rows), cut)
+        rows = self._packer.rows([*pairs, *self._plan_text(step)], self.config.row_multiple)
+        replicas = self._deal(rows)
+        most = self.config.micro_batch_rows
+        count = -(-max(map(len, replicas)) // most)
+        micro_batches = tuple(tuple(mine[n * most : (n + 1) * most] for mine in replicas) for n in range(count))
+        costs = [sum(self._cost(self.lengths(row)) for row in mine) for mine in replicas]
+        used = [positions(mine) for micro in micro_batches for mine in micro]
+        return StepPlan(
+            step=step,
+            rows=rows,
+            micro_batches=micro_batches,
+            captions_cut=cut,
+            fill=positions(rows) / (len(rows) * self.config.sequence_length),
+            imbalance=max(costs) * len(costs) / sum(costs),
+            padding_share=(padding := sum(-n % self.multiple if n else self.multiple for n in used))
+            / (padding + sum(used)),
+        )
 
     def _plan_pairs(self, step: int) -> tuple[list[Piece], int]:
         """The step's pairs, and how many captions were cut to fit a row."""
-        if self._pairs is None or self._caption_lengths is None:
+        if self._pairs is None:
             return [], 0
-        pieces, cut, count = [], 0, self.config.pairs_per_step
-        for pair in self._pairs.take(step * count, count):
-            view_tokens, views = self._tokens_of_views(pair)
-            wanted = int(self._caption_lengths[pair])
+        parts = (
+            self._pair_streams[source].take(start, count) for source, start, count in self._pair_mixture.parts(step)
+        )
+        pieces, cut = [], 0
+        for pair, width, height, wanted in chain.from_iterable(parts):
+            view_tokens, views = self._tokens_of_views(width, height)
             kept = min(wanted, self.config.sequence_length - view_tokens - 2)  # BOS and EOS
             cut += kept < wanted
             pieces.append(Piece(True, pair, 0, 2 + view_tokens + kept, kept, kept + 1, views))
         return pieces, cut
 
-    def _plan_text(self, step: int) -> list[Row]:
-        """The step's text tokens in full rows, the last one as long as what is left."""
-        if self._text is None:
-            return []
-        first, total, size = (
-            step * self.config.text_tokens_per_step,
-            self.config.text_tokens_per_step,
-            self.config.sequence_length,
-        )
-        return [tuple(self._text.pieces(first + at, min(size, total - at))) for at in range(0, total, size)]
+    def _plan_text(self, step: int) -> Iterator[Piece]:
+        """The step's text tokens."""
+        if self._text_streams:
+            for source, start, count in self._text_mixture.parts(step):
+                yield from self._text_streams[source].pieces(start, count)
 
-    def _deal(self, rows: Sequence[Row]) -> tuple[tuple[tuple[Row, ...], ...], ...]:
-        """Give the rows to micro-batches of replicas: the costliest first, each to the cheapest that has room."""
+    def _cost_of_piece(self, length: int) -> float:
+        return self._cost((length,))
+
+    def _deal(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+        """The rows of each replica: the costliest first, each to the cheapest replica that has room."""
         most = self.config.micro_batch_rows
-        count = -(-len(rows) // (self.replicas * most))
-        slots: list[list[Row]] = [[] for _ in range(count * self.replicas)]
-        cheapest = [(0.0, slot) for slot in range(len(slots))]
+        limit = -(-len(rows) // (self.replicas * most)) * most
+        dealt: list[list[Row]] = [[] for _ in range(self.replicas)]
+        cheapest = [(0.0, replica) for replica in range(self.replicas)]
         costs = [self._cost(self.lengths(row)) for row in rows]
         for number in sorted(range(len(rows)), key=lambda number: -costs[number]):
-            cost, slot = heapq.heappop(cheapest)
-            slots[slot].append(rows[number])
-            if len(slots[slot]) < most:
-                heapq.heappush(cheapest, (cost + costs[number], slot))
-        return tuple(tuple(tuple(slots[m * self.replicas + d]) for d in range(self.replicas)) for m in range(count))
+            cost, replica = heapq.heappop(cheapest)
+            dealt[replica].append(rows[number])
+            if len(dealt[replica]) < limit:
+                heapq.heappush(cheapest, (cost + costs[number], replica))
+        return [tuple(mine) for mine in dealt]
 
-    def lengths(self, row: Row) -> list[int]:
+    def lengths(self, row: Row) -> tuple[int, ...]:
         """Lengths of what attention stays inside: each piece, or the whole row."""
-        lengths = [piece.length for piece in row]
-        return lengths if self.config.isolate_documents else [sum(lengths)]
+        lengths = tuple(piece.length for piece in row)
+        return lengths if self.config.isolate_documents else (sum(lengths),)

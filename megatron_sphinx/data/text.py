@@ -1,63 +1,75 @@
-"""Text as token files: Megatron's .bin and .idx, with a mark of the tokenizer beside them."""
+"""Text as token files: Megatron's .bin and .idx, memory-mapped.
+
+A source is the prefix of one such file, whoever made it, or a folder of them as tools/prepare_text.py makes it, with
+an `index.json` that says how much is in each.
+"""
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
-from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark
+from megatron_sphinx.data.plan import Runs
+from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
 from megatron_sphinx.errors import DataError
 
-
-@contextmanager
-def renamed(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` at the end, or goes away on an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+_OPEN_FILES = 64
+_REMEDY = "make it by tools/prepare_text.py"
 
 
 class TokenFile:
-    """Documents of tokens, memory-mapped.
+    """Documents of tokens. Every array it returns is a copy: the maps close with this object.
 
     Attributes:
-        lengths: int32 [documents].
-        tokenizer: mark of the tokenizer that made it; None for a file made elsewhere.
+        documents: how many there are.
+        tokens: how many there are.
 
     Raises:
         DataError: a file is missing, damaged, or shorter than its index says.
     """
 
-    def __init__(self, prefix: str | Path, key: str) -> None:
-        self.prefix = Path(prefix)
-        bin_path, idx_path, mark_path = (self.prefix.with_name(self.prefix.name + e) for e in (".bin", ".idx", ".json"))
+    def __init__(self, prefix: str | Path) -> None:
+        prefix = Path(prefix)
+        bin_path, idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
         for path in (bin_path, idx_path):
             if not path.is_file():
-                raise DataError(f"{key}={prefix}: {path} is missing; make it by tools/prepare_text.py")
+                raise DataError(f"data.text={prefix}: {path} is missing; {_REMEDY}")
         size = bin_path.stat().st_size
         if not size:
-            raise DataError(f"{key}={prefix}: holds no tokens; make it again from files with text")
+            raise DataError(f"data.text={prefix}: holds no tokens; make it again from files with text")
         try:
-            self._dataset = IndexedDataset(str(self.prefix))
+            self._dataset = IndexedDataset(str(prefix))
         except Exception as error:
-            raise DataError(f"{key}={prefix}: {idx_path} is not an index of tokens ({error}); make it again") from error
-        self.lengths: NDArray[np.int32] = self._dataset.sequence_lengths
-        wanted = int(self.lengths.sum(dtype=np.int64)) * DType.size(self._dataset.index.dtype)
-        if size != wanted:
-            raise DataError(f"{key}={prefix}: {bin_path} has {size} bytes, its index says {wanted}; copy it again")
-        self.tokenizer = TokenizerMark(**json.loads(mark_path.read_text())) if mark_path.is_file() else None
+            raise DataError(
+                f"data.text={prefix}: {idx_path} is not an index of tokens ({error}); make it again"
+            ) from error
+        index = self._dataset.index
+        self._item = DType.size(index.dtype)
+        self.documents = int(index.sequence_count)
+        end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._item
+        if size != end:
+            raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
+        self.tokens = size // self._item
+
+    def runs(self, first: int, last: int) -> Runs:
+        """The documents, or parts of them, that tokens `first` to `last` are of."""
+        index, item = self._dataset.index, self._item
+        lowest = int(np.searchsorted(index.sequence_pointers, first * item, side="right")) - 1
+        highest = int(np.searchsorted(index.sequence_pointers, last * item, side="left"))
+        begins = index.sequence_pointers[lowest:highest] // item
+        ends = begins + index.sequence_lengths[lowest:highest]
+        start, stop = np.maximum(begins, first), np.minimum(ends, last)
+        found = Runs(np.arange(lowest, highest, dtype=np.int64), start - begins, stop - start, stop == ends)
+        return found[np.flatnonzero(found.length)]
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` to `start + length` of a document."""
@@ -65,90 +77,84 @@ class TokenFile:
         return tokens.astype(np.int64)
 
 
-class TokenWriter:
-    """Writes a TokenFile; its files appear at the end, or not at all."""
+@dataclass(frozen=True)
+class _Part:
+    """One of the token files."""
 
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        self.prefix = prefix
-        self.tokenizer = tokenizer
-        self._partial = prefix.with_name(f".{prefix.name}.partial")
-        dtype = DType.optimal_dtype(tokenizer.mark.vocabulary)
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
-
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def add(self, tokens: list[int]) -> None:
-        """Append one document."""
-        self._builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        files = {ending: Path(f"{self._partial}{ending}") for ending in (".bin", ".idx", ".json")}
-        self._builder.finalize(str(files[".idx"]))
-        files[".json"].write_text(json.dumps(asdict(self.tokenizer.mark)))
-        for ending, path in files.items():
-            if kind is None:
-                os.replace(path, self.prefix.with_name(self.prefix.name + ending))
-            else:
-                path.unlink(missing_ok=True)
+    source: str
+    prefix: Path
+    documents: int
+    tokens: int
 
 
-def check_tokenizer(source: str, mark: TokenizerMark | None, tokenizer: Tokenizer) -> None:
-    """Raise DataError where data was made with another tokenizer."""
-    if mark is not None and mark != tokenizer.mark:
-        raise DataError(
-            f"{source}: was made with a tokenizer of {mark.vocabulary} pieces ({mark.sha256[:12]}), "
-            f"data.tokenizer has {tokenizer.mark.vocabulary} ({tokenizer.mark.sha256[:12]}); "
-            f"give the same one, or prepare the data again"
-        )
+class TextIndex:
+    """The documents of all sources, numbered one source behind the other; so are their tokens.
 
+    Token files are opened when something of them is needed. Threads may share it.
 
-def documents(path: Path, key: str = "content") -> Iterator[str]:
-    """The texts of a file: `key` of each .jsonl line or .parquet row, or the whole of any other file.
+    Attributes:
+        bounds: first token of each source, and how many there are.
+        documents: how many there are.
 
     Raises:
-        DataError: a line that is no JSON object with that key, or no such column.
+        DataError: a source is missing or damaged.
     """
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = json.loads(line)[key]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}:{number}: not a JSON object with the key {key!r}; give --key") from error
-                yield text
-    elif path.suffix == ".parquet":
-        from pyarrow import parquet
 
-        with parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                raise DataError(f"{path}: has no column {key!r}, but {file.schema_arrow.names}; give --key")
-            for batch in file.iter_batches(columns=[key]):
-                yield from batch.column(0).to_pylist()
-    else:
-        yield path.read_text(encoding="utf-8", errors="replace")
+    def __init__(self, sources: Sequence[str | Path]) -> None:
+        found = [_open_source(Path(source)) for source in sources]
+        self._marks = [(str(source), mark) for source, (_, mark) in zip(sources, found, strict=True)]
+        self._parts = [part for parts, _ in found for part in parts]
+        self.bounds = [0, *accumulate(sum(part.tokens for part in parts) for parts, _ in found)]
+        self._first_token = [0, *accumulate(part.tokens for part in self._parts)]
+        self._first_document = [0, *accumulate(part.documents for part in self._parts)]
+        self.documents = self._first_document[-1]
+        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda part: TokenFile(self._parts[part].prefix))
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise DataError where a file is missing or damaged, or was made with another tokenizer."""
+        for source, mark in self._marks:
+            check_tokenizer(f"data.text={source}", mark, tokenizer)
+        with ThreadPoolExecutor(16, "check") as pool:
+            for _ in pool.map(self._check, self._parts):
+                pass
+
+    def _check(self, part: _Part) -> None:
+        file = TokenFile(part.prefix)
+        if (file.documents, file.tokens) != (part.documents, part.tokens):
+            raise DataError(f"data.text={part.source}: {part.prefix} is not the file its index was made for; {_REMEDY}")
+
+    def runs(self, first: int, last: int) -> Runs:
+        """The documents, or parts of them, that tokens `first` to `last` are of; none is empty."""
+        found = []
+        while first < last:
+            part = bisect_right(self._first_token, first) - 1
+            begin, stop = self._first_token[part], min(last, self._first_token[part + 1])
+            runs = self._file(part).runs(first - begin, stop - begin)
+            found.append(Runs(runs.document + self._first_document[part], runs.start, runs.length, runs.is_end))
+            first = stop
+        return Runs.joined(found)
+
+    def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens `start` to `start + length` of a document."""
+        part = bisect_right(self._first_document, document) - 1
+        return self._file(part).read(document - self._first_document[part], start, length)
 
 
-def write_text(paths: Iterable[Path], prefix: Path, tokenizer: Tokenizer, key: str = "content") -> tuple[int, int]:
-    """Tokenise files to one TokenFile, `[BOS] text [EOS]` a document; empty texts are left out.
-
-    Returns:
-        How many documents and tokens were written.
-
-    Raises:
-        DataError: a file that cannot be read as what it is, or no text in any of them.
-    """
-    count = tokens = 0
-    with TokenWriter(prefix, tokenizer) as writer:
-        for path in paths:
-            for text in documents(path, key):
-                if text and text.strip():
-                    ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-                    writer.add(ids)
-                    count, tokens = count + 1, tokens + len(ids)
-        if not count:
-            raise DataError(f"{prefix}: the files hold no text")
-    return count, tokens
+def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
+    """The token files of a source, and the tokenizer that made them where it is known."""
+    if not source.is_dir():
+        file = TokenFile(source)
+        return [_Part(str(source), source, file.documents, file.tokens)], None
+    try:
+        content = json.loads((source / "index.json").read_text())
+        mark = TokenizerMark(**content["tokenizer"])
+        parts = [
+            _Part(str(source), source / part["name"], part["documents"], part["tokens"])
+            for part in content["files"]
+            if part["tokens"]
+        ]
+    except OSError as error:
+        raise DataError(f"data.text={source}: {error.filename}: {error.strerror}; {_REMEDY}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data.text={source}: damaged index.json ({error}); {_REMEDY}") from error
+    return parts, mark

@@ -47,3 +47,13 @@ class Tokenizer:
         """The text of token ids."""
         text: str = self._model.decode(ids)
         return text
+
+
+def check_tokenizer(source: str, mark: TokenizerMark | None, tokenizer: Tokenizer) -> None:
+    """Raise DataError where data was made with another tokenizer."""
+    if mark is not None and mark != tokenizer.mark:
+        raise DataError(
+            f"{source}: was made with a tokenizer of {mark.vocabulary} pieces ({mark.sha256[:12]}), "
+            f"data.tokenizer has {tokenizer.mark.vocabulary} ({tokenizer.mark.sha256[:12]}); "
+            f"give the same one, or prepare the data again"
+        )

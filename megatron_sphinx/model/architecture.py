@@ -16,6 +16,8 @@ class LanguageConfig:
 
     Attributes:
         preset: the file of presets/ that fills what is not given.
+        weights: a checkpoint of another run, or that run's folder, whose trained weights this one begins with; drawn
+            from the seed unless given.
         layers: decoder layers.
         hidden: width of the residual stream.
         ffn: width inside a feed-forward layer, or inside each expert.
@@ -34,6 +36,7 @@ class LanguageConfig:
     """
 
     preset: str | None = None
+    weights: str | None = None
     layers: int
     hidden: int
     ffn: int

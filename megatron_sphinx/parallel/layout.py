@@ -51,6 +51,11 @@ class ParallelConfig:
         """The fewest ranks that these sizes fit."""
         return self.pipeline * lcm(self.tensor, self.expert * self.expert_tensor) + self.encoder
 
+    @property
+    def token_multiple(self) -> int:
+        """What the positions of a micro-batch must be a multiple of: tensor ranks that share them have as many each."""
+        return self.tensor if self.sequence else 1
+
     def stage_layers(self, layers: int) -> tuple[int, ...]:
         """How many of a model's decoder layers each pipeline stage holds.
 

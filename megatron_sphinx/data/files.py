@@ -1,0 +1,138 @@
+"""Files as data comes in, on a disk or behind any URL that fsspec knows; and files that appear when they are whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from mmap import ALLOCATIONGRANULARITY, MADV_RANDOM, MADV_WILLNEED, PROT_READ, mmap
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+import numpy as np
+from fsspec.core import url_to_fs
+from numpy.typing import NDArray
+
+from megatron_sphinx.errors import DataError
+
+_OPEN_FILES = 256
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` at the end, or goes away on an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed has left unfinished."""
+    for path in folder.glob(".*.partial*"):
+        path.unlink(missing_ok=True)
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, such as s3://bucket/shard.tar."""
+    return "://" in path
+
+
+@lru_cache(maxsize=4096)
+def _remote(url: str) -> tuple[Any, str]:
+    try:
+        return url_to_fs(url)  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {error}") from error
+
+
+def state_of(path: str) -> tuple[int, str]:
+    """Bytes of a file, and a mark that differs when it has been written again.
+
+    Raises:
+        OSError: there is no such file.
+        DataError: fsspec cannot read such a URL here.
+    """
+    if not is_url(path):
+        state = os.stat(path)
+        return state.st_size, str(state.st_mtime_ns)
+    system, name = _remote(path)
+    about = system.info(name)
+    mark = next((str(about[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in about), "")
+    return int(about["size"]), mark
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file to read from its beginning; it can seek.
+
+    Raises:
+        OSError: there is no such file.
+        DataError: fsspec cannot read such a URL here.
+    """
+    if not is_url(path):
+        return open(path, "rb")
+    system, name = _remote(path)
+    return system.open(name, "rb")  # type: ignore[no-any-return]
+
+
+class Mapped:
+    """A file of records, memory-mapped; only what is asked for is read, and that in one go.
+
+    Args:
+        path: of the file; it must not be empty.
+        kind: of a record.
+        start: bytes before the first record.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, path: Path, kind: np.dtype[Any], start: int = 0) -> None:
+        with path.open("rb") as file:
+            self._map = mmap(file.fileno(), 0, prot=PROT_READ)
+        self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
+        self.size = (len(self._map) - start) // kind.itemsize
+        self._start, self._kind = start, kind
+
+    def read(self, first: int, last: int) -> NDArray[Any]:
+        """A copy of records `first` to `last`."""
+        begin = self._start + first * self._kind.itemsize
+        aligned = begin - begin % ALLOCATIONGRANULARITY
+        size = (last - first) * self._kind.itemsize
+        if size > ALLOCATIONGRANULARITY:
+            self._map.madvise(MADV_WILLNEED, aligned, begin + size - aligned)
+        return np.frombuffer(self._map, self._kind, last - first, begin).copy()
+
+
+class RangeReader:
+    """Reads parts of many files. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._lock = Lock()
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """Bytes `start` to `start + size`; fewer where the file ends before.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if is_url(path):
+            system, name = _remote(path)
+            content: bytes = system.cat_file(name, start=start, end=start + size)
+            return content
+        with self._lock:  # a file that is closed meanwhile must not be read
+            file = self._files.pop(path, None)
+            if file is None:
+                if len(self._files) >= _OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
+                file = os.open(path, os.O_RDONLY)
+            self._files[path] = file
+            own = os.dup(file)
+        try:
+            return os.pread(own, size, start)
+        finally:
+            os.close(own)

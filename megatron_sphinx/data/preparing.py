@@ -1,0 +1,109 @@
+"""Long offline work, divided in parts: on all cores, with a sign of progress, none of it lost when it is killed."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from megatron_sphinx.data.files import renamed
+from megatron_sphinx.data.shuffle import key_of
+from megatron_sphinx.errors import DataError
+
+Unit = TypeVar("Unit")
+Done = TypeVar("Done")
+
+
+@dataclass
+class Report:
+    """What was taken, and what was left out and why.
+
+    Attributes:
+        taken: pairs or documents.
+        tokens: of captions or text.
+        held_out: pairs or documents of the held-out share.
+        rejected: how many were left out, by reason.
+    """
+
+    taken: int = 0
+    tokens: int = 0
+    held_out: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def reject(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Count what a quarantine has."""
+        for line in lines:
+            reason = line["reason"].split(":")[0]
+            self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+
+def in_parallel(
+    work: Callable[[Unit], Done], units: Sequence[Unit], *, workers: int, what: str, show: bool = False
+) -> Iterator[Done]:
+    """What `work` makes of each unit, in their order; several at a time in processes of their own.
+
+    Args:
+        work: done in another process, which is forked: it may hold anything.
+        units: sent to that process.
+        workers: processes at a time; 1 works in this one.
+        what: the units' name beside the progress bar.
+        show: whether there is one.
+
+    Raises:
+        DataError: a process was killed; or whatever `work` raises.
+    """
+    bar = {"total": len(units), "unit": what, "disable": not show, "dynamic_ncols": True, "mininterval": 1.0}
+    if workers == 1 or len(units) < 2:
+        yield from tqdm(map(work, units), **bar)
+        return
+    fork = multiprocessing.get_context("fork")  # so `work` and what it holds are there without being sent
+    pool = ProcessPoolExecutor(min(workers, len(units)), fork, initializer=_begin, initargs=(os.getpid(), work))
+    try:
+        yield from tqdm(pool.map(_do, units), **bar)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker was killed, perhaps for want of memory; run this again with fewer --workers: what is done is kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[Any], Any]
+
+
+def _begin(parent: int, work: Callable[[Any], Any]) -> None:
+    """Keep the work of a process, and let it end when the one that forked it is gone, however it went."""
+    global _work
+    _work = work
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _do(unit: Any) -> Any:
+    return _work(unit)
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a sample is of the held-out share: a function of its key alone."""
+    return share > 0 and key_of("held out", key) < share * 2.0**64
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON under its final name when it is whole."""
+    with renamed(path) as partial, partial.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
