@@ -8,7 +8,7 @@ import torch
 
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import make_planner, open_sources, views_in
-from megatron_sphinx.data.plan import Piece
+from megatron_sphinx.data.plan import Piece, positions
 from megatron_sphinx.model.encoders import build_expert
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
@@ -58,7 +58,7 @@ def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dic
         "target_tokens_pairs": plan.targets(of_pairs=True),
         "target_tokens_text": plan.targets(of_pairs=False),
         "captions_cut": plan.captions_cut,
-        "rows": len(plan.rows),
+        "positions_of_rows": [positions([row]) for row in plan.rows],
         "fill": plan.fill,
         "padding_share": plan.padding_share,
         "imbalance": plan.imbalance,

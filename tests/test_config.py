@@ -7,6 +7,8 @@ import yaml
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.plan import DataSource
 from megatron_sphinx.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,11 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
         ("parallel.tensor=8", r"parallel\.tensor=8: must divide model\.heads=4; use one of \[1, 2, 4\]"),
         ("data.sequence_length=20", r"data\.sequence_length=20: an image takes 21 positions of a row"),
         ("data.pairs=null", r"data\.pairs: not given, but data\.pairs_per_step=48"),
+        ("data.pairs=[{path: a, weight: 2}, b]", r"data\.pairs: some of the sources have no weight; give one to"),
+        ("data.text=[{path: a, weight: 0}]", r"data: weight=0\.0 of a: must be more than 0"),
+        ("data.text=[{path: a, weigth: 1}]", r"data\.text\.0\.weigth: unknown key; did you mean data\.text\.0"),
+        ("data.text=3", r"data\.text=3: must be a list"),
+        ("data.row_multiple=0", r"data\.row_multiple=0: must be at least 1"),
         ("data.pairs_per_step=-1", r"data\.pairs_per_step=-1: must be at least 0"),
         ("data.workers=0", r"data\.workers=0: must be at least 1"),
         ("data.max_bad_share=2", r"data\.max_bad_share=2\.0: must be between 0 and 1"),
@@ -93,6 +100,17 @@ def test_what_is_refused(override, message):
     with pytest.raises(ConfigError, match=message) as raised:
         configuration.load(DEMO, [override])
     assert "\n" not in str(raised.value)
+
+
+def test_a_stream_is_one_path_or_several_with_weights():
+    one = configuration.load(DEMO, ["data.text=a"])
+    assert one.data.text == (DataSource(path="a"),)
+    several = configuration.load(
+        DEMO, ["data.text=[a, {path: b}]", "data.pairs=[{path: c, weight: 2}, {path: d, weight: 1}]"]
+    )
+    assert several.data.text == (DataSource(path="a"), DataSource(path="b"))
+    assert several.data.pairs == (DataSource(path="c", weight=2.0), DataSource(path="d", weight=1.0))
+    assert configuration.build(RunConfig, yaml.safe_load(several.to_yaml())) == several
 
 
 @pytest.mark.parametrize(

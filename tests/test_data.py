@@ -774,3 +774,37 @@ def test_webdataset_reads_our_shards(tiny):
         image, caption = draw(number)
         assert sample["txt"] == caption
         assert np.array_equal(sample["png"], np.asarray(image))
+
+
+def test_energon_reads_our_shards(tiny, tmp_path, run_ranks):
+    why = "megatron-energon is not installed; it brings megatron-core another storage layer, so no test needs it"
+    energon = pytest.importorskip("megatron.energon", reason=why)
+    from megatron.energon.cli.main import main as energon_command
+
+    (tmp_path / "shards").mkdir()
+    for shard in (tiny.folder / "shards").glob("*.tar"):
+        shutil.copy(shard, tmp_path / "shards")
+
+    def prepare() -> int:
+        options = ["--non-interactive", "--no-progress", "--num-workers", "1", "--split-ratio", "1,0,0"]
+        options += ["--sample-type", "CaptioningSample", "--field-map", '{"image": "png", "caption": "txt"}']
+        energon_command(["prepare", *options, str(tmp_path / "shards")], standalone_mode=False)
+        return 0
+
+    def read() -> int:
+        worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
+        data = energon.get_train_dataset(
+            str(tmp_path / "shards"), worker_config=worker, batch_size=1, shuffle_buffer_size=None,
+            max_samples_per_sequence=None, repeat=False,
+        )  # fmt: skip
+        found = {int(sample.__key__[0].rpartition("/")[2]): sample for sample in energon.get_loader(data)}
+        assert sorted(found) == list(range(60))
+        for number, sample in found.items():
+            image, caption = draw(number)
+            assert sample.caption[0] == caption
+            pixels = (sample.image[0] * 255).round().byte().permute(1, 2, 0).numpy()
+            assert np.array_equal(pixels, np.asarray(image))
+        return 0
+
+    run_ranks(1, prepare)
+    run_ranks(1, read)

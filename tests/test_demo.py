@@ -50,3 +50,24 @@ def test_the_demo(run_example, run_ranks, tmp_path):
     assert summary["steps"] == 2
     assert 0 <= summary["held_out_accuracy"] < 0.5  # nothing is learnt in two steps
     assert said.count(f"{summary['held_out_accuracy']:8.1%}") == 2
+
+
+@pytest.mark.parametrize(("climb", "status"), [(1.0, 0), (0.0, 1)])
+def test_figure_7_says_whether_it_shows_what_the_papers_does(tmp_path, monkeypatch, capsys, climb, status):
+    for kind in ("both", "captions", "text"):
+        (tmp_path / kind).mkdir()
+        lines = [
+            {
+                "loss_text": 4.0 + climb * step / 50 * (kind == "captions"),
+                "loss_pairs": None if kind == "text" else 7.0 - step / 10,
+            }
+            for step in range(50)
+        ]
+        (tmp_path / kind / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["figure7.py", str(tmp_path)])
+    assert runpy.run_path(str(EXAMPLES / "figure7.py"))["main"]() == status
+    said = capsys.readouterr().out
+    moved = climb * (49 + 40) / 2 / 50  # the mean of the last ten steps
+    assert f"moves by {moved:+.3f} on captions only, by +0.000 on both" in said
+    assert "text only            4.000 -> 4.000" in said
+    assert (tmp_path / "figure7.png").stat().st_size > 5000

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sphinx.__main__ import main
 from megatron_sphinx.data import plan
 from megatron_sphinx.data.plan import DataConfig, DataSource, Mixture, PairSizes, Planner, Runs
 from megatron_sphinx.errors import ConfigError
@@ -308,3 +309,29 @@ def test_no_step_of_a_large_data_set_takes_much_memory(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["pairs"], found["text_tokens"]) == (40_000_000, 60_000_000_000)
     assert found["megabytes"] < 100
+
+
+# the command
+
+
+def test_the_plan_command_prints_the_composition_of_any_step(tiny, tmp_path, capsys):
+    config = tiny.write(tmp_path / "run.yaml", {"parallel.encoder": 2})
+    printed = {}
+    for ranks in (3, 5):
+        assert main(["plan", str(config), "--ranks", str(ranks), "--step", "123456"]) == 0
+        first, *rest = map(json.loads, capsys.readouterr().out.splitlines())
+        printed[ranks] = first
+        assert (first["step"], len(first["pairs"]), sum(n for _, _, n in first["text"])) == (123456, 6, 150)
+        named = Counter(name for line in rest for row in line["rows"] for name in row)
+        wanted = [f"pair {pair}" for pair in first["pairs"]]
+        wanted += [f"text {item}[{start}:{start + n}]" for item, start, n in first["text"]]
+        assert named == Counter(wanted)
+        assert {line["replica"] for line in rest} == set(range(ranks - 2))
+        assert sum(line["tokens"] for line in rest) == sum(first["positions_of_rows"])
+        for line in rest:
+            assert sum(share["count"] for share in line["encoders"]) == line["views"]
+        costs = [sum(line["flops"] for line in rest if line["replica"] == n) for n in range(ranks - 2)]
+        assert first["imbalance"] == pytest.approx(max(costs) * len(costs) / sum(costs))
+    same = [key for key in printed[3] if key not in ("imbalance", "padding_share")]
+    assert [printed[3][key] for key in same] == [printed[5][key] for key in same]
+    assert not (tmp_path / "run").exists()

@@ -151,6 +151,18 @@ def test_bf16_stays_near_fp32_and_learns(train, one_rank):
         assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
+def test_uneven_work_of_replicas_is_said_with_its_remedy(train):
+    uneven = {"data.row_multiple": 1, "data.micro_batch_rows": 1, "data.text_tokens_per_step": 100, "training.steps": 1}
+    run = train(2, uneven)
+    assert run.metrics[0]["imbalance"] > 1.05
+    assert "the replicas' work is uneven: data.row_multiple=2 would divide it better" in run.ranks.text(0)
+    assert "the replicas' work is uneven" not in train(2, uneven | {"data.row_multiple": 2}, name="even").ranks.text(0)
+    (line,) = train(1, uneven, name="one").metrics
+    assert line["imbalance"] == 1
+    assert 0.5 < line["fill"] <= 1
+    assert line["padding_share"] == 0
+
+
 # resume
 
 

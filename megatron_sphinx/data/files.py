@@ -40,8 +40,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-@lru_cache(maxsize=4096)
 def _remote(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and what it calls the file."""
+    return _remote_of(url, os.getpid())
+
+
+@lru_cache(maxsize=4096)
+def _remote_of(url: str, _process: int) -> tuple[Any, str]:  # a connection does not survive a fork
     try:
         return url_to_fs(url)  # type: ignore[no-any-return]
     except (ImportError, ValueError) as error:
