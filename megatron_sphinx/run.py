@@ -327,9 +327,8 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
         )
         plan = job.planner.step(0)
         say(f"step 0: {len(plan.rows)} rows, {plan.fill:.1%} full; costliest replica {plan.imbalance:.3f} of the mean")
-        at_once = layout.data * config.data.micro_batch_rows
-        if plan.imbalance > 1.05 and config.data.row_multiple % at_once:
-            say(f"the replicas' work is uneven: data.row_multiple={at_once} would divide it better")
+        if plan.imbalance > 1.05 and config.data.row_multiple % layout.data:
+            say(f"the replicas' work is uneven: data.row_multiple={layout.data} would divide it better")
         views = sum(piece.views for row in plan.rows for piece in row)
         values = config.vision.feature_values
         if config.parallel.encoder:

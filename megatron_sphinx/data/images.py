@@ -1,7 +1,6 @@
 """Pixels: decode, pad to a square, cut a view, resize. Everything on the CPU, antialiased."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +49,10 @@ def decode(content: bytes) -> Image.Image:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 solid = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid).convert("RGB")
-            return image.convert("RGB")
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()  # convert would copy it
+            return image
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -80,14 +82,5 @@ def cut(square: Image.Image, view: View, side: int) -> NDArray[np.uint8]:
     whole = square.size[0]
     box = (view.left * whole, view.top * whole, (view.left + view.width) * whole, (view.top + view.width) * whole)
     resized = square.resize((side, side), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)
-
-
-def views(content: bytes, wanted: Sequence[View], sides: Sequence[int], padding: str) -> dict[int, NDArray[np.uint8]]:
-    """Every view at every input size: for each side uint8 [views, 3, side, side].
-
-    Raises:
-        DataError: see `decode`.
-    """
-    square = to_square(decode(content), padding)
-    return {side: np.stack([cut(square, view, side) for view in wanted]) for side in sides}
+    bands = bytearray().join(resized.tobytes("raw", band) for band in "RGB")
+    return np.frombuffer(bands, np.uint8).reshape(3, side, side)

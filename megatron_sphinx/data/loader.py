@@ -210,16 +210,25 @@ class PixelLoader:
 
     def submit(self, views: Sequence[tuple[int, int]]) -> "PendingPixels":
         """Begin to read views, given as (pair, number of the view)."""
-        pairs = sorted({pair for pair, _ in views})
-        return PendingPixels(self, list(views), {pair: self._pool.submit(self._read, pair) for pair in pairs})
+        arrays = {side: np.zeros((len(views), 3, side, side), np.uint8) for side in self.vision.sides}
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for place, (pair, view) in enumerate(views):
+            wanted.setdefault(pair, []).append((view, place))
+        read = {pair: self._pool.submit(self._read, pair, places, arrays) for pair, places in wanted.items()}
+        return PendingPixels(self, list(views), arrays, read)
 
-    def _read(self, pair: int) -> dict[int, NDArray[np.uint8]] | None:
+    def _read(self, pair: int, wanted: Sequence[tuple[int, int]], arrays: dict[int, NDArray[np.uint8]]) -> bool:
+        """Write views of a pair, given as (number, place), to their places; False where it cannot be read."""
         try:
-            wanted = views_of(*self.index.size(pair))
-            return images.views(self._reader.read(pair), wanted, self.vision.sides, self.vision.padding)
+            views = views_of(*self.index.size(pair))
+            square = images.to_square(images.decode(self._reader.read(pair)), self.vision.padding)
         except (DataError, OSError) as error:
             self.report(pair, str(error))
-            return None
+            return False
+        for view, place in wanted:
+            for side, array in arrays.items():
+                array[place] = images.cut(square, views[view], side)
+        return True
 
     def report(self, pair: int, reason: str) -> None:
         """Write a pair to the quarantine file."""
@@ -235,7 +244,8 @@ class PendingPixels:
 
     loader: PixelLoader
     views: list[tuple[int, int]]
-    pairs: dict[int, "Future[dict[int, NDArray[np.uint8]] | None]"]
+    arrays: dict[int, NDArray[np.uint8]]
+    read: dict[int, "Future[bool]"]
 
     def report(self, view: int, reason: str) -> None:
         """Write the pair of one of the views to the quarantine file."""
@@ -243,16 +253,9 @@ class PendingPixels:
 
     def result(self) -> Pixels:
         """Wait for the pixels."""
-        read = {pair: future.result() for pair, future in self.pairs.items()}
-        sides = self.loader.vision.sides
-        arrays: dict[int, Tensor] = {}
-        for side in sides:
-            out = np.zeros((len(self.views), 3, side, side), np.uint8)
-            for number, (pair, view) in enumerate(self.views):
-                if (pixels := read[pair]) is not None:
-                    out[number] = pixels[side][view]
-            arrays[side] = torch.from_numpy(out)
-        return Pixels(arrays, tuple(n for n, (pair, _) in enumerate(self.views) if read[pair] is None))
+        bad = {pair for pair, read in self.read.items() if not read.result()}
+        views = {side: torch.from_numpy(array) for side, array in self.arrays.items()}
+        return Pixels(views, tuple(n for n, (pair, _) in enumerate(self.views) if pair in bad))
 
 
 def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:

@@ -62,8 +62,8 @@ class DataConfig:
         text_tokens_per_step: text tokens in every optimizer step.
         sequence_length: most positions of a row; longer documents are cut in consecutive pieces, longer captions lose
             their end.
-        row_multiple: the rows of a step are a multiple of this, and of equal cost, so that replicas whose rows at once
-            (replicas x micro_batch_rows) divide it all have the same work. 1: as few rows as there can be.
+        row_multiple: the rows of a step are a multiple of this, and of equal cost: any number of replicas that divides
+            it has even work. 1: as few rows as there can be.
         micro_batch_rows: most rows that a replica computes at once.
         max_bad_share: the run stops when more than this share of its pairs could not be read.
         isolate_documents: whether attention stays inside each document and pair.
@@ -360,11 +360,11 @@ class Packer:
             count += 1
         rounded = -(-count // multiple) * multiple
         costs = [self.cost(piece.length) for row in found for piece in row]
-        mean, most = sum(costs) / rounded, self.cost(whole[0].length) if whole else 0.0
+        mean = sum(costs) / rounded
         low, high = 0, len(_SLACKS)
         while low < high:
             middle = (low + high) // 2
-            even = self._fill(whole, long, rounded, max(mean * (1 + _SLACKS[middle]), most))
+            even = self._fill(whole, long, rounded, mean * (1 + _SLACKS[middle]))
             if even is None:
                 low = middle + 1
             else:
@@ -379,7 +379,7 @@ class Packer:
         for piece in whole:
             cost = self.cost(piece.length)
             at = bisect_left(room, (piece.length, 0))
-            while at < rows and spent[room[at][1]] + cost > limit:
+            while at < rows and 0 < spent[room[at][1]] > limit - cost:  # what costs more than that has a row alone
                 at += 1
             if at == rows:
                 return None
