@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data import images
+from megatron_sphinx.data import images, pair_writer
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
@@ -262,6 +262,21 @@ def test_shards_that_cannot_be_indexed(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image with a caption beside it"):
         write_shards(tmp_path / "empty", tmp_path / "d")
+
+
+def test_a_shard_that_could_not_be_read_this_time_is_not_taken_for_a_bad_one(tiny, tmp_path, monkeypatch):
+    class Reset(io.FileIO):
+        def read(self, size=-1):
+            if self.tell() > 20_000:
+                raise ConnectionResetError("connection reset by peer")
+            return super().read(size)
+
+    shards = sorted((tiny.folder / "shards").glob("*.tar"))
+    monkeypatch.setattr(pair_writer, "open_file", Reset)
+    with pytest.raises(DataError, match=r"000000\.tar: cannot be read \(connection reset by peer\); run this again"):
+        index_shards(shards, tmp_path / "pairs", tiny.tokenizer)
+    monkeypatch.undo()
+    assert index_shards(shards, tmp_path / "pairs", tiny.tokenizer).taken == 60
 
 
 def test_shards_may_be_behind_a_url(tiny, tmp_path):

@@ -131,6 +131,7 @@ def index_shards(
     if not report.taken:
         why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
         raise DataError(f"{', '.join(paths[:3])}: no image has a caption (.txt, or caption in .json){why}")
+    (folder / "held_out" / "index.json").unlink(missing_ok=True)
     if held_out:
         report.held_out, _ = _join(paths, done, folder / "held_out", tokenizer, held_out=True)
     shutil.rmtree(parts)
@@ -163,7 +164,7 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
         "is_held_out": np.array(is_held, np.bool_),
         "quarantine": np.frombuffer(json.dumps(quarantine).encode(), np.uint8),
     }
-    with renamed(part) as unfinished, unfinished.open("wb") as file:
+    with _whole(part) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     return size, part
 
@@ -184,7 +185,6 @@ def _join(
 ) -> tuple[int, int]:
     """Join the parts of all shards to one index; how many pairs and caption tokens it has."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").unlink(missing_ok=True)
     shards: list[Shard] = []
     pairs = tokens = 0
     with ExitStack() as stack:
@@ -276,7 +276,9 @@ def _members(path: str, leave_out: Callable[[str | None, str], None]) -> Iterato
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it lacks the mark of its end")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except OSError as error:  # of a network perhaps: nothing is known of the shard
+        raise DataError(f"{path}: cannot be read ({error}); run this again: what is done is kept") from error
+    except (tarfile.TarError, EOFError) as error:
         what = "not a tar file" if name is None else "the shard is cut short"
         leave_out(split_name(name)[0] if name else None, f"{what}: {error}")
 

@@ -238,9 +238,10 @@ def positions(rows: Sequence[Row]) -> int:
 
 
 class Mixture:
-    """How much each source gives a stream: after any number of steps its share, to less than one pair or token.
+    """How much each source gives a stream.
 
-    After k steps every source but the heaviest has given its share of all, rounded down; that one gives what is left.
+    After any number of steps each source but the heaviest has given its share of all, rounded down to a whole pair or
+    token; that one gives what is left.
 
     Args:
         bounds: where each source begins among all, and how many there are.
@@ -355,10 +356,9 @@ class Packer:
         """
         whole = sorted((piece for piece in pieces if piece.length <= self.size), key=lambda piece: -piece.length)
         long = [piece for piece in pieces if piece.length > self.size]
-        count = -(-sum(piece.length for piece in pieces) // self.size)
-        while (found := self._fill(whole, long, count, float("inf"))) is None:
-            count += 1
-        rounded = -(-count // multiple) * multiple
+        fewest = -(-sum(piece.length for piece in pieces) // self.size)
+        found = self._fill(whole, long, fewest, None) or []
+        rounded = -(-len(found) // multiple) * multiple
         costs = [self.cost(piece.length) for row in found for piece in row]
         mean = sum(costs) / rounded
         low, high = 0, len(_SLACKS)
@@ -371,43 +371,92 @@ class Packer:
                 found, high = even, middle
         return tuple(row for row in found if row)
 
-    def _fill(self, whole: Sequence[Piece], long: Sequence[Piece], rows: int, limit: float) -> list[Row] | None:
-        """Best fit by decreasing length, then the long pieces into what is left; None where it does not hold them."""
-        filled: list[list[Piece]] = [[] for _ in range(rows)]
-        spent = [0.0] * rows
-        room = [(self.size, row) for row in range(rows)]  # ascending
+    def _fill(self, whole: Sequence[Piece], long: Sequence[Piece], rows: int, bound: float | None) -> list[Row] | None:
+        """Best fit by decreasing length, then the long pieces into what is left.
+
+        Without a bound on the cost of a row there are as many rows as it takes; with one, None where they do not do.
+        """
+        filling = _Filling(self.size, rows, bound, self.cost(1))
         for piece in whole:
             cost = self.cost(piece.length)
-            at = bisect_left(room, (piece.length, 0))
-            while at < rows and 0 < spent[room[at][1]] > limit - cost:  # what costs more than that has a row alone
-                at += 1
-            if at == rows:
+            if (row := filling.best(piece.length, cost)) is None:
                 return None
-            left, row = room.pop(at)
-            filled[row].append(piece)
-            spent[row] += cost
-            insort(room, (left - piece.length, row))
+            filling.put(piece, cost, row)
         rest = list(reversed(long))
-        while rest and room:
-            left, row = room.pop()
-            while rest:
-                piece = rest.pop()
-                taken = self._most(min(left, piece.length), limit - spent[row])
-                if taken < min(self.least, piece.length):
-                    rest.append(piece)
-                    break
-                head, tail = _cut(piece, taken)
-                filled[row].append(head)
-                left, spent[row] = left - taken, spent[row] + self.cost(taken)
-                if tail is not None:
-                    rest.append(tail)
-        return None if rest else [tuple(row) for row in filled]
+        while rest:
+            if (row := filling.widest()) is None:
+                return None
+            piece = rest.pop()
+            taken = self._most(min(filling.left[row], piece.length), filling.limit - filling.spent[row])
+            if taken < min(self.least, piece.length):
+                rest.append(piece)  # and the row takes no more
+                continue
+            head, tail = _cut(piece, taken)
+            filling.put(head, self.cost(taken), row)
+            if tail is not None:
+                rest.append(tail)
+        return [tuple(row) for row in filling.filled]
 
     def _most(self, length: int, limit: float) -> int:
         """The most positions, up to `length`, that one piece may have to cost no more than `limit`."""
         if self.cost(length) <= limit:
             return length
         return bisect_right(range(length), limit, key=self.cost) - 1
+
+
+class _Filling:
+    """Rows that are being filled.
+
+    Attributes:
+        filled: their pieces.
+        left: positions that they have left.
+        spent: their cost so far.
+        limit: of that; what costs more has a row alone.
+    """
+
+    def __init__(self, size: int, rows: int, bound: float | None, cost_of_one: float) -> None:
+        self.size, self.bound, self.cost_of_one = size, bound, cost_of_one
+        self.limit = float("inf") if bound is None else bound
+        self.filled: list[list[Piece]] = []
+        self.left: list[int] = []
+        self.spent: list[float] = []
+        self._room: list[tuple[float, int]] = []  # (no more positions than these fit, row), ascending
+        for _ in range(rows):
+            self._add()
+
+    def _add(self) -> None:
+        self._room.append((self.size, len(self.filled)))
+        self.filled.append([])
+        self.left.append(self.size)
+        self.spent.append(0.0)
+
+    def best(self, length: int, cost: float) -> int | None:
+        """Take out the fullest row that this fits; None where there is none and their number is bound."""
+        place = bisect_left(self._room, (length, 0))
+        while place < len(self._room) and 0 < self.spent[self._room[place][1]] > self.limit - cost:
+            place += 1
+        if place == len(self._room):
+            if self.bound is not None:
+                return None
+            self._add()
+        return self._room.pop(place)[1]
+
+    def widest(self) -> int | None:
+        """Take out the emptiest row."""
+        if not self._room:
+            if self.bound is not None:
+                return None
+            self._add()
+        return self._room.pop()[1]
+
+    def put(self, piece: Piece, cost: float, row: int) -> None:
+        """Put a piece into a row that has been taken out, and put that back."""
+        self.filled[row].append(piece)
+        self.left[row] -= piece.length
+        self.spent[row] += cost
+        most = min(self.left[row], (self.limit - self.spent[row]) / self.cost_of_one)
+        if most >= 1:
+            insort(self._room, (most, row))
 
 
 def _cut(piece: Piece, tokens: int) -> tuple[Piece, Piece | None]:

@@ -50,6 +50,8 @@ class TokenWriter:
         self._builder.finalize(str(files[".idx"]))
         for ending, path in files.items():
             if kind is None:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
                 os.replace(path, self.prefix.with_name(self.prefix.name + ending))
             else:
                 path.unlink(missing_ok=True)
@@ -100,7 +102,7 @@ def write_text(
     marks = [_mark(part, (key, held_out, part_bytes, tokenizer.mark)) for part in parts]
     work = partial(_write_part, folder=folder, tokenizer=tokenizer, key=key, held_out=held_out)
     targets = [folder, *([folder / "held_out"] if held_out else [])]
-    for target in targets:
+    for target in (folder, folder / "held_out"):
         (target / "index.json").unlink(missing_ok=True)
         remove_partial(target)
     jobs = list(zip(parts, marks, strict=True))
@@ -186,13 +188,13 @@ def _write_part(
     part, mark = job
     name = f"{part.number:06d}"
     done = folder / f"{name}.json"
-    if done.is_file():
+    targets = [folder, *([folder / "held_out"] if held_out else [])]
+    if done.is_file() and all((target / f"{name}.idx").is_file() for target in targets):
         about: dict[str, Any] = json.loads(done.read_text())
         if about["mark"] == mark:
             return about
-        done.unlink()
+    done.unlink(missing_ok=True)
     quarantine: list[dict[str, Any]] = []
-    targets = [folder, *([folder / "held_out"] if held_out else [])]
     written = [[0, 0] for _ in targets]
     writers = [TokenWriter(target / name, tokenizer) for target in targets]
     try:
