@@ -32,7 +32,7 @@ from megatron_sphinx.data.text import TextIndex, TokenFile
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.model.views import GLOBAL
+from megatron_sphinx.model.views import GLOBAL, View
 from megatron_sphinx.stage.channel import encode
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -72,6 +72,19 @@ def test_a_view_is_resized_with_antialiasing():
     view = images.cut(Image.fromarray(stripes), GLOBAL, 32)
     assert view.shape == (3, 32, 32)
     assert abs(view[:, 4:-4, 4:-4].astype(int) - 127).max() <= 2  # aliasing would keep stripes
+
+
+@pytest.mark.parametrize("size", [40, 224, 300, 701])
+def test_a_view_is_pillows_to_two_levels(size):
+    """Pillow's resize is the one that released models were trained with."""
+    noise = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
+    square = Image.fromarray(noise)
+    for side in (64, 224):
+        wanted = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert abs(images.cut(square, GLOBAL, side).astype(int) - wanted).max() <= 2
+        whole = np.asarray(square.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        found = images.cut(square, View(0.5, 0.0, 0.5), side)
+        assert abs(found.astype(int) - whole[:, :side, side:]).max() <= 2
 
 
 def test_transparent_pixels_become_white():

@@ -2,9 +2,9 @@
 
     tools/compare/loader.py SHARDS... --tokenizer MODEL [--batch 64] [--samples 512] [--rounds 9]
 
-Each shuffles, decodes, pads to a square and resizes by the same functions (data/images.py: Pillow, antialiased
-bicubic, 224 pixels) and gives batches of as many pairs, by 1 and by 2 workers. The peers do what their users do: worker
-processes normalise to float32, tokenise, and pad captions to the longest of the batch. Ours does what an encoder rank
+Each shuffles, decodes, pads to a square and resizes by the same functions (data/images.py: antialiased bicubic, 224
+pixels) and gives batches of as many pairs, by 1 and by 2 workers. The peers do what their users do: worker processes
+normalise to float32, tokenise, and pad captions to the longest of the batch. Ours does what an encoder rank
 and a language rank do for the same pairs: threads give uint8 pixels, which the encoder normalises where it runs, and
 captions come tokenised from the index (made beforehand, as energon's is) and are packed. That work of the encoder is
 real, so the rows `ours normalised` do it too, on the main thread; the JSON has their ratios under `normalised`.
