@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,21 +102,27 @@ class DataConfig:
             raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
 
 
+class _Columns:
+    """A dataclass of arrays of one length."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __getitem__(self, which: Numbers) -> Self:
+        return type(self)(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """All parts, in their order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
 @dataclass(frozen=True)
-class PairSizes:
+class PairSizes(_Columns):
     """Sizes of some pairs: width and height of the image, tokens of the caption, each integers [pairs]."""
 
     width: NDArray[Any]
     height: NDArray[Any]
     tokens: NDArray[Any]
-
-    def __getitem__(self, which: Numbers) -> "PairSizes":
-        return PairSizes(self.width[which], self.height[which], self.tokens[which])
-
-    @classmethod
-    def joined(cls, parts: Sequence["PairSizes"]) -> "PairSizes":
-        """The sizes of all parts, in their order."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
 class PairSource(Protocol):
@@ -131,21 +137,13 @@ class PairSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Runs:
+class Runs(_Columns):
     """Neighbouring tokens of documents: which document, its first token among them, how many, whether they end it."""
 
     document: Numbers
     start: Numbers
     length: Numbers
     is_end: NDArray[np.bool_]
-
-    def __getitem__(self, which: Numbers) -> "Runs":
-        return Runs(self.document[which], self.start[which], self.length[which], self.is_end[which])
-
-    @classmethod
-    def joined(cls, parts: Sequence["Runs"]) -> "Runs":
-        """The runs of all parts, in their order."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
 
 class TextSource(Protocol):
