@@ -8,7 +8,7 @@ import torch
 
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import make_planner, open_sources, views_in
-from megatron_sphinx.data.plan import Piece, positions
+from megatron_sphinx.data.packing import Piece, positions
 from megatron_sphinx.model.encoders import build_expert
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal

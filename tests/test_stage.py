@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sphinx import platform, run
-from megatron_sphinx.data.plan import Piece
+from megatron_sphinx.data.packing import Piece
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.stage.channel import FeatureReceiver, FeatureSender, shares_of

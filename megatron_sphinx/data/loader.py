@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sphinx.data import images
+from megatron_sphinx.data.packing import Piece, Row
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
-from megatron_sphinx.data.plan import DataConfig, Piece, Planner, Row
+from megatron_sphinx.data.plan import DataConfig, Planner
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError

@@ -6,9 +6,8 @@ which of them computes which row.
 
 import hashlib
 import heapq
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
@@ -17,13 +16,12 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sphinx.data.packing import Packer, Piece, Row, positions
 from megatron_sphinx.data.shuffle import Numbers, Shuffle, Window, key_of
 from megatron_sphinx.errors import ConfigError
 
 PAIR_BLOCK, PAIR_WINDOW = 1024, 64  # pairs come from 64 runs of up to 1,024 neighbours at a time
 TEXT_BLOCK, TEXT_WINDOW = 2**20, 16  # text from 16 runs of up to 1,048,576 tokens
-_LEAST_PIECE = 64  # tokens; a long document is not cut into smaller pieces
-_SLACKS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of a row's cost over the mean: what is tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,32 +155,6 @@ class TextSource(Protocol):
         """The documents, or parts of them, that tokens `first` to `last` are of; none is empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A pair, or a part of a text document: what attention stays inside.
-
-    Attributes:
-        is_pair: a pair, or text.
-        item: number of the pair or the document.
-        start: first token of a text document in it.
-        length: positions it takes.
-        tokens: caption tokens of a pair that are kept; tokens of text.
-        targets: positions with a target.
-        views: views of a pair.
-    """
-
-    is_pair: bool
-    item: int
-    start: int
-    length: int
-    tokens: int
-    targets: int
-    views: int
-
-
-Row = tuple[Piece, ...]
-
-
 @dataclass(frozen=True)
 class StepPlan:
     """The composition of one step.
@@ -228,11 +200,6 @@ class StepPlan:
     def digest(self) -> str:
         """Identifies the samples of the step: equal exactly where they are."""
         return hashlib.sha256(repr((self.pairs, self.text)).encode()).hexdigest()[:16]
-
-
-def positions(rows: Sequence[Row]) -> int:
-    """Positions that the pieces of some rows take."""
-    return sum(piece.length for row in rows for piece in row)
 
 
 class Mixture:
@@ -334,136 +301,6 @@ class TextStream:
                 begin, stop = int(runs.start[at]) + skipped, int(runs.start[at]) + length - max(end - last, 0)
                 tokens, is_end = stop - begin, bool(runs.is_end[at]) and end <= last
                 yield Piece(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end, 0)
-
-
-class Packer:
-    """Fills rows with pieces: whole ones, and text longer than a row, which is cut where a row is full.
-
-    Args:
-        size: positions of a row.
-        cost: of one piece of so many positions.
-    """
-
-    def __init__(self, size: int, cost: Callable[[int], float]) -> None:
-        self.size, self.cost, self.least = size, cost, min(_LEAST_PIECE, size)
-
-    def rows(self, pieces: Sequence[Piece], multiple: int) -> tuple[Row, ...]:
-        """As few rows as there can be, rounded up to a multiple, of as equal cost as there can be.
-
-        Source of the search for the least bound on a row's cost: MULTIFIT (Coffman, Garey, Johnson 1978).
-        """
-        whole = sorted((piece for piece in pieces if piece.length <= self.size), key=lambda piece: -piece.length)
-        long = [piece for piece in pieces if piece.length > self.size]
-        fewest = -(-sum(piece.length for piece in pieces) // self.size)
-        found = self._fill(whole, long, fewest, None) or []
-        rounded = -(-len(found) // multiple) * multiple
-        costs = [self.cost(piece.length) for row in found for piece in row]
-        mean = sum(costs) / rounded
-        low, high = 0, len(_SLACKS)
-        while low < high:
-            middle = (low + high) // 2
-            even = self._fill(whole, long, rounded, mean * (1 + _SLACKS[middle]))
-            if even is None:
-                low = middle + 1
-            else:
-                found, high = even, middle
-        return tuple(row for row in found if row)
-
-    def _fill(self, whole: Sequence[Piece], long: Sequence[Piece], rows: int, bound: float | None) -> list[Row] | None:
-        """Best fit by decreasing length, then the long pieces into what is left.
-
-        Without a bound on the cost of a row there are as many rows as it takes; with one, None where they do not do.
-        """
-        filling = _Filling(self.size, rows, bound, self.cost(1))
-        for piece in whole:
-            cost = self.cost(piece.length)
-            if (row := filling.best(piece.length, cost)) is None:
-                return None
-            filling.put(piece, cost, row)
-        rest = list(reversed(long))
-        while rest:
-            if (row := filling.widest()) is None:
-                return None
-            piece = rest.pop()
-            taken = self._most(min(filling.left[row], piece.length), filling.limit - filling.spent[row])
-            if taken < min(self.least, piece.length):
-                rest.append(piece)  # and the row takes no more
-                continue
-            head, tail = _cut(piece, taken)
-            filling.put(head, self.cost(taken), row)
-            if tail is not None:
-                rest.append(tail)
-        return [tuple(row) for row in filling.filled]
-
-    def _most(self, length: int, limit: float) -> int:
-        """The most positions, up to `length`, that one piece may have to cost no more than `limit`."""
-        if self.cost(length) <= limit:
-            return length
-        return bisect_right(range(length), limit, key=self.cost) - 1
-
-
-class _Filling:
-    """Rows that are being filled.
-
-    Attributes:
-        filled: their pieces.
-        left: positions that they have left.
-        spent: their cost so far.
-        limit: of that; what costs more has a row alone.
-    """
-
-    def __init__(self, size: int, rows: int, bound: float | None, cost_of_one: float) -> None:
-        self.size, self.bound, self.cost_of_one = size, bound, cost_of_one
-        self.limit = float("inf") if bound is None else bound
-        self.filled: list[list[Piece]] = []
-        self.left: list[int] = []
-        self.spent: list[float] = []
-        self._room: list[tuple[float, int]] = []  # (no more positions than these fit, row), ascending
-        for _ in range(rows):
-            self._add()
-
-    def _add(self) -> None:
-        self._room.append((self.size, len(self.filled)))
-        self.filled.append([])
-        self.left.append(self.size)
-        self.spent.append(0.0)
-
-    def best(self, length: int, cost: float) -> int | None:
-        """Take out the fullest row that this fits; None where there is none and their number is bound."""
-        place = bisect_left(self._room, (length, 0))
-        while place < len(self._room) and 0 < self.spent[self._room[place][1]] > self.limit - cost:
-            place += 1
-        if place == len(self._room):
-            if self.bound is not None:
-                return None
-            self._add()
-        return self._room.pop(place)[1]
-
-    def widest(self) -> int | None:
-        """Take out the emptiest row."""
-        if not self._room:
-            if self.bound is not None:
-                return None
-            self._add()
-        return self._room.pop()[1]
-
-    def put(self, piece: Piece, cost: float, row: int) -> None:
-        """Put a piece into a row that has been taken out, and put that back."""
-        self.filled[row].append(piece)
-        self.left[row] -= piece.length
-        self.spent[row] += cost
-        most = min(self.left[row], (self.limit - self.spent[row]) / self.cost_of_one)
-        if most >= 1:
-            insort(self._room, (most, row))
-
-
-def _cut(piece: Piece, tokens: int) -> tuple[Piece, Piece | None]:
-    """The first tokens of a piece of text, and what is left of it."""
-    if tokens == piece.tokens:
-        return piece, None
-    rest = piece.tokens - tokens
-    head = replace(piece, length=tokens, tokens=tokens, targets=tokens)
-    return head, replace(piece, start=piece.start + tokens, length=rest, tokens=rest, targets=piece.targets - tokens)
 
 
 class Planner:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_sphinx import platform
 from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
-from megatron_sphinx.data.plan import Row
+from megatron_sphinx.data.packing import Row
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.platform import Stopwatch
