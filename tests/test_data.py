@@ -141,7 +141,7 @@ def test_an_index_knows_every_pair_without_reading_it(tiny):
         assert images.decode(reader.read(pair)).tobytes() == image.tobytes()
         assert caption_of(tiny, index, pair) == caption
         assert index.caption(pair, 2).tolist() == index.caption(pair).tolist()[:2]
-        assert reader.name(pair) == (f"../shards/{pair // 25:06d}.tar", f"{pair:09d}")
+        assert reader.name(pair) == (f"{tiny.folder}/shards/{pair // 25:06d}.tar", f"{pair:09d}")
         if pair >= 20:
             assert (sizes.width[pair - 20], sizes.height[pair - 20]) == image.size
             assert sizes.tokens[pair - 20] == len(index.caption(pair))
@@ -701,7 +701,7 @@ def test_bad_images_are_quarantined_and_counted(tiny, copied, tmp_path):
     assert pixels.bad == (1,)
     assert {side: tuple(view.shape) for side, view in pixels.views.items()} == {56: (3, 3, 56, 56), 64: (3, 3, 64, 64)}
     (line,) = [json.loads(text) for text in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert (line["shard"], line["key"], line["pair"]) == ("../shards/000000.tar", "000000002", 2)
+    assert (line["shard"], line["key"], line["pair"]) == (str(shard), "000000002", 2)
     assert "does not decode" in line["reason"]
 
 

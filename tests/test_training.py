@@ -1,5 +1,6 @@
 """Whole runs on gloo ranks: every layout against one rank, exact resume, and what bad luck gets."""
 
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Ranks
+from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.store import CheckpointStore, complete
 from megatron_sphinx.data.loader import make_planner, open_sources
+from megatron_sphinx.data.pair_writer import index_shards
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -341,6 +345,33 @@ def test_bad_images_are_masked_and_the_loss_is_the_rest(train, spoiled, one_rank
     first = next(n for n, line in enumerate(wanted.metrics) if line["bad_pairs"])
     assert identical(wanted.metrics[:first], clean[:first])
     assert wanted.metrics[first]["target_tokens_pairs"] < clean[first]["target_tokens_pairs"]
+
+
+def test_a_run_on_weighted_sources_with_bad_data_goes_on(train, tiny, tmp_path):
+    """What is seen to be bad beforehand is in the index's quarantine, what is found while training in the run's."""
+    content = {}
+    for name in ("whole", "torn", "zero", "words"):
+        image = io.BytesIO()
+        Image.new("CMYK", (300, 200), (0, 200, 30, 0)).save(image, "JPEG")
+        content[name] = image.getvalue()
+    content |= {"torn": content["torn"][:-500], "zero": b"", "words": b"<html>not found</html>"}
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, data in content.items():
+            for ending, part in ((".jpg", data), (".txt", b"a red circle")):
+                member = tarfile.TarInfo(name + ending)
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    report = index_shards([tmp_path / "odd.tar"], tmp_path / "odd", tiny.tokenizer)
+    assert (report.taken, report.rejected) == (2, {"not an image": 2})
+    sources = [{"path": str(tiny.folder / "pairs"), "weight": 2}, {"path": str(tmp_path / "odd"), "weight": 1}]
+    run = train(3, {"data.pairs": sources, "data.max_bad_share": 0.5, "parallel.encoder": 1})
+    assert [line["pairs"] for line in run.metrics] == [6, 6, 6]
+    assert [line["bad_pairs"] for line in run.metrics] == [1, 1, 1]  # two of six are of the second source, one is torn
+    lines = [json.loads(line) for line in (run.folder / "quarantine.jsonl").read_text().splitlines()]
+    shard = str(tmp_path / "odd.tar")
+    assert {(line["shard"], line["key"]) for line in lines} == {(shard, "torn")}
+    lines = [json.loads(line) for line in (tmp_path / "odd" / "quarantine.jsonl").read_text().splitlines()]
+    assert {(line["shard"], line["key"]) for line in lines} == {(shard, key) for key in ("zero", "words")}
 
 
 def test_too_many_bad_images_stop_the_run_with_one_line(train, spoiled):

@@ -77,7 +77,7 @@ class _Folder:
     def path(self, shard: int) -> str:
         """Where a shard is."""
         path = self.shards[shard].path
-        return path if is_url(path) else os.path.normpath(self.folder / path)
+        return path if is_url(path) else os.path.abspath(self.folder / path)
 
     def check(self, shard: int) -> None:
         """Raise DataError where a shard on a disk is missing or of another size."""
@@ -99,9 +99,8 @@ class _Folder:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the image of a pair is: `path` to open, `shard` as the index calls it."""
+    """Where the image of a pair is: the shard's path or URL, and the bytes in it."""
 
-    shard: str
     path: str
     offset: int
     bytes: int
@@ -163,7 +162,7 @@ class PairIndex:
         folder, sample = self._at(pair)
         shard = int(sample["shard"])
         numbers = (int(sample[name]) for name in ("offset", "bytes", "header"))
-        return Place(folder.shards[shard].path, folder.path(shard), *numbers)
+        return Place(folder.path(shard), *numbers)
 
     def _at(self, pair: int) -> tuple[_Folder, Any]:
         source = bisect_right(self.bounds, pair) - 1
@@ -201,8 +200,8 @@ class ImageReader:
         try:
             header = self._files.read(place.path, place.offset - tarfile.BLOCKSIZE, 100)
         except OSError:
-            return place.shard, f"at byte {place.offset}"
-        return place.shard, split_name(header.split(b"\0")[0].decode(errors="replace"))[0]
+            return place.path, f"at byte {place.offset}"
+        return place.path, split_name(header.split(b"\0")[0].decode(errors="replace"))[0]
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -65,7 +65,7 @@ class DataConfig:
         micro_batch_rows: most rows that a replica computes at once.
         max_bad_share: the run stops when more than this share of its pairs could not be read.
         isolate_documents: whether attention stays inside each document and pair.
-        workers: threads that decode images on a rank.
+        workers: threads that read and decode images on a rank; where shards are behind a URL, several for each core.
 
     Source: SPHINX, arXiv:2311.07575, section 4.1: 640 pairs and 65,536 text tokens a step.
     """

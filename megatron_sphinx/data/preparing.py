@@ -1,10 +1,10 @@
 """Long offline work, divided in parts: on all cores, with a sign of progress, none of it lost when it is killed."""
 
+import ctypes
 import json
 import multiprocessing
 import os
-import threading
-import time
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from megatron_sphinx.data.files import renamed
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.errors import DataError
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 
 Unit = TypeVar("Unit")
 Done = TypeVar("Done")
@@ -83,13 +85,9 @@ def _begin(parent: int, work: Callable[[Any], Any]) -> None:
     """Keep the work of a process, and let it end when the one that forked it is gone, however it went."""
     global _work
     _work = work
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before this was said
         os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _do(unit: Any) -> Any:
