@@ -104,6 +104,25 @@ def test_images_that_do_not_decode_say_why():
         images.decode(b"no image at all")
 
 
+def test_damaged_bytes_never_raise_anything_else():
+    """Whatever Pillow's plugins meet in them."""
+    rng = random.Random(0)
+    whole = [png(draw(1)[0].resize((60, 40)), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")]
+    refused = 0
+    for number in range(900):
+        content = bytearray(whole[number % len(whole)])
+        for _ in range(rng.randint(1, 12)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        for read in (images.size_of, images.decode):
+            try:
+                read(bytes(content))
+            except DataError as error:
+                refused += str(error).startswith(
+                    ("not an image: ", "does not decode: ", "decompression bomb: ", "a side")
+                )
+    assert refused > 100
+
+
 def test_a_decompression_bomb_is_not_decoded(monkeypatch):
     bomb = png(Image.new("1", (20000, 20000)))
     assert len(bomb) < 100_000
@@ -306,6 +325,23 @@ def test_shards_may_be_behind_a_url(tiny, tmp_path):
         assert ImageReader(there).read(pair) == ImageReader(here).read(pair)
         assert there.caption(pair).tolist() == here.caption(pair).tolist()
     assert ImageReader(there).name(30) == ("memory://bucket/000001.tar", "000000030")
+
+
+def test_a_range_that_a_file_system_cannot_give_is_a_bad_pair_whatever_it_raises(tiny, tmp_path, monkeypatch):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/gone/0.tar", (tiny.folder / "shards" / "000000.tar").read_bytes())
+    index_shards(["memory://gone/0.tar"], tmp_path / "pairs", tiny.tokenizer)
+    reader = ImageReader(PairIndex([tmp_path / "pairs"]))
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("the service is away")
+
+    monkeypatch.setattr(type(store), "cat_file", fail)
+    with pytest.raises(OSError, match="RuntimeError: the service is away"):
+        reader.read(0)
+    assert reader.name(0) == ("memory://gone/0.tar", f"at byte {reader.index.place(0).offset}")
 
 
 def test_a_held_out_share_is_chosen_by_key_and_shares_no_pair(tiny, tmp_path):

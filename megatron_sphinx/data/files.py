@@ -88,23 +88,21 @@ class Mapped:
     Args:
         path: of the file; it must not be empty.
         kind: of a record.
-        start: bytes before the first record.
 
     Raises:
         OSError: there is no such file.
         ValueError: it is empty.
     """
 
-    def __init__(self, path: Path, kind: np.dtype[Any], start: int = 0) -> None:
+    def __init__(self, path: Path, kind: np.dtype[Any]) -> None:
         with path.open("rb") as file:
             self._map = mmap(file.fileno(), 0, prot=PROT_READ)
         self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
-        self.size = (len(self._map) - start) // kind.itemsize
-        self._start, self._kind = start, kind
+        self.size, self._kind = len(self._map) // kind.itemsize, kind
 
     def read(self, first: int, last: int) -> NDArray[Any]:
         """A copy of records `first` to `last`."""
-        begin = self._start + first * self._kind.itemsize
+        begin = first * self._kind.itemsize
         aligned = begin - begin % ALLOCATIONGRANULARITY
         size = (last - first) * self._kind.itemsize
         if size > ALLOCATIONGRANULARITY:
@@ -127,7 +125,12 @@ class RangeReader:
         """
         if is_url(path):
             system, name = _remote(path)
-            content: bytes = system.cat_file(name, start=start, end=start + size)
+            try:
+                content: bytes = system.cat_file(name, start=start, end=start + size)
+            except OSError:
+                raise
+            except Exception as error:  # each file system has errors of its own
+                raise OSError(f"{type(error).__name__}: {error}") from error
             return content
         with self._lock:  # a file that is closed meanwhile must not be read
             file = self._files.pop(path, None)

@@ -27,7 +27,7 @@ def size_of(content: bytes) -> tuple[int, int]:
             return image.size
     except Image.DecompressionBombError as error:
         raise DataError(f"decompression bomb: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's plugins raise what they meet in damaged bytes
         raise DataError(f"not an image: {error}") from error
 
 
@@ -61,7 +61,7 @@ def decode(content: bytes) -> Image.Image:
         raise DataError(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"not an image: {error}") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # as above
         raise DataError(f"does not decode: {error}") from error
 
 

@@ -240,19 +240,33 @@ class Mixture:
                 yield source, before, after - before
 
 
-class PairStream:
-    """An endless stream of the pairs of one source, in shuffled order."""
+class _Stream:
+    """One source in shuffled order; what a window holds is read block by block, so in few long runs, and kept."""
 
-    def __init__(self, pairs: PairSource, span: tuple[int, int], key: int) -> None:
-        self._pairs, self._first = pairs, span[0]
-        self._shuffle = Shuffle(span[1] - span[0], block=PAIR_BLOCK, window=PAIR_WINDOW, key=key)
+    def __init__(self, first: int, shuffle: Shuffle) -> None:
+        self._first, self._shuffle = first, shuffle
         self._open = lru_cache(maxsize=2)(self._read)
 
+    def _read(self, epoch: int, number: int) -> Any:
+        raise NotImplementedError
+
+    def _blocks(self, window: Window) -> list[tuple[int, int]]:
+        """Begin and end of a window's blocks among all items of all sources."""
+        begins = window.begins + self._first
+        return list(zip(begins.tolist(), (begins + window.sizes).tolist(), strict=True))
+
+
+class PairStream(_Stream):
+    """An endless stream of the pairs of one source."""
+
+    def __init__(self, pairs: PairSource, span: tuple[int, int], key: int) -> None:
+        self._pairs = pairs
+        super().__init__(span[0], Shuffle(span[1] - span[0], block=PAIR_BLOCK, window=PAIR_WINDOW, key=key))
+
     def _read(self, epoch: int, number: int) -> tuple[Window, PairSizes]:
-        """A window, and the sizes of its pairs block by block: its index is read in few long runs."""
+        """A window, and the sizes of its pairs."""
         window = self._shuffle.open(epoch, number)
-        spans = zip((window.begins + self._first).tolist(), window.sizes.tolist(), strict=True)
-        return window, PairSizes.joined([self._pairs.sizes(begin, begin + size) for begin, size in spans])
+        return window, PairSizes.joined([self._pairs.sizes(begin, end) for begin, end in self._blocks(window)])
 
     def take(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """(pair, width, height, caption tokens) of pairs `start` to `start + count` of the stream."""
@@ -264,25 +278,20 @@ class PairStream:
             yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
-class TextStream:
-    """An endless stream of the text tokens of one source: whole documents in shuffled order.
+class TextStream(_Stream):
+    """An endless stream of the text tokens of one source, by whole documents.
 
     Only where a block of the shuffle ends is a document divided in two; its parts then come apart.
     """
 
     def __init__(self, text: TextSource, span: tuple[int, int], key: int) -> None:
-        self._text, self._first = text, span[0]
-        self._shuffle = Shuffle(span[1] - span[0], block=TEXT_BLOCK, window=TEXT_WINDOW, key=key)
-        self._open = lru_cache(maxsize=2)(self._draw)
+        self._text = text
+        super().__init__(span[0], Shuffle(span[1] - span[0], block=TEXT_BLOCK, window=TEXT_WINDOW, key=key))
 
-    def _draw(self, epoch: int, number: int) -> tuple[Runs, Numbers]:
+    def _read(self, epoch: int, number: int) -> tuple[Runs, Numbers]:
         """The documents of a window in their order, and where each ends."""
         window = self._shuffle.open(epoch, number)
-        begins = window.begins + self._first
-        parts = [
-            self._text.runs(int(begin), int(begin + size)) for begin, size in zip(begins, window.sizes, strict=True)
-        ]
-        runs = Runs.joined(parts)
+        runs = Runs.joined([self._text.runs(begin, end) for begin, end in self._blocks(window)])
         runs = runs[window.order(len(runs.document))]
         return runs, np.cumsum(runs.length)
 
