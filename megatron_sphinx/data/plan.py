@@ -61,7 +61,8 @@ class DataConfig:
         sequence_length: most positions of a row; longer documents are cut in consecutive pieces, longer captions lose
             their end.
         row_multiple: the rows of a step are a multiple of this, and of equal cost: any number of replicas that divides
-            it has even work. 1: as few rows as there can be.
+            it has even work. 1: as few rows as there can be. Long documents are cut where a row has its share of the
+            cost, so let it be small beside the number of rows.
         micro_batch_rows: most rows that a replica computes at once.
         max_bad_share: the run stops when more than this share of its pairs could not be read.
         isolate_documents: whether attention stays inside each document and pair.
