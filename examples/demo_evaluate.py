@@ -32,8 +32,8 @@ def held_out(config: RunConfig) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Pixels of the held-out digits for each input side, and their labels."""
     data = np.load(Path(config.data.tokenizer).parent / "held_out.npz")
     pictures = [Image.fromarray(pixels).convert("RGB") for pixels in data["images"]]
-    squares = [images.to_square(picture, config.vision.padding) for picture in pictures]
-    pixels = {side: np.stack([images.cut(square, GLOBAL, side) for square in squares]) for side in config.vision.sides}
+    canvases = [images.Canvas(picture, config.vision) for picture in pictures]
+    pixels = {side: np.stack([canvas.cut(GLOBAL, side) for canvas in canvases]) for side in config.vision.sides}
     return {side: torch.from_numpy(stack) for side, stack in pixels.items()}, torch.from_numpy(data["labels"])
 
 
@@ -61,6 +61,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
         row_of_token=torch.zeros(len(tokens), dtype=torch.int64),
         rows=1,
         view_positions=torch.from_numpy(positions),
+        skip_positions=torch.zeros(0, dtype=torch.int64),
         pair_of_view=torch.arange(len(lengths)),
         pairs=tuple(range(len(lengths))),
         documents=(),

@@ -119,11 +119,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        overhead = 2 + self.vision.tokens_per_view
+        overhead = 2 + self.vision.most_image_positions
         if self.data.sequence_length <= overhead:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length}: an image takes {overhead} positions of a row "
-                f"before its caption; use more than {overhead}"
+                f"before its text; use more than {overhead}"
             )
         self._check_layout()
 

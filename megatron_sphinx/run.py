@@ -329,7 +329,7 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
         say(f"step 0: {len(plan.rows)} rows, {plan.fill:.1%} full; costliest replica {plan.imbalance:.3f} of the mean")
         if plan.imbalance > 1.05 and config.data.row_multiple % layout.data:
             say(f"the replicas' work is uneven: data.row_multiple={layout.data} would divide it better")
-        views = sum(piece.views for row in plan.rows for piece in row)
+        views = sum(len(piece.views) for row in plan.rows for piece in row)
         values = config.vision.feature_values
         if config.parallel.encoder:
             total = views * values * 2
@@ -366,16 +366,24 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     config, data = job.config, job.config.data
     free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
     model = {name: value for name, value in asdict(config.model).items() if name not in free}
-    names = ("pairs_per_step", "text_tokens_per_step", "sequence_length", "row_multiple", "isolate_documents")
-    sources = {"pairs": job.sources.pairs, "text": job.sources.text}
+    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
+    names = (
+        "pairs_per_step",
+        "conversations_per_step",
+        "text_tokens_per_step",
+        "sequence_length",
+        "row_multiple",
+        "isolate_documents",
+    )
+    sources = {"pairs": (job.sources.pairs, data.samples), "text": (job.sources.text, data.text)}
     amounts = {
-        name: {"bounds": source.bounds, "weights": [of.weight for of in getattr(data, name)]} if source else None
-        for name, source in sources.items()
+        name: {"bounds": source.bounds, "weights": [of.weight for of in given]} if source else None
+        for name, (source, given) in sources.items()
     }
     return {
         "run": {"seed": config.run.seed},
         "model": model,
-        "vision": {"experts": marks, "grid": config.vision.grid, "padding": config.vision.padding},
+        "vision": {"experts": marks, **{name: getattr(config.vision, name) for name in looks}},
         "tokenizer": job.sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision},

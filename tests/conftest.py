@@ -26,6 +26,7 @@ from torch.utils import tensorboard  # noqa: F401
 
 from megatron_sphinx import platform, run  # noqa: F401
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
@@ -219,6 +220,26 @@ def tiny(tmp_path_factory) -> Tiny:
         "checkpoint": {"interval": 2},
     }  # fmt: skip
     return Tiny(folder, values)
+
+
+@pytest.fixture(scope="session")
+def dialogs(tiny) -> Path:
+    """An index of 40 conversations on the drawn pictures, one in four without a picture, of one to three turns."""
+    rng, items = np.random.default_rng(5), []
+    for number in range(40):
+        turns = []
+        for _ in range(int(rng.integers(1, 4))):
+            answer = " ".join([COLOURS[rng.integers(8)]] * int(rng.integers(1, 6)))
+            turns.append({"from": "human", "value": f"Which {COLOURS[rng.integers(8)]} thing?"})
+            turns.append({"from": "gpt", "value": answer})
+        image = {} if number % 4 == 3 else {"image": f"{number:03d}.png"}
+        items.append({"id": f"d{number}", **image, "conversations": turns})
+    (tiny.folder / "dialogs.json").write_text(json.dumps(items))
+    folder = tiny.folder / "conversations"
+    index_conversations(
+        [tiny.folder / "dialogs.json"], folder, tiny.tokenizer, images=tiny.folder / "pictures", samples_per_shard=15
+    )
+    return folder
 
 
 def train_tokenizer(prefix: Path, texts: Sequence[str], vocabulary: int) -> Path:

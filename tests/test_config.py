@@ -49,7 +49,7 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
     [
         ("parallel.tensr=2", r"parallel\.tensr: unknown key; did you mean parallel\.tensor\?"),
         ("paralel.tensor=2", r"paralel: unknown key; did you mean parallel\?"),
-        ("data.zzz=2", r"data\.zzz: unknown key; known: data\.pairs, data\.text"),
+        ("data.zzz=2", r"data\.zzz: unknown key; known: data\.pairs, data\.conversations, data\.text"),
         ("training.steps=many", r"training\.steps=many: must be a whole number"),
         ("training.steps=true", r"training\.steps=True: must be a whole number"),
         ("training.steps=0", r"training\.steps=0: must be at least 1"),

@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data import images, pair_writer
+from megatron_sphinx.data import images, index_writer
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
@@ -32,6 +32,7 @@ from megatron_sphinx.data.text import TextIndex, TokenFile
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.model.architecture import ExpertConfig, VisionConfig
 from megatron_sphinx.model.views import GLOBAL, View
 from megatron_sphinx.stage.channel import encode
 
@@ -53,6 +54,9 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+VISION = VisionConfig(experts=(ExpertConfig(name="dinov2_small", weights="random"),), grid=4)
+
+
 # images
 
 
@@ -69,7 +73,7 @@ def test_a_picture_is_padded_at_centre_or_corner():
 def test_a_view_is_resized_with_antialiasing():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    view = images.cut(Image.fromarray(stripes), GLOBAL, 32)
+    view = images.Canvas(Image.fromarray(stripes), VISION).cut(GLOBAL, 32)
     assert view.shape == (3, 32, 32)
     assert abs(view[:, 4:-4, 4:-4].astype(int) - 127).max() <= 2  # aliasing would keep stripes
 
@@ -79,11 +83,12 @@ def test_a_view_is_pillows_to_two_levels(size):
     """Pillow's resize is the one that released models were trained with."""
     noise = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
     square = Image.fromarray(noise)
+    canvas = images.Canvas(square, VISION)
     for side in (64, 224):
         wanted = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        assert abs(images.cut(square, GLOBAL, side).astype(int) - wanted).max() <= 2
+        assert abs(canvas.cut(GLOBAL, side).astype(int) - wanted).max() <= 2
         whole = np.asarray(square.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        found = images.cut(square, View(0.5, 0.0, 0.5), side)
+        found = canvas.cut(View(1, 0, 2), side)
         assert abs(found.astype(int) - whole[:, :side, side:]).max() <= 2
 
 
@@ -304,7 +309,7 @@ def test_a_shard_that_could_not_be_read_this_time_is_not_taken_for_a_bad_one(tin
             return super().read(size)
 
     shards = sorted((tiny.folder / "shards").glob("*.tar"))
-    monkeypatch.setattr(pair_writer, "open_file", Reset)
+    monkeypatch.setattr(index_writer, "open_file", Reset)
     with pytest.raises(DataError, match=r"000000\.tar: cannot be read \(connection reset by peer\); run this again"):
         index_shards(shards, tmp_path / "pairs", tiny.tokenizer)
     monkeypatch.undo()

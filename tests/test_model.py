@@ -105,7 +105,8 @@ def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
         tokens=torch.cat(documents), targets=torch.cat(targets), lengths=tuple(map(len, documents)),
-        pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, pair_of_view=none,
+        pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
+        pair_of_view=none,
         row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
         pairs=(), documents=tuple(range(len(documents))),
     )  # fmt: skip
@@ -170,7 +171,8 @@ def check_views_stand_behind_bos():
         tokens=tokens.repeat(2), targets=torch.full((2 * len(tokens),), 5), lengths=(len(tokens),) * 2,
         pair_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
-        pair_of_view=torch.tensor([0, 1]), row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
+        skip_positions=torch.zeros(0, dtype=torch.int64), pair_of_view=torch.tensor([0, 1]),
+        row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
         pairs=(0, 1), documents=(),
     )  # fmt: skip
     both = model(batch, features)
@@ -191,7 +193,7 @@ def test_views_stand_right_behind_bos(run_ranks):
 
 def test_place_views():
     text = torch.zeros(6, 2, requires_grad=True)
-    blocks = torch.arange(8.0).view(2, 2, 2).requires_grad_()
+    blocks = torch.arange(8.0).view(4, 2).requires_grad_()
     out = place_views(text, blocks, torch.tensor([1, 2, 4, 5]))
     assert out.tolist() == [[0, 0], [0, 1], [2, 3], [0, 0], [4, 5], [6, 7]]
     with pytest.raises(SphinxError, match="4 tokens of views for 3 positions; plan and encoders disagree"):

@@ -27,7 +27,11 @@ class Pairs:
         self.captions, self.bounds = np.array(captions, np.int64), bounds or [0, len(captions)]
 
     def sizes(self, first, last):
-        return PairSizes(np.full(last - first, 9), np.full(last - first, 7), self.captions[first:last])
+        tokens = self.captions[first:last]
+        return PairSizes(np.full(last - first, 9), np.full(last - first, 7), tokens, tokens + 1)
+
+    def cut(self, pair, most):
+        return most, most + 1
 
 
 class Text:
@@ -73,7 +77,7 @@ def planner_of(seed: int, replicas: int = 1, rows: int | None = None, sources: i
         config,
         pairs=Pairs(captions, [0, *cuts, len(captions)]),
         text=Text(texts, sources),
-        tokens_of_views=lambda width, height: (9, 1),
+        tokens_of_views=lambda width, height: (9, (0,)),
         cost=quadratic,
         replicas=replicas,
         seed=seed,
@@ -245,7 +249,7 @@ def real_planner(sequence_length: int, row_multiple: int, replicas: int, steps_i
         config,
         pairs=Pairs(captions),
         text=Text(texts),
-        tokens_of_views=lambda width, height: (291, 1),
+        tokens_of_views=lambda width, height: (291, (0,)),
         cost=lambda lengths: sum(6 * 6.6e9 * n + 12 * 32 * 4096 * n * (n + 1) / 2 for n in lengths),  # LLaMA-2 7B
         replicas=replicas,
         seed=0,
@@ -288,7 +292,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_counted():
                    sequence_length=20),
         pairs=Pairs([9, 10]),
         text=None,
-        tokens_of_views=lambda width, height: (9, 1),
+        tokens_of_views=lambda width, height: (9, (0,)),
         cost=sum,
         replicas=1,
         seed=0,

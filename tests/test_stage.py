@@ -44,10 +44,10 @@ def rounds_of(seed: int, replicas: int, count: int) -> list:
         micro = []
         for _ in range(replicas):
             views = rng.choice([0, 0, 1, 3, 8])
-            micro.append((tuple(Piece(True, pair + n, 0, 5, 2, 3, 1) for n in range(views)),))
+            micro.append((tuple(Piece(True, pair + n, 0, 5, 2, 3, (0,)) for n in range(views)),))
             pair += views
         if rng.random() < 0.3:
-            micro = [((Piece(False, 0, 0, 5, 5, 4, 0),),)] * replicas
+            micro = [((Piece(False, 0, 0, 5, 5, 4),),)] * replicas
         made.append(tuple(micro))
     return made
 
@@ -100,7 +100,7 @@ def run_ahead(lookahead: int) -> None:
     layout = ParallelLayout(world=2, config=ParallelConfig(encoder=1))
     groups = ProcessGroups.create(layout, "gloo")
     store = dist.distributed_c10d._get_default_store()
-    made = [(((Piece(True, n, 0, 5, 2, 3, 1),),),) for n in range(20)]
+    made = [(((Piece(True, n, 0, 5, 2, 3, (0,)),),),) for n in range(20)]
     if groups.seat.encoder is not None:
         sender = FeatureSender(groups, lookahead)
         for n, ahead in enumerate(made):

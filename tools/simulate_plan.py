@@ -94,7 +94,7 @@ def main() -> int:
         config,
         pairs=index,
         text=text,
-        tokens_of_views=lambda width, height: (291, 1),
+        tokens_of_views=lambda width, height: (291, (0,)),
         cost=lambda lengths: sum(4e10 * n + 8e5 * n * n for n in lengths),
         replicas=8,
         seed=0,

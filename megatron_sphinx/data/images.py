@@ -1,4 +1,4 @@
-"""Pixels: decode, pad to a square, cut a view, resize. Everything on the CPU, antialiased."""
+"""Pixels: decode, pad to a square, resize, cut views. Everything on the CPU."""
 
 import io
 
@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.model.architecture import CLIP_MEAN
-from megatron_sphinx.model.views import View
+from megatron_sphinx.model.architecture import CLIP_MEAN, VisionConfig
+from megatron_sphinx.model.views import View, place
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, a quarter of a gibibyte of RGB
 BACKGROUND = tuple(int(255 * channel) for channel in CLIP_MEAN)
@@ -66,26 +67,58 @@ def decode(content: bytes) -> Image.Image:
 
 
 def to_square(image: Image.Image, padding: str) -> Image.Image:
-    """The image on a square of the mean colour, in its centre or its top left corner.
-
-    Source: PadToSquare of the released accessory/data/transform.py (centre).
-    """
+    """The image on a square of the mean colour, in its centre or its top left corner."""
     width, height = image.size
     side = max(width, height)
     if width == height:
         return image
     square = Image.new("RGB", (side, side), BACKGROUND)
-    square.paste(image, ((side - width) // 2, (side - height) // 2) if padding == "centre" else (0, 0))
+    square.paste(image, place(width, height, padding))
     return square
 
 
-def cut(square: Image.Image, view: View, side: int) -> NDArray[np.uint8]:
-    """A view at `side` pixels, of the whole resized antialiased and bicubic: uint8 [3, side, side].
+class Canvas:
+    """A picture on its square, cut into views. Each size that the square is resized to is made once.
 
-    By torch: the same to 2 of 255 as Pillow's, in half the time.
+    Args:
+        image: the picture.
+        vision: how it is padded and resized.
     """
-    whole = round(side / view.width)
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
-    resized = interpolate(pixels, (whole, whole), mode="bicubic", antialias=True)[0]
-    left, top = round(view.left * whole), round(view.top * whole)
-    return resized[:, top : top + side, left : left + side].numpy()
+
+    def __init__(self, image: Image.Image, vision: VisionConfig) -> None:
+        self._square, self._vision = to_square(image, vision.padding), vision
+        self._resized: dict[int, Tensor] = {}
+        self._nearest = {item.expert.pixels: item.expert.nearest_from for item in vision.experts}
+
+    def cut(self, view: View, side: int) -> NDArray[np.uint8] | NDArray[np.float32]:
+        """A view at `side` pixels: [3, side, side].
+
+        Antialiased: uint8, the whole square resized bicubic by torch (the same to 2 of 255 as Pillow's, in half the
+        time), then cut. Accessory: float32 from 0 to 255, with what bicubic overshoots.
+
+        Source of the latter: T_padded_resize of the released accessory/data/transform.py, then encode_image of
+        accessory/model/LLM/llama_ens*.py; in fp32, where those resize in fp16.
+        """
+        is_released = self._vision.resize == "accessory"
+        own = (self._nearest[side] if is_released else 0) or side
+        left, top = view.column * own, view.row * own
+        part = self._whole(own * view.parts, is_released)[:, top : top + own, left : left + own]
+        if own != side:
+            part = interpolate(part[None], (side, side), mode="nearest")[0]
+        return part.numpy()
+
+    def _whole(self, side: int, is_released: bool) -> Tensor:
+        if side not in self._resized:
+            size = self._vision.released_pixels
+            square = self._square.resize((size, size), Image.Resampling.BICUBIC) if is_released else self._square
+            pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+            pixels = pixels.float() if is_released else pixels
+            if pixels.shape[-1] != side:
+                pixels = interpolate(pixels, (side, side), mode="bicubic", antialias=not is_released)
+            self._resized[side] = pixels[0]
+        return self._resized[side]
+
+
+def pixel_type(vision: VisionConfig) -> type[np.uint8] | type[np.float32]:
+    """What a view's pixels are."""
+    return np.uint8 if vision.resize == "antialiased" else np.float32

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.model.sphinx import MicroBatch
-from megatron_sphinx.model.views import views_of
+from megatron_sphinx.model.views import encoded_views, image_positions, views_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
             f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but model.vocabulary="
             f"{model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
         )
-    pairs = PairIndex([source.path for source in config.pairs]) if config.pairs_per_step else None
+    key = "conversations" if config.conversations_per_step else "pairs"
+    pairs = PairIndex([source.path for source in config.samples], key) if config.samples_per_step else None
     text = TextIndex([source.path for source in config.text]) if config.text_tokens_per_step else None
     return Sources(tokenizer, pairs, text)
 
@@ -67,9 +69,9 @@ def make_planner(
 ) -> Planner:
     """The planner of a run: the same on every rank."""
 
-    def tokens_of_views(width: int, height: int) -> tuple[int, int]:
-        count = len(views_of(width, height))
-        return count * vision.tokens_per_view, count
+    def tokens_of_views(width: int, height: int) -> tuple[int, tuple[int, ...]]:
+        views = encoded_views(width, height, vision)
+        return image_positions(len(views), vision), views
 
     return Planner(
         config,
@@ -116,9 +118,10 @@ class BatchBuilder:
         tokens = np.zeros(piece.length, np.int64)
         tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
         tokens[-1 - piece.tokens : -1] = caption
+        is_target = self.sources.pairs.is_target(piece.item, piece.tokens)
         targets = np.full(piece.length, -100, np.int64)
-        targets[-2 - piece.tokens : -1] = tokens[-1 - piece.tokens :]  # the end tag predicts the first token
-        return tokens, targets
+        targets[-2 - piece.tokens : -1] = np.where(is_target, tokens[-1 - piece.tokens :], -100)
+        return tokens, targets  # what stands before a token predicts it, the image's last position the first
 
     def _fill_text(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         assert self.sources.text is not None
@@ -150,9 +153,17 @@ class BatchBuilder:
         owner = np.full(sum(lengths), -1, np.int64)
         for place, number in order.items():
             owner[starts[place] : starts[place + 1]] = number
-        views = [(number, view) for number, place in enumerate(places) for view in range(pieces[place].views)]
+        pair_of_view: list[int] = []
+        begins: list[int] = []
+        skipped: list[int] = []
+        for place, number in order.items():
+            at = int(starts[place]) + 1
+            for view in range(self.vision.views if pieces[place].views else 0):
+                if is_encoded := view in pieces[place].views:
+                    pair_of_view.append(number)
+                (begins if is_encoded else skipped).append(at)
+                at += self.vision.tokens_per_view if is_encoded else 1
         block = np.arange(self.vision.tokens_per_view)
-        begins = [starts[places[number]] + 1 + view * len(block) for number, view in views]
         positions = (np.array(begins, np.int64)[:, None] + block).reshape(-1)
         return MicroBatch(
             tokens=padded([tokens for tokens, _ in filled], 0),
@@ -162,7 +173,8 @@ class BatchBuilder:
             row_of_token=padded([row_of_token], -1),
             rows=rows,
             view_positions=torch.from_numpy(positions),
-            pair_of_view=torch.tensor([number for number, _ in views], dtype=torch.int64),
+            skip_positions=torch.tensor(skipped, dtype=torch.int64),
+            pair_of_view=torch.tensor(pair_of_view, dtype=torch.int64),
             pairs=tuple(pieces[place].item for place in places),
             documents=tuple(piece.item for piece in pieces if not piece.is_pair),
         )
@@ -193,7 +205,7 @@ class Pixels:
     """Views of some pairs, ready to encode.
 
     Attributes:
-        views: for each input side, uint8 [views, 3, side, side].
+        views: for each input side, pixels from 0 to 255 [views, 3, side, side].
         bad: numbers of the views whose image could not be read; their pixels mean nothing.
     """
 
@@ -206,29 +218,29 @@ class PixelLoader:
 
     def __init__(self, index: PairIndex, vision: VisionConfig, *, workers: int, quarantine: Path) -> None:
         self.index, self.vision, self.quarantine = index, vision, quarantine
-        self._reader = ImageReader(index)
+        self._reader, self._views = ImageReader(index), views_of(vision.parts)
         self._pool = ThreadPoolExecutor(workers, "decode")
 
     def submit(self, views: Sequence[tuple[int, int]]) -> "PendingPixels":
         """Begin to read views, given as (pair, number of the view)."""
-        arrays = {side: np.zeros((len(views), 3, side, side), np.uint8) for side in self.vision.sides}
+        kind = images.pixel_type(self.vision)
+        arrays = {side: np.zeros((len(views), 3, side, side), kind) for side in self.vision.sides}
         wanted: dict[int, list[tuple[int, int]]] = {}
         for place, (pair, view) in enumerate(views):
             wanted.setdefault(pair, []).append((view, place))
         read = {pair: self._pool.submit(self._read, pair, places, arrays) for pair, places in wanted.items()}
         return PendingPixels(self, list(views), arrays, read)
 
-    def _read(self, pair: int, wanted: Sequence[tuple[int, int]], arrays: dict[int, NDArray[np.uint8]]) -> bool:
+    def _read(self, pair: int, wanted: Sequence[tuple[int, int]], arrays: dict[int, NDArray[Any]]) -> bool:
         """Write views of a pair, given as (number, place), to their places; False where it cannot be read."""
         try:
-            views = views_of(*self.index.size(pair))
-            square = images.to_square(images.decode(self._reader.read(pair)), self.vision.padding)
+            canvas = images.Canvas(images.decode(self._reader.read(pair)), self.vision)
         except (DataError, OSError) as error:
             self.report(pair, str(error))
             return False
         for view, place in wanted:
             for side, array in arrays.items():
-                array[place] = images.cut(square, views[view], side)
+                array[place] = canvas.cut(self._views[view], side)
         return True
 
     def report(self, pair: int, reason: str) -> None:
@@ -245,7 +257,7 @@ class PendingPixels:
 
     loader: PixelLoader
     views: list[tuple[int, int]]
-    arrays: dict[int, NDArray[np.uint8]]
+    arrays: dict[int, NDArray[Any]]
     read: dict[int, "Future[bool]"]
 
     def report(self, view: int, reason: str) -> None:
@@ -262,7 +274,7 @@ class PendingPixels:
 def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
     """The views of a micro-batch as (pair, number of the view), in the order in which its MicroBatch has them."""
     pieces = sorted((piece.item, piece.views) for row in rows for piece in row if piece.is_pair)
-    return [(pair, view) for pair, views in pieces for view in range(views)]
+    return [(pair, view) for pair, views in pieces for view in views]
 
 
 def rounds(planner: Planner, start: int, stop: int) -> Iterator[tuple[tuple[Row, ...], ...]]:

@@ -13,13 +13,13 @@ class Piece:
     """A pair, or a part of a text document: what attention stays inside.
 
     Attributes:
-        is_pair: a pair, or text.
+        is_pair: a pair (or another sample of the first stream), or text.
         item: number of the pair or the document.
         start: first token of a text document in it.
         length: positions it takes.
-        tokens: caption tokens of a pair that are kept; tokens of text.
+        tokens: tokens of a caption or a conversation that are kept; tokens of text.
         targets: positions with a target.
-        views: views of a pair.
+        views: numbers of the views of a pair that are encoded.
     """
 
     is_pair: bool
@@ -28,7 +28,7 @@ class Piece:
     length: int
     tokens: int
     targets: int
-    views: int
+    views: tuple[int, ...] = ()
 
 
 Row = tuple[Piece, ...]

@@ -3,44 +3,25 @@
 import hashlib
 import json
 import os
-import shutil
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
-from numpy.typing import NDArray
 
-from megatron_sphinx.data import images
-from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed, state_of
-from megatron_sphinx.data.pairs import SAMPLE, Shard, split_name
-from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out, write_json
+from megatron_sphinx.data.files import is_url, renamed, state_of
+from megatron_sphinx.data.index_writer import PARTS, Image, Part, Quarantine, image_of, members, write_index, write_part
+from megatron_sphinx.data.pairs import SAMPLE, split_name
+from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CAPTION_ENDINGS = ("txt", "caption")
 MOST_CAPTION_BYTES = 8192  # a longer one is no caption of a picture
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image as it lies in a shard."""
-
-    offset: int
-    bytes: int
-    header: int
-    width: int
-    height: int
-
-
-Quarantine = list[dict[str, Any]]
 
 
 def write_shards(folder: Path, target: Path, samples_per_shard: int = 1000, *, workers: int = 1) -> list[Path]:
@@ -115,31 +96,18 @@ def index_shards(
     Raises:
         DataError: a shard is missing, or there is no pair in any of them.
     """
-    parts = folder / ".parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").unlink(missing_ok=True)
-    for used in (folder, parts):
-        remove_partial(used)
     paths = [str(shard) if is_url(str(shard)) else os.path.abspath(shard) for shard in shards]
     settings = (caption_key, held_out, tokenizer.mark)
-    work = partial(_index_shard, parts=parts, tokenizer=tokenizer, settings=settings)
-    done = list(in_parallel(work, paths, workers=workers, what="shard", show=show))
-    report = Report()
-    for _, part in done:
-        report.reject(_quarantine(part))
-    report.taken, report.tokens = _join(paths, done, folder, tokenizer, held_out=False)
-    if not report.taken:
-        why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-        raise DataError(f"{', '.join(paths[:3])}: no image has a caption (.txt, or caption in .json){why}")
-    (folder / "held_out" / "index.json").unlink(missing_ok=True)
-    if held_out:
-        report.held_out, _ = _join(paths, done, folder / "held_out", tokenizer, held_out=True)
-    shutil.rmtree(parts)
-    return report
+    work = partial(_index_shard, parts=folder / PARTS, tokenizer=tokenizer, settings=settings)
+    return write_index(
+        work, paths, folder, tokenizer,
+        of="pairs", held_out=held_out, workers=workers, what="shard", show=show,
+        nothing=f"{', '.join(paths[:3])}: no image has a caption (.txt, or caption in .json)",
+    )  # fmt: skip
 
 
-def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tuple[Any, ...]) -> tuple[int, Path]:
-    """Index one shard to a file of its own, if that is not there yet: the shard's size, and the file."""
+def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tuple[Any, ...]) -> Part:
+    """Index one shard to a file of its own, if that is not there yet."""
     try:
         size, mark = state_of(path)
     except OSError as error:
@@ -147,7 +115,7 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
     name = hashlib.sha256(repr((path, size, mark, settings)).encode()).hexdigest()[:24]
     part = parts / f"{name}.npz"
     if part.is_file():
-        return size, part
+        return Part(path, size, part)
     caption_key, held_out, _ = settings
     quarantine: Quarantine = []
     samples, tokens, is_held = [], [np.zeros(0, np.int64)], []
@@ -158,96 +126,30 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
         tokens.append(np.array(ids, np.int64))
         is_held.append(is_held_out(key, held_out))
         count += len(ids)
-    arrays = {
-        "samples": np.array(samples, SAMPLE),
-        "captions": np.concatenate(tokens).astype(_caption_type(tokenizer)),
-        "is_held_out": np.array(is_held, np.bool_),
-        "quarantine": np.frombuffer(json.dumps(quarantine).encode(), np.uint8),
-    }
-    with _whole(part) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    return size, part
+    write_part(
+        part, tokenizer,
+        samples=np.array(samples, SAMPLE), captions=np.concatenate(tokens), is_held_out=is_held, quarantine=quarantine,
+    )  # fmt: skip
+    return Part(path, size, part)
 
 
-def _caption_type(tokenizer: Tokenizer) -> np.dtype[Any]:
-    kind: np.dtype[Any] = np.dtype(DType.optimal_dtype(tokenizer.mark.vocabulary))
-    return kind
-
-
-def _quarantine(part: Path) -> Quarantine:
-    with np.load(part) as arrays:
-        lines: Quarantine = json.loads(arrays["quarantine"].tobytes())
-    return lines
-
-
-def _join(
-    paths: Sequence[str], done: Sequence[tuple[int, Path]], folder: Path, tokenizer: Tokenizer, *, held_out: bool
-) -> tuple[int, int]:
-    """Join the parts of all shards to one index; how many pairs and caption tokens it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[Shard] = []
-    pairs = tokens = 0
-    with ExitStack() as stack:
-        names = ("samples.bin", "captions.bin")
-        files = [stack.enter_context(_whole(folder / name)) for name in names]
-        quarantine = stack.enter_context(_whole(folder / "quarantine.jsonl"))
-        for number, (path, (size, part)) in enumerate(zip(paths, done, strict=True)):
-            samples, captions = _part(part, held_out)
-            samples["shard"] = number
-            samples["caption"] += tokens
-            for file, array in zip(files, (samples, captions), strict=True):
-                array.tofile(file)
-            relative = path if is_url(path) else os.path.relpath(path, folder)
-            shards.append(Shard(relative, size, len(samples)))
-            pairs, tokens = pairs + len(samples), tokens + len(captions)
-            if not held_out:
-                quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(part))
-    content = {
-        "tokenizer": asdict(tokenizer.mark),
-        "caption_type": _caption_type(tokenizer).str,
-        "shards": [asdict(shard) for shard in shards],
-    }
-    if pairs:
-        write_json(folder / "index.json", content)
-    return pairs, tokens
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that has its name when it is whole, and on the disk."""
-    with renamed(path) as unfinished, unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _part(part: Path, held_out: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Samples and caption tokens of one shard: those that are held out, or the others."""
-    with np.load(part) as arrays:
-        samples, captions, chosen = arrays["samples"], arrays["captions"], arrays["is_held_out"] == held_out
-    kept = captions[np.repeat(chosen, samples["tokens"])]
-    samples = samples[chosen]
-    samples["caption"] = np.cumsum(samples["tokens"], dtype=np.uint64) - samples["tokens"]
-    return samples, kept
-
-
-def _pairs_of(path: str, caption_key: str | None, quarantine: Quarantine) -> Iterator[tuple[str, _Image, str]]:
+def _pairs_of(path: str, caption_key: str | None, quarantine: Quarantine) -> Iterator[tuple[str, Image, str]]:
     """Key, image and caption of each pair of a shard, in the order of its images; its members may be in any order."""
-    found: dict[str, _Image] = {}
+    found: dict[str, Image] = {}
     captions: dict[str, str] = {}
     bad: set[str] = set()  # that have a reason already
 
     def leave_out(key: str | None, reason: str) -> None:
         quarantine.append({"shard": path, "key": key, "reason": " ".join(reason.split())})
 
-    for name, offset, block in _members(path, leave_out):
+    for name, offset, block in members(path, leave_out):
         key, ending = split_name(name)
         if ending in IMAGE_ENDINGS and key in found:
             leave_out(key, f"duplicate key: {name} comes after another image of that name")
             continue
         try:
             if ending in IMAGE_ENDINGS:
-                found[key] = _image(offset, block)
+                found[key] = image_of(offset, block)
             elif (caption := _caption(ending, block, caption_key)) and (ending != "json" or key not in captions):
                 captions[key] = caption
         except DataError as error:
@@ -258,36 +160,6 @@ def _pairs_of(path: str, caption_key: str | None, quarantine: Quarantine) -> Ite
             yield key, image, captions[key]
     for key in sorted((found.keys() ^ captions.keys()) - bad):
         leave_out(key, "no caption" if key in found else "no image")
-
-
-def _members(path: str, leave_out: Callable[[str | None, str], None]) -> Iterator[tuple[str, int, bytes]]:
-    """Name, offset of the content, and header and content of each regular file of a tar, as far as it can be read."""
-    name = None
-    try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                name = member.name
-                if member.isreg():
-                    file.seek(member.offset_data - tarfile.BLOCKSIZE)
-                    block = file.read(tarfile.BLOCKSIZE + member.size)
-                    if len(block) != tarfile.BLOCKSIZE + member.size:
-                        raise tarfile.ReadError(f"it ends inside {name}")
-                    yield member.name, member.offset_data, block
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it lacks the mark of its end")
-    except OSError as error:  # of a network perhaps: nothing is known of the shard
-        raise DataError(f"{path}: cannot be read ({error}); run this again: what is done is kept") from error
-    except (tarfile.TarError, EOFError) as error:
-        what = "not a tar file" if name is None else "the shard is cut short"
-        leave_out(split_name(name)[0] if name else None, f"{what}: {error}")
-
-
-def _image(offset: int, block: bytes) -> _Image:
-    content = block[tarfile.BLOCKSIZE :]
-    width, height = images.size_of(content)
-    images.check_size(width, height)
-    return _Image(offset, len(content), zlib.crc32(block[: tarfile.BLOCKSIZE]), width, height)
 
 
 def _caption(ending: str, block: bytes, caption_key: str | None) -> str:

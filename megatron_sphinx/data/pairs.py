@@ -1,11 +1,14 @@
-"""Image-text pairs: WebDataset shards, and an index beside them that knows every sample without reading it.
+"""Image-text pairs and conversations: shards of images, and an index beside them that knows every sample unread.
 
 An index is a folder:
 
-* `index.json`: the tokenizer's mark, the shards with their sizes, the type of caption tokens;
+* `index.json`: what it is of, the tokenizer's mark, the shards with their sizes, the type of tokens;
 * `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
 * `captions.bin`: the tokens of all captions, memory-mapped;
 * `quarantine.jsonl`: what was left out, and why.
+
+In one of conversations `captions.bin` holds those, `samples.bin` CONVERSATIONs, and `answers.bin` for each token
+whether it is of an answer.
 """
 
 import json
@@ -40,7 +43,7 @@ SAMPLE = np.dtype(
         ("tokens", "<u4"),  # of the caption
     ]
 )
-_REMEDY = "run tools/prepare_pairs.py again"
+CONVERSATION = np.dtype([*SAMPLE.descr, ("targets", "<u4")])  # positions with a target; without an image `bytes` is 0
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,34 @@ class Shard:
 
 
 class _Folder:
-    """One index."""
+    """One index; `key` is what the configuration calls it: pairs or conversations."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
         try:
             content = json.loads((folder / "index.json").read_text())
+            if (found := content.get("of", "pairs")) != key:
+                raise DataError(f"data.{key}={folder}: is an index of {found}; give it as data.{found}")
             self.tokenizer = TokenizerMark(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
-            self.samples = Mapped(folder / "samples.bin", SAMPLE)
+            self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
             self.captions = Mapped(folder / "captions.bin", np.dtype(content["caption_type"]))
+            self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
         except OSError as error:
             raise DataError(
-                f"data.pairs={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_pairs.py"
+                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_{key}.py"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.pairs={folder}: damaged index ({error}); {_REMEDY}") from error
+            raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
         [last] = self.samples.read(self.samples.size - 1, self.samples.size)
-        found = (self.samples.size, self.captions.size)
-        if found != (sum(shard.samples for shard in self.shards), int(last["caption"]) + int(last["tokens"])):
-            raise DataError(f"data.pairs={folder}: the files of the index disagree; {_REMEDY}")
+        tokens = int(last["caption"]) + int(last["tokens"])
+        sizes = (self.samples.size, self.captions.size, self.answers.size if self.answers is not None else tokens)
+        if sizes != (sum(shard.samples for shard in self.shards), tokens, tokens):
+            raise DataError(f"data.{key}={folder}: the files of the index disagree; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"run tools/prepare_{self.key}.py again"
 
     def path(self, shard: int) -> str:
         """Where a shard is."""
@@ -82,18 +93,18 @@ class _Folder:
     def check(self, shard: int) -> None:
         """Raise DataError where a shard on a disk is missing or of another size."""
         path, wanted = self.path(shard), self.shards[shard].bytes
-        if is_url(path):
+        if is_url(path) or not wanted:  # without images there is no shard
             return
         try:
             size = os.stat(path).st_size
         except OSError as error:
             raise DataError(
-                f"data.pairs={self.folder}: shard {path} is missing ({error.strerror}); {_REMEDY}"
+                f"data.{self.key}={self.folder}: shard {path} is missing ({error.strerror}); {self._remedy}"
             ) from error
         if size != wanted:
             raise DataError(
-                f"data.pairs={self.folder}: shard {path} has {size} bytes, its index was made for {wanted}; "
-                f"copy it again, or {_REMEDY}"
+                f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {wanted}; "
+                f"copy it again, or {self._remedy}"
             )
 
 
@@ -108,16 +119,21 @@ class Place:
 
 
 class PairIndex:
-    """Sizes, places and captions of all pairs of some indexes; nothing of a shard is read through it.
+    """Sizes, places and tokens of all samples of some indexes; nothing of a shard is read through it.
 
-    Pairs are numbered one index behind the other, as given.
+    They are called pairs here, whether they are pairs or conversations, and numbered one index behind the other, as
+    given.
+
+    Args:
+        folders: of the indexes.
+        key: what they are of, and called in the configuration: pairs or conversations.
 
     Raises:
-        DataError: a folder holds no index, or a damaged one.
+        DataError: a folder holds no index, or a damaged one, or one of something else.
     """
 
-    def __init__(self, folders: Sequence[str | Path]) -> None:
-        self._folders = [_Folder(Path(folder)) for folder in folders]
+    def __init__(self, folders: Sequence[str | Path], key: str = "pairs") -> None:
+        self._folders = [_Folder(Path(folder), key) for folder in folders]
         self.bounds = [0, *accumulate(folder.samples.size for folder in self._folders)]
 
     def __len__(self) -> int:
@@ -130,7 +146,7 @@ class PairIndex:
         """
         with ThreadPoolExecutor(16, "check") as pool:
             for folder in self._folders:
-                check_tokenizer(f"data.pairs={folder.folder}", folder.tokenizer, tokenizer)
+                check_tokenizer(f"data.{folder.key}={folder.folder}", folder.tokenizer, tokenizer)
                 for _ in pool.map(folder.check, range(len(folder.shards))):
                     pass
 
@@ -141,7 +157,8 @@ class PairIndex:
             source = bisect_right(self.bounds, first) - 1
             begin, stop = self.bounds[source], min(last, self.bounds[source + 1])
             samples = self._folders[source].samples.read(first - begin, stop - begin)
-            found.append(PairSizes(samples["width"], samples["height"], samples["tokens"]))
+            targets = samples["tokens"] + 1 if self._folders[source].answers is None else samples["targets"]
+            found.append(PairSizes(samples["width"], samples["height"], samples["tokens"], targets))
             first = stop
         return PairSizes.joined(found)
 
@@ -156,6 +173,36 @@ class PairIndex:
         first, tokens = int(sample["caption"]), int(sample["tokens"])
         kept = tokens if most is None else min(tokens, most)
         return folder.captions.read(first, first + kept).astype(np.int64)
+
+    def is_target(self, pair: int, kept: int) -> NDArray[np.bool_]:
+        """Which of the first `kept` tokens of a pair, and the EOS behind them, are learned: bool [kept + 1].
+
+        Of a caption all; of a conversation its answers, and EOS where it stands behind a whole answer.
+        """
+        answers = self._answers(pair)
+        if answers is None:
+            return np.ones(kept + 1, np.bool_)
+        is_whole = kept == len(answers) or not answers[kept]
+        return np.append(answers[:kept], answers[:kept][-1:].any() and is_whole)
+
+    def cut(self, pair: int, most: int) -> tuple[int, int]:
+        """Tokens that are kept of a pair with more than `most`, and positions with a target then.
+
+        A caption loses its end, a conversation all turns behind the last answer that fits; where not even its first
+        answer does, that loses its end, and the EOS behind it is not learned.
+        """
+        answers = self._answers(pair)
+        if answers is None:
+            return most, most + 1
+        ends = np.flatnonzero(answers[:-1] & ~answers[1:]) + 1
+        kept = int(ends[ends <= most][-1]) if (ends <= most).any() else most
+        return kept, int(self.is_target(pair, kept).sum())
+
+    def _answers(self, pair: int) -> NDArray[np.bool_] | None:
+        """For each token of a conversation, whether it is of an answer; None of a caption."""
+        folder, sample = self._at(pair)
+        first = int(sample["caption"])
+        return folder.answers.read(first, first + int(sample["tokens"])) if folder.answers is not None else None
 
     def place(self, pair: int) -> Place:
         """Where a pair's image is."""

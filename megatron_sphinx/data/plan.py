@@ -49,17 +49,19 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The two streams and what a step takes of each.
+    """The two streams, of samples and of text, and what a step takes of each.
 
     Attributes:
         pairs: folders of indexes of image-text pairs (tools/prepare_pairs.py): one path, or a list of paths or of
             {path, weight}.
+        conversations: the same of conversations (tools/prepare_conversations.py); instead of pairs.
         text: the same of text: folders (tools/prepare_text.py), or prefixes of Megatron's .bin and .idx.
         tokenizer: the sentencepiece model that all were made with.
         pairs_per_step: image-text pairs in every optimizer step.
+        conversations_per_step: conversations in every optimizer step, with an image or without.
         text_tokens_per_step: text tokens in every optimizer step.
         sequence_length: most positions of a row; longer documents are cut in consecutive pieces, longer captions lose
-            their end.
+            their end, longer conversations their last turns.
         row_multiple: the rows of a step are a multiple of this, and of equal cost: any number of replicas that divides
             it has even work. 1: as few rows as there can be. Long documents are cut where a row has its share of the
             cost, so let it be small beside the number of rows.
@@ -72,9 +74,11 @@ class DataConfig:
     """
 
     pairs: tuple[DataSource, ...] = ()
+    conversations: tuple[DataSource, ...] = ()
     text: tuple[DataSource, ...] = ()
     tokenizer: str
     pairs_per_step: int = 640
+    conversations_per_step: int = 0
     text_tokens_per_step: int = 65536
     sequence_length: int = 2048
     row_multiple: int = 8
@@ -87,7 +91,7 @@ class DataConfig:
         for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
-        for amount, name in (("pairs_per_step", "pairs"), ("text_tokens_per_step", "text")):
+        for amount, name in _AMOUNTS.items():
             value, sources = getattr(self, amount), getattr(self, name)
             if value < 0:
                 raise ConfigError(f"data.{amount}={value}: must be at least 0")
@@ -95,10 +99,31 @@ class DataConfig:
                 raise ConfigError(f"data.{name}: not given, but data.{amount}={value}; give it, or set that to 0")
             if len({source.weight is None for source in sources}) > 1:
                 raise ConfigError(f"data.{name}: some of the sources have no weight; give one to all, or to none")
-        if self.pairs_per_step + self.text_tokens_per_step == 0:
-            raise ConfigError("data.pairs_per_step=0: data.text_tokens_per_step is 0 too; a step needs one of them")
+        if self.pairs_per_step and self.conversations_per_step:
+            raise ConfigError(
+                f"data.conversations_per_step={self.conversations_per_step}: data.pairs_per_step={self.pairs_per_step} "
+                f"too; a run takes one of them: set the other to 0"
+            )
+        if not any(getattr(self, amount) for amount in _AMOUNTS):
+            raise ConfigError(
+                "data.pairs_per_step=0: data.conversations_per_step and data.text_tokens_per_step are 0 too; "
+                "a step needs one of them"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+    @property
+    def samples(self) -> tuple[DataSource, ...]:
+        """Where pairs or conversations come from, whichever the run takes."""
+        return self.conversations if self.conversations_per_step else self.pairs
+
+    @property
+    def samples_per_step(self) -> int:
+        """Pairs or conversations in every optimizer step."""
+        return self.conversations_per_step or self.pairs_per_step
+
+
+_AMOUNTS = {"pairs_per_step": "pairs", "conversations_per_step": "conversations", "text_tokens_per_step": "text"}
 
 
 class _Columns:
@@ -117,11 +142,12 @@ class _Columns:
 
 @dataclass(frozen=True)
 class PairSizes(_Columns):
-    """Sizes of some pairs: width and height of the image, tokens of the caption, each integers [pairs]."""
+    """Sizes of some pairs: of the image (0 without one), tokens, and positions with a target; integers [pairs]."""
 
     width: NDArray[Any]
     height: NDArray[Any]
     tokens: NDArray[Any]
+    targets: NDArray[Any]
 
 
 class PairSource(Protocol):
@@ -133,6 +159,9 @@ class PairSource(Protocol):
 
     def sizes(self, first: int, last: int) -> PairSizes:
         """Sizes of neighbouring pairs."""
+
+    def cut(self, pair: int, most: int) -> tuple[int, int]:
+        """Tokens that are kept of a pair with more than `most`, and positions with a target then."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +193,7 @@ class StepPlan:
         step: counted from 0.
         rows: pieces that lie in one row; the same for every layout.
         micro_batches: [micro-batch][replica] the rows it computes; a replica may have none.
-        captions_cut: captions that lost their end to fit.
+        captions_cut: captions and conversations that lost their end to fit.
         fill: share of the rows' capacity that is used; nothing is computed for the rest.
         imbalance: cost of the costliest replica over the mean of all.
         padding_share: share of the computed positions that belong to no piece.
@@ -269,13 +298,14 @@ class PairStream(_Stream):
         window = self._shuffle.open(epoch, number)
         return window, PairSizes.joined([self._pairs.sizes(begin, end) for begin, end in self._blocks(window)])
 
-    def take(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """(pair, width, height, caption tokens) of pairs `start` to `start + count` of the stream."""
+    def take(self, start: int, count: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """(pair, width, height, tokens, targets) of pairs `start` to `start + count` of the stream."""
         for epoch, number, first, taken in self._shuffle.spans(start, count):
             window, sizes = self._open(epoch, number)
             drawn = window.draw(np.arange(first, first + taken, dtype=np.int64))
             found = sizes[drawn]
-            columns = (window.item(drawn) + self._first, found.width, found.height, found.tokens)
+            pairs = window.item(drawn) + self._first
+            columns = (pairs, found.width, found.height, found.tokens, found.targets)
             yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
@@ -310,7 +340,7 @@ class TextStream(_Stream):
                 skipped = max(first - (end - length), 0)
                 begin, stop = int(runs.start[at]) + skipped, int(runs.start[at]) + length - max(end - last, 0)
                 tokens, is_end = stop - begin, bool(runs.is_end[at]) and end <= last
-                yield Piece(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end, 0)
+                yield Piece(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end)
 
 
 class Planner:
@@ -320,7 +350,7 @@ class Planner:
         config: the streams and their shares.
         pairs: sizes of the pairs; None without pairs.
         text: the documents; None without text.
-        tokens_of_views: of an image's width and height: positions that its views take, and how many views there are.
+        tokens_of_views: of an image's width and height: positions that it takes, and its views that are encoded.
         cost: FLOPs of a row, from the lengths of what attention stays inside; what rows and replicas are balanced by.
         replicas: data-parallel replicas.
         seed: the run's.
@@ -333,7 +363,7 @@ class Planner:
         *,
         pairs: PairSource | None,
         text: TextSource | None,
-        tokens_of_views: Callable[[int, int], tuple[int, int]],
+        tokens_of_views: Callable[[int, int], tuple[int, tuple[int, ...]]],
         cost: Callable[[Sequence[int]], float],
         replicas: int,
         seed: int,
@@ -344,8 +374,9 @@ class Planner:
         self._cost = lru_cache(maxsize=65536)(cost)
         self._packer = Packer(config.sequence_length, self._cost_of_piece if config.isolate_documents else float)
         if pairs is not None:
-            weights = [source.weight for source in config.pairs]
-            self._pair_mixture = Mixture(pairs.bounds, weights, config.pairs_per_step, "pairs_per_step")
+            weights = [source.weight for source in config.samples]
+            name = "conversations_per_step" if config.conversations_per_step else "pairs_per_step"
+            self._pair_mixture = Mixture(pairs.bounds, weights, config.samples_per_step, name)
             self._pair_streams = [
                 PairStream(pairs, span, key_of(seed, "pairs", source))
                 for source, span in enumerate(self._pair_mixture.spans)
@@ -388,11 +419,13 @@ class Planner:
             self._pair_streams[source].take(start, count) for source, start, count in self._pair_mixture.parts(step)
         )
         pieces, cut = [], 0
-        for pair, width, height, wanted in chain.from_iterable(parts):
-            view_tokens, views = self._tokens_of_views(width, height)
-            kept = min(wanted, self.config.sequence_length - view_tokens - 2)  # BOS and EOS
-            cut += kept < wanted
-            pieces.append(Piece(True, pair, 0, 2 + view_tokens + kept, kept, kept + 1, views))
+        for pair, width, height, tokens, targets in chain.from_iterable(parts):
+            view_tokens, views = self._tokens_of_views(width, height) if width else (0, ())
+            most = self.config.sequence_length - view_tokens - 2  # BOS and EOS
+            if tokens > most:
+                tokens, targets = self._pairs.cut(pair, most)
+                cut += 1
+            pieces.append(Piece(True, pair, 0, 2 + view_tokens + tokens, tokens, targets, views))
         return pieces, cut
 
     def _plan_text(self, step: int) -> Iterator[Piece]:

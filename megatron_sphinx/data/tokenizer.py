@@ -43,6 +43,14 @@ class Tokenizer:
         ids: list[int] = self._model.encode(text)
         return ids
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and the characters that each stands for, as (begin, end).
+
+        A character of several tokens belongs to the last of them; the others are empty spans at its begin.
+        """
+        found = self._model.encode(text, return_type="offset_mapping")
+        return found["ids"], found["offsets"]
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
         text: str = self._model.decode(ids)

@@ -8,6 +8,7 @@ from megatron_sphinx.errors import ConfigError, nearest
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+PARTS = {1: 1, 5: 2, 10: 3}  # parts along each side of the square, by the number of views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class Expert:
         channels: width of each feature token.
         grid: side of the square of patch tokens it gives before any repetition; 0 for the Q-Former.
         queries: tokens of a Q-Former.
+        nearest_from: side of the view that the released code repeats pixels of to make this input; 0 where it resizes.
         mean, std: normalisation of its input.
         options: keyword arguments of the timm model, or fields of the Q-Former's configuration.
     """
@@ -135,6 +137,7 @@ class Expert:
     channels: int
     grid: int = 0
     queries: int = 0
+    nearest_from: int = 0
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     options: dict[str, object] = field(default_factory=dict)
@@ -149,7 +152,9 @@ EXPERTS: dict[str, Expert] = {
     "clip_vit_l14": Expert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=224, channels=1024, grid=16
     ),
-    "clip_convnext_xxl": Expert(family="convnext", model="convnext_xxlarge", pixels=256, channels=3072, grid=8),
+    "clip_convnext_xxl": Expert(
+        family="convnext", model="convnext_xxlarge", pixels=256, channels=3072, grid=8, nearest_from=224
+    ),
     "clip_convnext_xxl_512": Expert(family="convnext", model="convnext_xxlarge", pixels=512, channels=3072, grid=16),
     "dinov2_vitg14": Expert(
         family="dinov2", model="vit_giant_patch14_dinov2", pixels=224, channels=1536, grid=16,
@@ -165,7 +170,7 @@ EXPERTS: dict[str, Expert] = {
         options=_vit(64, 2, 2, 56),
     ),
     "clip_convnext_small": Expert(
-        family="convnext", model="convnext_xxlarge", pixels=64, channels=96, grid=2,
+        family="convnext", model="convnext_xxlarge", pixels=64, channels=96, grid=2, nearest_from=56,
         options={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
     ),
     "dinov2_small": Expert(
@@ -208,18 +213,27 @@ class VisionConfig:
     Attributes:
         experts: their features are concatenated by channel in this order; a Q-Former's tokens stand before them.
         grid: side of the square of patch tokens of a view, whatever each expert gives natively.
+        views: 1, the whole square; 5 or 10, also its 2 x 2 or 3 x 3 parts, row by row.
         padding: where a picture sits in its square: centre (SPHINX) or corner (SPHINX-X).
+        skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
+        resize: antialiased; or accessory, as the released code resizes, for its weights.
         batch_views: views encoded at once. The shape is always full, so that a feature's bits never depend on it.
     """
 
     experts: tuple[ExpertConfig, ...]
     grid: int = 16
+    views: int = 1
     padding: str = "centre"
+    skip_padding_views: bool = False
+    resize: str = "antialiased"
     batch_views: int = 8
 
     def __post_init__(self) -> None:
-        if self.padding not in ("centre", "corner"):
-            raise ConfigError(f"vision.padding={self.padding}: must be centre or corner")
+        for name, known in (("padding", ("centre", "corner")), ("resize", ("antialiased", "accessory"))):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
+        if self.views not in PARTS:
+            raise ConfigError(f"vision.views={self.views}: must be 1, 5 or 10")
         if self.batch_views < 1:
             raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
@@ -256,6 +270,31 @@ class VisionConfig:
     def tokens_per_view(self) -> int:
         """Positions a view takes in the sequence, its start and end tags counted."""
         return 2 + self.mixed_tokens + (self.qformer.queries if self.qformer else 0)
+
+    @property
+    def has_skip_token(self) -> bool:
+        """Whether a view can be skipped."""
+        return self.skip_padding_views and self.views > 1
+
+    @property
+    def parts(self) -> int:
+        """Parts along each side of the square that the views behind the global one show; 1 without such views."""
+        return PARTS[self.views]
+
+    @property
+    def visual_tokens_per_image(self) -> int:
+        """Tokens of an image with all its views, tags not counted, as the papers count them."""
+        return self.views * (self.tokens_per_view - 2)
+
+    @property
+    def most_image_positions(self) -> int:
+        """Positions that an image takes where no view is skipped."""
+        return self.views * self.tokens_per_view
+
+    @property
+    def released_pixels(self) -> int:
+        """Side that the released code resizes the square to on the CPU, before it makes the views."""
+        return self.parts * max(item.expert.nearest_from or item.expert.pixels for item in self.experts)
 
     @property
     def feature_values(self) -> int:

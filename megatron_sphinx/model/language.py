@@ -222,7 +222,7 @@ def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups
 def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups, seed: int) -> None:
     """Set every weight from the run's seed and the weight's name: the same whole tensor for every layout.
 
-    Norms start at one, biases at zero, the tags uniform in [0, 1) as released, matrices normal.
+    Norms start at one, biases at zero, tags and skip token uniform in [0, 1) as the released tags, matrices normal.
     """
     shards = shards_of(model, config, groups)
     for own_name, weight in model.named_parameters():
@@ -230,7 +230,7 @@ def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups
         name = shard.name
         if weight.ndim == 1:
             weight.fill_(1.0 if name.endswith("weight") else 0.0)
-            if name.endswith("_tag"):
+            if name.endswith(("_tag", "skip_token")):
                 weight.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
             continue
         is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.weight2"))

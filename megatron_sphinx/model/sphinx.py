@@ -25,7 +25,8 @@ class MicroBatch:
         pair_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
         row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
         rows: how many planned rows are here.
-        view_positions: int64 [views * tokens_per_view], view by view.
+        view_positions: int64 [views * tokens_per_view], of the encoded views, view by view.
+        skip_positions: int64 [views that are skipped].
         pair_of_view: int64 [views], index into `pairs`.
         pairs: ids of the pairs, in the order in which their views come.
         documents: ids of the text documents.
@@ -38,6 +39,7 @@ class MicroBatch:
     row_of_token: Tensor
     rows: int
     view_positions: Tensor
+    skip_positions: Tensor
     pair_of_view: Tensor
     pairs: tuple[int, ...]
     documents: tuple[int, ...]
@@ -89,7 +91,11 @@ class SphinxModel(nn.Module):
         """Embeddings [tokens of this rank, 1, hidden] of tokens and views."""
         assert self.vision is not None
         text = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
-        embeddings = place_views(text[:, 0], self.vision(features), batch.view_positions)[:, None]
+        blocks, positions = self.vision(features).flatten(0, 1), batch.view_positions
+        if self.vision.skip_token is not None:
+            skipped = self.vision.skip_token.expand(len(batch.skip_positions), -1)
+            blocks, positions = torch.cat([blocks, skipped]), torch.cat([positions, batch.skip_positions])
+        embeddings = place_views(text[:, 0], blocks, positions)[:, None]
         if self.groups.layout.config.sequence:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tensor)
         return embeddings
@@ -98,18 +104,19 @@ class SphinxModel(nn.Module):
 def routing_of(batch: MicroBatch, weight: float) -> Routing:
     """What routers must know of a micro-batch whose every token weighs `weight` in their losses."""
     row = batch.row_of_token
-    kind = torch.full_like(row, TEXT).index_fill(0, batch.view_positions, IMAGE).masked_fill(row < 0, PADDING)
+    images = torch.cat([batch.view_positions, batch.skip_positions])
+    kind = torch.full_like(row, TEXT).index_fill(0, images, IMAGE).masked_fill(row < 0, PADDING)
     row = row.where(row >= 0, batch.rows)
     return Routing(row, kind, row.bincount(minlength=batch.rows + 1)[:-1], weight)
 
 
 def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
-    """Put the blocks of views into a row of token embeddings.
+    """Put what stands for views into a row of token embeddings.
 
     Args:
         text: [tokens, hidden]; what stands at a view's positions is ignored.
-        blocks: [views, tokens_per_view, hidden].
-        positions: int64 [views * tokens_per_view], view by view.
+        blocks: [positions, hidden].
+        positions: int64 [positions].
 
     Returns:
         [tokens, hidden]; gradients reach `text` and `blocks`, neither is changed.
@@ -117,7 +124,6 @@ def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
     Raises:
         SphinxError: there are more or fewer positions than block tokens.
     """
-    flat = blocks.flatten(0, 1)
-    if len(flat) != len(positions):
-        raise SphinxError(f"{len(flat)} tokens of views for {len(positions)} positions; plan and encoders disagree")
-    return text.index_copy(0, positions, flat.to(text.dtype))
+    if len(blocks) != len(positions):
+        raise SphinxError(f"{len(blocks)} tokens of views for {len(positions)} positions; plan and encoders disagree")
+    return text.index_copy(0, positions, blocks.to(text.dtype))

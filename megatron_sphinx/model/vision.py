@@ -9,6 +9,9 @@ from megatron_sphinx.model.architecture import VisionConfig
 class VisualProjection(nn.Module):
     """Projects features of views to blocks of embeddings `[start][Q-Former][global][patches][end]`.
 
+    Attributes:
+        skip_token: stands for a view that is skipped, without tags; None where none can be.
+
     Source: visual_proj, qformer_proj, start_img, end_img of the released accessory/model/LLM/llama_ens.py.
     """
 
@@ -23,6 +26,9 @@ class VisualProjection(nn.Module):
         self.qformer_proj = projection(config.qformer.channels) if config.qformer else None
         self.start_tag = nn.Parameter(torch.empty(hidden, dtype=dtype, device=device))
         self.end_tag = nn.Parameter(torch.empty(hidden, dtype=dtype, device=device))
+        self.skip_token: nn.Parameter | None = None
+        if config.has_skip_token:
+            self.skip_token = nn.Parameter(torch.empty(hidden, dtype=dtype, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project.

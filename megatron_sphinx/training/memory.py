@@ -20,9 +20,9 @@ class RankWeights:
 
 
 def projection_weights(vision: VisionConfig, hidden: int) -> int:
-    """Weights of the projections, their norms, and the tags."""
+    """Weights of the projections, their norms, the tags and the skip token."""
     widths = [vision.channels] + ([vision.qformer.channels] if vision.qformer else [])
-    return sum(width * hidden + 3 * hidden for width in widths) + 2 * hidden
+    return sum(width * hidden + 3 * hidden for width in widths) + (2 + vision.has_skip_token) * hidden
 
 
 def rank_weights(model: LanguageConfig, vision: VisionConfig, layout: ParallelLayout, stage: int) -> RankWeights:

@@ -110,8 +110,8 @@ class Peer:
 
     def picture(self, content: bytes) -> Tensor:
         """Pixels for the encoder: float32 [3, side, side]."""
-        square = images.to_square(images.decode(content), VISION.padding)
-        return normalised(torch.from_numpy(np.ascontiguousarray(images.cut(square, GLOBAL, SIDE))))
+        view = images.Canvas(images.decode(content), VISION).cut(GLOBAL, SIDE)
+        return normalised(torch.from_numpy(np.ascontiguousarray(view)))
 
     def caption(self, content: bytes) -> Tensor:
         """Tokens for the language model: int64 [tokens]."""

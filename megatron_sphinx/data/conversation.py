@@ -1,0 +1,118 @@
+"""Conversations: how they come in, what text they become, and which of its tokens are learned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import DataError
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+STOP = "\n###"  # ends every turn; a generation ends where it comes
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers in turn.
+
+    Attributes:
+        turns: (question, answer).
+        image: path of the picture they are about, if there is one.
+        system: what stands before them.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    image: str | None = None
+    system: str = SYSTEM
+
+    def text(self) -> tuple[str, list[tuple[int, int]]]:
+        """The whole as text, and the characters of each answer and the stop string behind it, as (begin, end).
+
+        Source: conv_v1_2 of the released accessory/data/conversation/lib.py.
+        """
+        text, answers = _head(self.system), []
+        for question, answer in self.turns:
+            text += _asked(question)
+            begin = len(text) + 1
+            text += f" {answer}{STOP}"
+            answers.append((begin, len(text)))
+        return text, answers
+
+    def prompt(self, question: str) -> str:
+        """The text that an answer to one more question is generated from."""
+        return self.text()[0] + _asked(question)
+
+    def encode(self, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:
+        """Token ids of the whole, without BOS and EOS, and for each whether it is of an answer.
+
+        Tokens are found by the characters that they stand for. One that begins with the space before an answer is of
+        the answer: it is what a model generates.
+        """
+        text, answers = self.text()
+        ids, spans = tokenizer.encode_with_spans(text)
+        begin, end = np.array(spans, np.int64).reshape(-1, 2).T
+        is_answer = np.zeros(len(ids), np.bool_)
+        for first, last in answers:
+            is_answer |= (begin < last) & ((end > first) | ((begin == end) & (begin >= first)))
+        return ids, is_answer
+
+
+def _head(system: str) -> str:
+    return f"{system}\n{STOP}"
+
+
+def _asked(question: str) -> str:
+    return f" Human: {question}{STOP} Assistant:"
+
+
+def parse(item: Any) -> Conversation:
+    """A conversation from what a JSON file has of it.
+
+    Args:
+        item: `{"image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}`,
+            without `image` where there is none; a first turn may be from `system`. `<image>` in a text is left out: the
+            image always stands before the text.
+
+    Raises:
+        DataError: it cannot be used, and why.
+    """
+    if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
+        raise DataError("no conversations: must be an object with a list of that name")
+    image = item.get("image")
+    if image is not None and not (isinstance(image, str) and image):
+        raise DataError(f"image is no path: {str(image)[:80]}")
+    said = [_turn(turn) for turn in item["conversations"]]
+    system = said.pop(0)[1] if said and said[0][0] == "system" else SYSTEM
+    if not said or [role for role, _ in said] != ["human", "gpt"] * (len(said) // 2):
+        raise DataError(f"turns out of order: {' '.join(role for role, _ in said)}")
+    texts = [text for _, text in said]
+    if not all(texts):
+        raise DataError(f"empty text: turn {texts.index('') + 1}")
+    return Conversation(_pairs(texts), image, system)
+
+
+def _pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    """Role and text of a turn."""
+    role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    if not isinstance(text, str):
+        raise DataError(f"a turn without text: {str(turn)[:80]}")
+    if role != "system" and role not in _ROLES:
+        raise DataError(f"unknown role: {str(role)[:80]}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"not Unicode: {error.reason}") from error
+    if "\0" in text:
+        raise DataError("text with a NUL character")
+    return _ROLES.get(role, "system"), text.replace("<image>", "").strip()

@@ -1,0 +1,213 @@
+"""Make an index of conversations from JSON, with the images that they are about in shards beside it."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sphinx.data.conversation import Conversation, parse
+from megatron_sphinx.data.files import renamed
+from megatron_sphinx.data.index_writer import (
+    PARTS,
+    Image,
+    Part,
+    Quarantine,
+    image_of,
+    members,
+    write_index,
+    write_part,
+)
+from megatron_sphinx.data.pairs import CONVERSATION
+from megatron_sphinx.data.preparing import Report, is_held_out
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import DataError
+
+_NO_IMAGE = Image(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Neighbouring conversations of a file: some of its list, or the lines from byte `begin` to `end`."""
+
+    number: int
+    source: Path
+    first: int
+    items: Sequence[Any] | None
+    begin: int = 0
+    end: int = 0
+
+    def read(self) -> Iterator[tuple[str, Any]]:
+        """Each conversation as it stands there, with a name for it; None where a line is not JSON."""
+        if self.items is not None:
+            found = list(self.items)
+        else:
+            with self.source.open("rb") as file:
+                file.seek(self.begin)
+                found = [_json(line) for line in file.read(self.end - self.begin).splitlines()]
+        for number, item in enumerate(found, self.first):
+            known = item.get("id") if isinstance(item, dict) else None
+            yield str(number if known is None else known), item
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def index_conversations(
+    sources: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    images: Path | None = None,
+    samples_per_shard: int = 1000,
+    held_out: float = 0.0,
+    workers: int = 1,
+    show: bool = False,
+) -> Report:
+    """Write the index of conversations, see `pairs.py`; their images are copied to `folder / "shards"`.
+
+    What cannot be used is left out, and listed in `quarantine.jsonl`. What is done is kept in `.parts` until the index
+    is whole: killed, this goes on where it was.
+
+    Args:
+        sources: .json files, each a list of what `conversation.parse` takes, or .jsonl files with one a line.
+        folder: of the index.
+        tokenizer: of the model that will be trained.
+        images: folder that the paths of images are relative to; without it, each source's own.
+        samples_per_shard: conversations whose images share a shard.
+        held_out: share of the conversations whose index goes to `folder / "held_out"` instead, chosen by image, or by
+            id where there is none.
+        workers: processes at a time.
+        show: whether to show progress.
+
+    Raises:
+        DataError: a source cannot be read, or there is no conversation in any of them.
+    """
+    units: list[_Unit] = []
+    for source in sources:
+        units += _units(source, len(units), samples_per_shard)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+
+    def work(number: int) -> Part:
+        unit = units[number]
+        return _index_unit(unit, images or unit.source.parent, folder, tokenizer, held_out)
+
+    report = write_index(
+        work, range(len(units)), folder, tokenizer,
+        of="conversations", held_out=held_out, workers=workers, what="shard", show=show,
+        nothing=f"{', '.join(map(str, sources[:3]))}: holds no conversation that can be used",
+    )  # fmt: skip
+    used = {unit.number for unit in units}
+    for shard in (folder / "shards").glob("*.tar"):  # of another run
+        if int(shard.stem) not in used:
+            shard.unlink()
+    return report
+
+
+def _units(source: Path, first: int, size: int) -> Iterator[_Unit]:
+    """A file in parts of so many conversations; numbers count from `first`."""
+    try:
+        if source.suffix == ".jsonl":
+            ends = [0]
+            with source.open("rb") as file:
+                for line in file:
+                    ends.append(ends[-1] + len(line))
+            cuts = [*range(0, len(ends) - 1, size), len(ends) - 1]
+            for number, (begin, end) in enumerate(pairwise(cuts), first):
+                yield _Unit(number, source, begin, None, ends[begin], ends[end])
+            return
+        items = json.loads(source.read_bytes())
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{source}: not JSON ({error}); give a list of conversations, or .jsonl") from error
+    if not isinstance(items, list):
+        raise DataError(f"{source}: must hold a list of conversations")
+    for number, begin in enumerate(range(0, len(items), size), first):
+        yield _Unit(number, source, begin, items[begin : begin + size])
+
+
+def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, held_out: float) -> Part:
+    """Copy the images of a unit to a shard, and index its conversations, if that is not done yet."""
+    state = unit.source.stat()
+    settings = (unit.number, unit.first, unit.end, str(unit.source), state.st_size, state.st_mtime_ns, str(root))
+    name = hashlib.sha256(repr((settings, held_out, tokenizer.mark)).encode()).hexdigest()[:24]
+    part, shard = folder / PARTS / f"{name}.npz", folder / "shards" / f"{unit.number:06d}.tar"
+    if part.is_file():
+        return _part(shard, part)
+    quarantine: Quarantine = []
+    usable: list[tuple[str, Conversation]] = []
+    contents: dict[str, bytes] = {}
+    for key, item in unit.read():
+        try:
+            conversation = parse(item)
+            if conversation.image is not None and conversation.image not in contents:
+                contents[conversation.image] = _content(root / conversation.image)
+        except DataError as error:
+            quarantine.append({"shard": str(unit.source), "key": key, "reason": " ".join(str(error).split())})
+        else:
+            usable.append((key, conversation))
+    found = dict(zip(contents, _write_shard(shard, contents), strict=True))
+    samples, tokens, answers, is_held = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], []
+    count = 0
+    for key, conversation in usable:
+        image = found[conversation.image] if conversation.image is not None else _NO_IMAGE
+        ids, is_answer = conversation.encode(tokenizer)
+        place = (0, image.offset, image.bytes, image.header, image.width, image.height)
+        samples.append((*place, count, len(ids), int(is_answer.sum()) + 1))  # EOS too
+        tokens.append(np.array(ids, np.int64))
+        answers.append(is_answer)
+        is_held.append(is_held_out(conversation.image or key, held_out))
+        count += len(ids)
+    write_part(
+        part, tokenizer,
+        samples=np.array(samples, CONVERSATION), captions=np.concatenate(tokens), answers=np.concatenate(answers),
+        is_held_out=is_held, quarantine=quarantine,
+    )  # fmt: skip
+    return _part(shard, part)
+
+
+def _part(shard: Path, file: Path) -> Part:
+    return Part(str(shard), shard.stat().st_size if shard.is_file() else 0, file)
+
+
+def _content(path: Path) -> bytes:
+    """The file of an image that can be used.
+
+    Raises:
+        DataError: it cannot be read, or is no image.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image cannot be read: {path} ({error.strerror})") from error
+    image_of(0, bytes(tarfile.BLOCKSIZE) + content)
+    return content
+
+
+def _write_shard(shard: Path, contents: dict[str, bytes]) -> list[Image]:
+    """A tar of the images, in their order, and where each is in it; no tar without images."""
+    shard.unlink(missing_ok=True)
+    if not contents:
+        return []
+    with renamed(shard) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:
+        for path, content in contents.items():
+            member = tarfile.TarInfo(os.path.normpath(path).lstrip("/"))
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return [image_of(offset, block) for _, offset, block in members(str(shard), _refuse)]
+
+
+def _refuse(key: str | None, reason: str) -> None:
+    raise DataError(f"{key}: {reason}; the disk does not keep what is written to it")

@@ -1,0 +1,50 @@
+"""Make conversations ready to train on: their tokens, which of them are answers, and their images in shards.
+
+    tools/prepare_conversations.py SOURCE... TARGET --tokenizer MODEL [--images FOLDER]
+
+SOURCE is a .json file with a list of conversations, or a .jsonl file with one a line, each
+{"image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}, with no
+image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards. The index is written
+to TARGET: give that as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed, the same
+command goes on where it was.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_sphinx.data.conversation_writer import index_conversations
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import SphinxError
+
+
+def main() -> int:
+    """Run the tool; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument("--images", type=Path, help="folder of the images; default: that of each source")
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by image")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
+    args = parser.parse_args()
+    try:
+        report = index_conversations(
+            args.sources, args.target, Tokenizer(args.tokenizer),
+            images=args.images, samples_per_shard=args.samples_per_shard, held_out=args.held_out,
+            workers=args.workers, show=True,
+        )  # fmt: skip
+    except SphinxError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_status
+    held_out = f", {report.held_out} more held out" if args.held_out else ""
+    print(f"{args.target}: {report.taken} conversations, {report.tokens} tokens{held_out}")
+    for reason, count in sorted(report.rejected.items()):
+        print(f"  left out: {count} ({reason})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
