@@ -19,7 +19,7 @@ OWNERS = {
     "fsspec": {"data/files.py"},
 }
 LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/packing.py",
-         "data/plan.py", "data/shuffle.py", "stage/dealing.py", "training/memory.py",
+         "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py", "training/memory.py",
          "training/optimizer.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
