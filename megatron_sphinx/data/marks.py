@@ -1,0 +1,377 @@
+"""Set-of-Mark data: numbered marks on the objects of images, for an annotator model that sees them.
+
+The model that is trained sees the images as they are: its questions say in words which marks there would be, and where.
+
+Source: SPHINX-X, arXiv:2402.05935, section 3.2; Set-of-Mark prompting, arXiv:2310.11441. The wording is ours.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from megatron_sphinx.data.boxes import Box, clip_box, format_box, format_point, from_coco
+from megatron_sphinx.data.files import renamed
+from megatron_sphinx.data.images import decode
+from megatron_sphinx.data.preparing import Report, in_parallel
+from megatron_sphinx.data.shuffle import key_of
+from megatron_sphinx.data.tasks import Conversation, conversation
+from megatron_sphinx.errors import DataError
+
+COLOURS = {
+    "red": (220, 20, 40), "green": (20, 140, 40), "blue": (20, 60, 220), "yellow": (255, 225, 25),
+    "purple": (130, 20, 160), "cyan": (70, 220, 240), "pink": (250, 150, 200), "brown": (130, 80, 20),
+}  # fmt: skip
+SHAPES = ("circle", "square", "diamond")
+MOST_MARKS = len(COLOURS) * len(SHAPES)  # more would look the same
+
+INTRODUCTION = "There are numbered marks on objects in the image:"
+QUESTIONS = (
+    "Describe each marked object: what it is, how it looks and what it does.",
+    "What is going on in the image? Explain it by the marked objects.",
+    "How are the marked objects related to each other, in space and otherwise?",
+)
+REQUEST = "Call objects by their marks, such as mark 1. Answer in plain sentences, without headings or lists."
+_MENTIONED = re.compile(r"\bmark\s+#?(\d+)|\bmarks\s+(#?\d+(?:(?:[\s,&#-]|and|or|to)+\d+)*)", re.IGNORECASE)
+
+Polygon = list[tuple[float, float]]
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mark on an object.
+
+    Attributes:
+        number: counted from 1.
+        name: of the object.
+        box: of the object; left, top, right, bottom in pixels.
+        polygons: its outline; none where only the box is known.
+        place: of the mark's centre.
+    """
+
+    number: int
+    name: str
+    box: Box
+    polygons: Sequence[Polygon]
+    place: tuple[float, float]
+
+    @property
+    def colour(self) -> str:
+        """Its name."""
+        return list(COLOURS)[(self.number - 1) % len(COLOURS)]
+
+    @property
+    def shape(self) -> str:
+        """Its name."""
+        return SHAPES[(self.number - 1) // len(COLOURS) % len(SHAPES)]
+
+
+def place_of(box: Box, polygons: Sequence[Polygon], size: tuple[int, int]) -> tuple[float, float]:
+    """Where an object's mark is: the pixel of its mask that is nearest to the mask's centre, else the box's centre.
+
+    Args:
+        box: of the object, in pixels.
+        polygons: its outline, if that is known.
+        size: width and height of the image.
+    """
+    mask = Image.new("1", size)
+    for polygon in polygons:
+        ImageDraw.Draw(mask).polygon(polygon, fill=1)
+    pixels = np.argwhere(np.asarray(mask))[:, ::-1]
+    if not len(pixels):
+        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    x, y = pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()]
+    return float(x), float(y)
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
+    """A copy of an image with the outlines of objects and the marks on them, the first ones on top."""
+    marked = image.copy()
+    draw = ImageDraw.Draw(marked)
+    side = max(image.size)
+    radius, width = max(10, side // 45), max(2, side // 250)
+    font = ImageFont.load_default(1.2 * radius)
+    for mark in marks:
+        outline = [[*polygon, polygon[0]] for polygon in mark.polygons]
+        left, top, right, bottom = mark.box
+        for line in outline or [[(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]]:
+            draw.line(line, COLOURS[mark.colour], width, joint="curve")
+    for mark in reversed(marks):
+        x, y = mark.place
+        colour = COLOURS[mark.colour]
+        ink = "black" if sum(colour) > 400 else "white"
+        around = (x - radius, y - radius, x + radius, y + radius)
+        if mark.shape == "circle":
+            draw.ellipse(around, colour, ink, width)
+        elif mark.shape == "square":
+            draw.rectangle(around, colour, ink, width)
+        else:
+            reach = 1.4 * radius
+            draw.polygon([(x - reach, y), (x, y - reach), (x + reach, y), (x, y + reach)], colour, ink, width)
+        draw.text((x, y), str(mark.number), ink, font, anchor="mm")
+    return marked
+
+
+def describe(marks: Sequence[Mark], size: tuple[int, int] | None = None, padding: str = "centre") -> str:
+    """Marks in words, a line each; with places and boxes where the size of the image is given.
+
+    Args:
+        marks: in the order of their numbers.
+        size: width and height of the image.
+        padding: where the image is in its square, `centre` or `corner`; places are fractions of the square.
+    """
+    lines = [INTRODUCTION]
+    for mark in marks:
+        at = f" at {format_point(mark.place, *size, padding)}" if size else ""
+        box = f" {format_box(mark.box, *size, padding)}" if size else ""
+        lines.append(f"Mark {mark.number}: a {mark.colour} {mark.shape}{at} on the {mark.name}{box}.")
+    return "\n".join(lines)
+
+
+def write_marks(
+    annotations: Path,
+    images: Path,
+    target: Path,
+    *,
+    padding: str = "centre",
+    most_marks: int = 10,
+    workers: int = 1,
+    show: bool = False,
+) -> Report:
+    """Write marked copies of images, and what an annotator model is asked about each.
+
+    `target` gets `images/`, `prompts.jsonl` (id, image, marked, marks, description, question, prompt) and
+    `quarantine.jsonl` with image, object and reason of what is left out.
+
+    Args:
+        annotations: JSON as COCO's instances: images, categories, and annotations with boxes and perhaps polygons.
+        images: folder that the names of images are in.
+        target: folder.
+        padding: where an image is in its square, `centre` or `corner`.
+        most_marks: on an image; the largest objects get them.
+        workers: processes at a time.
+        show: whether to show progress.
+
+    Returns:
+        How many images are marked, and how many images and objects are not, by reason.
+
+    Raises:
+        DataError: the annotations cannot be read, or there is no object to mark.
+    """
+    if not 1 <= most_marks <= MOST_MARKS:
+        raise DataError(f"most_marks={most_marks}: not so many can be told apart; give 1 to {MOST_MARKS}")
+    pictures, quarantine = _read_annotations(annotations)
+    (target / "images").mkdir(parents=True, exist_ok=True)
+    work = partial(_mark_image, images=images, target=target, padding=padding, most_marks=most_marks)
+    done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, what="image", show=show))
+    report = Report(taken=sum(prompt is not None for prompt, _ in done))
+    quarantine += [entry for _, left_out in done for entry in left_out]
+    report.reject(quarantine)
+    _write_lines(target / "quarantine.jsonl", quarantine)
+    if not report.taken:
+        raise DataError(f"{annotations}: no object can be marked{_why(report)}; see {target / 'quarantine.jsonl'}")
+    _write_lines(target / "prompts.jsonl", [prompt for prompt, _ in done if prompt])
+    return report
+
+
+def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
+    """Join the answers of an annotator model to conversations about the images without marks.
+
+    Args:
+        prompts: the file that `write_marks` wrote.
+        answers: JSON lines with id and answer, in any order; of several to one prompt the first good one is taken.
+        target: file of conversations.
+
+    Returns:
+        How many answers are taken, and how many prompts and answers are not, by reason.
+
+    Raises:
+        DataError: a file cannot be read, or no answer can be used.
+    """
+    asked: dict[str, Entry] = {}
+    for entry in _read_lines(prompts):
+        if entry is None or not entry.keys() >= {"id", "image", "marks", "description", "question"}:
+            raise DataError(f"{prompts}: not all lines are prompts; make it by tools/prepare_som.py mark")
+        asked[entry["id"]] = entry
+    missing = set(asked)
+    taken: dict[str, Entry] = {}
+    report = Report()
+    for entry in _read_lines(answers):
+        key = str((entry or {}).get("id"))
+        try:
+            taken[key] = _merge(asked.get(key), entry, key in taken)
+        except DataError as error:
+            report.reject([{"reason": str(error)}])
+        missing.discard(key)
+    report.reject([{"reason": "missing answer"}] * len(missing))
+    report.taken = len(taken)
+    if not taken:
+        raise DataError(f"{answers}: no answer can be used{_why(report)}; give those to {prompts}, as id and answer")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(target, [taken[key] for key in asked if key in taken])
+    return report
+
+
+def mentioned(text: str) -> set[int]:
+    """The numbers of the marks that a text speaks of: `mark 1`, `marks 1, 2 and 3`."""
+    return {int(number) for found in _MENTIONED.findall(text) for number in re.findall(r"\d+", " ".join(found))}
+
+
+def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> Conversation:
+    """The conversation of a prompt and its answer.
+
+    Raises:
+        DataError: the answer cannot be used.
+    """
+    if entry is None or not entry.keys() >= {"id", "answer"}:
+        raise DataError("no answer: a line is no object with id and answer")
+    if asked is None:
+        raise DataError(f"unknown id: {entry['id']}")
+    if is_taken:
+        raise DataError(f"second answer: {entry['id']}")
+    answer = entry["answer"].strip() if isinstance(entry["answer"], str) else ""
+    if not answer:
+        raise DataError(f"empty answer: {entry['id']}")
+    if unknown := mentioned(answer) - set(range(1, asked["marks"] + 1)):
+        raise DataError(f"unknown mark: {min(unknown)} of {asked['marks']}")
+    return conversation(asked["image"], [(f"{asked['description']}\n{asked['question']}", answer)])
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image as annotations have it: the objects are COCO's, each with the name of its category."""
+
+    key: str
+    name: str
+    objects: list[Entry]
+
+
+def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry]]:
+    """The images, and the objects that are in none of them."""
+    quarantine = []
+    try:
+        content = json.loads(path.read_bytes())
+        names = {entry["id"]: entry["name"] for entry in content["categories"]}
+        pictures = {entry["id"]: _Picture(str(entry["id"]), str(entry["file_name"]), []) for entry in content["images"]}
+        for entry in content["annotations"]:
+            if entry["image_id"] in pictures:
+                pictures[entry["image_id"]].objects.append(entry | {"name": names.get(entry["category_id"])})
+            else:
+                reason = f"unknown image: {entry['image_id']}"
+                quarantine.append({"image": None, "object": entry.get("id"), "reason": reason})
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise DataError(
+            f"{path}: not as COCO's instances are ({what}); give images, annotations, categories"
+        ) from error
+    return list(pictures.values()), quarantine
+
+
+def _mark_image(
+    job: tuple[int, _Picture], *, images: Path, target: Path, padding: str, most_marks: int
+) -> tuple[Entry | None, list[Entry]]:
+    """Write the marked copy of an image: what is asked about it, and what of it is left out."""
+    number, picture = job
+    quarantine: list[Entry] = []
+
+    def leave_out(item: object, reason: str) -> None:
+        quarantine.append({"image": picture.name, "object": item, "reason": reason})
+
+    try:
+        image = decode((images / picture.name).read_bytes())
+    except OSError as error:
+        leave_out(None, f"cannot be read: {error.strerror or error}")
+        return None, quarantine
+    except DataError as error:
+        leave_out(None, str(error))
+        return None, quarantine
+    found: list[tuple[str, Box, list[Polygon]]] = []
+    for entry in picture.objects:
+        try:
+            found.append(_object(entry, image.size))
+        except DataError as error:
+            leave_out(entry.get("id"), str(error))
+    largest = sorted(range(len(found)), key=lambda place: -_area(found[place][1]))[:most_marks]
+    if len(found) > most_marks:
+        leave_out(None, f"too many objects: {len(found) - most_marks} smaller ones have no mark")
+    if not found:
+        leave_out(None, "no object to mark")
+        return None, quarantine
+    marks = [
+        Mark(count, name, box, polygons, place_of(box, polygons, image.size))
+        for count, (name, box, polygons) in enumerate((found[place] for place in sorted(largest)), 1)
+    ]
+    marked = Path("images") / f"{number:06d}.png"
+    draw_marks(image, marks).save(target / marked)
+    question = QUESTIONS[key_of("question", picture.key) % (len(QUESTIONS) if len(marks) > 1 else len(QUESTIONS) - 1)]
+    prompt = {
+        "id": picture.key,
+        "image": picture.name,
+        "marked": str(marked),
+        "marks": len(marks),
+        "description": describe(marks, image.size, padding),
+        "question": question,
+        "prompt": f"{describe(marks)}\n{question} {REQUEST}",
+    }
+    return prompt, quarantine
+
+
+def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon]]:
+    """Name, box and outline of an object.
+
+    Raises:
+        DataError: it cannot be marked.
+    """
+    if not isinstance(entry["name"], str):
+        raise DataError(f"unknown category: {entry['category_id']}")
+    outline = entry.get("segmentation") or []
+    if not isinstance(outline, list) or entry.get("iscrowd"):
+        raise DataError("RLE mask: only boxes and polygons are drawn")
+    polygons = []
+    for flat in outline:
+        try:
+            x, y = np.array(flat, np.float64).reshape(-1, 2).T
+        except (TypeError, ValueError) as error:
+            raise DataError(f"not a polygon: {error}") from error
+        if len(x) < 3 or not np.isfinite([x, y]).all():
+            raise DataError(f"not a polygon: {len(x)} points, or one that is not finite")
+        x, y = x.clip(0, size[0] - 1), y.clip(0, size[1] - 1)
+        polygons.append(list(zip(x.tolist(), y.tolist(), strict=True)))
+    return entry["name"], clip_box(from_coco(entry.get("bbox", ())), *size), polygons
+
+
+def _area(box: Box) -> float:
+    left, top, right, bottom = box
+    return (right - left) * (bottom - top)
+
+
+def _why(report: Report) -> str:
+    return "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
+
+
+def _read_lines(path: Path) -> Iterator[Entry | None]:
+    """The lines of a file that are JSON objects, nothing for each other one."""
+    try:
+        with path.open("rb") as file:
+            for line in filter(bytes.strip, file):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = None
+                yield entry if isinstance(entry, dict) else None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error
+
+
+def _write_lines(path: Path, entries: Sequence[Entry]) -> None:
+    with renamed(path) as unfinished, unfinished.open("w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
