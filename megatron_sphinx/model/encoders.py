@@ -1,14 +1,19 @@
 """The frozen visual experts: pixels to feature tokens. They live on encoder ranks and are never trained."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import Expert, ExpertConfig, VisionConfig
@@ -78,6 +83,79 @@ FAMILIES: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a library names an expert in the files it releases.
+
+    Attributes:
+        library: the library.
+        marker: a tensor that only such a file holds.
+        prefix: where the expert stands in the file; what stands elsewhere belongs to other models.
+        names: parts of its tensors' names, and what replaces them, one after the other, to make timm's names.
+    """
+
+    library: str
+    marker: str
+    prefix: str = ""
+    names: Mapping[str, str]
+
+
+# Layouts that an expert's file may have beside its own, which is timm's, or transformers' for the Q-Former.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "clip": (
+        Layout(
+            library="open_clip", marker="visual.class_embedding", prefix="visual.",
+            names={
+                "class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1": "patch_embed.proj",
+                "transformer.resblocks": "blocks", "ln_pre": "norm_pre", "ln_post": "norm", "ln_": "norm",
+                "in_proj_": "qkv.", "out_proj": "proj", "c_fc": "fc1", "c_proj": "fc2",
+            },
+        ),
+        Layout(
+            library="transformers", marker="vision_model.embeddings.class_embedding", prefix="vision_model.",
+            names={
+                "embeddings.class_embedding": "cls_token", "embeddings.position_embedding.weight": "pos_embed",
+                "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks",
+                "pre_layrnorm": "norm_pre", "post_layernorm": "norm", "layer_norm": "norm", "self_attn": "attn",
+                "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "proj",
+            },
+        ),
+    ),
+    "convnext": (
+        Layout(library="open_clip", marker="visual.trunk.stem.0.weight", prefix="visual.trunk.", names={}),
+    ),
+    "dinov2": (
+        Layout(library="dinov2", marker="blocks.0.mlp.w12.weight", names={"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}),
+        Layout(
+            library="transformers", marker="embeddings.cls_token",
+            names={
+                "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+                "embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer.": "blocks.",
+                "attention.attention.query": "attn.q", "attention.attention.key": "attn.k",
+                "attention.attention.value": "attn.v", "attention.output.dense": "attn.proj",
+                "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+                "weights_in": "fc1", "weights_out": "fc2", "layernorm": "norm",
+            },
+        ),
+    ),
+}  # fmt: skip
+
+# Where a checkpoint of LLaMA2-Accessory holds the experts, whole in each shard.
+# Source: the released accessory/model/LLM/llama_ens.py.
+ACCESSORY = {
+    "clip": "llma.clip.",
+    "convnext": "llma.openclip_convnext_xxl.",
+    "dinov2": "llma.dinov2_vitg14.",
+    "qformer": "llma.qformer.",
+}
+
+# Tensors that no feature needs: classifiers and projections behind them, BLIP-2's language model, DINOv2's mask.
+UNUSED = (
+    "classifier.", "head.fc.", "head.weight", "head.bias", "language_", "mask_token", "embeddings.mask_token",
+    "embeddings.position_ids",
+)  # fmt: skip
+
+
 class FrozenEncoders(nn.Module):
     """The mixture of visual experts, in eval mode, without gradients, in one fixed batch shape.
 
@@ -91,7 +169,7 @@ class FrozenEncoders(nn.Module):
         self.experts = nn.ModuleList()
         self.sha256: dict[str, str] = {}
         for item in config.experts:
-            model, self.sha256[item.name] = load_expert(item, seed)
+            model, self.sha256[item.name] = load_expert(item, seed, config.resize)
             self.experts.append(model)
         self.requires_grad_(False).eval()
         self.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -110,7 +188,7 @@ class FrozenEncoders(nn.Module):
         """Encode views.
 
         Args:
-            views: for each input side of `config.sides`, pixels uint8 [views, 3, side, side].
+            views: for each input side of `config.sides`, pixels from 0 to 255, [views, 3, side, side].
 
         Returns:
             bf16 [views, config.feature_values]: the mixed tokens [1 + grid ** 2, channels], then the Q-Former's
@@ -161,62 +239,146 @@ def build_expert(expert: Expert) -> nn.Module:
     return model
 
 
-def load_expert(config: ExpertConfig, seed: int) -> tuple[nn.Module, str]:
+def encoder_flops(expert: Expert) -> int:
+    """FLOPs of encoding one view, two for each multiply-add of matrix products and convolutions. Needs no memory."""
+    with torch.device("meta"):
+        model = build_expert(expert).eval().requires_grad_(False)
+        pixels = torch.empty(1, 3, expert.pixels, expert.pixels)
+    with FlopCounterMode(display=False) as counter:
+        if expert.family == "qformer":
+            model(pixels)
+        else:
+            FAMILIES[expert.family](model, pixels)
+    total: int = counter.get_total_flops()
+    return total
+
+
+def load_expert(config: ExpertConfig, seed: int, resize: str = "antialiased") -> tuple[nn.Module, str]:
     """An expert with its weights, and what identifies them.
+
+    The file may be timm's, or transformers' for the Q-Former; or of one of LAYOUTS; or a checkpoint of
+    LLaMA2-Accessory, any of its shards. Which one it is shows in the names of its tensors.
+
+    Args:
+        config: the expert, and its file.
+        seed: of weights that are drawn.
+        resize: with `accessory`, DINOv2's position embeddings are fitted to the input as its own code fits them.
 
     Raises:
         ConfigError: no such file, not a checkpoint, or weights of another architecture (each difference counted).
     """
+    expert = config.expert
     if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(seed, f"expert {config.name}"))
-            return build_expert(config.expert), f"random {seed}"
+            return build_expert(expert), f"random {seed}"
     path = Path(config.weights)
-    state = _read(path, config.name)
+    state, names = translate(_read(path, config.name), expert.family)
     with torch.device("meta"):
-        model = build_expert(config.expert)
+        model = build_expert(expert)
     wanted = model.state_dict()
-    state = {name: value for name, value in state.items() if name in wanted or not _is_head(name)}
+    state = {name: value for name, value in state.items() if name in wanted or not name.startswith(UNUSED)}
     if "pos_embed" in wanted and "pos_embed" in state:
-        state["pos_embed"] = _fit_positions(state["pos_embed"], wanted["pos_embed"])
-    absent = sorted(wanted.keys() - state.keys())
-    unused = sorted(state.keys() - wanted.keys())
-    misshaped = sorted(n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape)
-    if absent or unused or misshaped:
-        found = [f"{len(names)} {what} ({names[0]})" for what, names in
-                 (("absent", absent), ("unknown", unused), ("of another shape", misshaped)) if names]  # fmt: skip
+        is_released = resize == "accessory" and expert.family == "dinov2"
+        state["pos_embed"] = _fit_positions(state["pos_embed"], wanted["pos_embed"], is_released)
+    differences = {
+        "absent": sorted(wanted.keys() - state.keys()),
+        "unknown": sorted(state.keys() - wanted.keys()),
+        "of another shape": sorted(n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape),
+    }
+    if any(differences.values()):
+        found = ", ".join(f"{len(some)} {what} ({some[0]})" for what, some in differences.items() if some)
         raise ConfigError(
-            f"vision.experts: {config.name}: {path} holds weights of another architecture: tensors {', '.join(found)}; "
-            f"give weights of {config.expert.model or 'Salesforce/blip2-opt-2.7b'}"
+            f"vision.experts: {config.name}: {path} holds weights of another architecture: by {names}, tensors "
+            f"{found}; give weights of {expert.model or 'Salesforce/blip2-opt-2.7b'}"
         )
     model.load_state_dict(state, strict=True, assign=True)
-    return model, hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+    status = path.stat()
+    return model, _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+def translate(state: Mapping[str, Tensor], family: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of an expert out of a file's, under the names of its module.
+
+    Returns:
+        The tensors, and the names by which they were found.
+    """
+    place = ""
+    if any(name.startswith("llma.") for name in state):
+        prefix = ACCESSORY.get(family, f"llma.{family}.")
+        state, place = _under(prefix, state), f" under {prefix}*"
+    for layout in LAYOUTS.get(family, ()):
+        if layout.marker in state:
+            return _rename(_under(layout.prefix, state), layout), f"{layout.library}'s names{place}"
+    return dict(state), f"{'transformers' if family == 'qformer' else 'timm'}'s names{place}"
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _rename(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Timm's names and shapes: one tensor of queries, keys and values; embeddings with a dimension for the batch."""
+    renamed = {}
+    for name, value in state.items():
+        for old, new in layout.names.items():
+            name = name.replace(old, new)
+        while name in ("cls_token", "pos_embed") and value.ndim < 3:
+            value = value[None]
+        renamed[name] = value
+    renamed.pop("proj", None)  # open_clip's projection of the image's feature
+    for name, value in list(renamed.items()):
+        if ".attn.q." not in name:
+            continue
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in renamed and renamed[part].shape == value.shape for part in parts):
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory, so that only those which are used are read."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        payload: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except FileNotFoundError as error:
         raise ConfigError(f"vision.experts: {name}: {path}: no such file; give a weights file, or random") from error
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"vision.experts: {name}: {path} cannot be read as weights: {reason}") from error
-    return dict(state.get("state_dict", state))
+    for key in ("model", "state_dict"):
+        payload = payload.get(key, payload) if isinstance(payload, dict) else payload
+    if not isinstance(payload, dict):
+        raise ConfigError(
+            f"vision.experts: {name}: {path} holds a {type(payload).__name__}, not tensors by name; give a state dict"
+        )
+    return {key: value for key, value in payload.items() if isinstance(value, Tensor)}
 
 
-def _is_head(name: str) -> bool:
-    """Tensors that stand behind the features: classifiers, projections, and BLIP-2's language model."""
-    return name.startswith(("classifier.", "head.fc.", "head.weight", "head.bias", "language_", "mask_token"))
+@lru_cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Digest of a file, once for all experts of it; size and time of change say whether it is still the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit_positions(saved: Tensor, wanted: Tensor) -> Tensor:
-    """Position embeddings of another input size, resampled to this one."""
-    if saved.shape == wanted.shape or saved.shape[-1] != wanted.shape[-1]:
+def _fit_positions(saved: Tensor, wanted: Tensor, is_released: bool) -> Tensor:
+    """Position embeddings of another input size, resampled to this one: antialiased, or as DINOv2's code does.
+
+    Source: facebookresearch/dinov2, dinov2/models/vision_transformer.py, interpolate_pos_encoding.
+    """
+    if saved.shape == wanted.shape or saved.ndim != 3 or saved.shape[-1] != wanted.shape[-1]:
         return saved
-    side = round((wanted.shape[1] - 1) ** 0.5)
-    fitted: Tensor = resample_abs_pos_embed(saved, new_size=[side, side], num_prefix_tokens=1)
-    return fitted
+    native, side = (math.isqrt(count - 1) for count in (saved.shape[1], wanted.shape[1]))
+    if saved.shape[:2] != (1, 1 + native * native):
+        return saved
+    if not is_released:
+        fitted: Tensor = resample_abs_pos_embed(saved, new_size=[side, side], num_prefix_tokens=1)
+        return fitted
+    grid = saved[:, 1:].float().unflatten(1, (native, native)).permute(0, 3, 1, 2)
+    scale = (side + 0.1) / native
+    patches = nn.functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([saved[:, :1], patches.flatten(2).transpose(1, 2).to(saved.dtype)], 1)
