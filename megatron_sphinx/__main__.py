@@ -27,7 +27,8 @@ def plan(args: argparse.Namespace) -> int:
     from megatron_sphinx import planning
 
     if args.step is None:
-        print(json.dumps(planning.sizes(config, layout), indent=1))
+        found = planning.sizes(config, layout)
+        print(json.dumps(found, indent=1) if args.json else planning.table(found))
         return 0
     for line in planning.step(config, layout, args.step):
         print(json.dumps(line))
@@ -69,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     defaults = {"--steps": 20, "--warmup": 5, "--repeats": 2}
     for work, flags in options.items():
         command = commands.add_parser(work.__name__, help=work.__doc__)
-        command.add_argument("config", type=Path, help="YAML file, e.g. examples/demo.yaml")
+        command.add_argument("config", type=Path, help="YAML file, e.g. examples/demo.yaml, or a preset's name")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
         for flag, text in flags.items():
             is_required = work is benchmark and flag == "--ranks"
             command.add_argument(flag, type=int, default=defaults.get(flag), help=text, required=is_required)
+        if work is plan:
+            command.add_argument("--json", action="store_true", help="sizes as JSON")
         command.set_defaults(work=work)
     return parser
 

@@ -1,7 +1,7 @@
 """A run's configuration: a preset, YAML files, then key=value overrides, into checked dataclasses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -38,22 +38,30 @@ class FolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long and how precisely to train.
+    """What to train, how long and how precisely.
 
     Attributes:
-        steps: optimizer steps of the whole run.
+        recipe: the file of presets/recipes/ that fills what is not given, below what the preset gives.
+        steps: optimizer steps of the whole run; 0 where `epochs` says it.
+        epochs: passes over the pairs or conversations; 0 where `steps` says it.
+        train: all (language model, projections, tags), projections (with tags and skip token) or language. What is
+            not trained stays as model.weights has it; the encoders always do.
         precision: bf16 (fp32 master weights in the optimizer) or fp32.
         activation_checkpointing: what backward computes again instead of keeping it: none; selective, the feed-forward
             layers and experts; or full, whole layers from their inputs.
         checkpointed_layers: of full: layers of each pipeline stage that are computed again; without it all.
     """
 
-    steps: int
+    recipe: str | None = None
+    steps: int = 0
+    epochs: float = 0.0
+    train: str = "all"
     precision: str = "bf16"
     activation_checkpointing: str = "none"
     checkpointed_layers: int | None = None
 
     def __post_init__(self) -> None:
+        _one_of("training.train", self.train, ("all", "projections", "language"))
         _one_of("training.precision", self.precision, ("bf16", "fp32"))
         _one_of("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         if self.checkpointed_layers is not None:
@@ -64,8 +72,13 @@ class TrainingConfig:
                 )
             if self.checkpointed_layers < 1:
                 raise ConfigError(f"training.checkpointed_layers={self.checkpointed_layers}: must be at least 1")
-        if self.steps < 1:
-            raise ConfigError(f"training.steps={self.steps}: must be at least 1")
+        for name in ("steps", "epochs"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"training.{name}={value}: must be at least 0")
+        if not self.steps and not self.epochs:
+            raise ConfigError("training.steps=0: training.epochs is 0 too; a run needs one of them")
+        if self.steps and self.epochs:
+            raise ConfigError(f"training.steps={self.steps}: training.epochs={self.epochs} too; set the other one to 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +167,26 @@ class RunConfig:
                         f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
                     )
 
+    def counted(self, samples: int) -> "RunConfig":
+        """The same with steps where epochs were given, of so many pairs or conversations.
+
+        Raises:
+            ConfigError: epochs are given, but nothing to count them by.
+        """
+        training, optimizer, amount = self.training, self.optimizer, self.data.samples_per_step
+        if not amount and (training.epochs or optimizer.warmup_epochs):
+            key = "training.epochs" if training.epochs else "optimizer.warmup_epochs"
+            raise ConfigError(f"{key}: the run takes no pairs and no conversations to count epochs by; give steps")
+        warmup = optimizer.warmup_steps
+        if optimizer.warmup_epochs:
+            warmup += round(optimizer.warmup_epochs * samples / amount)
+        steps = training.steps or max(1, round(training.epochs * samples / amount))
+        return replace(
+            self,
+            training=replace(training, steps=steps, epochs=0.0),
+            optimizer=replace(optimizer, warmup_steps=warmup, warmup_epochs=0.0),
+        )
+
     def to_yaml(self) -> str:
         """The configuration as YAML, every value spelled out; `load` reads it back."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
@@ -167,23 +200,42 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file and apply `key.path=value` overrides; values are YAML.
 
-    A file may name another one, beside it, that it changes: `base: other.yaml`.
+    A file may name others, beside it, that it changes: `base: other.yaml`, or a list, the last above the others. Below
+    the file is its preset, and below that the recipe. The name of a preset may be given for a file: a run of it, with
+    paths of data that are only an example.
 
     Raises:
         ConfigError: no such file, not a mapping, an unknown key or preset, a value of the wrong type or out of range.
     """
-    values = _read(path)
+    name = str(path)
+    values = _example(name) if name in presets() and not path.exists() else _read(path)
     for override in overrides:
         _override(values, override)
-    section = values.get("model")
-    preset = section.get("preset") if isinstance(section, dict) else None
-    if preset is not None:
-        values = _merge(_preset(preset), values)
+    for section, key, folder in (("model", "preset", ""), ("training", "recipe", "recipes")):
+        chosen = values.get(section)
+        if isinstance(chosen, dict) and (found := chosen.get(key)) is not None:
+            _one_of(f"{section}.{key}", str(found), presets(folder))
+            values = _merge(_read(_PRESETS / folder / f"{found}.yaml"), values)
     return build(RunConfig, values)
 
 
+_PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))
+
+
+def presets(folder: str = "") -> list[str]:
+    """Names of the presets, or of what is in a folder of them."""
+    return sorted(path.stem for path in (_PRESETS / folder).glob("*.yaml"))
+
+
+def _example(preset: str) -> dict[str, Any]:
+    data = {"tokenizer": "weights/tokenizer.model"} | {
+        name: f"data/{name}" for name in ("pairs", "conversations", "text")
+    }
+    return {"run": {"folder": f"runs/{preset}"}, "model": {"preset": preset}, "data": data}
+
+
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file over its base."""
+    """A file over its bases."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -192,19 +244,13 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections such as run: and model:")
-    if (base := values.pop("base", None)) is None:
-        return values
-    if path.resolve() in above:
-        raise ConfigError(f"base={base}: {path} is its own base; name another file")
-    return _merge(_read(path.parent / str(base), (*above, path.resolve())), values)
-
-
-def _preset(name: object) -> dict[str, Any]:
-    folder = resources.files("megatron_sphinx") / "presets"
-    known = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-    _one_of("model.preset", str(name), known)
-    values: dict[str, Any] = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    return values
+    bases = values.pop("base", [])
+    if bases and path.resolve() in above:
+        raise ConfigError(f"base={bases}: {path} is its own base; name another file")
+    below: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        below = _merge(below, _read(path.parent / str(base), (*above, path.resolve())))
+    return _merge(below, values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -9,37 +9,66 @@ import torch
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import make_planner, open_sources, views_in
 from megatron_sphinx.data.packing import Piece, positions
-from megatron_sphinx.model.encoders import build_expert
+from megatron_sphinx.model.encoders import build_expert, encoder_flops
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 
 def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
-    """Parameters, tokens and work of a run. Builds the experts without memory, opens no data."""
+    """Parameters, tokens, work and memory of a run. Builds the experts without memory, opens no data."""
+    vision, model, data = config.vision, config.model, config.data
+    names = {item.name: item.expert for item in vision.experts}
     with torch.device("meta"):
         experts = {
-            item.name: sum(weight.numel() for weight in build_expert(item.expert).parameters())
-            for item in config.vision.experts
+            name: sum(weight.numel() for weight in build_expert(expert).parameters()) for name, expert in names.items()
         }
-    vision, model, data = config.vision, config.model, config.data
+    weights = {"projections": projection_weights(vision, model.hidden), "language": model.parameters}
+    trained = sum(weights.values()) if config.training.train == "all" else weights[config.training.train]
+    flops = {name: float(encoder_flops(expert)) for name, expert in names.items()}
     memory = [
         zero2_bytes(rank_weights(model, vision, layout, stage), layout, precision=config.training.precision)
         for stage in range(layout.config.pipeline)
     ]
+    images = data.samples_per_step * vision.views
     return {
         "layout": str(layout),
         "parameters": {
-            "language": model.parameters,
-            "projections": projection_weights(vision, model.hidden),
+            **weights,
+            "active": model.active_parameters,
+            "trained": trained,
+            "frozen": sum(weights.values()) - trained + sum(experts.values()),
             "experts": experts,
         },
-        "bytes_per_rank": {f"stage {stage}": bytes_of for stage, bytes_of in enumerate(memory)},
+        "visual_tokens_per_image": vision.visual_tokens_per_image,
+        "positions_per_image": vision.most_image_positions,
         "tokens_per_view": vision.tokens_per_view,
-        "visual_tokens_per_image": vision.tokens_per_view - 2,
+        "views_per_image": vision.views,
+        "flops": {
+            "experts_per_view": flops,
+            "encoders_per_image": sum(flops.values()) * vision.views,
+            "language_per_row": model.train_flops([data.sequence_length]),
+        },
+        "bytes_per_rank": {f"stage {stage}": bytes_of for stage, bytes_of in enumerate(memory)}
+        | {"encoders": {"weights": 2 * sum(experts.values())}},
         "feature_bytes_per_view": 2 * vision.feature_values,
-        "feature_bytes_per_step": 2 * vision.feature_values * data.pairs_per_step if layout.config.encoder else 0,
+        "feature_bytes_per_step": 2 * vision.feature_values * images if layout.config.encoder else 0,
     }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `sizes` has found, readable: a line for each number, sections indented."""
+
+    def lines(values: dict[str, Any], indent: str) -> Iterator[str]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield f"{indent}{name}"
+                yield from lines(value, f"{indent}  ")
+            else:
+                text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+                yield f"{indent}{name:{40 - len(indent)}}{text:>28}"
+
+    return "\n".join(lines(found, ""))
 
 
 def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:

@@ -170,11 +170,12 @@ def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
             with writing(Path(config.run.folder)):
                 Path(config.run.folder).mkdir(parents=True, exist_ok=True)
             sources.check()
+        counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return Job(config, here, groups, sources, planner)
+        return Job(counted, here, groups, sources, planner)
 
     return agree(work)
 

@@ -125,6 +125,7 @@ def test_an_answer_is_what_would_be_generated(tokenizers):
         ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "empty text: turn 2"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]}, "not Unicode: surrogates not allowed"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": "a\0b"}]}, "text with a NUL character"),
+        ({"conversations": [TURNS[0], {"from": "gpt", "value": "It:\n### Cat"}]}, "the stop string is in an answer"),
         ({"image": ["a", "b"], "conversations": TURNS}, r"image is no path: \['a', 'b'\]"),
     ],
 )

@@ -95,6 +95,8 @@ def parse(item: Any) -> Conversation:
     texts = [text for _, text in said]
     if not all(texts):
         raise DataError(f"empty text: turn {texts.index('') + 1}")
+    if any(STOP in answer for answer in texts[1::2]):
+        raise DataError("the stop string is in an answer: generation would end there; write its headings otherwise")
     return Conversation(_pairs(texts), image, system)
 
 

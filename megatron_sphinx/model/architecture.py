@@ -104,6 +104,11 @@ class LanguageConfig:
         norms = (2 * self.layers + 1) * self.hidden
         return self.layers * self.layer_matrices + norms + 2 * self.vocabulary * self.hidden
 
+    @property
+    def active_parameters(self) -> int:
+        """Weights of the language model that a token meets."""
+        return self.parameters - self.layers * (self.layer_matrices - self.active_matrices)
+
     def train_flops(self, lengths: Sequence[int]) -> float:
         """FLOPs of forward and backward over documents of these lengths, attention causal and inside each.
 

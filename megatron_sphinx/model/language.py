@@ -114,7 +114,8 @@ def build_language(
         scatter_embedding_sequence_parallel=False,  # pictures are placed among the tokens first
         pg_collection=groups.collection,
     )
-    model.to(platform.current().device)  # megatron-core makes routers on the CPU
+    if torch.get_default_device().type != "meta":
+        model.to(platform.current().device)  # megatron-core makes routers on the CPU
     if groups.is_last_stage:
         _hide_padding(model, config, groups)
     _sum_over_sequence(model, groups)

@@ -17,6 +17,7 @@ class OptimizerConfig:
         learning_rate: the highest one, reached after the warm-up.
         minimum_learning_rate: where the cosine ends, at the last step.
         warmup_steps: steps of linear rise from 0.
+        warmup_epochs: the same in passes over the pairs or conversations; both add up.
         weight_decay: on matrices only; none on norms, biases and tags.
         beta1, beta2, epsilon: of AdamW.
         gradient_clip: largest global norm of the gradient; 0 for no limit.
@@ -27,6 +28,7 @@ class OptimizerConfig:
     learning_rate: float = 5e-5
     minimum_learning_rate: float = 5e-6
     warmup_steps: int = 2000
+    warmup_epochs: float = 0.0
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -34,7 +36,8 @@ class OptimizerConfig:
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "minimum_learning_rate", "warmup_steps", "weight_decay", "gradient_clip"):
+        rates = ("learning_rate", "minimum_learning_rate", "weight_decay", "gradient_clip")
+        for name in (*rates, "warmup_steps", "warmup_epochs"):
             if not (value := getattr(self, name)) >= 0:
                 raise ConfigError(f"optimizer.{name}={value}: must be at least 0")
 
