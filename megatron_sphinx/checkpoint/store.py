@@ -46,7 +46,8 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 
-_MANIFEST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
+WEIGHTS = "master/"  # begins the names of the whole fp32 weights
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class _LoadPlanner(DefaultLoadPlanner):
         for name, pieces in by_name.items():
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
+                weight = f"{WEIGHTS}{name.partition('/')[2]}"
+                if weight != name and weight in self.metadata.state_dict_metadata:
+                    raise CheckpointError(
+                        f"{self.source}: holds no {name}, only weights; begin a run with them: give it as model.weights"
+                    )
                 raise CheckpointError(
                     f"{self.source}: holds no {name}; it is of another model: "
                     f"use the configuration in its run folder, or start in another run.folder"
@@ -202,12 +208,9 @@ class CheckpointStore:
 
         def publish(files: list[dict[str, str]]) -> None:
             sums = {name: value for part in files for name, value in part.items()}
-            sums[".metadata"] = _sha256(partial / ".metadata")
+            sums[".metadata"] = sha256_of(partial / ".metadata")
             manifest = {"step": step, "bad_pairs": bad_pairs, "identity": self.identity, **self.about, "files": sums}
-            with (partial / _MANIFEST).open("w") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_manifest(partial, manifest)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             for old in complete(self.folder)[: -self.keep]:
@@ -219,7 +222,7 @@ class CheckpointStore:
             self._together(target, lambda: self._write_pieces(writer, planner))
             own = dist.get_rank(self.groups.storage)
             files = self._together(
-                target, lambda: {path.name: _sha256(path) for path in partial.glob(f"__{own}_*.distcp")}
+                target, lambda: {path.name: sha256_of(path) for path in partial.glob(f"__{own}_*.distcp")}
             )
             self._together(target, lambda: publish(files) if self._is_first else None)
         except CheckpointError:
@@ -241,7 +244,7 @@ class CheckpointStore:
         try:
             result = work()
         except (Exception, CheckpointException) as error:  # torch reports a full disk in errors of its own
-            reason = " ".join(_cause(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
         mine = (reason, result)
         found = [mine] * dist.get_world_size(self.groups.storage)
         dist.all_gather_object(found, mine, group=self.groups.storage)
@@ -280,12 +283,13 @@ class CheckpointStore:
         for name in self.identity if names is None else names:
             found, wanted = manifest["identity"].get(name), self.identity[name]
             if found != wanted:
+                where, had, has = first_difference(name, found, wanted)
                 raise CheckpointError(
-                    f"{key}={path}: was made with {_difference(name, found, wanted)}; "
+                    f"{key}={path}: was made with {where}={had}, this run has {has}; "
                     f"use the configuration in its run folder, or start in another run.folder"
                 )
         for number, (name, wanted) in enumerate(manifest["files"].items()):
-            if number % self.groups.layout.language == self.groups.seat.rank and _sha256(path / name) != wanted:
+            if number % self.groups.layout.language == self.groups.seat.rank and sha256_of(path / name) != wanted:
                 raise CheckpointError(f"{key}={path}: {name} is damaged (its checksum differs); give an earlier one")
         return manifest
 
@@ -309,14 +313,13 @@ class CheckpointStore:
             first = next(iter(error.failures.values()))[0]
             if isinstance(first, CheckpointError):
                 raise first from None
-            reason = " ".join(_cause(error).split())[:200] or type(first).__name__
-            raise CheckpointError(f"{key}={path}: cannot be read ({reason}); give an earlier one") from error
+            raise CheckpointError(f"{key}={path}: cannot be read ({reason_of(error)}); give an earlier one") from error
         return {name.partition("/")[2]: value for name, value in wanted.items()}
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{_MANIFEST}"))
+    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
 
 
 def newest_of(folder: Path) -> Path:
@@ -325,7 +328,7 @@ def newest_of(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (folder / _MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         return folder
     for place in (folder, folder / "checkpoints"):
         if found := complete(place):
@@ -341,16 +344,27 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     newest = newest_of(folder)
     read_manifest(newest)
-    prefix, saved = "master/", FileSystemReader(newest).read_metadata().state_dict_metadata
-    whole = {
-        name: torch.empty(about.size)
+    whole = read_tensors(newest, weight_shapes(newest))
+    return {name.removeprefix(WEIGHTS): weight for name, weight in whole.items()}
+
+
+def weight_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: about.size
         for name, about in saved.items()
-        if name.startswith(prefix) and isinstance(about, TensorStorageMetadata)
+        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
     }
+
+
+def read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Whole fp32 tensors of a checkpoint, read by this process alone."""
+    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
-        load(whole, storage_reader=FileSystemReader(newest), no_dist=True)
-    return {name.removeprefix(prefix): weight for name, weight in whole.items()}
+        load(whole, storage_reader=FileSystemReader(path), no_dist=True)
+    return whole
 
 
 def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
@@ -360,13 +374,21 @@ def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
         CheckpointError: it is missing or incomplete.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{key}={path}: not a complete checkpoint; give a step_... folder") from error
     for name in manifest["files"]:
         if not (path / name).is_file():
             raise CheckpointError(f"{key}={path}: {name} is missing; give an earlier one")
     return manifest
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write what a checkpoint says of itself; its other files are there."""
+    with (path / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _copied(piece: Piece) -> Piece:
@@ -376,22 +398,23 @@ def _copied(piece: Piece) -> Piece:
     return Piece(piece.name, piece.whole, piece.block, values)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cause(error: BaseException) -> str:
-    """The text of the error that began it."""
+def reason_of(error: BaseException) -> str:
+    """The text of the error that began it, in one line."""
     if isinstance(error, CheckpointException):
-        return _cause(next(iter(error.failures.values()))[0])
-    return str(error)
+        return reason_of(next(iter(error.failures.values()))[0])
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _difference(name: str, found: Any, wanted: Any) -> str:
-    """The first difference of two plain values, named by its path."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
-                return _difference(f"{name}.{key}", found.get(key), wanted.get(key))
-    return f"{name}={found}, this run has {wanted}"
+def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """The path and both values of the first difference of two plain values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            if one.get(key) != other.get(key):
+                return first_difference(f"{name}.{key}", one.get(key), other.get(key))
+    return name, one, other
