@@ -40,7 +40,7 @@ def benchmark(args: argparse.Namespace) -> int:
     config = configuration.load(args.config, args.overrides)
     from megatron_sphinx import benchmark as side_by_side
 
-    result = side_by_side.compare(
+    result = side_by_side.compare_layouts(
         args.config,
         args.overrides,
         ranks=args.ranks,

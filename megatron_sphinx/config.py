@@ -138,6 +138,14 @@ class RunConfig:
                 f"data.sequence_length={self.data.sequence_length}: an image takes {overhead} positions of a row "
                 f"before its text; use more than {overhead}"
             )
+        if self.training.train == "projections":
+            if self.parallel.pipeline > 1:
+                raise ConfigError(
+                    f"parallel.pipeline={self.parallel.pipeline}: with training.train=projections all but the first "
+                    f"stage have nothing to train; use 1"
+                )
+            if not self.data.samples_per_step:
+                raise ConfigError("training.train=projections: the run takes no pairs and no conversations; train all")
         self._check_layout()
 
     def _check_layout(self) -> None:

@@ -27,7 +27,11 @@ def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
     trained = sum(weights.values()) if config.training.train == "all" else weights[config.training.train]
     flops = {name: float(encoder_flops(expert)) for name, expert in names.items()}
     memory = [
-        zero2_bytes(rank_weights(model, vision, layout, stage), layout, precision=config.training.precision)
+        zero2_bytes(
+            rank_weights(model, vision, layout, stage, config.training.train),
+            layout,
+            precision=config.training.precision,
+        )
         for stage in range(layout.config.pipeline)
     ]
     images = data.samples_per_step * vision.views

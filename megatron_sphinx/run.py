@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_sphinx import platform
-from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights, newest_of
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights, newest_of, weight_shapes
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import (
     BatchBuilder,
@@ -47,6 +47,7 @@ from megatron_sphinx.training.metrics import Reporter, say, say_of_ranks, writin
 from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
+_SKIP_TOKEN = "master/vision.skip_token"
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,7 @@ def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> Sph
         vision = VisualProjection(config.vision, config.model.hidden, dtype=dtype, device=here.device)
     model = SphinxModel(language, vision, groups)
     draw_weights(model, config.model, groups, config.run.seed)
+    model.freeze(config.training.train)
     return model
 
 
@@ -350,7 +352,7 @@ def _say_memory(job: Job, engine: Engine) -> None:
     """Print what each language rank holds for weights, gradients and optimizer beside what ZeRO-2 needs at least."""
     config, groups = job.config, job.groups
     needed = zero2_bytes(
-        rank_weights(config.model, config.vision, groups.layout, groups.seat.pipeline),
+        rank_weights(config.model, config.vision, groups.layout, groups.seat.pipeline, config.training.train),
         groups.layout,
         precision=config.training.precision,
     )
@@ -387,7 +389,7 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
         "vision": {"experts": marks, **{name: getattr(config.vision, name) for name in looks}},
         "tokenizer": job.sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
-        "training": {"precision": config.training.precision},
+        "training": {"precision": config.training.precision, "train": config.training.train},
     }
 
 
@@ -427,11 +429,13 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
         path, manifest = found
         if manifest is None:
             engine.prepare_state(0)
+            drawn = {_SKIP_TOKEN} - weight_shapes(path).keys()  # a stage that looks at one view has none
             pieces = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
-            store.load(path, pieces, key="model.weights")
+            store.load(path, (piece for piece in pieces if piece.name not in drawn), key="model.weights")
             engine.take_state()
             if job.groups.seat.rank == 0:
-                say(f"begins with the weights of {path}")
+                new = ", a new skip token" if job.config.vision.has_skip_token and drawn else ""
+                say(f"begins with the weights of {path}{new}")
             return 0, 0
         step = int(manifest["step"])
         engine.prepare_state(step)

@@ -166,6 +166,19 @@ def test_a_llama_is_the_same_in_every_layout(compute, references, layout, encode
     compare(compute, references, sizes, language, encoder, shape(has_experts=False))
 
 
+@pytest.mark.parametrize("encoder", (0, 2))
+@pytest.mark.parametrize(("layout", "views"), [("DP2", 10), ("TP2+SP", 5), ("PP2", 5), ("TP2+SPxPP2", 10)])
+def test_conversations_with_skipped_views_are_the_same_in_every_layout(
+    compute, references, dialogs, layout, encoder, views
+):
+    """With images and without in one batch; dealt to encoders by the views that are there."""
+    language, sizes = DENSE[layout]
+    data = {"data.pairs_per_step": 0, "data.conversations": str(dialogs), "data.conversations_per_step": 7,
+            "data.text_tokens_per_step": 150, "data.sequence_length": 400}  # fmt: skip
+    vision = {"vision.views": views, "vision.padding": "corner", "vision.skip_padding_views": True}
+    compare(compute, references, sizes, language, encoder, shape(has_experts=False) | data | vision)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("layout", MIXTRAL)
 def test_a_mixtral_is_the_same_in_every_layout(compute, references, layout, encoder):

@@ -512,6 +512,8 @@ def test_the_run_folder_says_what_was_run(train):
         (4, {"parallel.pipeline": 2}),
         (4, {"parallel.pipeline": 2, "parallel.expert": 2, "model.experts": 4}),
         (4, {"parallel.expert": 2, "model.experts": 4}),
+        (2, {"training.train": "projections", "parallel.expert": 2, "model.experts": 4}),
+        (4, {"training.train": "language", "parallel.pipeline": 2}),
     ],
     ids=str,
 )

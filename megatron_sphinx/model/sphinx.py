@@ -46,7 +46,7 @@ class MicroBatch:
 
 
 class SphinxModel(nn.Module):
-    """The trainable part of SPHINX on one language rank: a shard of the language model.
+    """SPHINX on one language rank, all but its encoders: a shard of the language model.
 
     The first pipeline stage also has the projections and tags; only the last one computes losses.
     """
@@ -57,6 +57,12 @@ class SphinxModel(nn.Module):
         self.vision = vision
         self.groups = groups
         self.config, self.model_type = language.config, language.model_type  # megatron-core's schedules ask for them
+
+    def freeze(self, train: str) -> None:
+        """Let gradients reach only what is trained: all, projections (with tags and skip token) or language."""
+        self.language.requires_grad_(train != "projections")
+        if self.vision is not None:
+            self.vision.requires_grad_(train != "language")
 
     def set_input_tensor(self, hidden: Tensor) -> None:
         """Take what the stage before this one has computed, before `forward`; megatron-core's schedules call this."""

@@ -46,6 +46,23 @@ class Fragment:
     at: int
 
 
+@dataclass(frozen=True)
+class FrozenWeight:
+    """A weight that is not trained. Its fp32 values, which checkpoints hold, are partitioned like an optimizer's.
+
+    Attributes:
+        shard: the weight.
+        weight: this rank's part of it, as the model computes with it.
+        start: the first element that this rank keeps, in its part of the weight.
+        master: fp32 values of those, on the CPU.
+    """
+
+    shard: Shard
+    weight: Tensor
+    start: int
+    master: Tensor
+
+
 class Engine:
     """A model whose gradients are summed and whose optimizer is partitioned over the data-parallel ranks.
 
@@ -55,6 +72,7 @@ class Engine:
     Attributes:
         loss_scale: what every loss is multiplied by, since DeepSpeed averages over replicas.
         fragments: what this rank updates.
+        frozen: what nobody updates.
         held: bytes of weights, gradients and optimizer on this rank, as the first step found them.
     """
 
@@ -84,6 +102,9 @@ class Engine:
         self._engine = _initialize(model, optimizer, groups, is_cuda=platform.is_cuda, precision=precision)
         self.held = {"weights": sum(weight.nbytes for weight in model.parameters()), "gradients": 0}
         self.fragments = list(self._fragments(shards))
+        named = model.named_parameters()
+        self.frozen = [self._freeze(shards[name], weight) for name, weight in named if not weight.requires_grad]
+        self._loaded: list[Tensor] = []  # of each frozen weight, all of this rank's part
 
     def _fragments(self, shards: dict[str, Shard]) -> Iterator[Fragment]:
         names = {weight: name for name, weight in self.model.named_parameters()}
@@ -91,6 +112,12 @@ class Engine:
             for weight in weights:
                 here, flat = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.hp_fragment_address
                 yield Fragment(shards[names[weight]], here.start, here.numel, group, flat.start)
+
+    def _freeze(self, shard: Shard, weight: Tensor) -> FrozenWeight:
+        copies = self._groups.expert_data if shard.is_expert else self._groups.data
+        place, size = dist.get_rank(copies), dist.get_world_size(copies)
+        start, stop = (weight.numel() * part // size for part in (place, place + 1))
+        return FrozenWeight(shard, weight, start, weight.detach().view(-1)[start:stop].float().cpu().clone())
 
     # gradients
 
@@ -206,11 +233,13 @@ class Engine:
     def pieces(self, *, of_copies: bool) -> Iterator[Piece]:
         """What must be kept of what this rank updates: fp32 weights and moments, named `master/...`, `exp_avg/...`.
 
-        The values are the optimizer's own memory.
+        The values are the optimizer's own memory. Of frozen weights there are fp32 values only.
 
         Args:
-            of_copies: also of weights that a tensor rank before this one holds as well.
+            of_copies: to be loaded: also of weights that a tensor rank before this one holds as well, and all of this
+                rank's part of frozen ones.
         """
+        yield from self._frozen_to_load() if of_copies else self._frozen_to_save()
         optimizer = self._engine.optimizer
         for fragment in self.fragments:
             if not (of_copies or fragment.shard.is_first_copy):
@@ -222,6 +251,16 @@ class Engine:
                 for block, start in fragment.shard.boxes(fragment.start, fragment.count):
                     part = values.narrow(0, start - fragment.start, prod(block.shape)).view(block.shape)
                     yield Piece(f"{state}/{fragment.shard.name}", fragment.shard.whole, block, part)
+
+    def _frozen_to_save(self) -> Iterator[Piece]:
+        for frozen in self.frozen:
+            if frozen.shard.is_first_copy:
+                yield from _pieces(frozen.shard, frozen.start, frozen.master)
+
+    def _frozen_to_load(self) -> Iterator[Piece]:
+        self._loaded = [frozen.weight.detach().flatten().float().cpu().clone() for frozen in self.frozen]
+        for frozen, whole in zip(self.frozen, self._loaded, strict=True):
+            yield from _pieces(frozen.shard, 0, whole)
 
     def prepare_state(self, steps: int) -> None:
         """Make room for a state after so many updates; then write into what `pieces` gives, and call `take_state`."""
@@ -237,6 +276,17 @@ class Engine:
     def take_state(self) -> None:
         """Set the model's weights from the state, on all replicas."""
         self._engine.optimizer.update_lp_params()
+        for frozen, whole in zip(self.frozen, self._loaded, strict=True):
+            frozen.weight.data.copy_(whole.view(frozen.weight.shape))
+            frozen.master.copy_(whole[frozen.start :][: len(frozen.master)])
+        self._loaded = []
+
+
+def _pieces(shard: Shard, start: int, values: Tensor) -> Iterator[Piece]:
+    """A run of elements of a frozen weight, as parts of the whole weight."""
+    for block, at in shard.boxes(start, len(values)):
+        part = values.narrow(0, at - start, prod(block.shape)).view(block.shape)
+        yield Piece(f"master/{shard.name}", shard.whole, block, part)
 
 
 class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
@@ -279,7 +329,7 @@ def _initialize(
         """Knows of megatron-core's experts; DeepSpeed looks for a layer class of its own."""
 
         def _configure_distributed_model(self, module: Any) -> None:
-            if experts:
+            if any(weight.requires_grad for weight in experts):
                 self.has_moe_layers, self.num_experts = True, [module.config.num_moe_experts]
             super()._configure_distributed_model(module)
 

@@ -11,12 +11,14 @@ class RankWeights:
     """Weights on one language rank, in numbers.
 
     Attributes:
-        shared: those that all replicas hold.
-        experts: those that only the copies of its experts hold.
+        shared: trained ones that all replicas hold.
+        experts: trained ones that only the copies of its experts hold.
+        frozen: those that are not trained.
     """
 
     shared: int
     experts: int
+    frozen: int
 
 
 def projection_weights(vision: VisionConfig, hidden: int) -> int:
@@ -25,8 +27,18 @@ def projection_weights(vision: VisionConfig, hidden: int) -> int:
     return sum(width * hidden + 3 * hidden for width in widths) + (2 + vision.has_skip_token) * hidden
 
 
-def rank_weights(model: LanguageConfig, vision: VisionConfig, layout: ParallelLayout, stage: int) -> RankWeights:
-    """Weights on a rank of a pipeline stage, the vocabulary padded."""
+def rank_weights(
+    model: LanguageConfig, vision: VisionConfig, layout: ParallelLayout, stage: int, train: str
+) -> RankWeights:
+    """Weights on a rank of a pipeline stage, the vocabulary padded.
+
+    Args:
+        model: the language model.
+        vision: what its projections are for.
+        layout: how they are divided.
+        stage: of the pipeline.
+        train: what is trained: all, projections or language.
+    """
     sizes = layout.config
     layers, hidden = sizes.stage_layers(model.layers)[stage], model.hidden
     embedding = model.padded_vocabulary * hidden // sizes.tensor
@@ -37,18 +49,26 @@ def rank_weights(model: LanguageConfig, vision: VisionConfig, layout: ParallelLa
         experts = layers * model.experts * model.expert_matrices // (sizes.expert * sizes.expert_tensor)
     else:
         shared += layers * model.expert_matrices // sizes.tensor
+    projections = projection_weights(vision, hidden) if stage == 0 else 0
     if stage == 0:
-        shared += embedding + projection_weights(vision, hidden)
+        shared += embedding
     if stage == sizes.pipeline - 1:
         shared += embedding + hidden
-    return RankWeights(shared, experts)
+    if train == "projections":
+        return RankWeights(projections, 0, shared + experts)
+    return (
+        RankWeights(shared, experts, projections)
+        if train == "language"
+        else RankWeights(shared + projections, experts, 0)
+    )
 
 
 def zero2_bytes(weights: RankWeights, layout: ParallelLayout, *, precision: str) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on one rank under ZeRO-2, alignment of partitions left out.
 
     Weights and whole gradients are 2 bytes each in bf16, 4 in fp32; a partition of the gradient 4; the optimizer 12,
-    for the fp32 weight and two moments. In a pipeline the gradients stay whole until the schedule has ended.
+    for the fp32 weight and two moments. In a pipeline the gradients stay whole until the schedule has ended. Frozen
+    weights have neither; their fp32 values are in the CPU's memory.
 
     Source: ZeRO, arXiv:1910.02054, section 5.
     """
@@ -56,7 +76,7 @@ def zero2_bytes(weights: RankWeights, layout: ParallelLayout, *, precision: str)
     whole = weights.shared + weights.experts
     partition = -(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data)
     return {
-        "weights": width * whole,
+        "weights": width * (whole + weights.frozen),
         "gradients": 4 * partition + (width * whole if layout.config.pipeline > 1 else 0),
         "optimizer": 12 * partition,
     }
