@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 RANKS := $(BIN)/torchrun --nproc-per-node 3
 RANDOM_RUN := runs/demo_random_expert
 FIGURE7 := runs/figure7
+FAMILY := runs/family
+SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
 FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=$(FIGURE7)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe figure7 test lint benchmark clean
+.PHONY: demo demo_moe family figure7 test lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -39,6 +41,21 @@ figure7: $(VENV)/demo.installed
 	$(RANKS) -m megatron_sphinx train $(FROM_TEXT)/text data.pairs_per_step=0
 	$(BIN)/python examples/figure7.py $(FIGURE7) --plot examples/figure7.png
 
+## family: from captions to tasks in small: stage 1 twice, theta_mix, stage 2 with ten views and with experts; two plots
+family: $(VENV)/demo.installed
+	$(BIN)/python examples/demo_data.py
+	$(BIN)/python examples/family_data.py
+	rm -rf $(FAMILY)
+	$(RANKS) -m megatron_sphinx train examples/family_stage1.yaml
+	$(RANKS) -m megatron_sphinx train examples/family_stage1.yaml $(SYNTHETIC)/real run.folder=$(FAMILY)/syn
+	$(BIN)/python examples/family.py mix $(FAMILY)/real $(FAMILY)/syn $(FAMILY)/mixed --plot examples/theta_mix.png
+	$(RANKS) -m megatron_sphinx train examples/family_2k.yaml model.weights=$(FAMILY)/mixed/beta_0.75
+	$(RANKS) -m megatron_sphinx train examples/family_moe_stage1.yaml
+	$(RANKS) -m megatron_sphinx train examples/family_moe_stage1.yaml $(SYNTHETIC)/moe_real run.folder=$(FAMILY)/moe_syn
+	$(BIN)/python tools/interpolate_weights.py $(FAMILY)/moe_real $(FAMILY)/moe_syn $(FAMILY)/moe_mixed --beta 0.75
+	$(RANKS) -m megatron_sphinx train examples/family_moe.yaml model.weights=$(FAMILY)/moe_mixed
+	$(BIN)/python examples/family.py test $(FAMILY)/2k $(FAMILY)/moe
+
 ## test: every test, on gloo ranks without a GPU
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest $(TESTS)
@@ -53,6 +70,11 @@ lint: $(VENV)/dev.installed
 benchmark: $(VENV)/demo.installed
 	$(BIN)/python examples/demo_data.py
 	$(BIN)/python -m megatron_sphinx benchmark examples/demo.yaml --ranks 3
+
+## skipping: training on wide pictures with the views that show none of them skipped, beside all views encoded, in turn
+skipping: $(VENV)/demo.installed
+	$(BIN)/python examples/demo_data.py
+	$(BIN)/python tools/compare/skipping.py
 
 $(VENV)/%.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, %s is %s; say make PYTHON=..." % (sys.executable, sys.version.split()[0]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'

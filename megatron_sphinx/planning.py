@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import make_planner, open_sources, views_in
 from megatron_sphinx.data.packing import Piece, positions
+from megatron_sphinx.model.architecture import EXPERTS
 from megatron_sphinx.model.encoders import build_expert, encoder_flops
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
@@ -18,14 +20,11 @@ from megatron_sphinx.training.memory import projection_weights, rank_weights, ze
 def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
     """Parameters, tokens, work and memory of a run. Builds the experts without memory, opens no data."""
     vision, model, data = config.vision, config.model, config.data
-    names = {item.name: item.expert for item in vision.experts}
-    with torch.device("meta"):
-        experts = {
-            name: sum(weight.numel() for weight in build_expert(expert).parameters()) for name, expert in names.items()
-        }
+    found = {item.name: _expert(item.name) for item in vision.experts}
+    experts = {name: weights for name, (weights, _) in found.items()}
+    flops = {name: work for name, (_, work) in found.items()}
     weights = {"projections": projection_weights(vision, model.hidden), "language": model.parameters}
     trained = sum(weights.values()) if config.training.train == "all" else weights[config.training.train]
-    flops = {name: float(encoder_flops(expert)) for name, expert in names.items()}
     memory = [
         zero2_bytes(
             rank_weights(model, vision, layout, stage, config.training.train),
@@ -58,6 +57,14 @@ def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
         "feature_bytes_per_view": 2 * vision.feature_values,
         "feature_bytes_per_step": 2 * vision.feature_values * images if layout.config.encoder else 0,
     }
+
+
+@cache
+def _expert(name: str) -> tuple[int, float]:
+    """Weights of an expert, and FLOPs of a view."""
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build_expert(EXPERTS[name]).parameters())
+    return weights, float(encoder_flops(EXPERTS[name]))
 
 
 def table(found: dict[str, Any]) -> str:

@@ -71,3 +71,35 @@ def test_figure_7_says_whether_it_shows_what_the_papers_does(tmp_path, monkeypat
     assert f"moves by {moved:+.3f} on captions only, by +0.000 on both" in said
     assert "text only            4.000 -> 4.000" in said
     assert (tmp_path / "figure7.png").stat().st_size > 5000
+
+
+def test_the_family(run_example, run_ranks, tmp_path):
+    """Stage 1 twice, theta_mix, stage 2 with experts and views that are skipped, held-out questions: a step of each."""
+    demo, data = tmp_path / "demo", tmp_path / "family"
+    run_example("demo_data.py", demo)
+    said = run_example("family_data.py", data, "--demo", demo)
+    assert "1437 digits with two captions, 2400 dialogs, 140 questions held out" in said
+
+    def train(name: str, config: str, *more: str) -> Path:
+        overrides = [f"vision.experts.0.weights={demo / 'efficientnet_lite0.pth'}", "parallel={}", "training.steps=1",
+                     f"run.folder={tmp_path / name}", f"data.tokenizer={demo / 'tokenizer.model'}",
+                     f"data.text={demo / 'text'}", *more]  # fmt: skip
+        run_ranks(1, lambda: main(["train", str(EXAMPLES / config), *overrides]))
+        return tmp_path / name
+
+    real = train("real", "family_moe_stage1.yaml", f"data.pairs={data / 'real'}")
+    syn = train("syn", "family_moe_stage1.yaml", f"data.pairs={data / 'syn'}", f"model.weights={real}")
+    plot = tmp_path / "mix.png"
+    found = json.loads(run_example("family.py", "mix", real, syn, tmp_path / "mixed", "--plot", plot, "--data", data)
+                       .splitlines()[-1])  # fmt: skip
+    assert found["beta"] == [0, 0.25, 0.5, 0.75, 1]
+    assert all(loss > 0 for name in ("loss_real", "loss_syn") for loss in found[name])
+    assert plot.is_file()
+    folder = train("moe", "family_moe.yaml", f"data.conversations={data / 'corner'}",
+                   f"model.weights={tmp_path / 'mixed' / 'beta_0.75'}")  # fmt: skip
+    run_example("family.py", "test", folder)
+    reached = json.loads((folder / "summary.json").read_text())
+    assert {task: of_task["questions"] for task, of_task in reached.items()} == {
+        "vqa": 60, "count": 60, "classify": 20
+    }  # fmt: skip
+    assert all(0 <= of_task["accuracy"] <= 1 for of_task in reached.values())

@@ -166,7 +166,7 @@ def test_a_llama_is_the_same_in_every_layout(compute, references, layout, encode
     compare(compute, references, sizes, language, encoder, shape(has_experts=False))
 
 
-@pytest.mark.parametrize("encoder", (0, 2))
+@pytest.mark.parametrize("encoder", [0, 2])
 @pytest.mark.parametrize(("layout", "views"), [("DP2", 10), ("TP2+SP", 5), ("PP2", 5), ("TP2+SPxPP2", 10)])
 def test_conversations_with_skipped_views_are_the_same_in_every_layout(
     compute, references, dialogs, layout, encoder, views

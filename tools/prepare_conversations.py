@@ -2,11 +2,13 @@
 
     tools/prepare_conversations.py SOURCE... TARGET --tokenizer MODEL [--images FOLDER]
 
-SOURCE is a .json file with a list of conversations, or a .jsonl file with one a line, each
-{"image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}, with no
-image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards. The index is written
-to TARGET: give that as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed, the same
-command goes on where it was.
+SOURCE is a .json file with a list of conversations, or a .jsonl file with one a line. A conversation is
+
+    {"image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
+
+with no image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards. The index
+is written to TARGET: give that as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed,
+the same command goes on where it was.
 """
 
 import argparse
