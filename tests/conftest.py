@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: F401
 
 torch.set_num_threads(1)  # a process that has started threads must not fork
+TOOLS = Path(__file__).parents[1] / "tools"
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")
 
 
@@ -150,6 +152,18 @@ def run_ranks(start_ranks):
         return ranks
 
     return run_all
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """`run_tool(name, *args)` runs a tool as if from the shell; its status, and what it printed."""
+
+    def run_one(name: str, *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        status = runpy.run_path(str(TOOLS / name))["main"]()
+        return status, *capsys.readouterr()
+
+    return run_one
 
 
 def draw(number: int) -> tuple[Image.Image, str]:

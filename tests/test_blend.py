@@ -5,9 +5,7 @@ import json
 import os
 import re
 import resource
-import runpy
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from megatron_sphinx.checkpoint.blend import Blended, blend
 from megatron_sphinx.checkpoint.store import complete, load_weights, sha256_of, write_manifest
 from megatron_sphinx.errors import CheckpointError
 
-TOOL = Path(__file__).parents[1] / "tools" / "interpolate_weights.py"
+TOOL = "interpolate_weights.py"
 IDENTITY = {"model": {"layers": 2, "hidden": 4}, "vision": {"experts": {"clip": "c1"}, "grid": 4}, "tokenizer": "t1"}
 MIXTRAL = {"model.experts": 4, "model.groups": 4, "model.balance_loss_coefficient": 0.1}
 STILL = {"training.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
@@ -318,33 +316,21 @@ def test_a_blend_holds_a_few_tensors_only(run_ranks, tmp_path):
 # the tool
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """`run_tool(*arguments)` calls the tool's main: its status and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments)])
-        status = runpy.run_path(str(TOOL))["main"]()
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def test_the_tool(tmp_path, run_tool, capsys):
     real, syn = make(tmp_path / "real", drawn(1)), make(tmp_path / "syn", drawn(2))
-    status, out, error = run_tool(real, syn, tmp_path / "mix", "--beta", 0.6, "--scope", "language")
+    status, out, error = run_tool(TOOL, real, syn, tmp_path / "mix", "--beta", 0.6, "--scope", "language")
     assert status == 0
     assert out == f"{tmp_path}/mix: 2 tensors mixed, 2 copied, 48 parameters\n"
     assert "checking: 100%" in error
     assert "mixing: 100%" in error
     newest = complete(real / "checkpoints")[-1]
-    status, out, _ = run_tool(newest, syn, tmp_path / "all", "--beta", 0.6)
+    status, out, _ = run_tool(TOOL, newest, syn, tmp_path / "all", "--beta", 0.6)
     assert status == 0
     assert out == f"{tmp_path}/all: 4 tensors mixed, 0 copied, 48 parameters\n"
     assert is_same(load_weights(tmp_path / "all"), formula(drawn(1), drawn(2), 0.6))
-    status, out, error = run_tool(real, syn, tmp_path / "mix", "--beta", 0.6)
+    status, out, error = run_tool(TOOL, real, syn, tmp_path / "mix", "--beta", 0.6)
     assert status == 2
-    assert (out, error) == ("", f"{TOOL.name}: {tmp_path}/mix: exists; give another TARGET, or remove it\n")
+    assert (out, error) == ("", f"{TOOL}: {tmp_path}/mix: exists; give another TARGET, or remove it\n")
     with pytest.raises(SystemExit, match="2"):
-        run_tool(real, syn, tmp_path / "none")
+        run_tool(TOOL, real, syn, tmp_path / "none")
     assert "the following arguments are required: --beta" in capsys.readouterr().err

@@ -2,9 +2,6 @@
 
 import json
 import random
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 
-TOOLS = Path(__file__).parents[1] / "tools"
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 ODD = ("é", "e\u0301", "日本", "🙂", "👩\u200d👧", "ﬁ", "Ⅷ", "\u200b", "\ufeff", "\xa0", "  ", "\n", "\t", "###",
        "\n###", "Human:", "Assistant:", "a", "cat", "</s>", "<s>", "\U00010348", "\u202e", "ß", "İ", "'s",
@@ -246,18 +242,13 @@ def test_an_index_of_something_else_is_refused(tiny, dialogs):
         PairIndex([tiny.folder / "nowhere"], "conversations")
 
 
-def test_the_tool(tiny, tmp_path, monkeypatch, capsys):
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prepare_conversations.py", *map(str, args)])
-        status = runpy.run_path(str(TOOLS / "prepare_conversations.py"))["main"]()
-        return status, *capsys.readouterr()
-
-    model = ["--tokenizer", tiny.folder / "tokenizer.model"]
+def test_the_tool(tiny, tmp_path, run_tool):
+    name, model = "prepare_conversations.py", ["--tokenizer", tiny.folder / "tokenizer.model"]
     (tmp_path / "d.json").write_text(json.dumps([{"conversations": TURNS}, {}]))
-    status, out, _ = run(tmp_path / "d.json", tmp_path / "c", *model)
+    status, out, _ = run_tool(name, tmp_path / "d.json", tmp_path / "c", *model)
     assert (status, out.splitlines()[1]) == (0, "  left out: 1 (no conversations)")
     assert "c: 1 conversations, " in out
-    status, _, error = run(tmp_path / "no.json", tmp_path / "c", *model)
+    status, _, error = run_tool(name, tmp_path / "no.json", tmp_path / "c", *model)
     assert (status, error.endswith("no.json: cannot be read (No such file or directory)\n")) == (2, True)
 
 

@@ -749,18 +749,6 @@ def test_bad_images_are_quarantined_and_counted(tiny, copied, tmp_path):
 # the tools
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """`run_tool(name, *args)` runs a tool as if from the shell; its status, and what it printed."""
-
-    def run(name: str, *args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        status = runpy.run_path(str(TOOLS / name))["main"]()
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def test_the_tools_end_to_end(tiny, tmp_path, run_tool):
     model = tiny.folder / "tokenizer.model"
     status, out, _ = run_tool("prepare_pairs.py", tiny.folder / "pictures", tmp_path / "pairs", "--tokenizer", model)

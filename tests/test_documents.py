@@ -54,18 +54,6 @@ def pymupdf():
     return pytest.importorskip("pymupdf", reason="PyMuPDF is not installed: pip install 'megatron-sphinx[ocr]'")
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """`run_tool(name, *args)` runs a tool as if from the shell; its status, and what it printed."""
-
-    def run(name: str, *args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        status = runpy.run_path(str(TOOLS / name))["main"]()
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def write_pdf(pymupdf, path: Path, *pages: list[tuple[float, float, str, float]]) -> Path:
     """A PDF of 400 x 300 points a page; texts by left end, baseline and size."""
     document = pymupdf.open()

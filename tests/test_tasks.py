@@ -3,9 +3,6 @@
 import json
 import random
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,8 +18,6 @@ from megatron_sphinx.data.boxes import (
 )
 from megatron_sphinx.data.tasks import KEY_POINTS, TASKS, conversation, merge
 from megatron_sphinx.errors import DataError
-
-TOOL = Path(__file__).parents[1] / "tools" / "build_conversations.py"
 
 # boxes
 
@@ -347,15 +342,13 @@ TWO = "[0.25,0.00,0.75,0.50]"  # of the first instance
 
 
 @pytest.fixture
-def run_tool(tmp_path, monkeypatch, capsys):
-    """`run_tool(task, content, *options)` runs the tool on a file; its status, what it printed, and what it wrote."""
+def build(tmp_path, run_tool):
+    """`build(task, content, *options)` runs the tool on a file; its status, what it printed, and what it wrote."""
 
     def run(task: str, content: object, *options: str, name: str = "x.json") -> tuple[int, str, list[dict]]:
         source, target = tmp_path / name, tmp_path / "made" / "x.jsonl"
         source.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        monkeypatch.setattr(sys, "argv", ["build_conversations.py", task, str(source), str(target), *options])
-        status = runpy.run_path(str(TOOL))["main"]()
-        out, error = capsys.readouterr()
+        status, out, error = run_tool("build_conversations.py", task, source, target, *options)
         made = target.read_text().splitlines() if target.is_file() else []
         assert not list(tmp_path.rglob("*.partial"))
         return status, out + error, [json.loads(line) for line in made]
@@ -371,10 +364,10 @@ def left_out(printed: str) -> dict[str, int]:
     return {reason: int(count) for count, reason in re.findall(r"left out: (\d+) \((.*)\)\n", printed)}
 
 
-def test_coco_instances(run_tool):
+def test_coco_instances(build):
     more = {"image_id": 1, "category_id": 8, "bbox": ONE}
     content = COCO | {"annotations": [*INSTANCES, more]}
-    status, printed, made = run_tool("detect", content, "--images", "coco/train")
+    status, printed, made = build("detect", content, "--images", "coco/train")
     lights, dogs = f"traffic light{TEXT[:-1]};{OTHER_TEXT[1:]}", f"dog{TEXT}"
     assert said(made) == [
         ("coco/train/two.jpg", ["Detect all objects shown in the image.", f"dog{TWO}"]),
@@ -382,7 +375,7 @@ def test_coco_instances(run_tool):
     ]
     assert (status, left_out(printed)) == (0, UNUSABLE | {"unknown category id": 1})
     assert re.match(r".*x\.jsonl: 2 conversations, 2 questions\n", printed)
-    _, printed, made = run_tool("detect_category", content, "--padding", "corner", "--turns", "3")
+    _, printed, made = build("detect_category", content, "--padding", "corner", "--turns", "3")
     assert said(made) == [
         ("two.jpg", ["detect all dog shown in the image.", "dog[0.00,0.00,0.50,0.50]"]),
         (
@@ -399,8 +392,8 @@ def test_coco_instances(run_tool):
 
 
 @pytest.mark.parametrize("task", ["locate", "describe"])
-def test_coco_phrases(run_tool, task):
-    _, printed, made = run_tool(task, COCO | {"annotations": INSTANCES})
+def test_coco_phrases(build, task):
+    _, printed, made = build(task, COCO | {"annotations": INSTANCES})
     found = [("two.jpg", "dark dog", TWO), ("two.jpg", "dog above", TWO), ("one.jpg", "a light", TEXT)]
     prompt = tasks.PROMPTS[task]
     for (image, (question, answer)), (wanted, phrase, box) in zip(said(made), found, strict=True):
@@ -410,13 +403,13 @@ def test_coco_phrases(run_tool, task):
     assert left_out(printed) == UNUSABLE | {"no phrases": 2}
 
 
-def test_coco_people(run_tool):
+def test_coco_people(build):
     people = [
         {"image_id": 1, "bbox": ONE, "keypoints": key_points(nose=(20, 25, 2), left_eye=(21, 25, 1))},
         {"image_id": 1, "bbox": ONE, "keypoints": [1, 2]},
         {"image_id": 2, "bbox": [0, 0, 50, 50], "keypoints": key_points(), "num_keypoints": 0},
     ]
-    _, printed, made = run_tool("pose", COCO | {"annotations": people})
+    _, printed, made = build("pose", COCO | {"annotations": people})
     asked = f"Detect the key points of the person in the region {TEXT}."
     assert said(made) == [
         ("one.jpg", ["Detect all people shown in the image.", f"person{TEXT}", asked, "nose[0.20,0.50]"]),
@@ -425,29 +418,29 @@ def test_coco_people(run_tool):
     assert left_out(printed) == {"no keypoints": 1}
 
 
-def test_coco_captions(run_tool):
+def test_coco_captions(build):
     captions = [
         {"image_id": image, "caption": text} for image, text in ((4, "A é\ndog. "), (1, ""), (4, "B"), (9, "C"))
     ]
-    _, printed, made = run_tool("caption", COCO | {"annotations": captions}, "--turns", "5")
+    _, printed, made = build("caption", COCO | {"annotations": captions}, "--turns", "5")
     prompt = tasks.PROMPTS["caption"]
     assert said(made) == [("four.jpg", [prompt, "A é\ndog.", prompt, "B"])]
     assert left_out(printed) == {"no caption": 1, "unknown image id": 1}
 
 
-def test_lists_and_lines_of_records(run_tool):
+def test_lists_and_lines_of_records(build):
     records = [
         {"image": "a.jpg", "question": "?", "answer": "x"},
         {"question": "?", "answer": "y"},
         {"question": "?"},
         [1],
     ]
-    status, printed, made = run_tool("vqa", records, "--images", "f")
+    status, printed, made = build("vqa", records, "--images", "f")
     assert said(made) == [("f/a.jpg", [f"?\n{SHORT}", "x"]), (None, [f"?\n{SHORT}", "y"])]
     assert (status, left_out(printed)) == (0, {"no answer": 1, "no JSON object": 1})
     assert re.match(r".*x\.jsonl: 2 conversations, 2 questions, 1 of text only\n", printed)
     lines = b"\n".join(json.dumps(record).encode() for record in records) + b"\n\n"
-    assert run_tool("vqa", lines, "--images", "f", name="y.jsonl")[2] == made
+    assert build("vqa", lines, "--images", "f", name="y.jsonl")[2] == made
 
 
 @pytest.mark.parametrize(
@@ -485,19 +478,18 @@ def test_lists_and_lines_of_records(run_tool):
         ("detect", COCO | {"annotations": INSTANCES[4:5]}, "x.json", r"for detect; 1 left out \(crowd\)\n"),
     ],
 )
-def test_wrong_files_are_one_line(run_tool, task, content, name, message):
-    status, printed, made = run_tool(task, content, name=name)
+def test_wrong_files_are_one_line(build, task, content, name, message):
+    status, printed, made = build(task, content, name=name)
     assert (status, made) == (2, [])
     assert re.fullmatch(rf"build_conversations\.py: .*{message}.*", printed, re.DOTALL)
     assert printed.count("\n") == 1
 
 
-def test_files_that_cannot_be_opened_are_one_line(tmp_path, monkeypatch, capsys, run_tool):
+def test_files_that_cannot_be_opened_are_one_line(tmp_path, run_tool, build):
     (tmp_path / "made" / "x.jsonl").mkdir(parents=True)
-    status, printed, _ = run_tool("classify", [{"image": "a.jpg", "class": "daisy"}])
+    status, printed, _ = build("classify", [{"image": "a.jpg", "class": "daisy"}])
     assert (status, printed.count("\n")) == (2, 1)
     assert re.search(r"x\.jsonl: cannot be written \(Is a directory\); give another TARGET", printed)
-    monkeypatch.setattr(sys, "argv", ["build_conversations.py", "vqa", str(tmp_path / "no.json"), str(tmp_path / "t")])
-    assert runpy.run_path(str(TOOL))["main"]() == 2
-    message = r"no\.json: cannot be read \(No such file or directory\); give a file of annotations\n"
-    assert re.search(message, capsys.readouterr().err)
+    status, _, error = run_tool("build_conversations.py", "vqa", tmp_path / "no.json", tmp_path / "t")
+    assert status == 2
+    assert "no.json: cannot be read (No such file or directory); give a file of annotations\n" in error
