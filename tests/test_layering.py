@@ -17,6 +17,7 @@ OWNERS = {
     "timm": {"model/encoders.py"},
     "transformers": {"model/encoders.py"},
     "fsspec": {"data/files.py"},
+    "pymupdf": {"data/documents.py"},
 }
 LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/packing.py",
          "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py", "training/memory.py",

@@ -12,7 +12,6 @@ checked for what cannot be read, and what a PDF splits is merged:
 """
 
 import hashlib
-import importlib
 import json
 import re
 import shutil
@@ -280,7 +279,7 @@ def _pymupdf() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        pymupdf = importlib.import_module("pymupdf")
+        import pymupdf
     except ImportError as error:
         raise ConfigError(
             "documents: PDFs are read by PyMuPDF, which is not installed; pip install 'megatron-sphinx[ocr]'"
