@@ -47,7 +47,8 @@ family: $(VENV)/demo.installed
 	$(BIN)/python examples/family_data.py
 	rm -rf $(FAMILY)
 	$(RANKS) -m megatron_sphinx train examples/family_stage1.yaml
-	$(RANKS) -m megatron_sphinx train examples/family_stage1.yaml $(SYNTHETIC)/real run.folder=$(FAMILY)/syn
+	$(RANKS) -m megatron_sphinx train examples/family_stage1.yaml $(SYNTHETIC)/real run.folder=$(FAMILY)/syn \
+	    optimizer.warmup_steps=5
 	$(BIN)/python examples/family.py mix $(FAMILY)/real $(FAMILY)/syn $(FAMILY)/mixed --plot examples/theta_mix.png
 	$(RANKS) -m megatron_sphinx train examples/family_2k.yaml model.weights=$(FAMILY)/mixed/beta_0.75
 	$(RANKS) -m megatron_sphinx train examples/family_moe_stage1.yaml
