@@ -412,30 +412,30 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
     """
     weights = job.config.model.weights
 
-    def load() -> tuple[Path, dict[str, Any] | None] | None:
+    def load() -> tuple[Path, dict[str, Any] | None, bool] | None:
         if path := store.find(job.config.checkpoint.resume):
-            return path, store.check(path)
+            return path, store.check(path), False
         if weights is None:
             return None
         path = newest_of(Path(weights))
         store.check(path, "model.weights", ["tokenizer"])
-        return path, None
+        is_drawn = job.config.vision.has_skip_token and _SKIP_TOKEN not in weight_shapes(path)
+        return path, None, is_drawn  # the skip token: a stage that looks at one view has none
 
     found = agree(load)
 
     def fill() -> tuple[int, int]:
         if found is None:
             return 0, 0
-        path, manifest = found
+        path, manifest, is_drawn = found
         if manifest is None:
             engine.prepare_state(0)
-            drawn = {_SKIP_TOKEN} - weight_shapes(path).keys()  # a stage that looks at one view has none
-            pieces = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
-            store.load(path, (piece for piece in pieces if piece.name not in drawn), key="model.weights")
+            kept = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
+            pieces = (piece for piece in kept if not (is_drawn and piece.name == _SKIP_TOKEN))
+            store.load(path, pieces, key="model.weights")
             engine.take_state()
             if job.groups.seat.rank == 0:
-                new = ", a new skip token" if job.config.vision.has_skip_token and drawn else ""
-                say(f"begins with the weights of {path}{new}")
+                say(f"begins with the weights of {path}{', a new skip token' if is_drawn else ''}")
             return 0, 0
         step = int(manifest["step"])
         engine.prepare_state(step)

@@ -29,6 +29,7 @@ from megatron_sphinx import platform, run  # noqa: F401
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
+from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 
@@ -254,6 +255,12 @@ def dialogs(tiny) -> Path:
         [tiny.folder / "dialogs.json"], folder, tiny.tokenizer, images=tiny.folder / "pictures", samples_per_shard=15
     )
     return folder
+
+
+def size_of(index: PairIndex, pair: int) -> tuple[int, int]:
+    """Width and height of a sample's image, as an index has them."""
+    found = index.sizes(pair, pair + 1)
+    return int(found.width[0]), int(found.height[0])
 
 
 def train_tokenizer(prefix: Path, texts: Sequence[str], vocabulary: int) -> Path:

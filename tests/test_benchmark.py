@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import size_of
 from PIL import Image
 
 from megatron_sphinx import benchmark
@@ -141,7 +142,7 @@ def check_captions(folder: Path, tiny) -> None:
     digits = load_digits()
     inked = 255 - np.rint(digits.images * (255 / 16))
     index = PairIndex([folder])
-    assert {index.size(pair) for pair in range(len(index))} == {(24, 8)}
+    assert {size_of(index, pair) for pair in range(len(index))} == {(24, 8)}
     for pair in range(12):
         path = folder / "picture.png"
         path.write_bytes(ImageReader(index).read(pair))

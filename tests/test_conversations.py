@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import size_of
 from PIL import Image
 from test_model import CPU, groups, random_shape
 
@@ -156,10 +157,10 @@ def test_an_index_holds_what_went_in(tiny, dialogs):
         if image := item.get("image"):
             content = (tiny.folder / "pictures" / image).read_bytes()
             assert reader.read(number) == content
-            assert index.size(number) == Image.open(tiny.folder / "pictures" / image).size
+            assert size_of(index, number) == Image.open(tiny.folder / "pictures" / image).size
             assert reader.name(number)[1] == image.removesuffix(".png")
         else:
-            assert index.size(number) == (0, 0)
+            assert size_of(index, number) == (0, 0)
     assert len(list((dialogs / "shards").glob("*.tar"))) == 3
     assert (dialogs / "quarantine.jsonl").read_text() == ""
 
@@ -197,7 +198,7 @@ def test_text_alone_needs_no_shard(tiny, tmp_path):
     index_conversations([tmp_path / "d.json"], tmp_path / "c", tiny.tokenizer)
     index = PairIndex([tmp_path / "c"], "conversations")
     index.check(tiny.tokenizer)
-    assert [index.size(number) for number in range(3)] == [(0, 0)] * 3
+    assert [size_of(index, number) for number in range(3)] == [(0, 0)] * 3
 
 
 def test_an_image_is_held_out_with_all_its_conversations(tiny, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks, draw, kill, train_tokenizer
+from conftest import Ranks, draw, kill, size_of, train_tokenizer
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from PIL import Image
 
@@ -161,7 +161,7 @@ def test_an_index_knows_every_pair_without_reading_it(tiny):
     sizes = index.sizes(20, 60)
     for pair in (0, 24, 25, 59):
         image, caption = draw(pair)
-        assert index.size(pair) == image.size
+        assert size_of(index, pair) == image.size
         assert images.decode(reader.read(pair)).tobytes() == image.tobytes()
         assert caption_of(tiny, index, pair) == caption
         assert index.caption(pair, 2).tolist() == index.caption(pair).tolist()[:2]

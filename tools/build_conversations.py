@@ -14,13 +14,11 @@ Boxes are written in fractions of the padded square: give --padding as the model
 
 import argparse
 import json
-import os
 import posixpath
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.files import renamed
-from megatron_sphinx.data.preparing import Report
+from megatron_sphinx.data.preparing import Report, write_lines
 from megatron_sphinx.data.tasks import TASKS, Conversation, build, merge
 from megatron_sphinx.errors import DataError, SphinxError
 
@@ -61,10 +59,7 @@ def write(path: Path, conversations: list[Conversation]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with renamed(path) as partial, partial.open("w") as file:
-            file.writelines(json.dumps(one) + "\n" for one in conversations)
-            file.flush()
-            os.fsync(file.fileno())
+        write_lines(path, conversations)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); give another TARGET") from error
 
@@ -92,8 +87,7 @@ def main() -> int:
         except DataError as error:
             raise DataError(f"{args.annotations}: {error}") from error
         if not made:
-            why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-            raise DataError(f"{args.annotations}: holds no annotation that can be used for {args.task}{why}")
+            raise DataError(f"{args.annotations}: holds no annotation that can be used for {args.task}{report.why()}")
         for one in made:
             if "image" in one:
                 one["image"] = posixpath.join(args.images, one["image"])
@@ -106,8 +100,7 @@ def main() -> int:
     text_only = sum("image" not in one for one in dialogs)
     of_text = f", {text_only} of text only" if text_only else ""
     print(f"{args.target}: {len(dialogs)} conversations, {questions} questions{of_text}")
-    for reason, count in sorted(report.rejected.items()):
-        print(f"  left out: {count} ({reason})")
+    print(report.left_out(), end="")
     return 0
 
 

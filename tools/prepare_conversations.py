@@ -43,8 +43,7 @@ def main() -> int:
         return error.exit_status
     held_out = f", {report.held_out} more held out" if args.held_out else ""
     print(f"{args.target}: {report.taken} conversations, {report.tokens} tokens{held_out}")
-    for reason, count in sorted(report.rejected.items()):
-        print(f"  left out: {count} ({reason})")
+    print(report.left_out(), end="")
     return 0
 
 

@@ -47,8 +47,7 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
     print(f"{args.target}: {report.taken} pages of {len(documents)} documents")
-    for reason, count in sorted(report.rejected.items()):
-        print(f"  left out: {count} ({reason})")
+    print(report.left_out(), end="")
     return 0
 
 

@@ -52,8 +52,7 @@ def main() -> int:
         return error.exit_status
     held_out = f", {report.held_out} more held out" if args.held_out else ""
     print(f"{args.target}: {report.taken} pairs in {len(shards)} shards, {report.tokens} caption tokens{held_out}")
-    for reason, count in sorted(report.rejected.items()):
-        print(f"  left out: {count} ({reason})")
+    print(report.left_out(), end="")
     return 0
 
 

@@ -46,8 +46,7 @@ def main() -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
     print(f"{args.target}: {report.taken} {'images marked' if args.command == 'mark' else 'conversations'}")
-    for reason, count in sorted(report.rejected.items()):
-        print(f"  left out: {count} ({reason})")
+    print(report.left_out(), end="")
     return 0
 
 

@@ -436,8 +436,7 @@ def write_documents(
                 report.taken += len(about["conversations"])
                 report.reject(about["quarantine"])
         if not report.taken:
-            why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-            raise DataError(f"{target}: no page can be used{why}; see quarantine.jsonl")
+            raise DataError(f"{target}: no page can be used{report.why()}; see quarantine.jsonl")
     shutil.rmtree(parts)
     return report
 

@@ -95,8 +95,7 @@ def write_index(
         report.reject(_quarantine(part.file))
     report.taken, report.tokens = _join(done, folder, tokenizer, of, held_out=False)
     if not report.taken:
-        why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-        raise DataError(nothing + why)
+        raise DataError(nothing + report.why())
     (folder / "held_out" / "index.json").unlink(missing_ok=True)
     if held_out:
         report.held_out, _ = _join(done, folder / "held_out", tokenizer, of, held_out=True)

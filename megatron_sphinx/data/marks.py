@@ -17,9 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_sphinx.data.boxes import Box, clip_box, format_box, format_point, from_coco
-from megatron_sphinx.data.files import renamed
 from megatron_sphinx.data.images import decode
-from megatron_sphinx.data.preparing import Report, in_parallel
+from megatron_sphinx.data.preparing import Report, in_parallel, write_lines
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.data.tasks import Conversation, conversation
 from megatron_sphinx.errors import DataError
@@ -174,10 +173,10 @@ def write_marks(
     report = Report(taken=sum(prompt is not None for prompt, _ in done))
     quarantine += [entry for _, left_out in done for entry in left_out]
     report.reject(quarantine)
-    _write_lines(target / "quarantine.jsonl", quarantine)
+    write_lines(target / "quarantine.jsonl", quarantine)
     if not report.taken:
-        raise DataError(f"{annotations}: no object can be marked{_why(report)}; see {target / 'quarantine.jsonl'}")
-    _write_lines(target / "prompts.jsonl", [prompt for prompt, _ in done if prompt])
+        raise DataError(f"{annotations}: no object can be marked{report.why()}; see {target / 'quarantine.jsonl'}")
+    write_lines(target / "prompts.jsonl", [prompt for prompt, _ in done if prompt])
     return report
 
 
@@ -213,9 +212,9 @@ def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
     report.reject([{"reason": "missing answer"}] * len(missing))
     report.taken = len(taken)
     if not taken:
-        raise DataError(f"{answers}: no answer can be used{_why(report)}; give those to {prompts}, as id and answer")
+        raise DataError(f"{answers}: no answer can be used{report.why()}; give those to {prompts}, as id and answer")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(target, [taken[key] for key in asked if key in taken])
+    write_lines(target, [taken[key] for key in asked if key in taken])
     return report
 
 
@@ -354,10 +353,6 @@ def _area(box: Box) -> float:
     return (right - left) * (bottom - top)
 
 
-def _why(report: Report) -> str:
-    return "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-
-
 def _read_lines(path: Path) -> Iterator[Entry | None]:
     """The lines of a file that are JSON objects, nothing for each other one."""
     try:
@@ -370,8 +365,3 @@ def _read_lines(path: Path) -> Iterator[Entry | None]:
                 yield entry if isinstance(entry, dict) else None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error
-
-
-def _write_lines(path: Path, entries: Sequence[Entry]) -> None:
-    with renamed(path) as unfinished, unfinished.open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)

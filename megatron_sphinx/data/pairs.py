@@ -162,11 +162,6 @@ class PairIndex:
             first = stop
         return PairSizes.joined(found)
 
-    def size(self, pair: int) -> tuple[int, int]:
-        """Width and height of a pair's image."""
-        _, sample = self._at(pair)
-        return int(sample["width"]), int(sample["height"])
-
     def caption(self, pair: int, most: int | None = None) -> NDArray[np.int64]:
         """Tokens of a pair's caption, at most so many."""
         folder, sample = self._at(pair)

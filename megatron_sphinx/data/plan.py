@@ -6,6 +6,7 @@ which of them computes which row.
 
 import hashlib
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -270,15 +271,16 @@ class Mixture:
                 yield source, before, after - before
 
 
-class _Stream:
+class _Stream(ABC):
     """One source in shuffled order; what a window holds is read block by block, so in few long runs, and kept."""
 
     def __init__(self, first: int, shuffle: Shuffle) -> None:
         self._first, self._shuffle = first, shuffle
         self._open = lru_cache(maxsize=2)(self._read)
 
+    @abstractmethod
     def _read(self, epoch: int, number: int) -> Any:
-        raise NotImplementedError
+        """What a window holds."""
 
     def _blocks(self, window: Window) -> list[tuple[int, int]]:
         """Begin and end of a window's blocks among all items of all sources."""

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -45,6 +45,14 @@ class Report:
         for line in lines:
             reason = line["reason"].split(":")[0]
             self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def why(self) -> str:
+        """What was left out, as the end of an error's line."""
+        return "".join(f"; {count} left out ({reason})" for reason, count in sorted(self.rejected.items()))
+
+    def left_out(self) -> str:
+        """What was left out, a line for each reason."""
+        return "".join(f"  left out: {count} ({reason})\n" for reason, count in sorted(self.rejected.items()))
 
 
 def in_parallel(
@@ -97,6 +105,14 @@ def _do(unit: Any) -> Any:
 def is_held_out(key: str, share: float) -> bool:
     """Whether a sample is of the held-out share: a function of its key alone."""
     return share > 0 and key_of("held out", key) < share * 2.0**64
+
+
+def write_lines(path: Path, entries: Iterable[object]) -> None:
+    """Write JSON lines under their final name when they are whole."""
+    with renamed(path) as partial, partial.open("w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, content: object) -> None:

@@ -114,8 +114,7 @@ def write_text(
     report.taken, report.tokens = sums[0]
     report.held_out = sums[1][0] if held_out else 0
     if not report.taken:
-        why = "".join(f"; {count} left out ({reason})" for reason, count in sorted(report.rejected.items()))
-        raise DataError(f"{', '.join(map(str, paths[:3]))}: no text{why}; name its column or key by --key")
+        raise DataError(f"{', '.join(map(str, paths[:3]))}: no text{report.why()}; name its column or key by --key")
     with renamed(folder / "quarantine.jsonl") as unfinished, unfinished.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for about in done for line in about["quarantine"])
     for which, target in enumerate(targets):

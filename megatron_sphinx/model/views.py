@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_sphinx.model.architecture import VisionConfig
+from megatron_sphinx.model.architecture import PARTS, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def encoded_views(width: int, height: int, vision: VisionConfig) -> tuple[int, .
     return _encoded_views(width, height, vision.parts, vision.padding)
 
 
-_ALL = {views: tuple(range(views)) for views in (1, 5, 10)}
+_ALL = {views: tuple(range(views)) for views in PARTS}
 
 
 @lru_cache(maxsize=4096)

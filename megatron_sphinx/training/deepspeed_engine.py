@@ -248,19 +248,17 @@ class Engine:
             states = {"master": flat.detach()} | optimizer.optimizer.state[flat]
             for state in STATES:
                 values = states[state].narrow(0, fragment.at, fragment.count)
-                for block, start in fragment.shard.boxes(fragment.start, fragment.count):
-                    part = values.narrow(0, start - fragment.start, prod(block.shape)).view(block.shape)
-                    yield Piece(f"{state}/{fragment.shard.name}", fragment.shard.whole, block, part)
+                yield from _pieces(state, fragment.shard, fragment.start, values)
 
     def _frozen_to_save(self) -> Iterator[Piece]:
         for frozen in self.frozen:
             if frozen.shard.is_first_copy:
-                yield from _pieces(frozen.shard, frozen.start, frozen.master)
+                yield from _pieces("master", frozen.shard, frozen.start, frozen.master)
 
     def _frozen_to_load(self) -> Iterator[Piece]:
         self._loaded = [frozen.weight.detach().flatten().float().cpu().clone() for frozen in self.frozen]
         for frozen, whole in zip(self.frozen, self._loaded, strict=True):
-            yield from _pieces(frozen.shard, 0, whole)
+            yield from _pieces("master", frozen.shard, 0, whole)
 
     def prepare_state(self, steps: int) -> None:
         """Make room for a state after so many updates; then write into what `pieces` gives, and call `take_state`."""
@@ -282,11 +280,11 @@ class Engine:
         self._loaded = []
 
 
-def _pieces(shard: Shard, start: int, values: Tensor) -> Iterator[Piece]:
-    """A run of elements of a frozen weight, as parts of the whole weight."""
+def _pieces(state: str, shard: Shard, start: int, values: Tensor) -> Iterator[Piece]:
+    """A run of elements of a rank's part of a weight, as parts of the whole one."""
     for block, at in shard.boxes(start, len(values)):
         part = values.narrow(0, at - start, prod(block.shape)).view(block.shape)
-        yield Piece(f"master/{shard.name}", shard.whole, block, part)
+        yield Piece(f"{state}/{shard.name}", shard.whole, block, part)
 
 
 class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]

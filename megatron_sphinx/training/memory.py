@@ -55,12 +55,10 @@ def rank_weights(
     if stage == sizes.pipeline - 1:
         shared += embedding + hidden
     if train == "projections":
-        return RankWeights(projections, 0, shared + experts)
-    return (
-        RankWeights(shared, experts, projections)
-        if train == "language"
-        else RankWeights(shared + projections, experts, 0)
-    )
+        return RankWeights(projections, 0, frozen=shared + experts)
+    if train == "language":
+        return RankWeights(shared, experts, frozen=projections)
+    return RankWeights(shared + projections, experts, frozen=0)
 
 
 def zero2_bytes(weights: RankWeights, layout: ParallelLayout, *, precision: str) -> dict[str, int]:
