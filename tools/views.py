@@ -22,7 +22,7 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.model.architecture import VisionConfig
-from megatron_sphinx.model.encoders import encoder_flops
+from megatron_sphinx.model.encoders import encoder_work
 from megatron_sphinx.model.views import encoded_views, image_positions
 
 Sizes = Counter[tuple[int, int]]  # how many pictures have a width and height
@@ -99,7 +99,7 @@ def main() -> int:
     try:
         vision = replace(configuration.load(args.preset).vision, skip_padding_views=True)
         sizes = sizes_of(args.indexes)
-        gflop = sum(encoder_flops(item.expert) for item in vision.experts) / 1e9
+        gflop = sum(encoder_work(item.expert)[0] for item in vision.experts) / 1e9
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status

@@ -239,18 +239,33 @@ def build_expert(expert: Expert) -> nn.Module:
     return model
 
 
-def encoder_flops(expert: Expert) -> int:
-    """FLOPs of encoding one view, two for each multiply-add of matrix products and convolutions. Needs no memory."""
+def encoder_work(expert: Expert) -> tuple[int, int]:
+    """What one view takes; needs no memory.
+
+    Returns:
+        FLOPs, two for each multiply-add of matrix products and convolutions; and the numbers that are held at once
+        where most are: a module's input, its output, and what goes around it.
+    """
+    most = 0
+
+    def count(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal most
+        sizes = [value.numel() for value in (*inputs, output) if isinstance(value, Tensor)]
+        most = max(most, sum(sizes) + min(sizes, default=0))
+
     with torch.device("meta"):
         model = build_expert(expert).eval().requires_grad_(False)
         pixels = torch.empty(1, 3, expert.pixels, expert.pixels)
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
         if expert.family == "qformer":
             model(pixels)
         else:
             FAMILIES[expert.family](model, pixels)
     total: int = counter.get_total_flops()
-    return total
+    return total, most
 
 
 def load_expert(config: ExpertConfig, seed: int, resize: str = "antialiased") -> tuple[nn.Module, str]:

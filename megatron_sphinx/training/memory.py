@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelLayout
 
+REDUCE_BUCKET = 200_000_000  # elements of the gradient that DeepSpeed reduces at once; larger weights go alone
+
 
 @dataclass(frozen=True)
 class RankWeights:
@@ -28,13 +30,13 @@ def projection_weights(vision: VisionConfig, hidden: int) -> int:
 
 
 def rank_weights(
-    model: LanguageConfig, vision: VisionConfig, layout: ParallelLayout, stage: int, train: str
+    model: LanguageConfig, vision: VisionConfig | None, layout: ParallelLayout, stage: int, train: str
 ) -> RankWeights:
     """Weights on a rank of a pipeline stage, the vocabulary padded.
 
     Args:
         model: the language model.
-        vision: what its projections are for.
+        vision: what its projections are for; None for a model of text.
         layout: how they are divided.
         stage: of the pipeline.
         train: what is trained: all, projections or language.
@@ -49,7 +51,7 @@ def rank_weights(
         experts = layers * model.experts * model.expert_matrices // (sizes.expert * sizes.expert_tensor)
     else:
         shared += layers * model.expert_matrices // sizes.tensor
-    projections = projection_weights(vision, hidden) if stage == 0 else 0
+    projections = projection_weights(vision, hidden) if vision is not None and stage == 0 else 0
     if stage == 0:
         shared += embedding
     if stage == sizes.pipeline - 1:

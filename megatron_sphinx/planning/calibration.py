@@ -1,0 +1,226 @@
+"""This machine as a hardware file: what as many ranks as a job has here reach together, at the shapes of its model.
+
+Run by torchrun, one process a rank: the ranks of a job share cores, memory and links, so they are measured at once.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+
+from megatron_sphinx import config as configuration
+from megatron_sphinx import platform
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.errors import ConfigError, SphinxError
+from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.model.attention import PackedRows
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.language import build_language
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.planning.hardware import Flops, Hardware, Shares, load
+from megatron_sphinx.planning.layouts import work_of
+from megatron_sphinx.planning.sizes import encoder_cost
+from megatron_sphinx.planning.step_time import OPERATIONS
+from megatron_sphinx.planning.work import Work
+from megatron_sphinx.training.metrics import say
+
+_REPEATS, _LARGE, _SMALL = 5, 4 * 2**20, 16  # numbers of a large and of a small message
+_LAYERS = 4  # that are timed on next to no tokens
+
+
+class CalibrationError(SphinxError):
+    """The ranks that measure did not end well."""
+
+    exit_status = 1
+
+
+def calibrate(config: RunConfig, *, ranks: int, target: Path) -> Hardware:
+    """Measure with `ranks` processes on this machine, write the hardware file `target`, say what was found.
+
+    Raises:
+        CalibrationError: a rank failed.
+        ConfigError: the target is no YAML file.
+    """
+    if target.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--calibrate={target}: must be the path of a .yaml file to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(config.to_yaml())
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["-m", __name__, str(resolved), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CalibrationError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr[-2000:]}")
+    found = load(str(target))
+    say(f"{target}: {found.source}")
+    for name, value in asdict(found).items():
+        if name not in ("source", "shares"):
+            say(f"  {name:20}{value}")
+    return found
+
+
+def measure(config: RunConfig, groups: ProcessGroups) -> Hardware:
+    """What this rank reaches while the others of the process group measure the same; the slowest rank's numbers."""
+    here = platform.current()
+    work, _ = work_of(config)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    positions = max(1, round(min(work.rows, config.data.micro_batch_rows) * work.positions))
+    dtype = dtypes[config.training.precision]
+    products = {name: _least(_matmul_flops(config.model, positions, kind)) for name, kind in dtypes.items()}
+    attention = _least(_attention_flops(config.model, work, dtype)) / products[config.training.precision]
+    encoding = _least(_encoder_flops(config)) / products["bf16" if here.is_bf16_fast else "fp32"]
+    bandwidth = _least(_memory_bandwidth())
+    kernel = -_least(-_kernel_seconds(config, groups, dtype))
+    latency, link = _link()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if here.is_cuda:
+        memory = torch.cuda.get_device_properties(here.device).total_memory * dist.get_world_size()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Hardware(
+        source=f"measured by {dist.get_world_size()} ranks on one {here.device.type} machine, at the shapes of "
+        f"{config.model.preset or config.run.folder}",
+        memory_bytes=memory / dist.get_world_size(),
+        process_bytes=-_least(-float(resident)),
+        memory_bandwidth=bandwidth,
+        node_bandwidth=link,
+        network_bandwidth=link,
+        latency_seconds=latency,
+        kernel_seconds=kernel,
+        flops=Flops(bf16=products["bf16"], fp32=products["fp32"]),
+        shares=Shares(attention=attention, encoders=encoding),
+        is_cuda=here.is_cuda,
+    )
+
+
+def _least(value: float) -> float:
+    """The least of all ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=platform.current().device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return float(found)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Median seconds of some work, begun by all ranks at once."""
+    here, found = platform.current(), []
+    for _ in range(_REPEATS + 1):
+        dist.barrier()
+        here.synchronize()
+        begin = time.perf_counter()
+        work()
+        here.synchronize()
+        found.append(time.perf_counter() - begin)
+    return median(found[1:])
+
+
+def _shapes(model: LanguageConfig) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the matrices of a layer, and of the output."""
+    keys = model.groups * (model.hidden // model.heads)
+    yield model.hidden + 2 * keys, model.hidden
+    yield model.hidden, model.hidden
+    yield 2 * model.ffn, model.hidden
+    yield model.hidden, model.ffn
+
+
+def _matmul_flops(model: LanguageConfig, positions: int, dtype: torch.dtype) -> float:
+    """FLOP/s of a layer's matrix products, forward and backward."""
+    device = platform.current().device
+    weights = [torch.ones(*shape, dtype=dtype, device=device, requires_grad=True) for shape in _shapes(model)]
+    inputs = [torch.ones(positions, w.shape[1], dtype=dtype, device=device, requires_grad=True) for w in weights]
+
+    def layer() -> None:
+        for weight, rows in zip(weights, inputs, strict=True):
+            out = F.linear(rows, weight)
+            torch.autograd.grad(out, (rows, weight), out)
+
+    return 6 * positions * sum(weight.numel() for weight in weights) / _seconds(layer)
+
+
+def _attention_flops(model: LanguageConfig, work: Work, dtype: torch.dtype) -> float:
+    """FLOP/s of causal attention over documents of the step's mean length, forward and backward."""
+    device, head = platform.current().device, model.hidden // model.heads
+    length = max(2, round(2 * work.attended / work.positions))
+    documents = max(1, round(work.positions / length))
+    shapes = [(documents, heads, length, head) for heads in (model.heads, model.groups, model.groups)]
+    query, key, value = (torch.ones(*shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
+
+    def attend() -> None:
+        is_grouped = model.heads != model.groups
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
+        torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+
+    pairs = documents * length * (length + 1) / 2
+    return 3.5 * 4 * model.hidden * pairs / _seconds(attend)
+
+
+def _memory_bandwidth() -> float:
+    """Bytes/s of adding two large tensors into a third."""
+    a, b, c = (torch.ones(16 * 2**20, device=platform.current().device) for _ in range(3))
+    return 3 * a.nbytes / _seconds(lambda: torch.add(a, b, out=c))
+
+
+def _kernel_seconds(config: RunConfig, groups: ProcessGroups, dtype: torch.dtype) -> float:
+    """Seconds of starting an operation: what a decoder layer takes on next to no tokens, over its operations."""
+    model, device = replace(config.model, experts=0, vocabulary=128), platform.current().device
+    seconds = []
+    for layers in (1, 1 + _LAYERS):
+        decoder = build_language(replace(model, layers=layers), groups, dtype=dtype, sequence_length=_SMALL)
+        tokens = torch.zeros(1, _SMALL, dtype=torch.int64, device=device)
+
+        def step(decoder: torch.nn.Module = decoder, tokens: torch.Tensor = tokens) -> None:
+            rows = PackedRows.of([_SMALL], device)
+            decoder(
+                input_ids=tokens, position_ids=None, attention_mask=None, labels=tokens, packed_seq_params=rows
+            ).sum().backward()
+
+        seconds.append(_seconds(step))
+    return max(0.0, seconds[1] - seconds[0]) / _LAYERS / (3 * (OPERATIONS["layer"] + OPERATIONS["document"]))
+
+
+def _encoder_flops(config: RunConfig) -> float:
+    """FLOP/s of the encoders on one of their batches; weights drawn, as they do not matter here."""
+    here, vision = platform.current(), config.vision
+    drawn = replace(vision, experts=tuple(replace(item, weights="random") for item in vision.experts))
+    dtype = torch.bfloat16 if here.is_bf16_fast else torch.float32
+    encoders = FrozenEncoders(drawn, device=here.device, dtype=dtype, seed=config.run.seed)
+    views = {side: torch.zeros(vision.batch_views, 3, side, side) for side in vision.sides}
+    return encoder_cost(vision).flops * vision.batch_views / _seconds(lambda: encoders(views))
+
+
+def _link() -> tuple[float, float]:
+    """Latency of a message, and bytes/s between two ranks, from all-reduces of small and large tensors."""
+    ranks, device = dist.get_world_size(), platform.current().device
+    if ranks == 1:
+        return 1e-6, 1e12  # nobody to talk to
+    small, large = torch.ones(_SMALL, device=device), torch.ones(_LARGE, device=device)
+    short = -_least(-_seconds(lambda: dist.all_reduce(small)))
+    long = -_least(-_seconds(lambda: dist.all_reduce(large)))
+    rounds = 2 * max(1.0, (ranks - 1).bit_length())
+    return short / rounds, 2 * (ranks - 1) / ranks * large.nbytes / max(long - short, 1e-9)
+
+
+def main(config: Path, target: Path) -> None:
+    """One measuring rank."""
+    here = platform.current()
+    dist.init_process_group(here.backend)
+    layout = ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
+    found = measure(configuration.load(config), ProcessGroups.create(layout, here.backend))
+    if dist.get_rank() == 0:
+        target.write_text(yaml.safe_dump(asdict(found), sort_keys=False))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

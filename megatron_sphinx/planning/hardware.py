@@ -1,0 +1,157 @@
+"""What a rank computes and communicates with: numbers with their source, from hardware.yaml or a file of the user's."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sphinx.config import build
+from megatron_sphinx.errors import ConfigError, nearest
+
+KINDS = Path(str(resources.files("megatron_sphinx") / "planning" / "hardware.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOP/s of matrix products at most, by their precision; 0 where there is none."""
+
+    bf16: float
+    fp32: float
+    fp8: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """What a training step reaches of the peaks, from 0 to 1.
+
+    Attributes:
+        bf16, fp8, fp32: of the FLOP/s of large matrix products.
+        attention: of those of the precision that attention is computed in.
+        encoders: of those of the precision that encoders compute in.
+        memory: of the memory's bandwidth.
+        link: of the bandwidth inside a node and between nodes.
+        usable: of the memory; allocators lose some, and the planner's arithmetic has been up to 10 % low (README).
+    """
+
+    bf16: float = 1.0
+    fp8: float = 1.0
+    fp32: float = 1.0
+    attention: float = 1.0
+    encoders: float = 0.45
+    memory: float = 1.0
+    link: float = 1.0
+    usable: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One rank's share of a machine.
+
+    Attributes:
+        source: where the numbers are from.
+        memory_bytes: what the rank may use.
+        process_bytes: of it, what is gone before a model is built: on CUDA the context and NCCL's buffers, on a CPU the
+            interpreter with its libraries.
+        memory_bandwidth: bytes/s.
+        node_bandwidth: bytes/s to ranks of the same node, in one direction.
+        network_bandwidth: the same to other nodes.
+        latency_seconds: of one message between two ranks.
+        kernel_seconds: of starting an operation, the program around it included; where kernels are queued ahead of the
+            device, only what of it shows.
+        flops: of matrix products.
+        shares: what is reached of all these.
+        is_cuda: a GPU, or ranks on a CPU.
+    """
+
+    source: str
+    memory_bytes: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    flops: Flops
+    shares: Shares
+    process_bytes: float = 2.5e9
+    latency_seconds: float = 10.0e-6
+    kernel_seconds: float = 0.0
+    is_cuda: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth"):
+            if not (value := getattr(self, name)) > 0:
+                raise ConfigError(f"{name}={value}: must be more than 0")
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a plan may fill."""
+        return self.memory_bytes * self.shares.usable
+
+    def matmul_flops(self, precision: str) -> float:
+        """FLOP/s that large matrix products reach."""
+        peak: float = getattr(self.flops, precision)
+        if not peak:
+            raise ConfigError(f"training.precision={precision}: {self.source}: has no such matrix products")
+        share: float = getattr(self.shares, precision)
+        return peak * share
+
+    @property
+    def encoder_precision(self) -> str:
+        """What encoders compute in: bf16 on a GPU, and on a CPU where it is the faster one."""
+        return "bf16" if self.is_cuda or self.flops.bf16 > self.flops.fp32 else "fp32"
+
+    @property
+    def encoder_flops(self) -> float:
+        """FLOP/s that encoders reach."""
+        peak: float = getattr(self.flops, self.encoder_precision)
+        return peak * self.shares.encoders
+
+    def attention_flops(self, precision: str) -> float:
+        """FLOP/s that attention reaches; fp8 models attend in bf16."""
+        peak: float = getattr(self.flops, "fp32" if precision == "fp32" else "bf16")
+        return peak * self.shares.attention
+
+
+def kinds() -> list[str]:
+    """Names of the hardware that is known."""
+    return sorted(_read(KINDS))
+
+
+@cache
+def load(kind: str) -> Hardware:
+    """The hardware of a name of hardware.yaml, or of a file of the same keys.
+
+    Args:
+        kind: e.g. a100-80g; or the path of a YAML file, which may say `base: a100-80g` and only what differs.
+
+    Raises:
+        ConfigError: no such name or file, an unknown key, a value of the wrong type.
+    """
+    known = _read(KINDS)
+    if kind in known:
+        return build(Hardware, _with_base(known[kind], known))
+    if not Path(kind).suffix:
+        raise ConfigError(f"--gpu={kind}: unknown; {nearest(kind, sorted(known))}, or give the path of a YAML file")
+    return build(Hardware, _with_base(_read(Path(kind)), known), f"{kind}: ")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--gpu={path}: {error.strerror}; give one of {', '.join(kinds())}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--gpu={path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--gpu={path}: must hold keys such as memory_bytes and flops")
+    return values
+
+
+def _with_base(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The values over those of their base, if they name one."""
+    if (base := values.get("base")) is None:
+        return values
+    if base not in known:
+        raise ConfigError(f"base={base}: unknown hardware; {nearest(str(base), sorted(known))}")
+    return _with_base(known[base], known) | {name: value for name, value in values.items() if name != "base"}

@@ -1,0 +1,89 @@
+"""Parameters, tokens, work and memory of a run, in numbers."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.model.architecture import EXPERTS, VisionConfig
+from megatron_sphinx.model.encoders import build_expert, encoder_work
+from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.planning.memory import EncoderCost
+from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
+
+
+def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """Parameters, tokens, work and memory of a run. Builds the experts without memory, opens no data."""
+    vision, model, data = config.vision, config.model, config.data
+    found = {item.name: expert_cost(item.name) for item in vision.experts}
+    experts = {name: cost.weights for name, cost in found.items()}
+    flops = {name: cost.flops for name, cost in found.items()}
+    weights = {"projections": projection_weights(vision, model.hidden), "language": model.parameters}
+    trained = sum(weights.values()) if config.training.train == "all" else weights[config.training.train]
+    memory = [
+        zero2_bytes(
+            rank_weights(model, vision, layout, stage, config.training.train),
+            layout,
+            precision=config.training.precision,
+        )
+        for stage in range(layout.config.pipeline)
+    ]
+    images = data.samples_per_step * vision.views
+    return {
+        "layout": str(layout),
+        "parameters": {
+            **weights,
+            "active": model.active_parameters,
+            "trained": trained,
+            "frozen": sum(weights.values()) - trained + sum(experts.values()),
+            "experts": experts,
+        },
+        "visual_tokens_per_image": vision.visual_tokens_per_image,
+        "positions_per_image": vision.most_image_positions,
+        "tokens_per_view": vision.tokens_per_view,
+        "views_per_image": vision.views,
+        "flops": {
+            "experts_per_view": flops,
+            "encoders_per_image": sum(flops.values()) * vision.views,
+            "language_per_row": model.train_flops([data.sequence_length], data.sequence_length),
+        },
+        "bytes_per_rank": {f"stage {stage}": bytes_of for stage, bytes_of in enumerate(memory)}
+        | {"encoders": {"weights": 2 * sum(experts.values())}},
+        "feature_bytes_per_view": 2 * vision.feature_values,
+        "feature_bytes_per_step": 2 * vision.feature_values * images if layout.config.encoder else 0,
+    }
+
+
+@cache
+def expert_cost(name: str) -> EncoderCost:
+    """What it takes to encode with one expert; built without memory."""
+    expert = EXPERTS[name]
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build_expert(expert).parameters())
+    flops, values = encoder_work(expert)
+    return EncoderCost(weights, float(flops), float(values))
+
+
+def encoder_cost(config: VisionConfig) -> EncoderCost:
+    """What it takes to encode with the mixture, one expert after the other."""
+    costs = [expert_cost(item.name) for item in config.experts]
+    return EncoderCost(
+        sum(cost.weights for cost in costs), sum(cost.flops for cost in costs), max(cost.values for cost in costs)
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `sizes` has found, readable: a line for each number, sections indented."""
+
+    def lines(values: dict[str, Any], indent: str) -> Iterator[str]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield f"{indent}{name}"
+                yield from lines(value, f"{indent}  ")
+            else:
+                text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+                yield f"{indent}{name:{40 - len(indent)}}{text:>28}"
+
+    return "\n".join(lines(found, ""))

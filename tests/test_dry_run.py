@@ -1,0 +1,194 @@
+"""The dry run: what it counts equals what real ranks count, and what arithmetic says."""
+
+import json
+import pickle
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sphinx import config as configuration
+from megatron_sphinx import platform, run
+from megatron_sphinx.__main__ import main
+from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, Pixels, numbered_rounds, open_sources
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.parallel.progress import Progress
+from megatron_sphinx.planning import dry_run
+from megatron_sphinx.planning.dry_run import Counted
+from megatron_sphinx.planning.recorder import HOST, Recorder
+from megatron_sphinx.platform import Platform
+from megatron_sphinx.stage.channel import FeatureSender, shares_of
+from megatron_sphinx.stage.producer import produce
+
+MIXTRAL = {"model.experts": 4, "model.balance_loss_coefficient": 0.01, "model.z_loss_coefficient": 0.001}
+LAYOUTS = {
+    "tensor and data, one encoder": (5, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.encoder": 1}),
+    "pipeline, two encoders": (6, {"parallel.pipeline": 2, "parallel.encoder": 2, "training.precision": "bf16"}),
+    "colocated, computed again": (
+        2, {"training.precision": "bf16", "training.activation_checkpointing": "full", "model.groups": 4},
+    ),
+    "experts": (
+        5,
+        MIXTRAL | {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert": 2, "parallel.encoder": 1,
+                   "training.precision": "bf16", "training.activation_checkpointing": "selective"},
+    ),
+    "projections alone": (3, {"training.train": "projections", "parallel.encoder": 1}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HostPixels:
+    """A PixelLoader whose pictures are known to be in the CPU's memory, not the device's."""
+
+    loader: PixelLoader
+    recorder: Recorder
+
+    def submit(self, views):
+        pending = self.loader.submit(views)
+
+        def result() -> Pixels:
+            read = pending.result()
+            self.recorder.name(HOST, *read.views.values())
+            return read
+
+        return SimpleNamespace(wait=pending.wait, result=result)
+
+
+def take_real_step(config: configuration.RunConfig, layout: ParallelLayout, target: Path) -> None:
+    """A rank's first step in a real world, counted by our counter and by torch's."""
+    here = Platform(platform.current().device, "gloo", is_bf16_fast=True)
+    dist.init_process_group("gloo")
+    groups = ProcessGroups.create(layout, "gloo")
+    planner, _ = dry_run.plan_of(config, layout)
+    job = run.Job(config, here, groups, open_sources(config.data, config.model), planner)
+    seat, lookahead = groups.seat, config.stage.lookahead
+    if seat.encoder is not None:
+        produce(
+            numbered_rounds(planner, 0, 1), encoder=seat.encoder, encoder_count=config.parallel.encoder,
+            encoders=job.encoders(), pixels=job.pixels(), sender=FeatureSender(groups, lookahead), lookahead=lookahead,
+            progress=Progress(),
+        )  # fmt: skip
+        dist.barrier()  # what it sent is taken
+        return
+    builder = BatchBuilder(config.data, job.sources, config.vision, planner.multiple)
+    recorder = Recorder(dry_run.axes(groups))
+    torchs = FlopCounterMode(display=False)  # it keeps activations alive, so it counts where memory is not compared
+    with torchs if seat.rank else nullcontext():
+        pixels = HostPixels(job.pixels(), recorder)
+        counted = dry_run.language_step(config, groups, here, planner, recorder, builder, job.encoders, pixels)
+    dist.barrier()
+    (target / str(seat.rank)).write_bytes(pickle.dumps((counted, torchs.get_total_flops())))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_equal_those_of_real_ranks(run_ranks, tiny, tmp_path, layout):
+    world, overrides = LAYOUTS[layout]
+    config = configuration.load(tiny.write(tmp_path / "run.yaml", overrides))
+    placed = ParallelLayout(world=world, config=config.parallel)
+    Path(config.run.folder).mkdir()
+    run_ranks(world, lambda: take_real_step(config, placed, tmp_path))
+    for rank in sorted({0, placed.language - 1}):
+        real, flops = pickle.loads((tmp_path / str(rank)).read_bytes())
+
+        def check(rank: int = rank, real: Counted = real, flops: int = flops) -> None:
+            found = dry_run.count(config, placed, rank)
+            assert found.parameters == real.parameters
+            assert found.held == real.held
+            assert found.collectives == real.collectives
+            assert found.flops == real.flops
+            if rank:
+                assert found.flops["matrices"] == flops  # torch's counter knows nothing of attention on the CPU
+                return
+            sent = real.collectives.get(("pipeline", "send"), (0, 0))[1]  # gloo holds that a little longer
+            assert found.peak == pytest.approx(real.peak, rel=0.01, abs=2048 + sent)
+
+        run_ranks(1, check)
+
+
+PAIRS = ["data.pairs_per_step=64", "data.text_tokens_per_step=0"]
+PRESETS = {
+    "sphinx_7b": (34, ["parallel.encoder=2", "model.layers=4", *PAIRS]),
+    "sphinx_13b": (17, ["parallel.encoder=1", "parallel.pipeline=4", "model.layers=8", *PAIRS]),
+    "sphinx_moe": (66, ["parallel.encoder=2", "model.layers=4", "data.conversations_per_step=16"]),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_few_layers(preset, capsys):
+    world, overrides = PRESETS[preset]
+    assert main(["plan", preset, "--ranks", str(world), "--dry-run", "--json", *overrides]) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = configuration.load(Path(preset), overrides)
+    layout = ParallelLayout(world=world, config=config.parallel)
+    stages = config.parallel.pipeline
+    names = ["language"] if stages == 1 else [f"language, stage {stage}" for stage in range(stages) if stage != 2]
+    assert list(found["roles"]) == [*names, "encoder"]
+    for role in names:
+        counted, formula = (found["roles"][role][which] for which in ("counted", "formula"))
+        assert counted["parameters"] == formula["parameters"]
+        for part in ("weights", "gradients", "optimizer"):
+            assert counted[f"bytes held: {part}"] == pytest.approx(formula[f"bytes held: {part}"], rel=1e-3)
+        assert counted["bytes at the peak"] >= counted["bytes held: weights"] + counted["bytes held: optimizer"]
+        times = 1 if stages > 1 else found["micro_batches"]  # in a pipeline once, when the schedule has ended
+        reduced = sum(counted.get(f"{group} all-reduce: bytes", 0) for group in ("data", "expert_data"))
+        assert reduced == pytest.approx(4 * counted["parameters"] * times, rel=1e-3), "gradients travel in fp32"
+    planner, _ = dry_run.plan_of(config, layout)
+    shares = [share for micro in planner.step(0).micro_batches for share in shares_of(micro, config.parallel.encoder)]
+    views = sum(share.count for share in shares if share.encoder == 0)
+    encoder = found["roles"]["encoder"]
+    assert encoder["counted"]["features send: bytes"] == 2 * views * config.vision.feature_values
+    assert encoder["counted"]["FLOPs"] >= encoder["formula"]["FLOPs"], "batches are filled up"
+
+
+def test_the_readable_table(tiny, tmp_path, capsys):
+    config = tiny.write(tmp_path / "run.yaml", {"parallel.encoder": 1})
+    assert main(["plan", str(config), "--ranks", "3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "tensor 1 x data 2 + encoder 1 = 3 ranks" in out
+    assert "step: step 0 of the run's data" in out
+    line = next(line for line in out.splitlines() if line.startswith("  bytes held: optimizer"))
+    assert len(set(line.split()[-2:])) == 1  # counted, formula
+
+
+def test_what_is_made_up_has_the_steps_composition():
+    config = configuration.load(Path("sphinx_7b"))
+    planner, said = dry_run.plan_of(config, ParallelLayout(world=8, config=config.parallel))
+    plan = planner.step(0)
+    assert said.startswith("made up, for weights/tokenizer.model is not there: 640 samples with all views")
+    assert len(plan.pairs) == 640
+    assert sum(tokens for _, _, tokens in plan.text) == 65536
+    assert plan.targets(of_pairs=True) == 640 * (dry_run.CAPTION_TOKENS + 1)
+
+
+def test_a_rank_that_fails_is_an_error(tiny, tmp_path, monkeypatch):
+    config = configuration.load(tiny.write(tmp_path / "run.yaml"))
+    monkeypatch.setattr(dry_run, "count", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="the dry run of language failed; see above"):
+        dry_run.report(config, ParallelLayout(world=1, config=config.parallel))
+
+
+def test_memory_is_counted_by_part_and_time(run_ranks):
+    def check() -> None:
+        recorder = Recorder({})
+        kept = torch.zeros(10)
+        with recorder:
+            with recorder.memory_for("weights"):
+                weights = torch.zeros(100)
+            before = torch.zeros(1000)
+            del before
+            recorder.begin()
+            some = torch.zeros(200) + 1  # two at once
+            more = some[:3] * 2
+            recorder.name(HOST, kept.view(-1))
+            assert recorder.peak() == {"weights": 400, "other": 1600}
+            del some, more
+            weights.view(10, 10) @ weights.view(10, 10)
+            assert recorder.flops == {"matrices": 2 * 10 * 10 * 10, "attention": 0}
+
+    run_ranks(1, check)
