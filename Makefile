@@ -70,7 +70,7 @@ lint: $(VENV)/dev.installed
 ## benchmark: the encoder stage beside colocated encoders, on the same number of ranks, in turn
 benchmark: $(VENV)/demo.installed
 	$(BIN)/python examples/demo_data.py
-	$(BIN)/python -m megatron_sphinx benchmark examples/demo.yaml --ranks 3
+	$(BIN)/python -m megatron_sphinx benchmark examples/demo.yaml --ranks 3 --sweep parallel.encoder=1,0
 
 ## skipping: training on wide pictures with the views that show none of them skipped, beside all views encoded, in turn
 skipping: $(VENV)/demo.installed

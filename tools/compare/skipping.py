@@ -8,7 +8,7 @@ encoders; one rank alone does all. Both variants take the same samples in every 
 these have fewer positions, so the speeds are compared in samples per second, never in tokens.
 
 Prints a table of medians over all measured steps, with the views that are encoded and the positions of a step (text
-included) as planned, and as the last line one JSON object; `ratios` is the speed with skipping over that without.
+included), and as the last line one JSON object; `ratios` is the speed with skipping over that without.
 """
 
 import argparse
@@ -17,15 +17,13 @@ import runpy
 import sys
 import tempfile
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from megatron_sphinx import benchmark
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.loader import make_planner, open_sources, views_in
+from megatron_sphinx.benchmark import sweep
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
@@ -54,17 +52,6 @@ def make_pairs(folder: Path, tokenizer: Tokenizer) -> Path:
     return folder / "pairs"
 
 
-def planned(config: configuration.RunConfig, steps: range) -> dict[str, float]:
-    """Views that are encoded in a step and positions of all its rows, means over some steps."""
-    sources = open_sources(config.data, config.model)
-    planner = make_planner(config.data, sources, config.model, config.vision, replicas=1, seed=config.run.seed)
-    plans = [planner.step(step) for step in steps]
-    return {
-        "views_per_step": fmean(len(views_in(plan.rows)) for plan in plans),
-        "positions_per_step": fmean(plan.positions for plan in plans),
-    }
-
-
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the data in a folder and run both variants."""
     data = configuration.load(args.config, args.overrides).data
@@ -77,15 +64,16 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"data.pairs={make_pairs(folder, Tokenizer(data.tokenizer))}",
         *args.overrides,
     ]
-    measured = range(args.warmup, args.warmup + args.steps)
-    plans = {
-        name: planned(configuration.load(args.config, [*overrides, *own]), measured) for name, own in VARIANTS.items()
-    }
-    speeds = benchmark.compare(
-        args.config, overrides, VARIANTS,
-        ranks=args.ranks, steps=args.steps, warmup=args.warmup, repeats=args.repeats,
+    how = sweep.Measurement(
+        config=args.config, overrides=tuple(overrides), ranks=args.ranks, steps=args.steps, warmup=args.warmup,
+        repeats=args.repeats, folder=folder / "benchmark",
     )  # fmt: skip
-    rows = {name: speeds[name] | plans[name] for name in VARIANTS}
+    speeds = ("samples_per_second", "step_seconds", "exposed_encoder_share")
+    rows = {
+        name: {speed: point[speed] for speed in speeds}
+        | {f"{what}_per_step": point["work"][what] for what in ("views", "positions")}
+        for name, point in sweep.compare(how, VARIANTS).items()
+    }
     ratio = rows["skipping"]["samples_per_second"] / rows["all views"]["samples_per_second"]
     return {
         "views": args.views,

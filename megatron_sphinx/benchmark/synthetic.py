@@ -1,0 +1,136 @@
+"""Made-up data of a configured step's composition, so that a cluster can be measured before anything is downloaded.
+
+Pictures, captions and documents are written by the package's own writers and read by its own loader; the encoders'
+weights are drawn. Losses mean nothing.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.conversation_writer import index_conversations
+from megatron_sphinx.data.pair_writer import index_shards, write_shards
+from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.data.text_writer import TokenWriter
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import ConfigError
+
+# Sizes of what is made: a picture's shorter side in pixels and most aspect ratio, log-normal lengths in tokens
+# (median, sigma, most), and how many tokens of text.
+SHORTER_SIDE, MOST_RATIO, QUALITY = (224, 512), 2.0, 90
+CAPTION, DOCUMENT = (16, 0.6, 128), (400, 1.0, 16384)
+PICTURES, TEXT_TOKENS = 256, 2**20
+PATHS = [f"data.{name}=synthetic" for name in ("pairs", "conversations", "text", "tokenizer")]  # until they are made
+ABOUT = (
+    f"{PICTURES} JPEG pictures (quality {QUALITY}) of smooth noise, shorter side {SHORTER_SIDE[0]} to {SHORTER_SIDE[1]}"
+    f" pixels, sides up to {MOST_RATIO:g}:1; captions and documents of random words, one token each, lengths log-normal"
+    f" with medians {CAPTION[0]} and {DOCUMENT[0]}, sigmas {CAPTION[1]} and {DOCUMENT[1]}; used again and again;"
+    " weights of the encoders drawn"
+)
+
+
+def prepared(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with data that is made up in a folder, unless it is there, and with drawn weights."""
+    data, vocabulary = config.data, config.model.vocabulary
+    kind = "conversations" if data.conversations_per_step else "pairs"
+    folder = folder.resolve() / f"{kind}_of_{vocabulary}_words"
+    path = folder / "tokenizer.model"
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_tokenizer(vocabulary))
+        tokenizer, rng = Tokenizer(path), np.random.default_rng(0)
+        _write_samples(folder, kind, tokenizer, rng)
+        _write_text(folder / "text", tokenizer, rng)
+        (folder / "done").touch()
+    sources: dict[str, Any] = {"pairs": (), "conversations": ()}
+    sources |= {name: (DataSource(path=str(folder / name)),) for name in (kind, "text")}
+    return replace(
+        config,
+        data=replace(data, tokenizer=str(path), **sources),
+        model=replace(config.model, weights=None),
+        vision=replace(config.vision, experts=tuple(replace(item, weights="random") for item in config.vision.experts)),
+    )
+
+
+def _tokenizer(vocabulary: int) -> bytes:
+    """A sentencepiece model of so many pieces, all words but three."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    if vocabulary < 4:
+        raise ConfigError(f"model.vocabulary={vocabulary}: synthetic text needs a word; use at least 4")
+    model = ModelProto()
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}  # unknown, control, control
+    for piece in (*kinds, *(f"\u2581{_word(number)}" for number in range(vocabulary - len(kinds)))):
+        model.pieces.add(piece=piece, score=0.0 if piece in kinds else -1.0, type=kinds.get(piece, 1))
+    model.trainer_spec.model_type = 1  # unigram
+    model.trainer_spec.vocab_size = vocabulary
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _word(number: int) -> str:
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
+def _lengths(count: int, about: tuple[int, float, int], rng: np.random.Generator) -> NDArray[np.int64]:
+    middle, sigma, most = about
+    return np.clip(np.rint(rng.lognormal(np.log(middle), sigma, count)), 1, most).astype(np.int64)
+
+
+def _sentences(vocabulary: int, rng: np.random.Generator) -> Iterator[str]:
+    """Random words for each picture, as many as a caption has."""
+    for length in _lengths(PICTURES, CAPTION, rng):
+        yield " ".join(_word(int(number)) for number in rng.integers(vocabulary - 3, size=length))
+
+
+def _picture(rng: np.random.Generator) -> bytes:
+    """A JPEG of smooth noise with some fine noise on it."""
+    short = int(rng.integers(*SHORTER_SIDE))
+    size = [short, round(short * MOST_RATIO ** float(rng.random()))]
+    rng.shuffle(size)
+    coarse = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((size[0], size[1]))
+    fine = rng.integers(-12, 13, size=(size[1], size[0], 1))
+    content = io.BytesIO()
+    Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8)).save(content, "jpeg", quality=QUALITY)
+    return content.getvalue()
+
+
+def _write_samples(folder: Path, kind: str, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    """An index of pairs, or of conversations of one question and one answer."""
+    pictures, vocabulary = folder / "pictures", tokenizer.mark.vocabulary
+    pictures.mkdir(exist_ok=True)
+    names = [f"{number:06d}" for number in range(PICTURES)]
+    captions = list(_sentences(vocabulary, rng))
+    for name, caption in zip(names, captions, strict=True):
+        (pictures / f"{name}.jpg").write_bytes(_picture(rng))
+        (pictures / f"{name}.txt").write_text(caption)
+    if kind == "pairs":
+        index_shards(write_shards(pictures, folder / "shards"), folder / kind, tokenizer)
+        return
+    items = []
+    for name, answer, question in zip(names, captions, _sentences(vocabulary, rng), strict=True):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        items.append({"id": name, "image": f"{name}.jpg", "conversations": turns})
+    (folder / "conversations.json").write_text(json.dumps(items))
+    index_conversations([folder / "conversations.json"], folder / kind, tokenizer, images=pictures)
+
+
+def _write_text(prefix: Path, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    """Documents of random tokens."""
+    tokens = TEXT_TOKENS
+    with TokenWriter(prefix, tokenizer) as writer:
+        while tokens > 0:
+            (length,) = _lengths(1, DOCUMENT, rng)
+            words = rng.integers(3, tokenizer.mark.vocabulary, size=length).tolist()
+            writer.add([tokenizer.bos, *words, tokenizer.eos])
+            tokens -= int(length) + 2
