@@ -1,6 +1,9 @@
 """Errors a run can end with. Each message names what, where, and a way out, in one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class SphinxError(Exception):
@@ -27,9 +30,22 @@ class FolderError(SphinxError, OSError):
 
 
 class DivergedError(SphinxError, ArithmeticError):
-    """The loss is not finite; the weights were left as they were before the step."""
+    """A loss or gradient that is not finite, or spikes; the weights were left as they were before the step."""
 
     exit_status = 1
+    is_shared = True
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into the run folder into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"run.folder={folder}: cannot be written ({error.strerror or error}); "
+            f"make room or give another folder, then go on with checkpoint.resume=auto"
+        ) from error
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.progress import Progress
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
@@ -146,15 +148,24 @@ class CheckpointStore:
         keep: how many of the newest stay.
         identity: what a checkpoint must agree with to be resumed: model, encoders, tokenizer, data.
         about: what it says of itself beside that, for its reader.
+        progress: where the thread that writes makes itself known.
 
     Attributes:
         waiting_seconds: how long the run has waited for its checkpoints.
     """
 
     def __init__(
-        self, folder: Path, groups: ProcessGroups, *, keep: int, identity: dict[str, Any], about: dict[str, Any]
+        self,
+        folder: Path,
+        groups: ProcessGroups,
+        *,
+        keep: int,
+        identity: dict[str, Any],
+        about: dict[str, Any],
+        progress: Progress | None = None,
     ) -> None:
         self.folder, self.groups, self.keep, self.identity, self.about = folder, groups, keep, identity, about
+        self._progress = progress or Progress()
         self.waiting_seconds = 0.0
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -162,7 +173,15 @@ class CheckpointStore:
 
     # save
 
-    def save(self, step: int, pieces: Iterable[Piece], objects: dict[str, Any], *, bad_pairs: int) -> None:
+    def save(
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        objects: dict[str, Any],
+        *,
+        bad_pairs: int,
+        divergence: dict[str, Any] | None = None,
+    ) -> None:
         """Keep the state after `step` steps; every language rank calls this, together.
 
         Returns when the state is copied; it is written in the background. One save waits for the one before it.
@@ -173,6 +192,7 @@ class CheckpointStore:
                 are written once.
             objects: what belongs to this rank alone, e.g. its random state.
             bad_pairs: of the run so far.
+            divergence: what the run must remember to judge its losses.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -180,7 +200,7 @@ class CheckpointStore:
         begin = time.perf_counter()
         self.finish()
         planner = _SavePlanner([_copied(piece) for piece in pieces], self._named(objects))
-        self._saving = self._pool.submit(self._write, step, planner, bad_pairs)
+        self._saving = self._pool.submit(self._write, step, planner, {"bad_pairs": bad_pairs, "divergence": divergence})
         self.waiting_seconds += time.perf_counter() - begin
 
     @property
@@ -201,15 +221,16 @@ class CheckpointStore:
     def _named(self, objects: dict[str, Any]) -> dict[str, Any]:
         return {f"rank {self.groups.seat.rank}/{name}": value for name, value in objects.items()}
 
-    def _write(self, step: int, planner: _SavePlanner, bad_pairs: int) -> None:
+    def _write(self, step: int, planner: _SavePlanner, history: dict[str, Any]) -> None:
         """Everything that is done in the background; the ranks talk over a group of its own."""
+        self._progress.saver = get_ident()
         target = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{target.name}.partial"
 
         def publish(files: list[dict[str, str]]) -> None:
             sums = {name: value for part in files for name, value in part.items()}
             sums[".metadata"] = sha256_of(partial / ".metadata")
-            manifest = {"step": step, "bad_pairs": bad_pairs, "identity": self.identity, **self.about, "files": sums}
+            manifest = {"step": step, **history, "identity": self.identity, **self.about, "files": sums}
             write_manifest(partial, manifest)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)

@@ -62,10 +62,19 @@ class ProcessGroups:
     collection: ProcessGroupCollection | None = None
 
     @classmethod
-    def create(cls, layout: ParallelLayout, backend: str, timeout: timedelta | None = None) -> "ProcessGroups":
+    def create(
+        cls,
+        layout: ParallelLayout,
+        backend: str,
+        timeout: timedelta | None = None,
+        storage_timeout: timedelta | None = None,
+        *,
+        storage_backend: str = "gloo",
+    ) -> "ProcessGroups":
         """Build every group on the initialised world; each rank calls this once, together.
 
         A group does not take over the world's `timeout`: without one of its own it waits as long as the backend likes.
+        `storage_timeout` is that of `storage`.
         """
         sizes = layout.config
         dense = {"tp": sizes.tensor, "cp": 1, "dp": layout.data, "pp": sizes.pipeline}
@@ -73,13 +82,15 @@ class ProcessGroups:
             "expt_tp": sizes.expert_tensor, "ep": sizes.expert, "expt_dp": layout.expert_data, "pp": sizes.pipeline,
         }  # fmt: skip
 
-        def create(grid: dict[str, int], axes: dict[str, list[str]], backend: str) -> dict[str, ProcessGroup]:
+        def create(
+            grid: dict[str, int], axes: dict[str, list[str]], backend: str, timeout: timedelta | None = timeout
+        ) -> dict[str, ProcessGroup]:
             made = HyperCommGrid(list(grid.values()), list(grid), rank_offset=0, backend=backend)
-            return {name: made.create_pg(dims, timeout=timeout) for name, dims in axes.items()}
+            return {name: made.create_pg(dims, timeout=timeout, group_desc=name) for name, dims in axes.items()}
 
         groups = create(dense, _DENSE, backend) | create(experts, _EXPERTS, backend)
         flags = create(dense, {"flags": ["pp"]}, backend) if sizes.pipeline > 1 else {}
-        storage = create(dense, {"storage": ["tp", "cp", "dp", "pp"]}, "gloo")
+        storage = create(dense, {"storage": ["tp", "cp", "dp", "pp"]}, storage_backend, storage_timeout)
         seat = layout.seat(dist.get_rank())
         if seat.encoder is not None:
             return cls(layout, seat)

@@ -1,96 +1,237 @@
 """How ranks learn that the job ends: a failing rank's own error comes first, and the others follow within seconds.
 
 Every rank watches one key of the job's store from a thread. Whoever ends the job writes it; a rank that is stuck in a
-collective, or far ahead of the others, sees it and leaves.
+collective, or far ahead of the others, sees it and leaves. The same thread publishes where the rank is. The first rank
+reads that of all ranks and ends the job when one of them holds the others up; so does the last rank, a little later,
+in case that the first is the one.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
+from math import inf
 from threading import Event, Thread
 from typing import Any, NoReturn
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-_KEY = "megatron_sphinx/ended"
+from megatron_sphinx.parallel.progress import Beat, Progress
+from megatron_sphinx.parallel.stalls import Heard, find_stall, find_stragglers
+
+_ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"
 _GRACE_SECONDS = 3.0
+_LOOK_SECONDS = 0.5
+_MOST_BEAT_SECONDS = 3.0
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGUSR1 has come; Slurm sends one of them before it takes the nodes away."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.has_come = True
 
 
 class Lifeline:
     """The end of the job, as one rank sees and announces it.
 
     Args:
-        store: a connection of this rank's own to the job's store; None for a job of one rank.
+        store: a connection of this rank's own to the job's store.
         name: what this rank is called in messages.
+        rank: number of this rank in the world.
+        world: ranks in the job.
+        progress: where this rank is; nobody is ever blamed without limits in it.
+        stop: set where another rank was told to stop.
+        straggler_ratio: how many times slower than the others a rank is that is reported.
     """
 
-    def __init__(self, store: Store | None, name: str, *, is_first_rank: bool = True) -> None:
-        self.name, self.is_first_rank = name, is_first_rank
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        *,
+        rank: int,
+        world: int,
+        progress: Progress | None = None,
+        stop: StopSignal | None = None,
+        straggler_ratio: float = 1.3,
+    ) -> None:
+        self.name, self.is_first_rank = name, rank == 0
+        self._rank, self._world, self._stop, self._ratio = rank, world, stop, straggler_ratio
+        self._progress = progress or Progress()
         self._store, self._closed = store, Event()
-        self._watcher: Thread | None = None
-        if store is not None:
-            self._watcher = Thread(target=self._watch, args=(store,), name="lifeline", daemon=True)
-            self._watcher.start()
+        self._beat_seconds = min(_MOST_BEAT_SECONDS, max(_LOOK_SECONDS, self._progress.timeout / 30))
+        self._heard: dict[int, tuple[Beat, float]] = {}
+        self._answered, self._blamed_since = time.monotonic(), inf
+        threads = {"lifeline": self._watch, "lifeline of the store": self._watch_store}
+        self._watchers = [Thread(target=work, name=name, daemon=True) for name, work in threads.items()]
+        for watcher in self._watchers:
+            watcher.start()
 
     @classmethod
-    def connect(cls, name: str) -> "Lifeline":
+    def connect(cls, name: str, **options: Any) -> "Lifeline":
         """A lifeline over the store that the ranks met at, by torchrun's MASTER_ADDR and MASTER_PORT."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(None, name)
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-        return cls(store, name, is_first_rank=os.environ["RANK"] == "0")
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        store: Store = HashStore()
+        if world > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives it
+        return cls(PrefixStore(f"megatron_sphinx/{attempt}", store), name, rank=rank, world=world, **options)
 
     def leave(self, status: int, reason: str) -> NoReturn:
         """Announce that the job ends with `status`, and end this process; the first announcement stands.
 
         The first rank, where the store may live, goes last.
         """
-        assert self._store is not None
         self._closed.set()
         with suppress(RuntimeError):  # the store is gone already
-            end = {"status": status, "by": self.name, "reason": " ".join(reason.split())[:200]}
-            self._store.compare_set(_KEY, "", json.dumps(end))
-            if self.is_first_rank:
-                time.sleep(_GRACE_SECONDS + 1.5)
-        _exit(status)
+            self._announce(status, reason)
+        self._go(status, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
 
     def close(self) -> None:
         """Stop watching: from here on other ranks may leave."""
         self._closed.set()
-        if self._watcher is not None:
-            self._watcher.join()
+        for watcher in self._watchers:
+            watcher.join()
 
     def ended(self) -> dict[str, Any] | None:
         """How another rank ended the job, if one did: its `status`, who it was (`by`), and the `reason`."""
-        return _read(self._store) if self._store is not None else None
+        return _read(self._store)
 
-    def _watch(self, store: Store) -> None:
-        while not self._closed.wait(0.5):
-            if (end := _read(store)) is None:
+    def why_broken(self) -> dict[str, Any] | None:
+        """How the job ended, asked by a rank whose connection to another one broke; waits until who is gone is known.
+
+        None where nobody is gone, which takes some seconds to be sure of.
+        """
+        with suppress(RuntimeError):
+            self._store.set(_BROKEN, self.name)
+        deadline = time.monotonic() + 2 * self._silence_when_broken + 2 * self._beat_seconds
+        while (end := self.ended()) is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return end
+
+    @property
+    def _silence_when_broken(self) -> float:
+        """Seconds without a beat that prove a rank gone once a connection has broken."""
+        return 2 * self._beat_seconds + 1
+
+    def _announce(self, status: int, reason: str) -> bool:
+        """Whether this rank's announcement is the one that stands."""
+        end = json.dumps({"status": status, "by": self.name, "reason": " ".join(reason.split())[:400]})
+        return bool(self._store.compare_set(_ENDED, "", end) == end.encode())
+
+    def _watch(self) -> None:
+        """The life of the thread that talks to the store."""
+        published = -1e9
+        while not self._closed.wait(_LOOK_SECONDS):
+            try:
+                end = _read(self._store)
+                if end is None:
+                    self._pass_on_stop()
+                    is_due = (now := time.monotonic()) - published >= self._beat_seconds
+                    if is_due:
+                        published = now
+                        self._store.set(f"{_BEAT}/{self._rank}", json.dumps(asdict(self._progress.beat(self.name))))
+                    if self._rank in (0, self._world - 1):
+                        is_broken = self._store.check([_BROKEN])
+                        if is_due or is_broken:
+                            self._judge(is_broken=is_broken)
+                self._answered = time.monotonic()
+            except RuntimeError:  # the store is gone; the next look finds out
+                continue
+            if end is None:
                 continue
             if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
             print(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
-            _exit(end["status"])
+            self._go(end["status"], 1.5 if self.is_first_rank else 0.0)
+
+    def _pass_on_stop(self) -> None:
+        """Tell the first rank what this one was told, and it tells all at the end of its step."""
+        if self._stop is None:
+            return
+        if self.is_first_rank:
+            self._stop.has_come = self._stop.has_come or self._store.check([_STOP])
+        elif self._stop.has_come:
+            self._store.set(_STOP, self.name)
+
+    def _judge(self, *, is_broken: bool) -> None:
+        """Read where all ranks are; end the job if one holds it up, say which are slow."""
+        now, keys = time.monotonic(), [f"{_BEAT}/{rank}" for rank in range(self._world)]
+        if len(self._heard) < self._world and not self._store.check(keys):
+            return
+        for rank, text in enumerate(self._store.multi_get(keys)):
+            beat = Beat(**json.loads(text))
+            if rank not in self._heard or self._heard[rank][0].number != beat.number:
+                self._heard[rank] = (beat, now)
+        found = find_stall(
+            [Heard(beat, now - since) for beat, since in self._heard.values()],
+            timeout=self._progress.timeout,
+            storage_timeout=self._progress.storage_timeout,
+            silence=self._silence_when_broken if is_broken else self._progress.timeout,
+        )
+        self._blamed_since = min(self._blamed_since, now) if found else inf
+        later = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
+        if found and now - self._blamed_since >= later and self._announce(1, found):
+            self._closed.set()
+            print(f"megatron-sphinx train: {found}", file=sys.stderr, flush=True)
+            self._go(1, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
+        if self.is_first_rank:
+            self._report_stragglers()
+
+    def _report_stragglers(self) -> None:
+        slow = find_stragglers([beat for beat, _ in self._heard.values()], self._ratio)
+        for who in slow.keys() - self._progress.stragglers.keys():
+            print(
+                f"straggler: {who} takes {slow[who]:.2f} times as long as the median rank for the same work", flush=True
+            )
+        for who in self._progress.stragglers.keys() - slow.keys():
+            print(f"no longer a straggler: {who}", flush=True)
+        self._progress.stragglers = slow
+
+    def _watch_store(self) -> None:
+        """The life of the thread that never talks to the store: does it still answer?"""
+        limit = self._progress.timeout
+
+        def silence() -> float:
+            return time.monotonic() - self._answered
+
+        while not self._closed.wait(_LOOK_SECONDS):
+            if silence() < limit or self._closed.wait(2.0) or silence() < limit:  # this process may have been stopped
+                continue
+            where = os.environ.get("MASTER_ADDR", "this process")
+            print(
+                f"[{self.name}] leaves: run.timeout={limit:g}: the job's store on {where} has not answered for "
+                f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._go(1)
+
+    def _go(self, status: int, seconds: float = 0.0) -> NoReturn:
+        """End this process after so many seconds: no destructor waits for a message that will never come."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(seconds)
+        os._exit(status)
 
 
 def _read(store: Store) -> dict[str, Any] | None:
     """The announcement, if there is one; a store that is gone says that the job is."""
     try:
-        if not store.check([_KEY]):
+        if not store.check([_ENDED]):
             return None
-        end: dict[str, Any] = json.loads(store.get(_KEY))
+        end: dict[str, Any] = json.loads(store.get(_ENDED))
     except RuntimeError:
         return {"status": 1, "by": "the first rank, where the store was,", "reason": "it is gone"}
     return end
-
-
-def _exit(status: int) -> NoReturn:
-    """End this process at once: no destructor waits for a message that will never come."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

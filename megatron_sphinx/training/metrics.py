@@ -5,32 +5,20 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.errors import FolderError
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into the run folder into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise FolderError(
-            f"run.folder={folder}: cannot be written ({error.strerror or error}); "
-            f"make room or give another folder, then go on with checkpoint.resume=auto"
-        ) from error
+from megatron_sphinx.errors import writing
 
 
 class Reporter:
     """Writes what rank 0 knows after each step.
 
     Args:
-        folder: the run folder; metrics.jsonl in it is cut back to the steps before `start`.
+        folder: the run folder; metrics.jsonl and skipped.jsonl in it are cut back to the steps before `start`.
         start: first step of this process.
         steps: steps of the whole run.
         interval: steps between two progress lines.
@@ -40,7 +28,9 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.steps, self.interval, self.start = folder / "metrics.jsonl", steps, interval, start
-        _cut_back(self.path, start)
+        self._skipped = folder / "skipped.jsonl"
+        for path in (self.path, self._skipped):
+            _cut_back(path, start)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self._seconds: deque[float] = deque(maxlen=50)
@@ -62,12 +52,22 @@ class Reporter:
         if step % self.interval == 0 or step in (self.start, self.steps - 1):
             print(self._progress(line), flush=True)
 
+    def write_skipped(self, line: dict[str, Any]) -> None:
+        """Record a step that was skipped: which samples, and why.
+
+        Raises:
+            FolderError: the disk is full.
+        """
+        with writing(self.path.parent), self._skipped.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        say(f"step {line['step'] + 1} is skipped: {line['reason']}; its samples are in skipped.jsonl")
+
     def _progress(self, line: dict[str, Any]) -> str:
         left = (self.steps - 1 - line["step"]) * sum(self._seconds) / len(self._seconds)
         text = time.strftime("%H:%M:%S", time.gmtime(left))
         return (
-            f"step {line['step'] + 1}/{self.steps}  loss {line['loss']:.4f}  pairs {_shown(line['loss_pairs'])}  "
-            f"text {_shown(line['loss_text'])}  norm {line['gradient_norm']:.2f}  "
+            f"step {line['step'] + 1}/{self.steps}  loss {_shown(line['loss'])}  pairs {_shown(line['loss_pairs'])}  "
+            f"text {_shown(line['loss_text'])}  norm {_shown(line['gradient_norm'], 2)}  "
             f"{line['tokens_per_second']:.0f} tokens/s  waits: encoder {line['exposed_encoder_seconds']:.2f} s, "
             f"data {line['data_wait_seconds']:.2f} s  ETA {text}"
         )
@@ -80,8 +80,8 @@ class Reporter:
             plot(self.path, self.path.with_name("loss.png"))
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _shown(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _cut_back(path: Path, start: int) -> None:

@@ -1,0 +1,166 @@
+"""Where a rank is in the run: its main thread notes it at no cost, its watcher publishes it, others judge by it."""
+
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from math import inf
+from threading import get_ident
+from types import FrameType
+
+PACKAGE = __name__.partition(".")[0]
+_PROBES = 3
+
+
+class Doing(Enum):
+    """What a rank can be at, in the order of a step."""
+
+    STARTING = "starting up"
+    READING = "reading data"
+    ENCODING = "encoding"
+    SENDING = "waiting for its features to be taken"
+    COMPUTING = "forward and backward"
+    COUNTING = "adding up the losses of all ranks"
+    UPDATING = "updating the weights"
+    REPORTING = "writing the metrics"
+    SAVING = "saving a checkpoint"
+    ENDING = "waiting for the end"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it may take as long as files do."""
+        return self in (Doing.STARTING, Doing.SAVING, Doing.ENDING)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is nothing but waiting for other ranks."""
+        return self in (Doing.SENDING, Doing.COUNTING, Doing.ENDING)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank publishes of itself every few seconds.
+
+    Attributes:
+        number: of the beat; one that has not changed says that the process is stopped or gone.
+        who: its role and rank.
+        host: the machine.
+        doing: name of what it is at.
+        step: optimizer step; -1 before the first.
+        micro_batch: of the step, counted from 0; None where it makes no difference.
+        seconds: since when it is at that.
+        is_waiting: whether it waits for other ranks.
+        place: line of this package that it is in, as file:line in function.
+        probe_seconds: the least of its last probes; None before there are enough.
+    """
+
+    number: int
+    who: str
+    host: str
+    doing: str
+    step: int
+    micro_batch: int | None
+    seconds: float
+    is_waiting: bool
+    place: str
+    probe_seconds: float | None
+
+    @property
+    def kind(self) -> Doing:
+        """What it is at."""
+        return Doing[self.doing]
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts by how far the rank has come."""
+        return self.step, list(Doing).index(self.kind), self.micro_batch or 0
+
+    @property
+    def where(self) -> str:
+        """For a message: step, micro-batch, what it is at, and the line of code."""
+        step = f"step {self.step}, " if self.step >= 0 else ""
+        part = f"micro-batch {self.micro_batch}, " if self.micro_batch is not None else ""
+        return f"{step}{part}{self.kind.value}" + (f" ({self.place})" if self.place else "")
+
+
+class Progress:
+    """One rank's progress; made on the thread that does the rank's work.
+
+    Args:
+        timeout: seconds that a rank may stay at one thing.
+        storage_timeout: the same for what reads or writes large files.
+        probe: takes a fixed small piece of work, and says how many seconds it took.
+        probe_interval: steps between two probes; 0 for none.
+
+    Attributes:
+        stragglers: how many times slower than the others some ranks are, as the first rank's watcher sees it.
+        saver: the thread that writes checkpoints, for which the rank may have to wait; None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = inf,
+        storage_timeout: float = inf,
+        probe: Callable[[], float] | None = None,
+        probe_interval: int = 0,
+    ) -> None:
+        self.timeout, self.storage_timeout = timeout, storage_timeout
+        self.stragglers: dict[str, float] = {}
+        self.saver: int | None = None
+        self._probe, self._probe_interval = probe, probe_interval
+        self._probes: deque[float] = deque(maxlen=_PROBES)
+        self._thread, self._host = get_ident(), socket.gethostname()
+        self._step, self._beats = -1, 0
+        self._mark: tuple[Doing, int | None, float] = (Doing.STARTING, None, time.monotonic())
+
+    def begin(self, step: int, micro_batch: int | None = None) -> None:
+        """The rank reads what a step needs; now and then its speed is probed first."""
+        is_new, self._step = step != self._step, step
+        if is_new and self._probe and self._probe_interval and step % self._probe_interval == 0:
+            self._probes.append(self._probe())
+        self.at(Doing.READING, micro_batch)
+
+    def at(self, doing: Doing, micro_batch: int | None = None) -> None:
+        """Note what the rank is at."""
+        self._mark = (doing, micro_batch, time.monotonic())
+
+    def beat(self, who: str) -> Beat:
+        """What is to be published now; may be called from any thread."""
+        self._beats += 1
+        doing, micro_batch, since = self._mark
+        thread = self.saver if doing is Doing.SAVING and self.saver else self._thread
+        is_waiting, place = _look(sys._current_frames().get(thread))
+        return Beat(
+            number=self._beats,
+            who=who,
+            host=self._host,
+            doing=doing.name,
+            step=self._step,
+            micro_batch=micro_batch,
+            seconds=round(time.monotonic() - since, 1),
+            is_waiting=is_waiting or doing.is_waiting,
+            place=place,
+            probe_seconds=min(self._probes) if len(self._probes) == _PROBES else None,
+        )
+
+
+def _look(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and the line of this package that it is in; reads no file."""
+    is_waiting = frame is not None and (
+        (_module(frame).startswith("torch.distributed") and "checkpoint" not in _module(frame))
+        or not {"wait", "synchronize"}.isdisjoint(frame.f_code.co_names)
+    )
+    while frame is not None and (not _module(frame).startswith(PACKAGE) or _module(frame).endswith(".lifeline")):
+        frame = frame.f_back
+    if frame is None:
+        return is_waiting, ""
+    name = frame.f_code.co_filename.rpartition("/")[2]
+    return is_waiting, f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

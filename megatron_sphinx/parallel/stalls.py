@@ -1,0 +1,84 @@
+"""Who holds the job up, and who is slow: judged from what every rank says of itself. Arithmetic only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+
+from megatron_sphinx.parallel.progress import Beat
+
+_NAMED = 3  # ranks of whom a message says where they are
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known of a rank.
+
+    Attributes:
+        beat: the last that it published.
+        silent_seconds: since when that has been all.
+    """
+
+    beat: Beat
+    silent_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been where it is."""
+        return self.beat.seconds + self.silent_seconds
+
+
+def find_stall(ranks: Sequence[Heard], *, timeout: float, storage_timeout: float, silence: float) -> str | None:
+    """One line on who holds the others up, if the job does not get on; else None.
+
+    A rank that is not heard of is to blame before all others; then one that waits for nobody and is furthest behind.
+    Where all wait for one another, those furthest behind are named. While a rank reads or writes large files the
+    others may wait for it.
+
+    Args:
+        ranks: all of the job.
+        timeout: seconds that a rank may stay at one thing.
+        storage_timeout: the same for what reads or writes large files.
+        silence: seconds after which a rank that publishes nothing is gone.
+    """
+
+    def limit(rank: Heard) -> float:
+        return storage_timeout if rank.beat.kind.is_long else timeout
+
+    if gone := [rank for rank in ranks if rank.silent_seconds >= silence]:
+        seconds = max(rank.silent_seconds for rank in gone)
+        what = f"has not been heard of for {seconds:.0f} s (killed, stopped, or its node is gone), last in"
+        return _line(f"run.timeout={timeout:g}", gone, what, ranks)
+    late = [rank for rank in ranks if rank.seconds >= limit(rank)]
+    in_time = (rank.beat.kind for rank in ranks if rank.seconds < limit(rank))
+    if not late or any(doing.is_long and not doing.is_waiting for doing in in_time):
+        return None
+    working = [rank for rank in ranks if not rank.beat.is_waiting]
+    behind = [rank for rank in late if not rank.beat.is_waiting] or working or late
+    lowest = min(rank.beat.order for rank in behind)
+    stuck = [rank for rank in behind if rank.beat.order == lowest]
+    what = f"{'is stuck' if working else 'waits, as all do,'} for {max(rank.seconds for rank in stuck):.0f} s in"
+    key = "run.storage_timeout" if stuck[0].beat.kind.is_long else "run.timeout"
+    return _line(f"{key}={limit(stuck[0]):g}", stuck, what, ranks)
+
+
+def _line(key: str, blamed: Sequence[Heard], what: str, ranks: Sequence[Heard]) -> str:
+    named = "; ".join(f"{rank.beat.who} on host {rank.beat.host} {what} {rank.beat.where}" for rank in blamed[:_NAMED])
+    more = f" and {len(blamed) - _NAMED} more" if len(blamed) > _NAMED else ""
+    known = {id(rank) for rank in blamed}
+    waiting = [rank for rank in ranks if id(rank) not in known]
+    first = min(waiting, key=lambda rank: rank.beat.order, default=None)
+    count = "1 rank waits" if len(waiting) == 1 else f"{len(waiting)} ranks wait"
+    others = f"; {count}, the first, {first.beat.who}, in {first.beat.where}" if first else ""
+    return f"{key}: {named}{more}{others}; look there, then resume with checkpoint.resume=auto"
+
+
+def find_stragglers(beats: Sequence[Beat], ratio: float) -> dict[str, float]:
+    """Ranks that took `ratio` times as long as the median rank for the same work in each of their last probes, or more.
+
+    Noise only ever adds time, so a rank is as fast as the best of its last probes.
+    """
+    known = {f"{beat.who} on host {beat.host}": beat.probe_seconds for beat in beats if beat.probe_seconds is not None}
+    if len(known) < 2:
+        return {}
+    usual = median_low(known.values())
+    return {who: round(seconds / usual, 2) for who, seconds in known.items() if seconds >= ratio * usual}
