@@ -56,6 +56,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
     batch = MicroBatch(
         tokens=torch.tensor(tokens),
         targets=torch.tensor(targets),
+        target_positions=(torch.tensor(targets) >= 0).nonzero().flatten(),
         lengths=tuple(lengths),
         pair_of_token=torch.zeros(len(tokens), dtype=torch.int64),
         row_of_token=torch.zeros(len(tokens), dtype=torch.int64),
@@ -76,8 +77,9 @@ def accuracy(model: SphinxModel, config: RunConfig, features: torch.Tensor, labe
     for first in range(0, len(labels), size):
         chunk = features[first : first + size]
         batch, numbers = candidates(tokenizer, config.vision.tokens_per_view, len(chunk))
-        losses = model(batch, chunk.repeat(10, 1)).double().masked_fill(batch.targets < 0, 0.0)
-        totals = torch.zeros(len(chunk) * 10, dtype=torch.float64).index_add_(0, numbers, losses)
+        losses = model(batch, chunk.repeat(10, 1)).double()
+        totals = torch.zeros(len(chunk) * 10, dtype=torch.float64)
+        totals.index_add_(0, numbers[batch.target_positions], losses)
         right += int((totals.view(-1, 10).argmin(1) == labels[first : first + size]).sum())
     return right / len(labels)
 

@@ -14,6 +14,7 @@ from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.stage.dealing import StageConfig
+from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
 
 T = TypeVar("T")  # a dataclass
@@ -26,14 +27,34 @@ class FolderConfig:
     Attributes:
         folder: what the run writes goes here.
         seed: every random choice of the run follows from it.
-        timeout: seconds after which a collective that does not end is an error.
+        timeout: seconds after which a rank that gets no further, or is not heard of, ends the job and is named.
+        storage_timeout: the same for starting up and for saving a checkpoint.
         print_interval: steps between two progress lines.
+        straggler_interval: steps between two probes of each rank's speed, a matrix product of some milliseconds; 0 for
+            none.
+        straggler_ratio: how many times the median rank's time a rank must have taken in each of its last three probes
+            to be reported.
     """
 
     folder: str
     seed: int = 1
     timeout: float = 600.0
+    storage_timeout: float = 1800.0
     print_interval: int = 10
+    straggler_interval: int = 100
+    straggler_ratio: float = 1.3
+
+    def __post_init__(self) -> None:
+        if not self.timeout >= 3:
+            raise ConfigError(f"run.timeout={self.timeout}: must be at least 3; ranks are heard of only so often")
+        if not self.storage_timeout >= self.timeout:
+            raise ConfigError(
+                f"run.storage_timeout={self.storage_timeout}: must be at least run.timeout={self.timeout}"
+            )
+        if self.straggler_interval < 0:
+            raise ConfigError(f"run.straggler_interval={self.straggler_interval}: must be at least 0")
+        if not self.straggler_ratio > 1:
+            raise ConfigError(f"run.straggler_ratio={self.straggler_ratio}: must be above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +151,7 @@ class RunConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
 
     def __post_init__(self) -> None:
         overhead = 2 + self.vision.most_image_positions

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
+from platform import machine
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +36,15 @@ class Platform:
         """Whether an accelerator is present."""
         return self.device.type == "cuda"
 
+    @property
+    def model(self) -> str:
+        """What the device is sold as."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.device)
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else machine()
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked to."""
         if self.is_cuda:
@@ -48,15 +59,23 @@ class Platform:
     def measure_peak_flops(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large matrix product of this type on this rank, the best of a few."""
         size = 8192 if self.is_cuda else 1024
+        return 2 * size**3 / self._product_seconds(size, dtype, times=4)
+
+    def probe_seconds(self) -> float:
+        """Seconds of a small matrix product on this rank, the best of a few: how fast the rank is just now."""
+        size, dtype = (4096, torch.bfloat16) if self.is_cuda else (128, torch.float32)
+        return self._product_seconds(size, dtype, times=10)
+
+    def _product_seconds(self, size: int, dtype: torch.dtype, times: int) -> float:
         a = torch.ones(size, size, dtype=dtype, device=self.device)
         best = float("inf")
-        for _ in range(4):
+        for _ in range(times):
             self.synchronize()
             start = time.perf_counter()
             a @ a
             self.synchronize()
             best = min(best, time.perf_counter() - start)
-        return 2 * size**3 / best
+        return best
 
 
 class Stopwatch:

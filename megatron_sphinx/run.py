@@ -4,11 +4,11 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,12 @@ from megatron_sphinx.data.loader import (
     PixelLoader,
     Sources,
     make_planner,
+    numbered_rounds,
     open_sources,
     rounds,
 )
 from megatron_sphinx.data.plan import Planner, StepPlan
-from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.errors import SphinxError, writing
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
@@ -35,19 +36,23 @@ from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.parallel.lifeline import Lifeline
+from megatron_sphinx.parallel.lifeline import Lifeline, StopSignal
+from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state, seed_rank
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
-from megatron_sphinx.training.loop import Loop, StopSignal
+from megatron_sphinx.training.divergence import Watch
+from megatron_sphinx.training.loop import Loop
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
-from megatron_sphinx.training.metrics import Reporter, say, say_of_ranks, writing
+from megatron_sphinx.training.metrics import Reporter, say, say_of_ranks
 from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
+_END = "ended.json"
 _SKIP_TOKEN = "master/vision.skip_token"
+_MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Job:
     groups: ProcessGroups
     sources: Sources
     planner: Planner
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def folder(self) -> Path:
@@ -79,7 +85,23 @@ class Job:
         return FrozenEncoders(self.config.vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
 
 
-def train(config: RunConfig) -> int:
+class Observer(Protocol):
+    """Watches one rank of a run. Such a run begins anew and keeps no checkpoint."""
+
+    def begin(self, job: Job) -> None:
+        """Called on all ranks together, before the first step."""
+
+    def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
+        """Called on language ranks after each step, see Loop.observe."""
+
+    def micro_batch(self, views: int, read_seconds: float, encode_seconds: float, send_seconds: float) -> None:
+        """Called on encoder ranks after each micro-batch, see produce."""
+
+    def end(self) -> None:
+        """Called after the last step."""
+
+
+def train(config: RunConfig, observer: Observer | None = None) -> int:
     """Train on this rank; the exit status of the process.
 
     Raises:
@@ -90,21 +112,38 @@ def train(config: RunConfig) -> int:
     seat = layout.seat(rank)
     stop = StopSignal()
     here = platform.current()
-    _meet(here, config.run.timeout)
-    lifeline = Lifeline.connect(f"{seat.role} rank {rank}")
+    timeouts = config.run.timeout, config.run.storage_timeout
+    for_steps, for_files = (timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in timeouts)
+    _meet(here, for_files.total_seconds())
+    progress = Progress(
+        timeout=config.run.timeout,
+        storage_timeout=config.run.storage_timeout,
+        probe=here.probe_seconds,
+        probe_interval=config.run.straggler_interval,
+    )
+    name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
+    lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     try:
-        timeout = timedelta(seconds=config.run.timeout)
-        job = _open(config, here, ProcessGroups.create(layout, here.backend, timeout))
-        is_done = _language(job, stop) if seat.encoder is None else _encoder(job)
+        groups = ProcessGroups.create(layout, here.backend, for_steps, for_files)
+        job = _open(config, here, groups, progress)
+        is_done = _language(job, stop, observer) if seat.encoder is None else _encoder(job, observer)
+        if is_done and observer:
+            observer.end()
         if is_done:
+            progress.at(Doing.ENDING)
             dist.barrier()  # encoder ranks are done first, and stay to hear how the job ends
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if world == 1:
+            lifeline.close()
             raise
-        lifeline.leave(_report(error, lifeline), str(error))
+        status = _report(error, lifeline)
+        _write_end(config, rank, status)
+        lifeline.leave(status, str(error))
+    _write_end(config, rank, 0 if is_done else STOPPED)
     if not is_done:
         if world > 1:
             lifeline.leave(STOPPED, "it was asked to stop; the state is saved")
+        lifeline.close()
         return STOPPED
     lifeline.close()
     dist.destroy_process_group()
@@ -119,7 +158,7 @@ def alone(config: RunConfig) -> Job:
     if not dist.is_initialized():
         _meet(here, config.run.timeout)
     layout = ParallelLayout(world=world, config=config.parallel)
-    return _open(config, here, ProcessGroups.create(layout, here.backend))
+    return _open(config, here, ProcessGroups.create(layout, here.backend), Progress())
 
 
 def newest_weights(job: Job) -> dict[str, torch.Tensor]:
@@ -148,13 +187,23 @@ def _meet(here: Platform, timeout_seconds: float) -> None:
         dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def _write_end(config: RunConfig, rank: int, status: int) -> None:
+    """Let the first rank write down the run's exit status for those who start jobs: torchrun makes each failure 1."""
+    if rank == 0:
+        with suppress(OSError):  # no room: what follows from that has been said
+            (Path(config.run.folder) / _END).write_text(json.dumps({"status": status}) + "\n")
+
+
 def _report(error: Exception, lifeline: Lifeline) -> int:
     """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
     if isinstance(error, SphinxError):
-        if lifeline.is_first_rank or not (error.is_shared or lifeline.name.startswith("language")):
+        if lifeline.is_first_rank or not error.is_shared:
             print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
         return error.exit_status
-    if (end := lifeline.ended()) is not None:
+    end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
+    if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
+        return int(end["status"])
+    if end is not None:
         print(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
         return int(end["status"])
     text = "".join(traceback.format_exception(error))
@@ -162,7 +211,12 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
     return 1
 
 
-def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
+def _is_of_connection(error: Exception) -> bool:
+    """Whether an error says no more than that another rank does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _open(config: RunConfig, here: Platform, groups: ProcessGroups, progress: Progress) -> Job:
     """Open the data on every rank; the first rank also compares the files with their indexes."""
 
     def work() -> Job:
@@ -170,18 +224,19 @@ def _open(config: RunConfig, here: Platform, groups: ProcessGroups) -> Job:
         if groups.seat.rank == 0:
             with writing(Path(config.run.folder)):
                 Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+                (Path(config.run.folder) / _END).unlink(missing_ok=True)
             sources.check()
         counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return Job(counted, here, groups, sources, planner)
+        return Job(counted, here, groups, sources, planner, progress)
 
     return agree(work)
 
 
-def _encoder(job: Job) -> bool:
+def _encoder(job: Job, observer: Observer | None) -> bool:
     """The whole life of an encoder rank; always true."""
     config, seat = job.config, job.groups.seat
     assert seat.encoder is not None
@@ -190,20 +245,24 @@ def _encoder(job: Job) -> bool:
     for _ in range(2):
         agree(lambda: None)  # that the language ranks could check and load their checkpoint
     start = _agree_on_start(job, None)
+    if observer:
+        observer.begin(job)
     lookahead = config.stage.lookahead
     produce(
-        rounds(job.planner, start, config.training.steps),
+        numbered_rounds(job.planner, start, config.training.steps),
         encoder=seat.encoder,
         encoder_count=config.parallel.encoder,
         encoders=encoders,
         pixels=job.pixels(),
         sender=FeatureSender(job.groups, lookahead),
         lookahead=lookahead,
+        progress=job.progress,
+        observe=observer.micro_batch if observer else None,
     )
     return True
 
 
-def _language(job: Job, stop: StopSignal) -> bool:
+def _language(job: Job, stop: StopSignal, observer: Observer | None) -> bool:
     """The whole life of a language rank; whether it did all steps."""
     config, groups, here = job.config, job.groups, job.platform
     encoders = agree(lambda: None if config.parallel.encoder else job.encoders())
@@ -226,9 +285,13 @@ def _language(job: Job, stop: StopSignal) -> bool:
         keep=config.checkpoint.keep,
         identity=_identity(job, marks),
         about={"layout": _layout(job), "encoders": _encoder_files(config, marks)},
+        progress=job.progress,
     )
-    start, bad_pairs = _resume(job, store, engine)
+    start, bad_pairs, divergence = _resume(job, store, engine)
+    watch = Watch(config.divergence, divergence)
     _agree_on_start(job, start)
+    if observer:
+        observer.begin(job)
     reporter = None
     if groups.seat.rank == 0:
         with writing(job.folder):
@@ -237,38 +300,65 @@ def _language(job: Job, stop: StopSignal) -> bool:
             reporter = Reporter(
                 job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
             )
+    features = _feature_source(job, encoders, start)
+    loop = make_loop(job, engine, store, features, reporter, stop, watch, bad_pairs, observer)
+    try:
+        return loop.run(start, config.training.steps)
+    finally:
+        if reporter:
+            reporter.close()
+
+
+def make_loop(
+    job: Job,
+    engine: Engine,
+    store: CheckpointStore,
+    features: FeatureSource | None,
+    reporter: Reporter | None,
+    stop: StopSignal,
+    watch: Watch,
+    bad_pairs: int = 0,
+    observer: Observer | None = None,
+) -> Loop:
+    """The steps of this language rank, ready to run."""
+    config, groups = job.config, job.groups
+    builder = BatchBuilder(config.data, job.sources, config.vision, job.planner.multiple)
+
+    def save(step: int) -> None:
+        if observer is None:
+            store.save(
+                step,
+                engine.pieces(of_copies=False),
+                {"random": random_state()},
+                bad_pairs=loop.bad_pairs,
+                divergence=watch.state(),
+            )
+
     loop = Loop(
         engine=engine,
         planner=job.planner,
-        batches=BatchLoader(
-            job.planner,
-            BatchBuilder(job.config.data, job.sources, job.config.vision, job.planner.multiple),
-            groups.seat.data,
-        ),
-        features=_feature_source(job, encoders, start),
+        batches=BatchLoader(job.planner, builder, groups.seat.data),
+        features=features,
         groups=groups,
-        platform=here,
+        platform=job.platform,
         reporter=reporter,
         stop=stop,
         store=store,
-        save=lambda step: store.save(
-            step, engine.pieces(of_copies=False), {"random": random_state()}, bad_pairs=loop.bad_pairs
-        ),
+        save=save,
         say_memory=lambda: _say_memory(job, engine),
         rate=lambda step: learning_rate(config.optimizer, step, config.training.steps),
-        step_flops=partial(_step_flops, job),
+        watch=watch,
+        progress=job.progress,
+        step_flops=lambda plan: sum(map(job.planner.cost, plan.rows)),
         peak_flops=_peak_flops(job),
         text_weight=config.loss.text_weight,
         max_bad_share=config.data.max_bad_share,
         save_interval=config.checkpoint.interval,
         layers=config.model.layers if config.model.experts else 0,
         bad_pairs=bad_pairs,
+        observe=observer.step if observer else None,
     )
-    try:
-        return loop.run(start, config.training.steps)
-    finally:
-        if reporter:
-            reporter.close()
+    return loop
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> SphinxModel:
@@ -404,11 +494,11 @@ def _encoder_files(config: RunConfig, marks: dict[str, str]) -> dict[str, dict[s
     return {item.name: {"path": item.weights, "sha256": marks[item.name]} for item in config.vision.experts}
 
 
-def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]:
+def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int, dict[str, Any] | None]:
     """Load the checkpoint to go on from, if there is one, or else the weights to begin with.
 
     Returns:
-        Steps done, and bad pairs so far.
+        Steps done, bad pairs so far, and what the run remembers to judge its losses.
     """
     weights = job.config.model.weights
 
@@ -424,9 +514,9 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
 
     found = agree(load)
 
-    def fill() -> tuple[int, int]:
+    def fill() -> tuple[int, int, dict[str, Any] | None]:
         if found is None:
-            return 0, 0
+            return 0, 0, None
         path, manifest, is_drawn = found
         if manifest is None:
             engine.prepare_state(0)
@@ -436,9 +526,9 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
             engine.take_state()
             if job.groups.seat.rank == 0:
                 say(f"begins with the weights of {path}{', a new skip token' if is_drawn else ''}")
-            return 0, 0
-        step = int(manifest["step"])
-        engine.prepare_state(step)
+            return 0, 0, None
+        step, divergence = int(manifest["step"]), manifest.get("divergence")
+        engine.prepare_state(step - (divergence["skipped"] if divergence else 0))
         objects = store.load(path, engine.pieces(of_copies=True), ["random"])
         engine.take_state()
         layout = _layout(job)
@@ -447,13 +537,9 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int]
         if job.groups.seat.rank == 0:
             moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
             say(f"resumed after step {step} from {path}{moved}")
-        return step, int(manifest["bad_pairs"])
+        return step, int(manifest["bad_pairs"]), divergence
 
     return agree(fill)
-
-
-def _step_flops(job: Job, plan: StepPlan) -> float:
-    return job.config.model.train_flops([n for row in plan.rows for n in job.planner.lengths(row)])
 
 
 def _peak_flops(job: Job) -> float:

@@ -214,6 +214,14 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
         configuration.load(file)
 
 
+def test_a_command_prints_the_configuration_as_a_run_would_take_it(capsys):
+    path = ROOT / "examples" / "family_moe.yaml"
+    assert main(["config", str(path), "run.seed=7"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert configuration.build(RunConfig, printed) == configuration.load(path, ["run.seed=7"])
+    assert printed["run"]["seed"] == 7
+
+
 def test_the_command_says_one_line_and_exits_2(capsys):
     assert main(["train", str(DEMO), "parallel.tensr=2"]) == 2
     error = capsys.readouterr().err

@@ -307,7 +307,7 @@ def check_alone_and_packed(config):
         drawn = [torch.randn(config.vision.feature_values, generator=torch.Generator().manual_seed(97 * pair + n))
                  for pair, n in views]  # fmt: skip
         features = torch.stack(drawn) if drawn else torch.empty(0, config.vision.feature_values)
-        out = model(batch, features).detach() * (batch.targets >= 0)
+        out = batch.spread(model(batch, features).detach())
         return {pair: float(out[batch.pair_of_token == number].sum()) for number, pair in enumerate(batch.pairs)}
 
     pieces = [piece for row in planner.step(0).rows for piece in row]

@@ -1,6 +1,7 @@
 """The language model against Hugging Face's, and pictures among text."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_sphinx import platform, run
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
-from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm
+from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
 from megatron_sphinx.model.vision import VisualProjection
@@ -101,10 +102,11 @@ def llama_of(config: LanguageConfig, model: SphinxModel) -> LlamaForCausalLM:
 
 def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
     """Documents behind one another, each predicting its next token."""
-    targets = [torch.cat([document[1:], torch.tensor([-100])]) for document in documents]
+    targets = torch.cat([torch.cat([document[1:], torch.tensor([-100])]) for document in documents])
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
-        tokens=torch.cat(documents), targets=torch.cat(targets), lengths=tuple(map(len, documents)),
+        tokens=torch.cat(documents), targets=targets, lengths=tuple(map(len, documents)),
+        target_positions=(targets >= 0).nonzero().flatten(),
         pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
         pair_of_view=none,
         row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
@@ -119,7 +121,7 @@ def check_packed_rows_equal_llama(seed: int):
     lengths = sorted(rng.choice([1, 3, 7, 7, 20, 41]) for _ in range(6))
     documents = [torch.randint(config.vocabulary, (n,), generator=generator) for n in lengths]
     batch, features = text_batch(documents), torch.empty(0, model.vision.config.feature_values)
-    ours = model(batch, features)
+    ours = batch.spread(model(batch, features))
     theirs = llama_of(config, model)
     at = 0
     for document in documents:
@@ -131,7 +133,7 @@ def check_packed_rows_equal_llama(seed: int):
     changed = [
         documents[-1] if n == len(documents) - 1 else (d + 1) % config.vocabulary for n, d in enumerate(documents)
     ]
-    again = model(text_batch(changed), features)
+    again = batch.spread(model(text_batch(changed), features))
     assert torch.equal(again[-len(documents[-1]) :], ours[-len(documents[-1]) :])  # no document sees another
 
 
@@ -144,7 +146,7 @@ def check_gradients_equal_llama():
     config = random_shape(3)
     model = build(config)
     document = torch.randint(config.vocabulary, (20,), generator=torch.Generator().manual_seed(0))
-    model(text_batch([document]), torch.empty(0, model.vision.config.feature_values))[:-1].sum().backward()
+    model(text_batch([document]), torch.empty(0, model.vision.config.feature_values)).sum().backward()
     theirs = llama_of(config, model).train()
     logits = theirs(document[None]).logits[0]
     torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="sum").backward()
@@ -169,6 +171,7 @@ def check_views_stand_behind_bos():
     tokens = torch.cat([torch.tensor([1]), torch.zeros(block, dtype=torch.int64), torch.tensor([5, 6, 2])])
     batch = MicroBatch(
         tokens=tokens.repeat(2), targets=torch.full((2 * len(tokens),), 5), lengths=(len(tokens),) * 2,
+        target_positions=torch.arange(2 * len(tokens)),
         pair_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
         skip_positions=torch.zeros(0, dtype=torch.int64), pair_of_view=torch.tensor([0, 1]),
@@ -185,6 +188,25 @@ def check_views_stand_behind_bos():
     wanted = torch.nn.functional.cross_entropy(theirs(inputs_embeds=embedded[None]).logits[0],
                                                torch.full((len(tokens),), 5), reduction="none")  # fmt: skip
     torch.testing.assert_close(both[: len(tokens)], wanted, rtol=1e-4, atol=1e-5)
+
+
+def check_logits_stand_where_targets_are():
+    config = random_shape(5)
+    model, documents = build(config), [torch.arange(4), torch.arange(9), torch.arange(9) + 3]
+    whole, features = text_batch(documents), torch.empty(0, model.vision.config.feature_values)
+    losses, seen = whole.spread(model(whole, features)), []
+    model.language.output_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output[0])))
+    for kept in (torch.tensor([2, 5, 11, 20]), torch.tensor([], dtype=torch.int64)):
+        out = model(replace(whole, target_positions=kept), features)
+        torch.testing.assert_close(out, losses[kept])
+        model.zero_grad()
+        out.sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())  # the replicas' reductions stay in step
+    assert seen == [4, 0]
+
+
+def test_logits_are_computed_where_there_is_a_target_only(run_ranks):
+    run_ranks(1, check_logits_stand_where_targets_are)
 
 
 def test_views_stand_right_behind_bos(run_ranks):
@@ -231,11 +253,35 @@ def test_packed_attention_equals_one_masked_softmax(seed):
     torch.testing.assert_close(out, torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
 
 
-def test_rms_norm():
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-    x = torch.randn(5, 8)
-    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(RMSNorm(config, 8, 1e-5)(x), wanted)
+@pytest.mark.parametrize("shape", [(5, 8), (3, 1, 8), (0, 1, 8)])
+def test_rms_norm(shape):
+    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 8, 1e-5)
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(shape, requires_grad=True)
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    found, gradient = norm(x), torch.randn(shape)
+    torch.testing.assert_close(found, wanted)
+    inputs = (x, norm.weight)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(wanted, inputs, gradient)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_rotates_each_token_by_its_place_in_its_document(seed):
+    """As complex numbers turn."""
+    rng = random.Random(seed)
+    lengths, heads, width = sorted(rng.choice([1, 2, 5, 9]) for _ in range(4)), 3, 8
+    frequencies = 100.0 ** (-torch.arange(0, width, 2) / width)
+    x = torch.randn(sum(lengths), heads, width, requires_grad=True)
+    out = _Rotate.apply(x, *rotation(lengths, frequencies, torch.float32))
+    places = torch.cat([torch.arange(length) for length in lengths])
+    turns = torch.polar(torch.ones(()), places[:, None, None] * frequencies)
+    turned = torch.complex(*x.chunk(2, -1)) * turns
+    wanted = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(out, wanted)
+    gradient = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(out, x, gradient), torch.autograd.grad(wanted, x, gradient))
 
 
 @pytest.mark.parametrize(

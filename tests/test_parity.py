@@ -68,7 +68,7 @@ def train_and_keep_gradients(config: Path) -> int:
     """Train, and keep what each rank has of the gradient before each update."""
     update, steps = Engine.update, []
 
-    def keep(self, rate, factor=1.0):
+    def keep(self, rate, norm, factor=1.0):
         found = []
         for fragment, values in self.gradients():
             for block, start in fragment.shard.boxes(fragment.start, fragment.count):
@@ -76,7 +76,7 @@ def train_and_keep_gradients(config: Path) -> int:
                 found.append((fragment.shard.name, fragment.shard.whole, block.offset, block.shape, part))
         torch.save(found, config.with_suffix("") / f"gradient_{len(steps)}_{os.environ['RANK']}.pt")
         steps.append(1)
-        return update(self, rate, factor)
+        return update(self, rate, norm, factor)
 
     Engine.update = keep
     return main(["train", str(config)])

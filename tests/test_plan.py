@@ -50,8 +50,8 @@ class Text:
         return Runs(keep, (start - begins)[keep], (stop - start)[keep], (stop == self.ends)[keep])
 
 
-def quadratic(lengths) -> float:
-    return sum(100 * n + n * n for n in lengths)
+def quadratic(lengths, targets) -> float:
+    return sum(100 * n + n * n for n in lengths) + 50 * targets
 
 
 def planner_of(seed: int, replicas: int = 1, rows: int | None = None, sources: int = 1) -> Planner:
@@ -175,7 +175,11 @@ def test_the_report_of_a_step_is_what_its_rows_say(seed):
     plan = planner.step(2)
     assert plan.fill == pytest.approx(plan.positions / (len(plan.rows) * planner.config.sequence_length))
     costs = [
-        sum(quadratic(planner.lengths(row)) for micro in plan.micro_batches for row in micro[replica])
+        sum(
+            quadratic(planner.lengths(row), sum(piece.targets for piece in row))
+            for micro in plan.micro_batches
+            for row in micro[replica]
+        )
         for replica in range(3)
     ]
     assert plan.imbalance == pytest.approx(max(costs) / (sum(costs) / 3))
@@ -250,7 +254,7 @@ def real_planner(sequence_length: int, row_multiple: int, replicas: int, steps_i
         pairs=Pairs(captions),
         text=Text(texts),
         tokens_of_views=lambda width, height: (291, (0,)),
-        cost=lambda lengths: sum(6 * 6.6e9 * n + 12 * 32 * 4096 * n * (n + 1) / 2 for n in lengths),  # LLaMA-2 7B
+        cost=lambda lengths, _: sum(6 * 6.6e9 * n + 12 * 32 * 4096 * n * (n + 1) / 2 for n in lengths),  # LLaMA-2 7B
         replicas=replicas,
         seed=0,
     )
@@ -282,7 +286,7 @@ def test_micro_batches_are_balanced_over_replicas():
     """Where experts are shared, replicas wait for each other in every micro-batch."""
     planner = real_planner(2048, row_multiple=8, replicas=8)
     for replicas in planner.step(3).micro_batches:
-        costs = [sum(planner._cost(planner.lengths(row)) for row in rows) for rows in replicas]
+        costs = [sum(map(planner.cost, rows)) for rows in replicas]
         assert max(costs) < 1.1 * sum(costs) / len(costs)
 
 
@@ -293,7 +297,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_counted():
         pairs=Pairs([9, 10]),
         text=None,
         tokens_of_views=lambda width, height: (9, (0,)),
-        cost=sum,
+        cost=lambda lengths, targets: sum(lengths) + targets,
         replicas=1,
         seed=0,
     )  # fmt: skip

@@ -193,7 +193,7 @@ def test_killed_at_a_random_step_a_run_goes_on_to_the_same_bits(train):
     assert "resumed after step " in resumed.ranks.text(0), f"killed after {last} steps"
     assert identical(resumed.metrics, whole), f"killed after {last} steps"
     assert sorted(path.name for path in resumed.folder.iterdir()) == [
-        "checkpoints", "config.yaml", "encoders.json", "loss.png", "metrics.jsonl", "tensorboard",
+        "checkpoints", "config.yaml", "encoders.json", "ended.json", "loss.png", "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
 
 
@@ -231,6 +231,7 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(train, number):
     for pid in ranks.pids:
         os.kill(pid, number)
     assert ranks.wait() == [75, 75, 75], ranks.text()
+    assert json.loads((folder / "ended.json").read_text()) == {"status": 75}
     (saved,) = complete(folder / "checkpoints")
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     assert saved.name == f"step_{done:08d}"
@@ -412,6 +413,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(start_ran
     config = tiny.write(tmp_path / "run.yaml", settings)
     ranks, folder = start_ranks(3, lambda: slowly(config)), config.with_suffix("")
     assert ranks.wait() == [1, 1, 1]
+    assert json.loads((folder / "ended.json").read_text()) == {"status": 1}
     (said,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
     assert "weights unchanged; samples in it: pairs [" in said
     step = int(said.split("step=")[1].split(":")[0])

@@ -95,7 +95,7 @@ def main() -> int:
         pairs=index,
         text=text,
         tokens_of_views=lambda width, height: (291, (0,)),
-        cost=lambda lengths: sum(4e10 * n + 8e5 * n * n for n in lengths),
+        cost=lambda lengths, _: sum(4e10 * n + 8e5 * n * n for n in lengths),
         replicas=8,
         seed=0,
     )

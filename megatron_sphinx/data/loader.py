@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.plan import DataConfig, Planner
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import DataError
+from megatron_sphinx.errors import DataError, writing
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.model.views import encoded_views, image_positions, views_of
@@ -165,9 +165,11 @@ class BatchBuilder:
                 at += self.vision.tokens_per_view if is_encoded else 1
         block = np.arange(self.vision.tokens_per_view)
         positions = (np.array(begins, np.int64)[:, None] + block).reshape(-1)
+        targets = padded([targets for _, targets in filled], -100)
         return MicroBatch(
             tokens=padded([tokens for tokens, _ in filled], 0),
-            targets=padded([targets for _, targets in filled], -100),
+            targets=targets,
+            target_positions=(targets >= 0).nonzero().flatten(),
             lengths=(*lengths, padding) if padding else tuple(lengths),
             pair_of_token=padded([owner], -1),
             row_of_token=padded([row_of_token], -1),
@@ -247,7 +249,7 @@ class PixelLoader:
         """Write a pair to the quarantine file."""
         shard, key = self._reader.name(pair)
         line = json.dumps({"shard": shard, "key": key, "pair": pair, "reason": " ".join(reason.split())})
-        with self.quarantine.open("a") as file:
+        with writing(self.quarantine.parent), self.quarantine.open("a") as file:
             file.write(line + "\n")
 
 
@@ -264,6 +266,10 @@ class PendingPixels:
         """Write the pair of one of the views to the quarantine file."""
         self.loader.report(self.views[view][0], reason)
 
+    def wait(self) -> None:
+        """Until all are read."""
+        wait(self.read.values())
+
     def result(self) -> Pixels:
         """Wait for the pixels."""
         bad = {pair for pair, read in self.read.items() if not read.result()}
@@ -277,7 +283,14 @@ def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
     return [(pair, view) for pair, views in pieces for view in views]
 
 
+def numbered_rounds(planner: Planner, start: int, stop: int) -> Iterator[tuple[int, int, tuple[tuple[Row, ...], ...]]]:
+    """The micro-batches of `rounds`, each behind its step and its number in the step."""
+    for step in range(start, stop):
+        for number, micro_batch in enumerate(planner.step(step).micro_batches):
+            yield step, number, micro_batch
+
+
 def rounds(planner: Planner, start: int, stop: int) -> Iterator[tuple[tuple[Row, ...], ...]]:
     """The micro-batches of steps `start` to `stop`, one behind the other: for each replica its rows."""
-    for step in range(start, stop):
-        yield from planner.step(step).micro_batches
+    for _, _, micro_batch in numbered_rounds(planner, start, stop):
+        yield micro_batch

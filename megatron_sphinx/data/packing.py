@@ -44,10 +44,10 @@ class Packer:
 
     Args:
         size: positions of a row.
-        cost: of one piece of so many positions.
+        cost: of one piece of so many positions and targets.
     """
 
-    def __init__(self, size: int, cost: Callable[[int], float]) -> None:
+    def __init__(self, size: int, cost: Callable[[int, int], float]) -> None:
         self.size, self.cost, self.least = size, cost, min(_LEAST_PIECE, size)
 
     def rows(self, pieces: Sequence[Piece], multiple: int) -> tuple[Row, ...]:
@@ -60,7 +60,7 @@ class Packer:
         fewest = -(-sum(piece.length for piece in pieces) // self.size)
         found = self._fill(whole, long, fewest, None) or []
         rounded = -(-len(found) // multiple) * multiple
-        costs = [self.cost(piece.length) for row in found for piece in row]
+        costs = [self.cost(piece.length, piece.targets) for row in found for piece in row]
         mean = sum(costs) / rounded
         low, high = 0, len(_SLACKS)
         while low < high:
@@ -77,9 +77,9 @@ class Packer:
 
         Without a bound on the cost of a row there are as many rows as it takes; with one, None where they do not do.
         """
-        filling = _Filling(self.size, rows, bound, self.cost(1))
+        filling = _Filling(self.size, rows, bound, self.cost(1, 0))
         for piece in whole:
-            cost = self.cost(piece.length)
+            cost = self.cost(piece.length, piece.targets)
             if (row := filling.best(piece.length, cost)) is None:
                 return None
             filling.put(piece, cost, row)
@@ -93,16 +93,16 @@ class Packer:
                 rest.append(piece)  # and the row takes no more
                 continue
             head, tail = _cut(piece, taken)
-            filling.put(head, self.cost(taken), row)
+            filling.put(head, self.cost(taken, head.targets), row)
             if tail is not None:
                 rest.append(tail)
         return [tuple(row) for row in filling.filled]
 
     def _most(self, length: int, limit: float) -> int:
-        """The most positions, up to `length`, that one piece may have to cost no more than `limit`."""
-        if self.cost(length) <= limit:
+        """The most positions, up to `length`, that one piece of text may have to cost no more than `limit`."""
+        if self.cost(length, length) <= limit:
             return length
-        return bisect_right(range(length), limit, key=self.cost) - 1
+        return bisect_right(range(length), limit, key=lambda taken: self.cost(taken, taken)) - 1
 
 
 class _Filling:

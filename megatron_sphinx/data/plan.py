@@ -353,7 +353,8 @@ class Planner:
         pairs: sizes of the pairs; None without pairs.
         text: the documents; None without text.
         tokens_of_views: of an image's width and height: positions that it takes, and its views that are encoded.
-        cost: FLOPs of a row, from the lengths of what attention stays inside; what rows and replicas are balanced by.
+        cost: FLOPs of a row, from the lengths of what attention stays inside and its number of targets; what rows and
+            replicas are balanced by.
         replicas: data-parallel replicas.
         seed: the run's.
         multiple: of what the positions of a replica's micro-batch must be; padding makes it so.
@@ -366,7 +367,7 @@ class Planner:
         pairs: PairSource | None,
         text: TextSource | None,
         tokens_of_views: Callable[[int, int], tuple[int, tuple[int, ...]]],
-        cost: Callable[[Sequence[int]], float],
+        cost: Callable[[Sequence[int], int], float],
         replicas: int,
         seed: int,
         multiple: int = 1,
@@ -374,7 +375,9 @@ class Planner:
         self.config, self.replicas, self.multiple = config, replicas, multiple
         self._pairs, self._tokens_of_views = pairs, lru_cache(maxsize=4096)(tokens_of_views)
         self._cost = lru_cache(maxsize=65536)(cost)
-        self._packer = Packer(config.sequence_length, self._cost_of_piece if config.isolate_documents else float)
+        self._packer = Packer(
+            config.sequence_length, self._cost_of_piece if config.isolate_documents else lambda length, _: float(length)
+        )
         if pairs is not None:
             weights = [source.weight for source in config.samples]
             name = "conversations_per_step" if config.conversations_per_step else "pairs_per_step"
@@ -400,7 +403,7 @@ class Planner:
         most = self.config.micro_batch_rows
         count = -(-max(map(len, replicas)) // most)
         micro_batches = tuple(tuple(mine[n * most : (n + 1) * most] for mine in replicas) for n in range(count))
-        costs = [sum(self._cost(self.lengths(row)) for row in mine) for mine in replicas]
+        costs = [sum(map(self.cost, mine)) for mine in replicas]
         used = [positions(mine) for micro in micro_batches for mine in micro]
         return StepPlan(
             step=step,
@@ -436,8 +439,12 @@ class Planner:
             for source, start, count in self._text_mixture.parts(step):
                 yield from self._text_streams[source].pieces(start, count)
 
-    def _cost_of_piece(self, length: int) -> float:
-        return self._cost((length,))
+    def cost(self, row: Row) -> float:
+        """FLOPs of a row."""
+        return self._cost(self.lengths(row), sum(piece.targets for piece in row))
+
+    def _cost_of_piece(self, length: int, targets: int) -> float:
+        return self._cost((length,), targets)
 
     def _deal(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
         """The rows of each replica: the costliest first, each to the cheapest replica that has room."""
@@ -445,7 +452,7 @@ class Planner:
         limit = -(-len(rows) // (self.replicas * most)) * most
         dealt: list[list[Row]] = [[] for _ in range(self.replicas)]
         cheapest = [(0.0, replica) for replica in range(self.replicas)]
-        costs = [self._cost(self.lengths(row)) for row in rows]
+        costs = list(map(self.cost, rows))
         for number in sorted(range(len(rows)), key=lambda number: -costs[number]):
             cost, replica = heapq.heappop(cheapest)
             dealt[replica].append(rows[number])

@@ -109,15 +109,18 @@ class LanguageConfig:
         """Weights of the language model that a token meets."""
         return self.parameters - self.layers * (self.layer_matrices - self.active_matrices)
 
-    def train_flops(self, lengths: Sequence[int]) -> float:
+    def train_flops(self, lengths: Sequence[int], targets: int) -> float:
         """FLOPs of forward and backward over documents of these lengths, attention causal and inside each.
 
-        Counts matrix products only: 6 per weight and token, and 6 hidden per layer and pair of positions attended.
+        Counts the matrix products that are needed: 6 for each weight that a token meets, those of the output layer
+        only at `targets` positions, and 12 hidden for each layer and pair of positions attended.
         """
-        tokens = float(sum(lengths))
-        matrices = self.layers * self.active_matrices + self.vocabulary * self.hidden
-        pairs = sum(n * (n + 1) / 2 for n in lengths)
-        return 6 * matrices * tokens + 12 * self.layers * self.hidden * pairs
+        return self.flops_of(sum(lengths), sum(n * (n + 1) / 2 for n in lengths), targets)
+
+    def flops_of(self, tokens: float, attended: float, targets: float) -> float:
+        """The same from the number of tokens, and of pairs of them of which one sees the other."""
+        layer = 6 * self.active_matrices * tokens + 12 * self.hidden * attended
+        return self.layers * layer + 6 * self.vocabulary * self.hidden * targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,19 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
     Attributes:
         runs: (documents, length of each), in the order they lie.
         routing: what routers must know of the same tokens; None without experts.
+        target_positions: int64 [targets], the tokens whose logits are wanted; None for all.
+        rotation: cosine and sine of each token's place in its document, [tokens, 1, head width / 2]; None for no RoPE,
+            or where megatron-core rotates.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
     routing: Routing | None = None
+    target_positions: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, routing: Routing | None = None) -> "PackedRows":
-        """The boundaries of documents of these lengths."""
+    def of(cls, lengths: Sequence[int], device: torch.device, **known: Any) -> "PackedRows":
+        """The boundaries of documents of these lengths; what else is known of them, under the attributes' names."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         longest = max(lengths)
         return cls(
@@ -38,12 +43,12 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             runs=tuple((len(list(same)), length) for length, same in groupby(lengths)),
-            routing=routing,
+            **known,
         )
 
 
 class PackedAttention(nn.Module):
-    """Causal attention inside each document of a packed row; a megatron-core `core_attention`.
+    """RoPE and causal attention inside each document of a packed row; a megatron-core `core_attention`.
 
     Documents of one length go through scaled_dot_product_attention as one batch: no mask, no score matrix, and no work
     for pairs of positions that may not see each other.
@@ -75,6 +80,8 @@ class PackedAttention(nn.Module):
         Returns:
             [tokens, heads * head width].
         """
+        if packed_seq_params.rotation is not None:
+            query, key = (_Rotate.apply(part, *packed_seq_params.rotation) for part in (query, key))
         sizes = [documents * length for documents, length in packed_seq_params.runs]
         out = []
         for q, k, v, (documents, _length) in zip(
@@ -86,6 +93,39 @@ class PackedAttention(nn.Module):
             )
             out.append(mixed.transpose(1, 2).flatten(0, 1))
         return torch.cat(out).flatten(1)
+
+
+def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [tokens, 1, head width / 2] for documents of these lengths, made once for all layers.
+
+    Source: Su et al., arXiv:2104.09864, section 3.2.2.
+    """
+    sizes = torch.tensor(lengths)
+    places = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    angles = places.to(frequencies.device)[:, None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotates the two halves of each head against each other; back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradients[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    (first, second), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -103,4 +143,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last dimension."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        out: Tensor = _NormOnCpu.apply(x, self.weight, self.eps)
+        return out
+
+
+class _NormOnCpu(torch.autograd.Function):
+    """The norm in fp32, half the time and memory of torch's own, which is not one kernel on CPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out: Tensor = (wide * scale).mul_(weight.float()).to(x.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        wide, of_out = (part.flatten(0, -2).float() for part in (x, gradients[0]))
+        scale, product = scale.flatten(0, -2), wide * of_out
+        of_weight = (scale.t() @ product)[0]
+        shared = (product @ weight.float()[:, None]).mul_(scale**3).div_(x.shape[-1])
+        of_x = (of_out * weight.float()).mul_(scale).addcmul_(wide, shared, value=-1)
+        return of_x.to(x.dtype).view(x.shape), of_weight.to(weight.dtype), None

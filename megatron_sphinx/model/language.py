@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -24,12 +25,46 @@ from torch import Tensor, nn
 
 from megatron_sphinx import platform
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.model.attention import PackedAttention, RMSNorm
+from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, rotation
 from megatron_sphinx.model.experts import GroupedExperts, RowLayer, RowMoE, RowRouter
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.parallel.seeding import generator
+
+
+class TargetGPT(GPTModel):  # type: ignore[misc]
+    """megatron-core's GPT, whose last stage computes logits and losses only where `PackedRows` has a target.
+
+    The portable layers take RoPE from `PackedRows` too: megatron-core computes it for each document in each layer.
+    Under sequence parallelism the hidden states are gathered before they are chosen from, so the output layer must not
+    gather again; the gather's backward sums what each tensor rank's part of the vocabulary gives, so nor must it sum.
+    """
+
+    def __init__(self, *args: Any, rotary_base: float, **kwargs: Any) -> None:
+        self.is_portable = not _has_transformer_engine()
+        embedding = "none" if self.is_portable else "rope"
+        super().__init__(*args, position_embedding_type=embedding, rotary_base=rotary_base, **kwargs)
+        width = self.config.kv_channels
+        places = torch.arange(0, width, 2, dtype=torch.float32, device=platform.current().device)
+        self.frequencies = rotary_base ** (-places / width)
+        if self.post_process and self.config.sequence_parallel:
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
+
+    def rotation(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Of documents of these lengths, for the portable layers; None for transformer-engine's."""
+        return rotation(lengths, self.frequencies, self.config.params_dtype) if self.is_portable else None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedRows, **kwargs: Any) -> Tensor:
+        positions = packed_seq_params.target_positions
+        if self.post_process:
+            if self.config.sequence_parallel:
+                hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+            if positions is not None:
+                hidden_states = hidden_states.index_select(0, positions)
+        out: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+        return out
 
 
 def block_spec(
@@ -51,7 +86,7 @@ def block_spec(
         submodules=MoESubmodules(experts=GroupedExperts, router=router),
         params={"collection": groups.collection, "is_recomputed": is_recomputed},
     )
-    if platform.current().is_cuda and platform.is_imported("transformer_engine"):
+    if _has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=config.experts or None)
         if config.experts:
             spec.module, spec.submodules.mlp = RowLayer, experts
@@ -81,6 +116,10 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
+def _has_transformer_engine() -> bool:
+    return platform.current().is_cuda and platform.is_imported("transformer_engine")
+
+
 def build_language(
     config: LanguageConfig,
     groups: ProcessGroups,
@@ -89,7 +128,7 @@ def build_language(
     sequence_length: int,
     recompute: str = "none",
     recompute_layers: int | None = None,
-) -> GPTModel:
+) -> TargetGPT:
     """This rank's shard of the decoder, its weights not yet set.
 
     Args:
@@ -101,20 +140,19 @@ def build_language(
         recompute_layers: of full: how many layers of each stage; None for all.
     """
     transformer = _transformer_config(config, groups.layout.config, dtype, **_recompute(recompute, recompute_layers))
-    model = GPTModel(
+    model = TargetGPT(
         config=transformer,
         transformer_layer_spec=block_spec(config, groups, is_recomputed=recompute == "selective"),
         vocab_size=config.padded_vocabulary,
         max_sequence_length=sequence_length,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
-        position_embedding_type="rope",
         rotary_base=config.rope_theta,
         share_embeddings_and_output_weights=False,
         scatter_embedding_sequence_parallel=False,  # pictures are placed among the tokens first
         pg_collection=groups.collection,
     )
-    if torch.get_default_device().type != "meta":
+    if platform.current().is_cuda and torch.get_default_device().type != "meta":
         model.to(platform.current().device)  # megatron-core makes routers on the CPU
     if groups.is_last_stage:
         _hide_padding(model, config, groups)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.attention import PackedRows
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, Routing
+from megatron_sphinx.model.language import TargetGPT
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 
@@ -21,6 +21,7 @@ class MicroBatch:
     Attributes:
         tokens: int64 [tokens]; 0 at the positions of views.
         targets: int64 [tokens], -100 where no loss is taken.
+        target_positions: int64 [targets], where loss is taken, ascending: with it no device must be asked how many.
         lengths: length of each document or pair, ascending; attention stays inside it.
         pair_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
         row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
@@ -34,6 +35,7 @@ class MicroBatch:
 
     tokens: Tensor
     targets: Tensor
+    target_positions: Tensor
     lengths: tuple[int, ...]
     pair_of_token: Tensor
     row_of_token: Tensor
@@ -44,6 +46,10 @@ class MicroBatch:
     pairs: tuple[int, ...]
     documents: tuple[int, ...]
 
+    def spread(self, losses: Tensor) -> Tensor:
+        """Losses of the targets laid out over all positions: [targets] to [tokens], 0 where no loss is taken."""
+        return losses.new_zeros(self.tokens.shape).index_copy(0, self.target_positions, losses)
+
 
 class SphinxModel(nn.Module):
     """SPHINX on one language rank, all but its encoders: a shard of the language model.
@@ -51,7 +57,7 @@ class SphinxModel(nn.Module):
     The first pipeline stage also has the projections and tags; only the last one computes losses.
     """
 
-    def __init__(self, language: GPTModel, vision: VisualProjection | None, groups: ProcessGroups) -> None:
+    def __init__(self, language: TargetGPT, vision: VisualProjection | None, groups: ProcessGroups) -> None:
         super().__init__()
         self.language = language
         self.vision = vision
@@ -69,7 +75,7 @@ class SphinxModel(nn.Module):
         self.language.set_input_tensor(hidden)
 
     def forward(self, batch: MicroBatch, features: Tensor | None, routing: Routing | None = None) -> Tensor:
-        """Token losses of a micro-batch, or what the next pipeline stage goes on from.
+        """Losses of a micro-batch's targets, or what the next pipeline stage goes on from.
 
         Args:
             batch: tokens [tokens] and where the views sit among them.
@@ -77,8 +83,8 @@ class SphinxModel(nn.Module):
             routing: what the routers must know; with experts only.
 
         Returns:
-            Cross entropy in nats, fp32 [tokens]; what stands at positions without a target means nothing. Before the
-            last stage: hidden states [tokens of this rank, 1, hidden].
+            Cross entropy in nats, fp32 [targets], in the order of `target_positions`. Before the last stage: hidden
+            states [tokens of this rank, 1, hidden].
 
         Source: SPHINX, arXiv:2311.07575, section 3; the view blocks stand right behind BOS.
         """
@@ -88,8 +94,14 @@ class SphinxModel(nn.Module):
             position_ids=None,
             attention_mask=None,
             decoder_input=None if features is None else self._embed(batch, features),
-            labels=batch.targets.clamp(min=0)[None] if self.groups.is_last_stage else None,
-            packed_seq_params=PackedRows.of(batch.lengths, tokens.device, routing),
+            labels=batch.targets[batch.target_positions][None] if self.groups.is_last_stage else None,
+            packed_seq_params=PackedRows.of(
+                batch.lengths,
+                tokens.device,
+                routing=routing,
+                target_positions=batch.target_positions,
+                rotation=self.language.rotation(batch.lengths),
+            ),
         )
         return out[0] if self.groups.is_last_stage else out
 

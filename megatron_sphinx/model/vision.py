@@ -20,7 +20,8 @@ class VisualProjection(nn.Module):
         self.config = config
 
         def projection(channels: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden)).to(device, dtype)
+            linear = nn.Linear(channels, hidden, device=device, dtype=dtype)
+            return nn.Sequential(linear, nn.LayerNorm(hidden, device=device, dtype=dtype))
 
         self.visual_proj = projection(config.channels)
         self.qformer_proj = projection(config.qformer.channels) if config.qformer else None

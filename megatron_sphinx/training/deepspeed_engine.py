@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_sphinx.model.shards import Shard
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.platform import Platform
+from megatron_sphinx.training.memory import REDUCE_BUCKET
 from megatron_sphinx.training.optimizer import EXPERTS, OptimizerConfig, parameter_groups
 
 STATES = ("master", "exp_avg", "exp_avg_sq")  # fp32: weights, first and second moments
@@ -92,14 +93,14 @@ class Engine:
         self.model, self.loss_scale = model, groups.layout.data
         self._groups, self._config, self._platform = groups, config, platform
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        optimizer = torch.optim.AdamW(
+        self._optimizer = _AdamW(
             parameter_groups(model, config),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
-            fused=platform.is_cuda,
+            fused=True,
         )
-        self._engine = _initialize(model, optimizer, groups, is_cuda=platform.is_cuda, precision=precision)
+        self._engine = _initialize(model, self._optimizer, groups, is_cuda=platform.is_cuda, precision=precision)
         self.held = {"weights": sum(weight.nbytes for weight in model.parameters()), "gradients": 0}
         self.fragments = list(self._fragments(shards))
         named = model.named_parameters()
@@ -187,36 +188,44 @@ class Engine:
         flat = optimizer.averaged_gradients.get(group) or optimizer.all_grad_tensors.get(group) or []
         return [part for part in flat if not getattr(part, "_zero_padding", False)]
 
-    def update(self, rate: float, factor: float = 1.0) -> float:
-        """Multiply the gradient by `factor`, clip it, change the weights, clear the gradient.
+    def gradient_norm(self) -> float:
+        """The global L2 norm of the gradient; every rank calls this together.
 
-        Returns:
-            The global L2 norm of the gradient before clipping; where it is not finite, nothing has been changed.
-            DeepSpeed's own norm does not count experts rightly.
+        DeepSpeed's own does not count experts rightly.
         """
-        parts = [(fragment.shard.is_first_copy, part) for fragment, part in self.gradients()]
-        norms = [part for is_counted, part in parts if is_counted]
+        norms = [part for fragment, part in self.gradients() if fragment.shard.is_first_copy]
         squared = torch.zeros([], dtype=torch.float64, device=self._platform.device)
         if norms:
             squared += torch.stack(torch._foreach_norm(norms)).double().square().sum()
         dist.all_reduce(squared, group=self._groups.language)
-        norm = float(squared.sqrt()) * factor
-        if not isfinite(norm):
-            return norm
+        return float(squared.sqrt())
+
+    def update(self, rate: float, norm: float, factor: float = 1.0) -> None:
+        """Multiply the gradient, whose norm is then `norm`, by `factor`, clip it, change the weights, clear it."""
         clip = self._config.gradient_clip
         if clip and norm > clip:
             factor *= clip / norm
         if factor != 1.0:
-            torch._foreach_mul_([part for _, part in parts], factor)
+            torch._foreach_mul_([part for _, part in self.gradients()], factor)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        self._step()
+
+    def discard(self) -> None:
+        """Clear the gradient; weights and the optimizer's state stay as they are, to the bit."""
+        if not self._optimizer.state:
+            self.prepare_state(0)
+        self._optimizer.is_idle = True
+        self._step()
+        self._optimizer.is_idle = False
+
+    def _step(self) -> None:
         partition = self._bytes_of_gradients() if self._is_first_step else 0
         self._engine.step()
         if self._is_first_step:
             states = self._engine.optimizer.optimizer.state
             moments = sum(value.nbytes for state in states.values() for value in state.values() if value.ndim)
             self.held |= {"gradients": self.held["gradients"] + partition, "optimizer": moments + moments // 2}
-        return norm
 
     @property
     def _is_first_step(self) -> bool:
@@ -226,7 +235,11 @@ class Engine:
     def _bytes_of_gradients(self) -> int:
         """What DeepSpeed holds of the gradient once it is reduced: storage of the parts of this rank's partition."""
         parts = [part for group in range(len(self._engine.optimizer.bit16_groups)) for part in self._parts(group)]
-        return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+        return sum({part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in parts}.values())
+
+    def reduction_buffers(self) -> list[Tensor]:
+        """Where DeepSpeed gathers gradients before it reduces them, as long as it does."""
+        return [buffer for bucket in self._engine.optimizer.ipg_buckets.values() for buffer in bucket.buffer]
 
     # state
 
@@ -285,6 +298,15 @@ def _pieces(state: str, shard: Shard, start: int, values: Tensor) -> Iterator[Pi
     for block, at in shard.boxes(start, len(values)):
         part = values.narrow(0, at - start, prod(block.shape)).view(block.shape)
         yield Piece(f"{state}/{shard.name}", shard.whole, block, part)
+
+
+class _AdamW(torch.optim.AdamW):
+    """Lets a step pass while it is idle; all that DeepSpeed does around a step is done nevertheless."""
+
+    is_idle = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return None if self.is_idle else super().step(closure)
 
 
 class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
@@ -368,12 +390,13 @@ def _deepspeed_config(*, is_cuda: bool, precision: str, is_pipeline: bool) -> di
         "gradient_clipping": 0.0,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},  # the Engine looks at the norm
         "zero_optimization": {
             "stage": 2,
             "overlap_comm": is_cuda,
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            "reduce_bucket_size": REDUCE_BUCKET,
             "compute_grad_norm": False,
         },
         "zero_allow_untested_optimizer": True,

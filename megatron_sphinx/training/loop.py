@@ -1,10 +1,10 @@
 """The steps of a run on one language rank: read, train, report, save, stop when asked to."""
 
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,23 +16,14 @@ from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.lifeline import StopSignal
+from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
+from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.metrics import Reporter
 from megatron_sphinx.training.step import StepReport, Sums, train_step
-
-
-class StopSignal:
-    """Whether SIGTERM or SIGUSR1 has come; Slurm sends one of them before it takes the nodes away."""
-
-    def __init__(self) -> None:
-        self.has_come = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, _number: int, _frame: object) -> None:
-        self.has_come = True
 
 
 @dataclass
@@ -45,9 +36,13 @@ class Loop:
         say_memory: reports, after the first step, what each rank holds.
         layers: of the whole model, where it has experts; else 0.
         rate: learning rate of a step.
+        watch: judges losses and gradient norms.
+        progress: where this rank notes what it is at.
         bad_pairs: pairs so far whose image could not be read.
         peak_flops: of all language ranks together.
         step_flops: of a step's language model, forward and backward.
+        observe: is told after each step of its plan, and the seconds that it took, that this rank waited for data, and
+            that it has waited for features so far.
     """
 
     engine: Engine
@@ -62,6 +57,8 @@ class Loop:
     save: Callable[[int], None]
     say_memory: Callable[[], None]
     rate: Callable[[int], float]
+    watch: Watch
+    progress: Progress
     step_flops: Callable[[StepPlan], float]
     peak_flops: float
     text_weight: float
@@ -69,6 +66,7 @@ class Loop:
     save_interval: int
     layers: int
     bad_pairs: int = 0
+    observe: Callable[[StepPlan, float, float, float], None] | None = None
 
     def run(self, start: int, steps: int) -> bool:
         """Train steps `start` to `steps`; whether all of them were done (else a signal came and the state is saved).
@@ -76,11 +74,12 @@ class Loop:
         Raises:
             CheckpointError: a checkpoint could not be written.
             DataError: more pairs than `data.max_bad_share` could not be read.
-            DivergedError: a loss is not finite.
+            DivergedError: a loss or the gradient is not finite or spikes, and the run may not go on.
         """
         try:
             return self._train(start, steps)
         except SphinxError:
+            self.progress.at(Doing.SAVING)
             with suppress(CheckpointError):  # the state before the mistake is what one resumes from
                 self.store.finish()
             raise
@@ -88,6 +87,7 @@ class Loop:
     def _train(self, start: int, steps: int) -> bool:
         step = steps - 1  # where nothing is left to do
         for step in range(start, steps):
+            self.progress.begin(step)
             begin = time.perf_counter()
             batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
             waited = time.perf_counter() - begin
@@ -95,12 +95,21 @@ class Loop:
             known = Sums(stop=self.stop.has_come, failed=self.store.has_failed, data_wait_seconds=waited)
             report = train_step(
                 self.engine, plan, batches, self.features, self.groups,
-                text_weight=self.text_weight, rate=rate, device=self.platform.device, layers=self.layers, known=known,
+                text_weight=self.text_weight, rate=rate, device=self.platform.device, fault=self.watch.fault,
+                progress=self.progress, layers=self.layers, known=known,
             )  # fmt: skip
             self.platform.synchronize()
+            seconds = time.perf_counter() - begin
+            self.watch.settle(step, report.loss, report.gradient_norm, report.fault, report.samples)
+            self.progress.at(Doing.REPORTING)
             self.bad_pairs += round(report.sums.bad_pairs)
             if self.reporter:
-                self.reporter.write(self._line(plan, report, rate, time.perf_counter() - begin))
+                if report.fault:
+                    self.reporter.write_skipped(_skipped_line(plan, report))
+                self.reporter.write(self._line(plan, report, rate, seconds))
+            if self.observe:
+                self.observe(plan, seconds, waited, self.features.waiting.seconds if self.features else 0.0)
+            self.progress.at(Doing.SAVING)
             if report.sums.failed:
                 self.store.finish()
             if step == start:
@@ -117,10 +126,12 @@ class Loop:
     def _check_bad(self, plan: StepPlan) -> None:
         seen = (plan.step + 1) * len(plan.pairs)
         if self.bad_pairs > self.max_bad_share * seen:
-            raise DataError(
+            error = DataError(
                 f"data.max_bad_share={self.max_bad_share}: {self.bad_pairs} of the {seen} pairs up to "
                 f"step={plan.step} could not be read; see quarantine.jsonl in run.folder; mend them or raise the share"
             )
+            error.is_shared = True
+            raise error
 
     def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
@@ -128,13 +139,14 @@ class Loop:
         self.store.waiting_seconds = 0.0
         line: dict[str, Any] = {
             "step": plan.step,
-            "loss": report.loss,
-            "loss_pairs": sums.loss_pairs / sums.targets_pairs if sums.targets_pairs else None,
-            "loss_text": sums.loss_text / sums.targets_text if sums.targets_text else None,
+            "loss": _finite(report.loss),
+            "loss_pairs": _finite(sums.loss_pairs / sums.targets_pairs) if sums.targets_pairs else None,
+            "loss_text": _finite(sums.loss_text / sums.targets_text) if sums.targets_text else None,
             "target_tokens_pairs": round(sums.targets_pairs),
             "target_tokens_text": round(sums.targets_text),
             "learning_rate": rate,
-            "gradient_norm": report.gradient_norm,
+            "gradient_norm": _finite(report.gradient_norm),
+            "skipped": report.fault or None,
             "sample_ids": plan.digest,
             "pairs": len(plan.pairs),
             "bad_pairs": round(sums.bad_pairs),
@@ -147,19 +159,40 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "exposed_encoder_seconds": sums.exposed_encoder_seconds,
             "data_wait_seconds": sums.data_wait_seconds,
+            "data_wait_rank": round(sums.data_wait_rank),
+            "stragglers": self.progress.stragglers,
             "checkpoint_wait_seconds": waited_for_saves,
             "feature_bytes": round(sums.feature_bytes),
             "model_flops_utilization": self.step_flops(plan) / seconds / self.peak_flops,
             "peak_memory_bytes": self.platform.peak_memory_bytes(),
         }
         if report.expert_load is not None:
-            line["balance_loss"] = sums.balance
+            line["balance_loss"] = _finite(sums.balance)
             shares = report.expert_load / report.expert_load.sum(-1, keepdim=True).clamp(min=1)
             for kind, name in ((TEXT, "text"), (IMAGE, "image")):  # a list for each layer: the share of each expert
                 line[f"expert_load_{name}"] = [
                     [round(share, 6) for share in layer] for layer in shares[:, kind].tolist()
                 ]
         return line
+
+
+def _skipped_line(plan: StepPlan, report: StepReport) -> dict[str, Any]:
+    """The step's line of skipped.jsonl."""
+    pairs, documents = report.samples
+    return {
+        "step": plan.step,
+        "reason": report.fault,
+        "loss": _finite(report.loss),
+        "gradient_norm": _finite(report.gradient_norm),
+        "sample_ids": plan.digest,
+        "pairs": pairs,
+        "documents": documents,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if isfinite(value) else None
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:

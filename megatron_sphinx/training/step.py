@@ -1,6 +1,6 @@
 """One optimizer step: every micro-batch forward and backward, one global count of tokens, one update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.errors import DivergedError
 from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.sphinx import MicroBatch, routing_of
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
 
@@ -21,7 +21,8 @@ from megatron_sphinx.training.deepspeed_engine import Engine
 class Sums:
     """What is summed over the micro-batches and replicas of a step.
 
-    Losses are in nats; `stop` and `failed` count ranks; the seconds are those of the rank that waited longest.
+    Losses are in nats; `stop` and `failed` count ranks; the seconds are those of the rank that waited longest;
+    `data_wait_rank` is the one that waited longest for data.
     """
 
     loss_pairs: float = 0.0
@@ -35,6 +36,7 @@ class Sums:
     failed: float = 0.0
     exposed_encoder_seconds: float = 0.0
     data_wait_seconds: float = 0.0
+    data_wait_rank: float = 0.0
 
     def over(self, groups: ProcessGroups, device: torch.device) -> "Sums":
         """The sums over all replicas, the same on every language rank: the ranks must agree on what to do next.
@@ -50,7 +52,9 @@ class Sums:
             everyone, torch.tensor([mine], dtype=torch.float64, device=device), group=groups.language
         )
         sums, most = everyone.sum(0).tolist(), everyone.amax(0).tolist()
-        return Sums(**{name: most[n] if name.endswith("seconds") else sums[n] for n, name in enumerate(names)})
+        whole = Sums(**{name: most[n] if name.endswith("seconds") else sums[n] for n, name in enumerate(names)})
+        whole.data_wait_rank = int(everyone[:, names.index("data_wait_seconds")].argmax())
+        return whole
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class StepReport:
         loss: weighted mean over the step's target tokens, in nats.
         sums: what it is made of.
         gradient_norm: global norm before clipping.
+        fault: why the step changed no weight; empty where it did.
+        samples: ids of pairs and of text documents that the fault may lie in.
         expert_load: tokens that each expert took: int64 [layers, text and image, experts]; None without experts.
     """
 
@@ -68,6 +74,8 @@ class StepReport:
     sums: Sums
     gradient_norm: float
     expert_load: Tensor | None
+    fault: str = ""
+    samples: tuple[list[int], list[int]] = ([], [])
 
 
 def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,15 +109,19 @@ class Forward:
     planned: float
     weight: float
     has_experts: bool
+    progress: Progress
     sums: Tensor = field(init=False)
     suspects: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)
+    _number: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """This stage's output; on the last stage the loss, so divided that those of all micro-batches add up."""
+        self._number += 1
+        self.progress.at(Doing.COMPUTING, self._number)
         features, bad = None, torch.empty(len(batch.pairs), dtype=torch.bool, device=self.device)
         if self.groups.is_first_stage:
             assert self.features is not None
@@ -138,9 +150,8 @@ class Forward:
 
     def _loss(self, batch: MicroBatch, losses: Tensor, bad: Tensor) -> Tensor:
         is_bad = torch.cat([bad, bad.new_zeros(1)])  # text points at the last, never bad
-        is_target = (batch.targets >= 0) & ~is_bad[batch.pair_of_token]
-        is_text = batch.pair_of_token < 0
-        of_pairs, of_text = is_target & ~is_text, is_target & is_text
+        pair = batch.pair_of_token[batch.target_positions]
+        of_pairs, of_text = (pair >= 0) & ~is_bad[pair], pair < 0
         pairs, text = losses.where(of_pairs, 0.0).sum(), losses.where(of_text, 0.0).sum()
         counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad.sum()]
         self.sums += torch.stack([value.double() for value in counts])
@@ -178,28 +189,28 @@ def train_step(
     text_weight: float,
     rate: float,
     device: torch.device,
+    fault: Callable[[float, float], str],
+    progress: Progress,
     layers: int = 0,
     known: Sums | None = None,
 ) -> StepReport:
-    """Update the weights once from the step's micro-batches.
+    """Update the weights once from the step's micro-batches, unless `fault` finds one in loss and gradient norm.
 
     Each target token of the step weighs the same (text ones by `text_weight`), wherever it is computed: token losses
     are summed and divided once, by a count that follows from the plan. Where images could not be read, the gradient
     is scaled afterwards to the count that is left.
 
     `layers` are those of the whole model where it has experts, else 0; `known` is what this rank knows already:
-    whether it was asked to stop, how long it waited for data.
-
-    Raises:
-        DivergedError: a loss or the gradient is not finite. The weights have not been changed.
+    whether it was asked to stop, how long it waited for data. It notes in `progress` what it is at.
     """
     planned = plan.targets(of_pairs=True) + text_weight * plan.targets(of_pairs=False)
     waited, received = (features.waiting.seconds, features.received_bytes) if features else (0.0, 0)
     weight = engine.loss_scale / plan.positions
-    forward = Forward(engine, features, groups, device, text_weight, planned, weight, has_experts=layers > 0)
+    forward = Forward(engine, features, groups, device, text_weight, planned, weight, layers > 0, progress)
     if features is not None:
         features.prepare(len(batches))
     engine.backward(forward, batches)
+    progress.at(Doing.COUNTING)
     names = ("loss_pairs", "loss_text", "targets_pairs", "targets_text", "bad_pairs")
     mine = replace(known or Sums(), **dict(zip(names, forward.sums.tolist(), strict=True)), balance=forward.balance())
     if features is not None:
@@ -208,23 +219,28 @@ def train_step(
     whole = mine.over(groups, device)
     actual = whole.targets_pairs + text_weight * whole.targets_text
     loss = (whole.loss_pairs + text_weight * whole.loss_text) / max(actual, 1.0)
-    if not isfinite(loss):
-        raise DivergedError(_diverged(plan.step, f"loss is {loss}", forward.suspects, groups))
-    norm = engine.update(rate, planned / actual if whole.bad_pairs and actual else 1.0)
-    if not isfinite(norm):
-        raise DivergedError(_diverged(plan.step, f"the gradient's norm is {norm}", [], groups))
+    factor = planned / actual if whole.bad_pairs and actual else 1.0
+    norm = engine.gradient_norm() * factor
+    progress.at(Doing.UPDATING)
+    samples: tuple[list[int], list[int]] = ([], [])
+    if found := fault(loss, norm):
+        engine.discard()
+        samples = _suspects(forward.suspects, groups, is_spike=isfinite(norm))
+    else:
+        engine.update(rate, norm, factor)
     whole.balance /= engine.loss_scale * max(layers, 1)
-    return StepReport(loss, whole, norm, forward.load(layers))
+    return StepReport(loss, whole, norm, forward.load(layers), found, samples)
 
 
-def _diverged(step: int, what: str, losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups) -> str:
-    """One line that names the step and the samples of the micro-batches whose loss is not finite, if there are such."""
-    bad = [batch for batch, value in losses if not value.isfinite()]
-    mine = (sorted({p for b in bad for p in b.pairs}), sorted({d for b in bad for d in b.documents}))
-    found: list[tuple[list[int], list[int]]] = [mine] * groups.layout.language
-    dist.all_gather_object(found, mine, group=groups.language)
-    pairs, documents = (sorted({item for part in found for item in part[side]}) for side in (0, 1))
-    samples = (
-        f"samples in it: pairs {pairs}, text documents {documents}; look at them, or " if pairs or documents else ""
-    )
-    return f"step={step}: {what}; weights unchanged; {samples}resume with a lower optimizer.learning_rate"
+def _suspects(
+    losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups, *, is_spike: bool
+) -> tuple[list[int], list[int]]:
+    """Pairs and text documents of the micro-batch with the highest loss, or else of all whose loss is not finite."""
+    mine = [
+        (float(loss) / max(int((batch.targets >= 0).sum()), 1), batch.pairs, batch.documents) for batch, loss in losses
+    ]
+    everyone = [mine] * groups.layout.language
+    dist.all_gather_object(everyone, mine, group=groups.language)
+    found = [item for part in everyone for item in part]
+    suspects = [max(found)] if is_spike else [item for item in found if not isfinite(item[0])]
+    return sorted({p for _, pairs, _ in suspects for p in pairs}), sorted({d for *_, own in suspects for d in own})
