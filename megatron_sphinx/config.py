@@ -264,16 +264,37 @@ def _example(preset: str) -> dict[str, Any]:
     return {"run": {"folder": f"runs/{preset}"}, "model": {"preset": preset}, "data": data}
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file over its bases."""
+def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: of the file.
+        title: how messages begin.
+        otherwise: what to do where there is no such file.
+        holds: what it must hold.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file, e.g. examples/demo.yaml") from error
+        raise ConfigError(f"{title}: {error.strerror}; {otherwise}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{title}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold a mapping of sections such as run: and model:")
+        raise ConfigError(f"{title}: must hold {holds}")
+    return values
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over its bases."""
+    values = read_mapping(
+        path,
+        str(path),
+        otherwise="give the path of a YAML file, e.g. examples/demo.yaml",
+        holds="a mapping of sections such as run: and model:",
+    )
     bases = values.pop("base", [])
     if bases and path.resolve() in above:
         raise ConfigError(f"base={bases}: {path} is its own base; name another file")

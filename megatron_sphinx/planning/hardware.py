@@ -6,9 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_sphinx.config import build
+from megatron_sphinx.config import build, read_mapping
 from megatron_sphinx.errors import ConfigError, nearest
 
 KINDS = Path(str(resources.files("megatron_sphinx") / "planning" / "hardware.yaml"))
@@ -137,15 +135,8 @@ def load(kind: str) -> Hardware:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--gpu={path}: {error.strerror}; give one of {', '.join(kinds())}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--gpu={path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--gpu={path}: must hold keys such as memory_bytes and flops")
-    return values
+    known = f"give one of {', '.join(kinds())}" if path != KINDS else ""
+    return read_mapping(path, f"--gpu={path}", otherwise=known, holds="keys such as memory_bytes and flops")
 
 
 def _with_base(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:

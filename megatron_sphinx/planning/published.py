@@ -146,7 +146,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Predicted beside published, tokens/s of a GPU."""
-    lines = [f"{'run':36}{'GPUs':>18}  {'layout':12}{'':5}{'published':>10}{'predicted':>10}{'ratio':>7}"]
+    lines = [f"{'run':36}{'GPUs':>6} {'kind':>11}  {'layout':12}{'':5}{'published':>10}{'predicted':>10}{'ratio':>7}"]
     for row in found:
         lines.append(
             f"{row['name']:36}{row['gpus']:>6} {row['gpu']:>11}  {row['layout']:12}{row['precision']:5}"
