@@ -102,6 +102,7 @@ def _rank(rank: int, world: int, port: int, log: Path, work: Callable[[], int | 
     """The whole life of a forked rank."""
     status = 1
     try:
+        torch.set_num_threads(1)  # the pool of threads it was forked with is dead, and threads that repair it race
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)

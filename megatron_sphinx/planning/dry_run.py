@@ -343,6 +343,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _work(answer: Any, config: RunConfig, layout: ParallelLayout, rank: int) -> None:
     """The whole life of a process that takes a rank's step."""
+    torch.set_num_threads(1)  # nothing is computed; and a pool of threads does not survive the fork
     try:
         answer.send(count(config, layout, rank))
     except SphinxError as error:
