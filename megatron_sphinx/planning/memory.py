@@ -119,6 +119,8 @@ def activation_bytes(
     # gradients inside one layer, where it is widest
     copies = model.experts_per_token / sizes.tensor if model.experts else 1 / sizes.tensor
     total += 4 * width * copies * model.ffn + 2 * width * model.hidden
+    if sizes.sequence:  # a matrix's input, gathered from all ranks once more, and its gradient before it is scattered
+        total += 2 * width * model.hidden
     total *= size.positions
     if stage == 0:
         values = config.vision.feature_values
