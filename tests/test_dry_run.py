@@ -146,6 +146,8 @@ def test_presets_of_few_layers(preset, capsys):
             assert counted[f"bytes held: {part}"] == pytest.approx(formula[f"bytes held: {part}"], rel=1e-3)
         assert counted["bytes at the peak"] >= counted["bytes held: weights"] + counted["bytes held: optimizer"]
         times = 1 if stages > 1 else found["micro_batches"]  # in a pipeline once, when the schedule has ended
+        for name in ("FLOPs", *(name for name in formula if name.endswith(": bytes"))):
+            assert counted[name] == pytest.approx(formula[name], rel=0.01), name
         reduced = sum(counted.get(f"{group} all-reduce: bytes", 0) for group in ("data", "expert_data"))
         assert reduced == pytest.approx(4 * counted["parameters"] * times, rel=1e-3), "gradients travel in fp32"
     planner, _ = dry_run.plan_of(config, layout)

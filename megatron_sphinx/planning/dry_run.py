@@ -40,7 +40,7 @@ from megatron_sphinx.data.packing import Piece, positions
 from megatron_sphinx.data.plan import PairSizes, Planner, Runs, StepPlan
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import VisionConfig
-from megatron_sphinx.model.encoders import FrozenEncoders, encoder_work
+from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.experts import Routing, RowRouter
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
@@ -48,7 +48,11 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.progress import Progress
 from megatron_sphinx.parallel.seeding import seed_rank
+from megatron_sphinx.planning import step_time
 from megatron_sphinx.planning.recorder import HOST, Recorder
+from megatron_sphinx.planning.sizes import encoder_cost
+from megatron_sphinx.planning.step_time import Run
+from megatron_sphinx.planning.work import Work
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
@@ -268,19 +272,23 @@ class Counted:
 def formulas(config: RunConfig, layout: ParallelLayout, planner: Planner, rank: int) -> dict[str, float]:
     """What arithmetic says of a rank's step, under the names that `Counted.rows` gives; of fewer numbers.
 
-    FLOPs are those of the model: without what is computed again, and with every stage taking an equal share.
+    Work and messages are those that step times are predicted from: of rows as they are on average, on a replica that
+    has most of them.
     """
-    seat, plan, sizes = layout.seat(rank), planner.step(0), layout.config
+    seat, ours = layout.seat(rank), Run.ours(config, is_cuda=False)
+    role = "encoder" if seat.encoder is not None else f"language stage {seat.pipeline}"
+    work = Work.of_plan(planner.step(0), planner.lengths)
+    found = {"FLOPs": sum(step_time.flops(ours, layout, work, encoder_cost(config.vision))[role].values())}
+    for transfer in step_time.communication(ours, layout, work)[role]:
+        name = f"{transfer.group} {transfer.kind.replace('_', '-')}"
+        for what, number in (("times", transfer.count), ("bytes", transfer.bytes)):
+            found[f"{name}: {what}"] = found.get(f"{name}: {what}", 0.0) + number
     if seat.encoder is not None:
-        views = sum(len(piece.views) for row in plan.rows for piece in row) / sizes.encoder
-        return {"FLOPs": views * sum(encoder_work(item.expert)[0] for item in config.vision.experts)}
-    mine = [row for micro in plan.micro_batches for row in micro[seat.data]]
+        return found
     weights = rank_weights(config.model, config.vision, layout, seat.pipeline, config.training.train)
     held = zero2_bytes(weights, layout, precision=config.training.precision)
-    return {
-        "parameters": weights.shared + weights.experts + weights.frozen,
-        "FLOPs": sum(map(planner.cost, mine)) / (sizes.tensor * sizes.pipeline),
-    } | {f"bytes held: {part}": nbytes for part, nbytes in held.items()}
+    parameters = weights.shared + weights.experts + weights.frozen
+    return found | {"parameters": parameters} | {f"bytes held: {part}": nbytes for part, nbytes in held.items()}
 
 
 def report(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
