@@ -27,10 +27,10 @@ from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning import hardware, memory, published, search, step_time
+from megatron_sphinx.planning import counts, hardware, memory, published, search
+from megatron_sphinx.planning.counts import Run
 from megatron_sphinx.planning.layouts import job_of, work_of
 from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.step_time import Run
 from megatron_sphinx.planning.work import Work
 from megatron_sphinx.training import loop
 
@@ -185,7 +185,7 @@ def test_bytes_of_collectives(run_ranks, tiny, tmp_path, monkeypatch, overrides)
     config = configuration.load(path)
     layout = ParallelLayout(world=2, config=config.parallel)
     work, _ = work_of(config)
-    planned = step_time.communication(Run.ours(config, is_cuda=False), layout, work)
+    planned = counts.communication(Run.ours(config, is_cuda=False), layout, work)
     steps: list[Counter[str]] = []
     train_step = loop.train_step
 
@@ -364,7 +364,7 @@ def test_flops_are_the_models(tiny, tmp_path):
     work = replace(work_of(config)[0], rows=8)
     sizes = ParallelConfig(tensor=rng.choice([1, 2]), pipeline=rng.choice([1, 2]))
     layout = ParallelLayout(world=4, config=sizes)
-    found = step_time.flops(Run.ours(config, is_cuda=True), layout, work)
+    found = counts.flops(Run.ours(config, is_cuda=True), layout, work)
     parts = ((part["matrices"], part["logits"], part["attention"] * 3 / 3.5) for part in found.values())
     counted = work.rows * work.language_flops(config.model)
     assert sum(map(sum, parts)) * layout.stage == pytest.approx(counted, rel=1e-6)

@@ -48,10 +48,10 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.progress import Progress
 from megatron_sphinx.parallel.seeding import seed_rank
-from megatron_sphinx.planning import step_time
+from megatron_sphinx.planning import counts
+from megatron_sphinx.planning.counts import Run
 from megatron_sphinx.planning.recorder import HOST, Recorder
 from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.step_time import Run
 from megatron_sphinx.planning.work import Work
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
@@ -278,8 +278,8 @@ def formulas(config: RunConfig, layout: ParallelLayout, planner: Planner, rank: 
     seat, ours = layout.seat(rank), Run.ours(config, is_cuda=False)
     role = "encoder" if seat.encoder is not None else f"language stage {seat.pipeline}"
     work = Work.of_plan(planner.step(0), planner.lengths)
-    found = {"FLOPs": sum(step_time.flops(ours, layout, work, encoder_cost(config.vision))[role].values())}
-    for transfer in step_time.communication(ours, layout, work)[role]:
+    found = {"FLOPs": sum(counts.flops(ours, layout, work, encoder_cost(config.vision))[role].values())}
+    for transfer in counts.communication(ours, layout, work)[role]:
         name = f"{transfer.group} {transfer.kind.replace('_', '-')}"
         for what, number in (("times", transfer.count), ("bytes", transfer.bytes)):
             found[f"{name}: {what}"] = found.get(f"{name}: {what}", 0.0) + number

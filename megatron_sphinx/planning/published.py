@@ -13,7 +13,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.planning import hardware as machines
-from megatron_sphinx.planning.step_time import Run, Timing, step_time
+from megatron_sphinx.planning.counts import Run
+from megatron_sphinx.planning.step_time import Timing, step_time
 from megatron_sphinx.planning.work import Work
 
 RUNS = Path(str(resources.files("megatron_sphinx") / "planning" / "published.yaml"))
