@@ -1,0 +1,381 @@
+"""Files of tensors, read and written tensor by tensor: safetensors, torch's zip files, torch.distributed.checkpoint.
+
+Nothing is loaded to be looked at: a file is mapped, a tensor is a view of it, and its pages are given back once it has
+been used. No pickle is run: what is pickled is read by torch's weights_only, or names no other classes than expected.
+"""
+
+import io
+import json
+import mmap
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.serialization import skip_data
+
+from megatron_sphinx.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where a box of a tensor lies.
+
+    Attributes:
+        path: of the file.
+        start: byte of its first element.
+        stride: of its dimensions, in elements.
+        offset: of the box in the whole tensor.
+        shape: of the box.
+    """
+
+    path: Path
+    start: int
+    stride: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that can be read.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of its elements.
+        chunks: together the whole, each element once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Maps:
+    """Mapped files; the pages of what was read are given back by `release`."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
+        self._touched: set[Path] = set()
+
+    def read(self, entry: Entry) -> Tensor:
+        """The tensor: a view of its file if it is one chunk, else put together."""
+        first = entry.chunks[0]
+        if len(entry.chunks) == 1:
+            return self._view(first, entry.dtype)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for chunk in entry.chunks:
+            box = tuple(slice(at, at + size) for at, size in zip(chunk.offset, chunk.shape, strict=True))
+            whole[box] = self._view(chunk, entry.dtype)
+        return whole
+
+    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        if 0 in chunk.shape:
+            return torch.empty(chunk.shape, dtype=dtype)
+        if chunk.path not in self._maps:
+            with chunk.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants what is writable
+            self._maps[chunk.path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
+        self._touched.add(chunk.path)
+        mapped, _ = self._maps[chunk.path]
+        count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
+        return flat.as_strided(chunk.shape, chunk.stride)
+
+    def release(self) -> None:
+        """Give back the memory of what was read; it can be read again."""
+        for path in self._touched:
+            self._maps[path][0].madvise(mmap.MADV_DONTNEED)
+        self._touched.clear()
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor whose last dimension is the fastest."""
+    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def read_safetensors(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is none, or is cut off.
+    """
+    try:
+        with safe_open(path, "pt"):  # checks that all tensors lie in the file, one behind the other
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({_line(error)}); fetch it again") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, about in header.items():
+        shape = tuple(about["shape"])
+        if about["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {name} is of type {about['dtype']}; known: {', '.join(_DTYPES)}")
+        entries[name] = _whole(path, 8 + length + about["data_offsets"][0], shape, _DTYPES[about["dtype"]])
+    return entries
+
+
+def read_torch(path: Path) -> dict[str, Entry]:
+    """The tensors of a file of torch.save, by their keys; of a mapping inside it named `model` if that is there.
+
+    Raises:
+        CheckpointError: it is none, is cut off, or holds what is not data.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # gives the places of tensors, reads none
+            found = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        raise CheckpointError(f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again") from error
+    found = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path}: holds no tensors by name; give a checkpoint of a model")
+    size = path.stat().st_size
+    entries = {}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {name} is no tensor; give a checkpoint of a model")
+        start = _place(value, path)
+        if start + value.untyped_storage().nbytes() > size:
+            raise CheckpointError(f"{path}: {name} lies behind the end of the file; fetch it again")
+        shape = tuple(value.shape)
+        chunk = Chunk(path, start + value.storage_offset() * value.itemsize, value.stride(), (0,) * len(shape), shape)
+        entries[str(name)] = Entry(shape, value.dtype, (chunk,))
+    return entries
+
+
+def _place(value: Tensor, path: Path) -> int:
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise CheckpointError(
+            f"{path}: is of the old format of torch.save, which cannot be read piece by piece; load it and save it again"
+        )
+    return int(start)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of a .metadata of torch.distributed.checkpoint, and no other."""
+
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _OTHERS = {
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
+        ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "getattr"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self._OTHERS or (module in self._MODULES and "." not in name):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """What a pickled enum asks getattr for: a member of one of its classes."""
+    if not isinstance(owner, type) or owner.__module__ not in _Unpickler._MODULES:
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
+    return getattr(owner, name)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(min(len(buffer), self._size - self._at))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a torch.distributed.checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it has no such file, or one that is damaged or names code.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise CheckpointError(f"{path}: cannot be read ({_line(error)}); give a whole checkpoint") from error
+    if not isinstance(found, Metadata):
+        raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
+    return found
+
+
+def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Tensors of a torch.distributed.checkpoint, by name.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    metadata, wanted = read_metadata(folder), set(names)
+    entries = {}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in wanted}
+    dtypes: dict[str, torch.dtype] = {}
+    files: dict[str, BinaryIO] = {}
+    try:
+        for index, info in metadata.storage_data.items():
+            if index.fqn in wanted:
+                path = folder / info.relative_path
+                if info.relative_path not in files:
+                    files[info.relative_path] = path.open("rb")
+                chunk, dtype = _record(path, files[info.relative_path], info, tuple(index.offset or ()))
+                chunks[index.fqn].append(chunk)
+                dtypes[index.fqn] = dtype
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({_line(error)}); give a whole checkpoint") from error
+    finally:
+        for file in files.values():
+            file.close()
+    for name in names:
+        about = metadata.state_dict_metadata.get(name)
+        if not isinstance(about, TensorStorageMetadata) or not chunks[name]:
+            raise CheckpointError(f"{folder}: holds no tensor {name}; give a checkpoint of a model")
+        shape = tuple(about.size)
+        if sum(prod(chunk.shape) for chunk in chunks[name]) != prod(shape):
+            raise CheckpointError(f"{folder}: parts of {name} are missing; give a whole checkpoint")
+        entries[name] = Entry(shape, dtypes[name], tuple(chunks[name]))
+    return entries
+
+
+def _record(path: Path, file: BinaryIO, info: Any, offset: tuple[int, ...]) -> tuple[Chunk, torch.dtype]:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            value = torch.load(_Window(file, info.offset, info.length), weights_only=True)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CheckpointError(f"{path}: is damaged ({_line(error)}); give a whole checkpoint") from error
+    start = info.offset + _place(value, path) + value.storage_offset() * value.itemsize
+    if start + value.untyped_storage().nbytes() > path.stat().st_size:
+        raise CheckpointError(f"{path}: is cut off; give a whole checkpoint")
+    shape = tuple(value.shape)
+    return Chunk(path, start, value.stride(), offset or (0,) * len(shape), shape), value.dtype
+
+
+def _whole(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+    return Entry(shape, dtype, (Chunk(path, start, contiguous(shape), (0,) * len(shape), shape),))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+# writing
+
+Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a file, in order
+
+
+def write_safetensors(path: Path, planned: Planned, values: Iterator[Tensor]) -> None:
+    """Write a safetensors file, one tensor after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, dtype) in planned.items():
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in values:
+            file.write(bytes_of(value))
+
+
+def write_torch(path: Path, planned: Planned, values: Iterator[Tensor], *, under: str | None = None) -> None:
+    """Write a file of torch.save, one tensor after the other.
+
+    Args:
+        path: of the file.
+        planned: its tensors.
+        values: of them, in the same order.
+        under: the key of the mapping that holds them, if they lie in one.
+    """
+    with FakeTensorMode():
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
+    with skip_data(materialize_fake_tensors=True):
+        torch.save({under: empty} if under else empty, path)
+    places = {name: entry.chunks[0].start for name, entry in read_torch(path).items()}
+    sums: dict[int, int] = {}
+    with path.open("r+b") as file:
+        for name, value in zip(planned, values, strict=True):
+            data = bytes_of(value)
+            file.seek(places[name])
+            file.write(data)
+            sums[places[name]] = zlib.crc32(data)
+        _set_checksums(file, sums)
+
+
+def _set_checksums(file: BinaryIO, sums: Mapping[int, int]) -> None:
+    """Write the checksums of a zip file's records, by where their data begin, into both of its headers."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        directory = archive.start_dir
+    for member in members:
+        file.seek(directory)
+        entry = file.read(46)
+        name, extra, comment = struct.unpack("<3H", entry[28:34])
+        file.seek(member.header_offset)
+        head = file.read(30)
+        data = member.header_offset + 30 + sum(struct.unpack("<2H", head[26:30]))
+        if data in sums:
+            value = struct.pack("<I", sums[data])
+            if head[6] & 8:  # sizes and checksum follow the data
+                file.seek(data + member.file_size + 4)
+                file.write(value)
+            else:
+                file.seek(member.header_offset + 14)
+                file.write(value)
+            file.seek(directory + 16)
+            file.write(value)
+        directory += 46 + name + extra + comment
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+
+
+__all__ = ["Chunk", "Entry", "Maps", "_StorageInfo"]
