@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import skip_data
 
@@ -324,7 +323,9 @@ def write_safetensors(path: Path, planned: Planned, values: Iterator[Tensor]) ->
             file.write(bytes_of(value))
 
 
-def write_torch(path: Path, planned: Planned, values: Iterator[Tensor], *, under: str | None = None) -> None:
+def write_torch(
+    path: Path, planned: Planned, values: Iterator[Tensor], *, under: str | None = None, is_bare: bool = False
+) -> None:
     """Write a file of torch.save, one tensor after the other.
 
     Args:
@@ -332,12 +333,17 @@ def write_torch(path: Path, planned: Planned, values: Iterator[Tensor], *, under
         planned: its tensors.
         values: of them, in the same order.
         under: the key of the mapping that holds them, if they lie in one.
+        is_bare: one tensor, and no mapping at all.
     """
     with FakeTensorMode():
         empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
+    payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
     with skip_data(materialize_fake_tensors=True):
-        torch.save({under: empty} if under else empty, path)
-    places = {name: entry.chunks[0].start for name, entry in read_torch(path).items()}
+        torch.save(payload, path)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        saved = torch.load(path, weights_only=True)
+    saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
+    places = {name: _place(value, path) for name, value in saved.items()}
     sums: dict[int, int] = {}
     with path.open("r+b") as file:
         for name, value in zip(planned, values, strict=True):
@@ -377,5 +383,3 @@ def bytes_of(value: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
 
-
-__all__ = ["Chunk", "Entry", "Maps", "_StorageInfo"]

@@ -1,0 +1,265 @@
+"""Writes a checkpoint in another format: file by file, resumable, visible when it is complete and proven."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from tqdm import tqdm
+
+from megatron_sphinx.checkpoint.conversion import Conversion
+from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta
+from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
+from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
+from megatron_sphinx.checkpoint.stream import Entry, Planned, read_safetensors, write_safetensors, write_torch
+from megatron_sphinx.errors import CheckpointError
+
+FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ENCODERS = "encoders"  # the folder of frozen experts, a file each
+_JOURNAL = "files.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion has done.
+
+    Attributes:
+        files: that were written, those of a run before it that was stopped counted.
+        tensors: in them.
+        parameters: in those.
+        differing: tensors that the ranks of the source should hold alike, but do not, with the most they differ by.
+    """
+
+    files: int
+    tensors: int
+    parameters: int
+    differing: tuple[tuple[str, float], ...]
+
+
+def open_checkpoint(folder: Path) -> Opened:
+    """Recognise a checkpoint and read what it holds, not its tensors.
+
+    Raises:
+        CheckpointError: it is of no known format, incomplete or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
+    for module in (huggingface, accessory, meta, megatron):
+        if module.is_here(folder):
+            opened: Opened = module.open_checkpoint(folder)
+            opened.source.check()
+            return opened
+    raise CheckpointError(
+        f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
+        f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"
+    )
+
+
+def convert(
+    source: Path, target: Path, form: str, wanted: Wanted, *, verify: bool = False, show: bool = False
+) -> Converted:
+    """Write a checkpoint in another format. A run that was stopped goes on where it was.
+
+    Memory: the largest tensor of either side, those of the source that lie in several pieces twice, and the pages of
+    what is being copied.
+
+    Args:
+        source: folder of a checkpoint.
+        target: folder to make.
+        form: one of FORMATS.
+        wanted: how it is divided.
+        verify: read everything back and compare it with the source.
+        show: whether there is a progress bar.
+
+    Raises:
+        CheckpointError: the source is incomplete, damaged or unknown; the target exists, cannot be written, or cannot
+            hold such a model; what was read back differs.
+    """
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
+    opened = open_checkpoint(source)
+    encoders = opened.encoders or _encoders(opened.folder)
+    files, companions = _plan(opened, form, wanted, encoders)
+    conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
+    differing = tuple((item.name, most) for item, most in conversion.differing_copies())
+    partial = target.with_name(f".{target.name}.partial")
+    dtype = torch.float32 if form == "megatron" else wanted.dtype
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        done = _journal(partial, opened, form, wanted)
+        with _bar("converting", _size(files, conversion, dtype), show) as bar:
+            for file in files:
+                if file.name not in done:
+                    _write(partial / file.name, file, opened, conversion, dtype, bar)
+                    done[file.name] = (partial / file.name).stat().st_size
+                    _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
+                else:
+                    bar.update(done[file.name])
+        _companions(partial, opened, form, files, companions, encoders)
+        if verify:
+            _verify(partial, opened, show)
+        (partial / _JOURNAL).unlink()
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: could not be written ({error.strerror or error}); put that right and run it again"
+        ) from error
+    tensors = [item for file in files for item in file.tensors]
+    return Converted(len(files), len(tensors), sum(torch.Size(item.shape).numel() for item in tensors), differing)
+
+
+def _plan(
+    opened: Opened, form: str, wanted: Wanted, encoders: dict[str, dict[str, Entry]]
+) -> tuple[list[File], dict[str, Any]]:
+    if form != "accessory" and form != "meta" and wanted.tensor_parallel > 1:
+        raise CheckpointError(f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out")
+    if form in ("hf", "internlm2"):
+        return huggingface.files(opened.model, wanted, is_internlm2=form == "internlm2")
+    if form == "meta":
+        return meta.files(opened.model, wanted)
+    if form == "accessory":
+        return accessory.files(opened.model, wanted, encoders)
+    return megatron.files(opened.model, wanted)
+
+
+def _encoders(folder: Path) -> dict[str, dict[str, Entry]]:
+    """Frozen experts that lie in files of their own beside a checkpoint."""
+    found = {path.stem: read_safetensors(path) for path in sorted((folder / ENCODERS).glob("*.safetensors"))}
+    if unknown := sorted(found.keys() - set(accessory.ENCODERS)):
+        raise CheckpointError(f"{folder / ENCODERS}: {unknown[0]}: unknown; known: {', '.join(accessory.ENCODERS)}")
+    return found
+
+
+def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[str, int]:
+    """Files that a run before this one has finished; begins anew where it was of something else."""
+    paths = {chunk.path for entry in opened.source.entries.values() for chunk in entry.chunks}
+    marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+    task = hashlib.sha256(json.dumps([marks, form, str(wanted)]).encode()).hexdigest()
+    journal = partial / _JOURNAL
+    if journal.is_file() and (found := json.loads(journal.read_text())).get("task") == task:
+        return dict(found["done"])
+    shutil.rmtree(partial)
+    partial.mkdir()
+    _write_json(journal, {"task": task, "done": {}})
+    return {}
+
+
+def _size(files: Sequence[File], conversion: Conversion, dtype: torch.dtype | None) -> int:
+    items = [item for file in files for item in file.tensors]
+    sizes = [torch.Size(item.shape).numel() * (dtype or conversion.dtype_of(item)).itemsize for item in items]
+    return sum(sizes) + sum(entry.nbytes for file in files for _, entry in file.verbatim)
+
+
+def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:
+    planned: Planned = {
+        **{item.name: (item.shape, dtype or conversion.dtype_of(item)) for item in file.tensors},
+        **{name: (entry.shape, entry.dtype) for name, entry in file.verbatim},
+    }
+
+    def values() -> Iterator[Tensor]:
+        for item in file.tensors:
+            value = conversion.make(item, dtype)
+            yield value
+            conversion.release()
+            bar.update(value.nbytes)
+        for _, entry in file.verbatim:
+            yield opened.source.maps.read(entry)
+            opened.source.maps.release()
+            bar.update(entry.nbytes)
+
+    if path.suffix == ".safetensors":
+        write_safetensors(path, planned, values())
+    else:
+        write_torch(path, planned, values(), under=file.under, is_bare=path.suffix == ".distcp")
+
+
+def _companions(
+    partial: Path,
+    opened: Opened,
+    form: str,
+    files: Sequence[File],
+    companions: dict[str, Any],
+    encoders: dict[str, dict[str, Entry]],
+) -> None:
+    """Write what is beside the tensors: configuration, index, tokenizer, frozen experts."""
+    for name in TOKENIZERS:
+        if (opened.folder / name).is_file():
+            shutil.copyfile(opened.folder / name, partial / name)
+    if form != "accessory":
+        for expert, entries in encoders.items():
+            path = partial / ENCODERS / f"{expert}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            values = (opened.source.maps.read(entry) for entry in entries.values())
+            write_safetensors(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()}, values)
+    if form != "megatron":
+        for name, content in companions.items():
+            _write_json(partial / name, content)
+        return
+    _write_metadata(partial, files)
+    manifest = companions[MANIFEST]
+    if (partial / "tokenizer.model").is_file():
+        manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
+    names = [".metadata", *(file.name for file in files)]
+    write_manifest(partial, manifest | {"files": {name: sha256_of(partial / name) for name in names}})
+
+
+def _write_metadata(partial: Path, files: Sequence[File]) -> None:
+    """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
+    tensors, places = {}, {}
+    for file in files:
+        (item,) = file.tensors
+        shape, corner = torch.Size(item.shape), torch.Size([0] * len(item.shape))
+        tensors[item.name] = TensorStorageMetadata(
+            TensorProperties(dtype=torch.float32), shape, [ChunkStorageMetadata(corner, shape)]
+        )
+        places[MetadataIndex(item.name, corner)] = _StorageInfo(file.name, 0, (partial / file.name).stat().st_size)
+    with (partial / ".metadata").open("wb") as out:
+        pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
+
+
+def _verify(partial: Path, opened: Opened, show: bool) -> None:
+    """Read everything back and make the source's tensors of it.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    back = open_checkpoint(partial)
+    conversion = Conversion(back.source, opened.source.stored)
+    with _bar("verifying", sum(entry.nbytes for entry in opened.source.entries.values()), show) as bar:
+        for item in opened.source.stored:
+            entry = opened.source.entries[item.file, item.name]
+            made = conversion.make(item)
+            wanted = opened.source.maps.read(entry)
+            if "v" in item.box:  # padding is not kept
+                made, wanted = (value[: item.sizes["v"]] for value in (made, wanted))
+            if not torch.equal(made, wanted.to(made.dtype)) and item not in {copy for copy, _ in conversion.copies}:
+                raise CheckpointError(f"{partial}: {item.name} read back differs; the disk or the memory is faulty")
+            conversion.release()
+            opened.source.maps.release()
+            bar.update(entry.nbytes)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _bar(what: str, size: int, show: bool) -> Any:
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=not show, dynamic_ncols=True, mininterval=1.0)
