@@ -5,8 +5,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from torch.distributed.checkpoint.metadata import (
 from tqdm import tqdm
 
 from megatron_sphinx.checkpoint.conversion import Conversion
-from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta
+from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
+from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, Planned, read_safetensors, write_safetensors, write_torch
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.architecture import LanguageConfig
 
-FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron")
+FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ENCODERS = "encoders"  # the folder of frozen experts, a file each
 _JOURNAL = "files.json"
@@ -52,19 +54,27 @@ class Converted:
     differing: tuple[tuple[str, float], ...]
 
 
-def open_checkpoint(folder: Path) -> Opened:
+def open_checkpoint(folder: Path, shape: LanguageConfig | None = None) -> Opened:
     """Recognise a checkpoint and read what it holds, not its tensors.
+
+    Args:
+        folder: where it is.
+        shape: of the model, for the one format that does not tell it, torch_dist.
 
     Raises:
         CheckpointError: it is of no known format, incomplete or damaged.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
+    opened: Opened | None = None
+    if torch_dist.is_here(folder):
+        opened = torch_dist.open_checkpoint(folder, shape)
     for module in (huggingface, accessory, meta, megatron):
-        if module.is_here(folder):
-            opened: Opened = module.open_checkpoint(folder)
-            opened.source.check()
-            return opened
+        if opened is None and module.is_here(folder):
+            opened = module.open_checkpoint(folder)
+    if opened is not None:
+        opened.source.check()
+        return opened
     raise CheckpointError(
         f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
         f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"
@@ -72,7 +82,14 @@ def open_checkpoint(folder: Path) -> Opened:
 
 
 def convert(
-    source: Path, target: Path, form: str, wanted: Wanted, *, verify: bool = False, show: bool = False
+    source: Path,
+    target: Path,
+    form: str,
+    wanted: Wanted,
+    *,
+    shape: LanguageConfig | None = None,
+    verify: bool = False,
+    show: bool = False,
 ) -> Converted:
     """Write a checkpoint in another format. A run that was stopped goes on where it was.
 
@@ -84,6 +101,7 @@ def convert(
         target: folder to make.
         form: one of FORMATS.
         wanted: how it is divided.
+        shape: of the model, for a source of the one format that does not tell it, torch_dist.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -93,13 +111,14 @@ def convert(
     """
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, shape)
     encoders = opened.encoders or _encoders(opened.folder)
     files, companions = _plan(opened, form, wanted, encoders)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
-    dtype = torch.float32 if form == "megatron" else wanted.dtype
+    wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
+    dtype = wanted.dtype
     try:
         partial.mkdir(parents=True, exist_ok=True)
         done = _journal(partial, opened, form, wanted)
@@ -111,7 +130,8 @@ def convert(
                     _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
                 else:
                     bar.update(done[file.name])
-        _companions(partial, opened, form, files, companions, encoders)
+        dtype_of = conversion.dtype_of if dtype is None else lambda _: dtype
+        _companions(partial, opened, form, files, companions, encoders, dtype_of)
         if verify:
             _verify(partial, opened, show)
         (partial / _JOURNAL).unlink()
@@ -135,7 +155,7 @@ def _plan(
         return meta.files(opened.model, wanted)
     if form == "accessory":
         return accessory.files(opened.model, wanted, encoders)
-    return megatron.files(opened.model, wanted)
+    return (torch_dist if form == "torch_dist" else megatron).files(opened.model, wanted)
 
 
 def _encoders(folder: Path) -> dict[str, dict[str, Entry]]:
@@ -196,6 +216,7 @@ def _companions(
     files: Sequence[File],
     companions: dict[str, Any],
     encoders: dict[str, dict[str, Entry]],
+    dtype_of: Callable[[Stored], torch.dtype],
 ) -> None:
     """Write what is beside the tensors: configuration, index, tokenizer, frozen experts."""
     for name in TOKENIZERS:
@@ -207,11 +228,14 @@ def _companions(
             path.parent.mkdir(exist_ok=True)
             values = (opened.source.maps.read(entry) for entry in entries.values())
             write_safetensors(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()}, values)
+    if form in ("megatron", "torch_dist"):
+        _write_metadata(partial, {file.name: (file.tensors[0], dtype_of(file.tensors[0])) for file in files})
+    if form == "torch_dist":
+        torch.save({}, partial / "common.pt")
     if form != "megatron":
         for name, content in companions.items():
             _write_json(partial / name, content)
         return
-    _write_metadata(partial, files)
     manifest = companions[MANIFEST]
     if (partial / "tokenizer.model").is_file():
         manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
@@ -219,16 +243,15 @@ def _companions(
     write_manifest(partial, manifest | {"files": {name: sha256_of(partial / name) for name in names}})
 
 
-def _write_metadata(partial: Path, files: Sequence[File]) -> None:
+def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
     """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
     tensors, places = {}, {}
-    for file in files:
-        (item,) = file.tensors
+    for file, (item, dtype) in files.items():
         shape, corner = torch.Size(item.shape), torch.Size([0] * len(item.shape))
         tensors[item.name] = TensorStorageMetadata(
-            TensorProperties(dtype=torch.float32), shape, [ChunkStorageMetadata(corner, shape)]
+            TensorProperties(dtype=dtype), shape, [ChunkStorageMetadata(corner, shape)]
         )
-        places[MetadataIndex(item.name, corner)] = _StorageInfo(file.name, 0, (partial / file.name).stat().st_size)
+        places[MetadataIndex(item.name, corner)] = _StorageInfo(file, 0, (partial / file).stat().st_size)
     with (partial / ".metadata").open("wb") as out:
         pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
 
@@ -239,7 +262,7 @@ def _verify(partial: Path, opened: Opened, show: bool) -> None:
     Raises:
         CheckpointError: one differs.
     """
-    back = open_checkpoint(partial)
+    back = open_checkpoint(partial, opened.model.language)
     conversion = Conversion(back.source, opened.source.stored)
     with _bar("verifying", sum(entry.nbytes for entry in opened.source.entries.values()), show) as bar:
         for item in opened.source.stored:

@@ -12,7 +12,8 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -177,28 +178,37 @@ def _place(value: Tensor, path: Path) -> int:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of a .metadata of torch.distributed.checkpoint, and no other."""
+    """Knows the plain classes of a .metadata of torch.distributed.checkpoint; what else torch and megatron-core wrote
+    is passed over, and anything else refused."""
 
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _OTHERS = {
-        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "Path"),
-        ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "getattr"),
+        ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
+        ("collections", "OrderedDict"): dict,
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self._OTHERS or (module in self._MODULES and "." not in name):
-            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) in self._OTHERS:
+            return self._OTHERS[module, name]
+        if module in self._MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
+        if module.startswith(("torch.", "megatron.")) or (module, name) == ("pathlib", "PosixPath"):
+            return _PassedOver
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _enum_member(owner: Any, name: str) -> Any:
-    """What a pickled enum asks getattr for: a member of one of its classes."""
-    if not isinstance(owner, type) or owner.__module__ not in _Unpickler._MODULES:
-        raise pickle.UnpicklingError(f"it asks for {name} of {owner}")
-    return getattr(owner, name)
+class _PassedOver:
+    """Stands for what nothing here needs to know."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_PassedOver":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        """Ignored."""
 
 
 class _Window(io.RawIOBase):
