@@ -27,7 +27,7 @@ from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron,
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
-from megatron_sphinx.checkpoint.stream import Entry, Planned, read_safetensors, write_safetensors, write_torch
+from megatron_sphinx.checkpoint.stream import Entry, create, read_safetensors
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -148,7 +148,9 @@ def _plan(
     opened: Opened, form: str, wanted: Wanted, encoders: dict[str, dict[str, Entry]]
 ) -> tuple[list[File], dict[str, Any]]:
     if form != "accessory" and form != "meta" and wanted.tensor_parallel > 1:
-        raise CheckpointError(f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out")
+        raise CheckpointError(
+            f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out"
+        )
     if form in ("hf", "internlm2"):
         return huggingface.files(opened.model, wanted, is_internlm2=form == "internlm2")
     if form == "meta":
@@ -187,26 +189,21 @@ def _size(files: Sequence[File], conversion: Conversion, dtype: torch.dtype | No
 
 
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:
-    planned: Planned = {
+    planned = {
         **{item.name: (item.shape, dtype or conversion.dtype_of(item)) for item in file.tensors},
         **{name: (entry.shape, entry.dtype) for name, entry in file.verbatim},
     }
-
-    def values() -> Iterator[Tensor]:
-        for item in file.tensors:
-            value = conversion.make(item, dtype)
-            yield value
-            conversion.release()
-            bar.update(value.nbytes)
-        for _, entry in file.verbatim:
-            yield opened.source.maps.read(entry)
-            opened.source.maps.release()
-            bar.update(entry.nbytes)
-
-    if path.suffix == ".safetensors":
-        write_safetensors(path, planned, values())
-    else:
-        write_torch(path, planned, values(), under=file.under, is_bare=path.suffix == ".distcp")
+    out = create(path, planned, under=file.under)
+    for item in file.tensors:
+        value = conversion.make(item, dtype)
+        out.put(item.name, value)
+        conversion.release()
+        bar.update(value.nbytes)
+    for name, entry in file.verbatim:
+        out.put(name, opened.source.maps.read(entry))
+        conversion.release()
+        bar.update(entry.nbytes)
+    out.close()
 
 
 def _companions(
@@ -226,8 +223,11 @@ def _companions(
         for expert, entries in encoders.items():
             path = partial / ENCODERS / f"{expert}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            values = (opened.source.maps.read(entry) for entry in entries.values())
-            write_safetensors(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()}, values)
+            out = create(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()})
+            for name, entry in entries.items():
+                out.put(name, opened.source.maps.read(entry))
+                opened.source.maps.release()
+            out.close()
     if form in ("megatron", "torch_dist"):
         _write_metadata(partial, {file.name: (file.tensors[0], dtype_of(file.tensors[0])) for file in files})
     if form == "torch_dist":

@@ -150,7 +150,9 @@ def read_torch(path: Path) -> dict[str, Entry]:
         with FakeTensorMode(allow_non_fake_inputs=True):  # gives the places of tensors, reads none
             found = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises nearly anything for a damaged file
-        raise CheckpointError(f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again"
+        ) from error
     found = found.get("model", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path}: holds no tensors by name; give a checkpoint of a model")
@@ -194,7 +196,11 @@ class _Unpickler(pickle.Unpickler):
             return self._OTHERS[module, name]
         if module in self._MODULES and "." not in name:
             found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module and (is_dataclass(found) or issubclass(found, Enum)):
+            if (
+                isinstance(found, type)
+                and found.__module__ == module
+                and (is_dataclass(found) or issubclass(found, Enum))
+            ):
                 return found
         if module.startswith(("torch.", "megatron.")) or (module, name) == ("pathlib", "PosixPath"):
             return _PassedOver
@@ -317,51 +323,77 @@ def _line(error: BaseException) -> str:
 Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a file, in order
 
 
-def write_safetensors(path: Path, planned: Planned, values: Iterator[Tensor]) -> None:
-    """Write a safetensors file, one tensor after the other."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (shape, dtype) in planned.items():
-        size = prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for value in values:
-            file.write(bytes_of(value))
+class SafetensorsFile:
+    """A safetensors file that is written one tensor after the other.
+
+    Args:
+        path: of the file.
+        planned: its tensors, in the order in which they will be put.
+    """
+
+    def __init__(self, path: Path, planned: Planned) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, (shape, dtype) in planned.items():
+            size = prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def put(self, _name: str, value: Tensor) -> None:
+        """Write the next tensor."""
+        self._file.write(_bytes(value))
+
+    def close(self) -> None:
+        """All is written."""
+        self._file.close()
 
 
-def write_torch(
-    path: Path, planned: Planned, values: Iterator[Tensor], *, under: str | None = None, is_bare: bool = False
-) -> None:
-    """Write a file of torch.save, one tensor after the other.
+class TorchFile:
+    """A file of torch.save that is written tensor by tensor.
 
     Args:
         path: of the file.
         planned: its tensors.
-        values: of them, in the same order.
         under: the key of the mapping that holds them, if they lie in one.
         is_bare: one tensor, and no mapping at all.
     """
-    with FakeTensorMode():
-        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
-    payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(payload, path)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        saved = torch.load(path, weights_only=True)
-    saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
-    places = {name: _place(value, path) for name, value in saved.items()}
-    sums: dict[int, int] = {}
-    with path.open("r+b") as file:
-        for name, value in zip(planned, values, strict=True):
-            data = bytes_of(value)
-            file.seek(places[name])
-            file.write(data)
-            sums[places[name]] = zlib.crc32(data)
-        _set_checksums(file, sums)
+
+    def __init__(self, path: Path, planned: Planned, *, under: str | None = None, is_bare: bool = False) -> None:
+        with FakeTensorMode():
+            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
+        payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
+        with skip_data(materialize_fake_tensors=True):
+            torch.save(payload, path)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            saved = torch.load(path, weights_only=True)
+        saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
+        self._places = {name: _place(value, path) for name, value in saved.items()}
+        self._sums: dict[int, int] = {}
+        self._file = path.open("r+b")
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a tensor."""
+        data = _bytes(value)
+        self._file.seek(self._places[name])
+        self._file.write(data)
+        self._sums[self._places[name]] = zlib.crc32(data)
+
+    def close(self) -> None:
+        """All is written: set the checksums of the zip file's records, which torch has made of nothing."""
+        self._file.flush()
+        _set_checksums(self._file, self._sums)
+        self._file.close()
+
+
+def create(path: Path, planned: Planned, *, under: str | None = None) -> SafetensorsFile | TorchFile:
+    """A file to be written, of the kind that its name tells."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, planned)
+    return TorchFile(path, planned, under=under, is_bare=path.suffix == ".distcp")
 
 
 def _set_checksums(file: BinaryIO, sums: Mapping[int, int]) -> None:
@@ -389,7 +421,6 @@ def _set_checksums(file: BinaryIO, sums: Mapping[int, int]) -> None:
         directory += 46 + name + extra + comment
 
 
-def bytes_of(value: Tensor) -> memoryview:
+def _bytes(value: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
-

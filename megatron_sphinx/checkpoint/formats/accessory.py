@@ -50,7 +50,12 @@ ACCESSORY_SPARSE = _under("llma.", (
     Rule("layers.{l}.feed_forward.w2", "(e f) i", ("down",), "f"),
 ))  # fmt: skip
 
-ENCODERS = ("clip", "openclip_convnext_xxl", "dinov2_vitg14", "qformer")  # where the released models hold frozen experts
+ENCODERS = (
+    "clip",
+    "openclip_convnext_xxl",
+    "dinov2_vitg14",
+    "qformer",
+)  # where the released models hold frozen experts
 _SHARD = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
 _DERIVED = "llma.rope.freqs"  # follows from the configuration
 

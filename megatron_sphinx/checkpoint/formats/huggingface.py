@@ -63,7 +63,9 @@ HF_INTERNLM2 = (
 )
 # What SPHINX has beside a language model, in a file of its own beside a Hugging Face checkpoint.
 SPHINX = tuple(
-    Rule(name, WEIGHTS[name], (name,)) for name in WEIGHTS if name.startswith(("visual", "qformer", "start", "end", "skip"))
+    Rule(name, WEIGHTS[name], (name,))
+    for name in WEIGHTS
+    if name.startswith(("visual", "qformer", "start", "end", "skip"))
 )
 
 TABLES = {"LlamaForCausalLM": HF_LLAMA, "MixtralForCausalLM": HF_MIXTRAL, "InternLM2ForCausalLM": HF_INTERNLM2}
@@ -204,5 +206,3 @@ def _config(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     if shape.experts:
         values |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token}
     return values | ({"bias": False} if architecture.startswith("Intern") else {"attention_bias": False})
-
-

@@ -55,10 +55,7 @@ def open_checkpoint(folder: Path) -> Opened:
     if shards != [_name(rank) for rank in range(len(shards))]:
         raise CheckpointError(f"{folder}: its shards are {', '.join(shards)}; fetch the missing ones")
     entries: Entries = {
-        (file, name): entry
-        for file in shards
-        for name, entry in read_torch(folder / file).items()
-        if name != _DERIVED
+        (file, name): entry for file in shards for name, entry in read_torch(folder / file).items() if name != _DERIVED
     }
     path = folder / "params.json"
     about = read_json(path)
@@ -68,7 +65,9 @@ def open_checkpoint(folder: Path) -> Opened:
     )
     model = Model(shape_of(shape(about, ffn, width(entries, "output.weight", 0) * len(shards)), path))
     rules = META_MIXTRAL if experts else META
-    items = [item for rank, file in enumerate(shards) for item in stored(rules, model, file, rank=rank, ranks=len(shards))]
+    items = [
+        item for rank, file in enumerate(shards) for item in stored(rules, model, file, rank=rank, ranks=len(shards))
+    ]
     return Opened(folder, "meta", f"{len(shards)} shards", model, Source(str(folder), items, entries), about=about)
 
 
