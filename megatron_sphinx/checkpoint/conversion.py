@@ -1,6 +1,6 @@
-"""From the tensors of one checkpoint to those of another: each source element is copied once, each target element set once.
+"""From the tensors of one checkpoint to those of another: each source element is used once, each target element set.
 
-That is checked on the boxes before anything is written, with the name of the first tensor for which it does not hold.
+That is proven on the boxes before anything is written; the first tensor for which it does not hold is named.
 """
 
 from collections import OrderedDict
@@ -125,9 +125,9 @@ class Conversion:
                     what = "twice" if missing < 0 else "nowhere"
                     raise CheckpointError(f"{self._source.title}: holds what {item.name} needs {what} ({weight})")
         for part in (part for parts in self._parts.values() for part in parts):
-            if (found := used.get(id(part), 0)) != _count(part.box):
+            if (count := used.get(id(part), 0)) != _count(part.box):
                 raise CheckpointError(
-                    f"{self._source.title}: {found:,} of the {_count(part.box):,} elements of {part.weight} in "
+                    f"{self._source.title}: {count:,} of the {_count(part.box):,} elements of {part.weight} in "
                     f"{part.item.name} would be used; the formats do not fit each other"
                 )
 

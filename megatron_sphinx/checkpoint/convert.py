@@ -5,15 +5,15 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -33,6 +33,7 @@ from megatron_sphinx.model.architecture import LanguageConfig
 
 FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+Experts = Mapping[str, Mapping[str, Entry]]
 ENCODERS = "encoders"  # the folder of frozen experts, a file each
 _JOURNAL = "files.json"
 
@@ -130,8 +131,20 @@ def convert(
                     _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
                 else:
                     bar.update(done[file.name])
-        dtype_of = conversion.dtype_of if dtype is None else lambda _: dtype
-        _companions(partial, opened, form, files, companions, encoders, dtype_of)
+        if form in ("megatron", "torch_dist"):
+            items = {file.name: file.tensors[0] for file in files}
+            _write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+        if form != "accessory":
+            _write_encoders(partial, opened, encoders)
+        for name in TOKENIZERS:
+            if (opened.folder / name).is_file():
+                shutil.copyfile(opened.folder / name, partial / name)
+        if form == "torch_dist":
+            torch.save({}, partial / "common.pt")
+        if form == "megatron":
+            _write_manifest(partial, files, companions.pop(MANIFEST))
+        for name, content in companions.items():
+            _write_json(partial / name, content)
         if verify:
             _verify(partial, opened, show)
         (partial / _JOURNAL).unlink()
@@ -144,9 +157,7 @@ def convert(
     return Converted(len(files), len(tensors), sum(torch.Size(item.shape).numel() for item in tensors), differing)
 
 
-def _plan(
-    opened: Opened, form: str, wanted: Wanted, encoders: dict[str, dict[str, Entry]]
-) -> tuple[list[File], dict[str, Any]]:
+def _plan(opened: Opened, form: str, wanted: Wanted, encoders: Experts) -> tuple[list[File], dict[str, Any]]:
     if form != "accessory" and form != "meta" and wanted.tensor_parallel > 1:
         raise CheckpointError(
             f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out"
@@ -157,10 +168,12 @@ def _plan(
         return meta.files(opened.model, wanted)
     if form == "accessory":
         return accessory.files(opened.model, wanted, encoders)
-    return (torch_dist if form == "torch_dist" else megatron).files(opened.model, wanted)
+    if form == "torch_dist":
+        return torch_dist.files(opened.model, wanted)
+    return megatron.files(opened.model, wanted)
 
 
-def _encoders(folder: Path) -> dict[str, dict[str, Entry]]:
+def _encoders(folder: Path) -> Experts:
     """Frozen experts that lie in files of their own beside a checkpoint."""
     found = {path.stem: read_safetensors(path) for path in sorted((folder / ENCODERS).glob("*.safetensors"))}
     if unknown := sorted(found.keys() - set(accessory.ENCODERS)):
@@ -206,37 +219,20 @@ def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype
     out.close()
 
 
-def _companions(
-    partial: Path,
-    opened: Opened,
-    form: str,
-    files: Sequence[File],
-    companions: dict[str, Any],
-    encoders: dict[str, dict[str, Entry]],
-    dtype_of: Callable[[Stored], torch.dtype],
-) -> None:
-    """Write what is beside the tensors: configuration, index, tokenizer, frozen experts."""
-    for name in TOKENIZERS:
-        if (opened.folder / name).is_file():
-            shutil.copyfile(opened.folder / name, partial / name)
-    if form != "accessory":
-        for expert, entries in encoders.items():
-            path = partial / ENCODERS / f"{expert}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            out = create(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()})
-            for name, entry in entries.items():
-                out.put(name, opened.source.maps.read(entry))
-                opened.source.maps.release()
-            out.close()
-    if form in ("megatron", "torch_dist"):
-        _write_metadata(partial, {file.name: (file.tensors[0], dtype_of(file.tensors[0])) for file in files})
-    if form == "torch_dist":
-        torch.save({}, partial / "common.pt")
-    if form != "megatron":
-        for name, content in companions.items():
-            _write_json(partial / name, content)
-        return
-    manifest = companions[MANIFEST]
+def _write_encoders(partial: Path, opened: Opened, encoders: Experts) -> None:
+    """Write frozen experts into files of their own."""
+    for expert, entries in encoders.items():
+        path = partial / ENCODERS / f"{expert}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        out = create(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()})
+        for name, entry in entries.items():
+            out.put(name, opened.source.maps.read(entry))
+            opened.source.maps.release()
+        out.close()
+
+
+def _write_manifest(partial: Path, files: Sequence[File], manifest: dict[str, Any]) -> None:
+    """Write what a checkpoint of ours says of itself."""
     if (partial / "tokenizer.model").is_file():
         manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
     names = [".metadata", *(file.name for file in files)]
@@ -245,7 +241,8 @@ def _companions(
 
 def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
     """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
-    tensors, places = {}, {}
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places = {}
     for file, (item, dtype) in files.items():
         shape, corner = torch.Size(item.shape), torch.Size([0] * len(item.shape))
         tensors[item.name] = TensorStorageMetadata(

@@ -58,7 +58,7 @@ class Rule:
 
     Attributes:
         name: of the tensor; {l} and {e} stand for the number of its layer and expert.
-        axes: of its dimensions, those of one dimension in brackets, the slowest first; `*` is where weights are stacked.
+        axes: of its dimensions, the slowest first, those of one dimension in brackets; `*`: where weights are stacked.
         weights: of WEIGHTS, in the order in which they are stacked.
         shard: the axis that tensor ranks share; empty where each holds all.
     """

@@ -295,13 +295,13 @@ class CheckpointStore:
         Args:
             path: of the checkpoint.
             key: the configuration's name for it.
-            names: what of the identity must agree; all of it unless given.
+            names: what of the identity must agree as far as the checkpoint tells it; all of it, told, unless given.
 
         Raises:
             CheckpointError: it is incomplete or damaged, or of another model or other data.
         """
         manifest = read_manifest(path, key)
-        for name in self.identity if names is None else names:
+        for name in self.identity if names is None else [name for name in names if name in manifest["identity"]]:
             found, wanted = manifest["identity"].get(name), self.identity[name]
             if found != wanted:
                 where, had, has = first_difference(name, found, wanted)

@@ -11,7 +11,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from math import prod
@@ -165,7 +165,8 @@ def read_torch(path: Path) -> dict[str, Entry]:
         if start + value.untyped_storage().nbytes() > size:
             raise CheckpointError(f"{path}: {name} lies behind the end of the file; fetch it again")
         shape = tuple(value.shape)
-        chunk = Chunk(path, start + value.storage_offset() * value.itemsize, value.stride(), (0,) * len(shape), shape)
+        first = start + int(value.storage_offset()) * value.itemsize
+        chunk = Chunk(path, first, value.stride(), (0,) * len(shape), shape)
         entries[str(name)] = Entry(shape, value.dtype, (chunk,))
     return entries
 
@@ -174,33 +175,33 @@ def _place(value: Tensor, path: Path) -> int:
     start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
         raise CheckpointError(
-            f"{path}: is of the old format of torch.save, which cannot be read piece by piece; load it and save it again"
+            f"{path}: is of the old format of torch.save, which cannot be read in parts; load it and save it again"
         )
     return int(start)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the plain classes of a .metadata of torch.distributed.checkpoint; what else torch and megatron-core wrote
-    is passed over, and anything else refused."""
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
+    ("collections", "OrderedDict"): dict,
+}  # fmt: skip
 
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _OTHERS = {
-        ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
-        ("collections", "OrderedDict"): dict,
-    }  # fmt: skip
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the plain classes of a .metadata of torch.distributed.checkpoint.
+
+    What else torch and megatron-core wrote is passed over; anything else is refused.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        if (module, name) in self._OTHERS:
-            return self._OTHERS[module, name]
-        if module in self._MODULES and "." not in name:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module in _MODULES and "." not in name:
             found = super().find_class(module, name)
-            if (
-                isinstance(found, type)
-                and found.__module__ == module
-                and (is_dataclass(found) or issubclass(found, Enum))
-            ):
+            is_own = isinstance(found, type) and found.__module__ == module
+            if is_own and (is_dataclass(found) or issubclass(found, Enum)):
                 return found
         if module.startswith(("torch.", "megatron.")) or (module, name) == ("pathlib", "PosixPath"):
             return _PassedOver
@@ -423,4 +424,5 @@ def _set_checksums(file: BinaryIO, sums: Mapping[int, int]) -> None:
 
 def _bytes(value: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+    flat = value.contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

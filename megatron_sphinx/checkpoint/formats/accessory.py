@@ -1,6 +1,7 @@
 """LLaMA2-Accessory's checkpoints: one file a tensor rank, frozen experts whole in each."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _rules(model: Model, *, is_sparse: bool) -> tuple[Rule, ...]:
 
 
 def files(
-    model: Model, wanted: Wanted, encoders: dict[str, dict[str, Entry]], *, views: int = 1
+    model: Model, wanted: Wanted, encoders: Mapping[str, Mapping[str, Entry]], *, views: int = 1
 ) -> tuple[list[File], dict[str, Any]]:
     """The files of a checkpoint to be written, and its configuration.
 

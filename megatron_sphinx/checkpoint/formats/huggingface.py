@@ -120,7 +120,7 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
     for name, read in _INDEXES.items():
         if (folder / name).is_file():
             places = read_json(folder / name).get("weight_map", {})
-            files = {file: read for file in sorted(set(places.values()))}
+            files = dict.fromkeys(sorted(set(places.values())), read)
             break
     else:
         files = {name: read for name, read in _SINGLE.items() if (folder / name).is_file()}

@@ -10,7 +10,8 @@ from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
 from megatron_sphinx.checkpoint.stream import read_torch
 from megatron_sphinx.errors import CheckpointError
 
-# Source: LLaMA 2's released llama/model.py (fairscale: the embedding is shared along its width). Rotary halves lie interleaved.
+# Source: LLaMA 2's released llama/model.py (fairscale: the embedding is shared along its width).
+# The two halves that rotary embeddings turn lie interleaved.
 COMMON = (
     Rule("tok_embeddings.weight", "v i", ("embedding",), "i"),
     Rule("layers.{l}.attention_norm.weight", "i", ("attention_norm",)),
