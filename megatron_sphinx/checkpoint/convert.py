@@ -113,38 +113,18 @@ def convert(
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened = open_checkpoint(source, shape)
+    wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     encoders = opened.encoders or _encoders(opened.folder)
     files, companions = _plan(opened, form, wanted, encoders)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
-    wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
-    dtype = wanted.dtype
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        done = _journal(partial, opened, form, wanted)
-        with _bar("converting", _size(files, conversion, dtype), show) as bar:
-            for file in files:
-                if file.name not in done:
-                    _write(partial / file.name, file, opened, conversion, dtype, bar)
-                    done[file.name] = (partial / file.name).stat().st_size
-                    _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
-                else:
-                    bar.update(done[file.name])
-        if form in ("megatron", "torch_dist"):
-            items = {file.name: file.tensors[0] for file in files}
-            _write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+        _write_files(partial, files, opened, conversion, _journal(partial, opened, form, wanted), wanted.dtype, show)
         if form != "accessory":
             _write_encoders(partial, opened, encoders)
-        for name in TOKENIZERS:
-            if (opened.folder / name).is_file():
-                shutil.copyfile(opened.folder / name, partial / name)
-        if form == "torch_dist":
-            torch.save({}, partial / "common.pt")
-        if form == "megatron":
-            _write_manifest(partial, files, companions.pop(MANIFEST))
-        for name, content in companions.items():
-            _write_json(partial / name, content)
+        _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions)
         if verify:
             _verify(partial, opened, show)
         (partial / _JOURNAL).unlink()
@@ -201,6 +181,26 @@ def _size(files: Sequence[File], conversion: Conversion, dtype: torch.dtype | No
     return sum(sizes) + sum(entry.nbytes for file in files for _, entry in file.verbatim)
 
 
+def _write_files(
+    partial: Path,
+    files: Sequence[File],
+    opened: Opened,
+    conversion: Conversion,
+    done: dict[str, int],
+    dtype: torch.dtype | None,
+    show: bool,
+) -> None:
+    """Write the files of tensors that are not yet there, and note each one."""
+    with progress_bar("converting", _size(files, conversion, dtype), show) as bar:
+        for file in files:
+            if file.name in done:
+                bar.update(done[file.name])
+                continue
+            _write(partial / file.name, file, opened, conversion, dtype, bar)
+            done[file.name] = (partial / file.name).stat().st_size
+            _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
+
+
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:
     planned = {
         **{item.name: (item.shape, dtype or conversion.dtype_of(item)) for item in file.tensors},
@@ -229,6 +229,30 @@ def _write_encoders(partial: Path, opened: Opened, encoders: Experts) -> None:
             out.put(name, opened.source.maps.read(entry))
             opened.source.maps.release()
         out.close()
+
+
+def _write_companions(
+    partial: Path,
+    files: Sequence[File],
+    opened: Opened,
+    conversion: Conversion,
+    form: str,
+    dtype: torch.dtype | None,
+    companions: dict[str, Any],
+) -> None:
+    """Write what is beside the tensors: tokenizer, index, configuration."""
+    for name in TOKENIZERS:
+        if (opened.folder / name).is_file():
+            shutil.copyfile(opened.folder / name, partial / name)
+    if form in ("megatron", "torch_dist"):
+        items = {file.name: file.tensors[0] for file in files}
+        _write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+    if form == "torch_dist":
+        torch.save({}, partial / "common.pt")
+    if form == "megatron":
+        _write_manifest(partial, files, companions.pop(MANIFEST))
+    for name, content in companions.items():
+        _write_json(partial / name, content)
 
 
 def _write_manifest(partial: Path, files: Sequence[File], manifest: dict[str, Any]) -> None:
@@ -261,7 +285,7 @@ def _verify(partial: Path, opened: Opened, show: bool) -> None:
     """
     back = open_checkpoint(partial, opened.model.language)
     conversion = Conversion(back.source, opened.source.stored)
-    with _bar("verifying", sum(entry.nbytes for entry in opened.source.entries.values()), show) as bar:
+    with progress_bar("verifying", sum(entry.nbytes for entry in opened.source.entries.values()), show) as bar:
         for item in opened.source.stored:
             entry = opened.source.entries[item.file, item.name]
             made = conversion.make(item)
@@ -281,5 +305,6 @@ def _write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def _bar(what: str, size: int, show: bool) -> Any:
+def progress_bar(what: str, size: int, show: bool) -> Any:
+    """A bar of bytes, if it is to be shown."""
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=not show, dynamic_ncols=True, mininterval=1.0)
