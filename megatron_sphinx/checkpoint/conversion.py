@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ class Source:
                     f"{self.title}: {item.name} in {item.file} has shape {list(shape)}, "
                     f"its configuration says {list(item.shape)}; give files that belong together"
                 )
+        files = {name: file for file, name in wanted}
         for file, name in self.entries:
+            if (file, name) not in wanted and name in files:
+                raise CheckpointError(f"{self.title}: {name} is in {files[name]} and in {file}; remove one of them")
             if (file, name) not in wanted:
                 raise CheckpointError(f"{self.title}: {file} holds {name}, which no rule of its format knows")
 
@@ -81,6 +85,7 @@ class Conversion:
         self._source = source
         self._parts: dict[str, list[_Part]] = {}
         self._assembled: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._lock = Lock()
         self.copies: list[tuple[Stored, Stored]] = []
         self._index()
         self._prove(target)
@@ -132,7 +137,7 @@ class Conversion:
                 )
 
     def make(self, item: Stored, dtype: torch.dtype | None = None) -> Tensor:
-        """A target tensor; rows of padding are zero.
+        """A target tensor, or a piece of one; rows of padding are zero. Threads may call this side by side.
 
         Args:
             item: what it is.
@@ -162,15 +167,16 @@ class Conversion:
         entry = self._source.entries[place]
         if len(entry.chunks) == 1:
             return self._source.maps.read(entry)
-        if place not in self._assembled:
-            while len(self._assembled) >= _KEPT:
-                self._assembled.popitem(last=False)
-            self._assembled[place] = self._source.maps.read(entry)
-        self._assembled.move_to_end(place)
-        return self._assembled[place]
+        with self._lock:
+            if place not in self._assembled:
+                while len(self._assembled) >= _KEPT:
+                    self._assembled.popitem(last=False)
+                self._assembled[place] = self._source.maps.read(entry)
+            self._assembled.move_to_end(place)
+            return self._assembled[place]
 
     def release(self) -> None:
-        """Give back the memory of the files that were read."""
+        """Give back the memory of what this thread has read."""
         self._source.maps.release()
 
     def differing_copies(self) -> Iterator[tuple[Stored, float]]:
@@ -179,6 +185,7 @@ class Conversion:
             one, other = (self._source.maps.read(self._source.entries[i.file, i.name]) for i in (item, known))
             if not torch.equal(one, other):
                 yield item, float((one.double() - other.double()).abs().max())
+            self.release()
 
 
 def _count(box: Box) -> int:

@@ -6,11 +6,13 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,7 +29,7 @@ from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron,
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
-from megatron_sphinx.checkpoint.stream import Entry, create, read_safetensors
+from megatron_sphinx.checkpoint.stream import Entry, create, is_intact, read_safetensors
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -35,7 +37,9 @@ FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Experts = Mapping[str, Mapping[str, Entry]]
 ENCODERS = "encoders"  # the folder of frozen experts, a file each
-_JOURNAL = "files.json"
+_JOURNAL = ".files"  # what the files of tensors hold together, then a line for each one that is complete
+_THREADS = min(4, len(os.sched_getaffinity(0)))
+_PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ def convert(
 ) -> Converted:
     """Write a checkpoint in another format. A run that was stopped goes on where it was.
 
-    Memory: the largest tensor of either side, those of the source that lie in several pieces twice, and the pages of
-    what is being copied.
+    Memory: a few MB for each thread, and two tensors of the source where they lie in several chunks.
 
     Args:
         source: folder of a checkpoint.
@@ -113,6 +116,8 @@ def convert(
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened = open_checkpoint(source, shape)
+    if verify:
+        _check_files(opened)
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     encoders = opened.encoders or _encoders(opened.folder)
     files, companions = _plan(opened, form, wanted, encoders)
@@ -121,10 +126,11 @@ def convert(
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write_files(partial, files, opened, conversion, _journal(partial, opened, form, wanted), wanted.dtype, show)
+        done = _journal(partial, opened, form, wanted)
+        digests = _write_files(partial, files, opened, conversion, done, form, wanted.dtype, show)
         if form != "accessory":
             _write_encoders(partial, opened, encoders)
-        _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions)
+        _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions, digests)
         if verify:
             _verify(partial, opened, show)
         (partial / _JOURNAL).unlink()
@@ -161,24 +167,24 @@ def _encoders(folder: Path) -> Experts:
     return found
 
 
-def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[str, int]:
-    """Files that a run before this one has finished; begins anew where it was of something else."""
-    paths = {chunk.path for entry in opened.source.entries.values() for chunk in entry.chunks}
+def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[str, str]:
+    """Files that a run before this one has finished, with their digests; begins anew where it was of something else."""
+    paths = {path for entry in opened.source.entries.values() for path in entry.paths}
     marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
     task = hashlib.sha256(json.dumps([marks, form, str(wanted)]).encode()).hexdigest()
     journal = partial / _JOURNAL
-    if journal.is_file() and (found := json.loads(journal.read_text())).get("task") == task:
-        return dict(found["done"])
+    if journal.is_file() and (found := journal.read_text()).startswith(f"{task}\n"):
+        whole = found[: found.rfind("\n")].split("\n")[1:]
+        return dict(line.split(" ", 1)[::-1] for line in whole)  # type: ignore[misc]
     shutil.rmtree(partial)
     partial.mkdir()
-    _write_json(journal, {"task": task, "done": {}})
+    journal.write_text(f"{task}\n")
     return {}
 
 
-def _size(files: Sequence[File], conversion: Conversion, dtype: torch.dtype | None) -> int:
-    items = [item for file in files for item in file.tensors]
-    sizes = [torch.Size(item.shape).numel() * (dtype or conversion.dtype_of(item)).itemsize for item in items]
-    return sum(sizes) + sum(entry.nbytes for file in files for _, entry in file.verbatim)
+def _size(file: File, conversion: Conversion, dtype: torch.dtype | None) -> int:
+    sizes = [torch.Size(item.shape).numel() * (dtype or conversion.dtype_of(item)).itemsize for item in file.tensors]
+    return sum(sizes) + sum(entry.nbytes for _, entry in file.verbatim)
 
 
 def _write_files(
@@ -186,19 +192,34 @@ def _write_files(
     files: Sequence[File],
     opened: Opened,
     conversion: Conversion,
-    done: dict[str, int],
+    done: dict[str, str],
+    form: str,
     dtype: torch.dtype | None,
     show: bool,
-) -> None:
-    """Write the files of tensors that are not yet there, and note each one."""
-    with progress_bar("converting", _size(files, conversion, dtype), show) as bar:
-        for file in files:
-            if file.name in done:
-                bar.update(done[file.name])
-                continue
-            _write(partial / file.name, file, opened, conversion, dtype, bar)
-            done[file.name] = (partial / file.name).stat().st_size
-            _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
+) -> dict[str, str]:
+    """Write the files of tensors that are not yet there, several at a time, and note each one; their digests."""
+    sizes = {file.name: _size(file, conversion, dtype) for file in files}
+    has_digest = form == "megatron"
+
+    def write(file: File, bar: Any) -> str:
+        _write(partial / file.name, file, opened, conversion, dtype, bar)
+        return sha256_of(partial / file.name) if has_digest else "-"
+
+    with (
+        progress_bar("converting", sum(sizes.values()), show) as bar,
+        (partial / _JOURNAL).open("a", buffering=1) as journal,
+        ThreadPoolExecutor(_THREADS, "convert") as pool,
+    ):
+        bar.update(sum(sizes[name] for name in done))
+        waiting = {pool.submit(write, file, bar): file.name for file in files if file.name not in done}
+        try:
+            for future in as_completed(waiting):
+                name = waiting[future]
+                done[name] = future.result()
+                journal.write(f"{done[name]} {name}\n")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return done
 
 
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:
@@ -207,15 +228,18 @@ def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype
         **{name: (entry.shape, entry.dtype) for name, entry in file.verbatim},
     }
     out = create(path, planned, under=file.under)
+
+    def put(name: str, value: Tensor) -> None:
+        out.put(name, value)
+        conversion.release()
+        with bar.get_lock():
+            bar.update(value.nbytes)
+
     for item in file.tensors:
-        value = conversion.make(item, dtype)
-        out.put(item.name, value)
-        conversion.release()
-        bar.update(value.nbytes)
+        for piece in item.pieces(_PIECE):
+            put(item.name, conversion.make(piece, planned[item.name][1]))
     for name, entry in file.verbatim:
-        out.put(name, opened.source.maps.read(entry))
-        conversion.release()
-        bar.update(entry.nbytes)
+        put(name, opened.source.maps.read(entry))
     out.close()
 
 
@@ -239,6 +263,7 @@ def _write_companions(
     form: str,
     dtype: torch.dtype | None,
     companions: dict[str, Any],
+    digests: Mapping[str, str],
 ) -> None:
     """Write what is beside the tensors: tokenizer, index, configuration."""
     for name in TOKENIZERS:
@@ -250,17 +275,16 @@ def _write_companions(
     if form == "torch_dist":
         torch.save({}, partial / "common.pt")
     if form == "megatron":
-        _write_manifest(partial, files, companions.pop(MANIFEST))
+        _write_manifest(partial, companions.pop(MANIFEST), digests)
     for name, content in companions.items():
         _write_json(partial / name, content)
 
 
-def _write_manifest(partial: Path, files: Sequence[File], manifest: dict[str, Any]) -> None:
+def _write_manifest(partial: Path, manifest: dict[str, Any], digests: Mapping[str, str]) -> None:
     """Write what a checkpoint of ours says of itself."""
     if (partial / "tokenizer.model").is_file():
         manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
-    names = [".metadata", *(file.name for file in files)]
-    write_manifest(partial, manifest | {"files": {name: sha256_of(partial / name) for name in names}})
+    write_manifest(partial, manifest | {"files": {".metadata": sha256_of(partial / ".metadata"), **digests}})
 
 
 def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
@@ -275,6 +299,21 @@ def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype
         places[MetadataIndex(item.name, corner)] = _StorageInfo(file, 0, (partial / file).stat().st_size)
     with (partial / ".metadata").open("wb") as out:
         pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
+
+
+def _check_files(opened: Opened) -> None:
+    """Compare the files of a checkpoint with the checksums that its format has for them.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    if opened.format == "megatron":
+        damaged = [name for name, digest in opened.about["files"].items() if sha256_of(opened.folder / name) != digest]
+    else:
+        paths = sorted({path for entry in opened.source.entries.values() for path in entry.paths})
+        damaged = [path.name for path in paths if path.suffix in (".pth", ".bin") and not is_intact(path)]
+    if damaged:
+        raise CheckpointError(f"{opened.folder}: {damaged[0]} is damaged (its checksum differs); fetch it again")
 
 
 def _verify(partial: Path, opened: Opened, show: bool) -> None:
@@ -300,9 +339,7 @@ def _verify(partial: Path, opened: Opened, show: bool) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def progress_bar(what: str, size: int, show: bool) -> Any:

@@ -11,7 +11,7 @@ c channels of the visual features, d channels of the Q-Former; o and u are 1.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -116,6 +116,29 @@ class Stored:
             return sum(self._size(_SLOTS[weight]) for weight in self.rule.weights)
         start, stop = self.box.get(axis, (0, self.sizes[axis]))
         return stop - start
+
+    def pieces(self, most: int) -> Iterator["Stored"]:
+        """The same tensor in pieces that lie one behind the other in its memory, in order.
+
+        Args:
+            most: elements of a piece, unless one place of its last axis has more.
+        """
+        if prod(self.shape) <= most:
+            yield self
+            return
+        axis = next((axis for axes in self.rule.dimensions for axis in axes if self._size(axis) > 1), None)
+        if axis is None:
+            yield self
+        elif axis == "*":
+            for weight in self.rule.weights:
+                axes = self.rule.axes.replace("*", _SLOTS[weight])
+                yield from replace(self, rule=Rule(self.rule.name, axes, (weight,))).pieces(most)
+        else:
+            start, stop = self.box.get(axis, (0, self.sizes[axis]))
+            step = max(1, most * (stop - start) // prod(self.shape))
+            for first in range(start, stop, step):
+                piece = replace(self, box=self.box | {axis: (first, min(first + step, stop))})
+                yield from piece.pieces(most) if step == 1 else [piece]
 
     def parts(self, values: Tensor) -> Iterator[tuple[str, Box, Tensor]]:
         """The weights in it: name, box, and a view of `values` in the order of the weight's axes; no padding."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
+from threading import Lock, local
 from typing import Any, BinaryIO
 
 import torch
@@ -72,13 +73,19 @@ class Entry:
         """Its size."""
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files that it lies in."""
+        return {chunk.path for chunk in self.chunks}
+
 
 class Maps:
-    """Mapped files; the pages of what was read are given back by `release`."""
+    """Mapped files; the pages of what was read are given back by `release`. Threads may share them."""
 
     def __init__(self) -> None:
-        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
-        self._touched: set[Path] = set()
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = Lock()
+        self._thread = local()
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor: a view of its file if it is one chunk, else put together."""
@@ -94,20 +101,27 @@ class Maps:
     def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         if 0 in chunk.shape:
             return torch.empty(chunk.shape, dtype=dtype)
-        if chunk.path not in self._maps:
-            with chunk.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants what is writable
-            self._maps[chunk.path] = mapped, torch.frombuffer(mapped, dtype=torch.uint8)
-        self._touched.add(chunk.path)
-        mapped, _ = self._maps[chunk.path]
+        with self._lock:
+            if chunk.path not in self._maps:
+                with chunk.path.open("rb") as file:  # private: torch wants what is writable
+                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = self._maps[chunk.path]
         count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
+        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
         return flat.as_strided(chunk.shape, chunk.stride)
 
+    @property
+    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
+        """The parts of files that this thread has read."""
+        found: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+        return found
+
     def release(self) -> None:
-        """Give back the memory of what was read; it can be read again."""
-        for path in self._touched:
-            self._maps[path][0].madvise(mmap.MADV_DONTNEED)
+        """Give back the memory of what this thread has read; it can be read again."""
+        for mapped, start, size in self._touched:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         self._touched.clear()
 
 
@@ -169,6 +183,12 @@ def read_torch(path: Path) -> dict[str, Entry]:
         chunk = Chunk(path, first, value.stride(), (0,) * len(shape), shape)
         entries[str(name)] = Entry(shape, value.dtype, (chunk,))
     return entries
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the records of a file of torch.save have the checksums that it says."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
 
 
 def _place(value: Tensor, path: Path) -> int:
@@ -316,7 +336,10 @@ def _whole(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """What is wrong, without torch's advice to load it nevertheless."""
+    text = str(error)
+    found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
+    return " ".join(found.split())[:160] or type(error).__name__
 
 
 # writing
@@ -345,7 +368,7 @@ class SafetensorsFile:
         self._file.write(struct.pack("<Q", len(text)) + text)
 
     def put(self, _name: str, value: Tensor) -> None:
-        """Write the next tensor."""
+        """Write the next tensor, or the next piece of one."""
         self._file.write(_bytes(value))
 
     def close(self) -> None:
@@ -373,20 +396,22 @@ class TorchFile:
             saved = torch.load(path, weights_only=True)
         saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
         self._places = {name: _place(value, path) for name, value in saved.items()}
-        self._sums: dict[int, int] = {}
+        self._sums = dict.fromkeys(planned, 0)
+        self._at = dict(self._places)
         self._file = path.open("r+b")
 
     def put(self, name: str, value: Tensor) -> None:
-        """Write a tensor."""
+        """Write a tensor, or the next piece of it."""
         data = _bytes(value)
-        self._file.seek(self._places[name])
+        self._file.seek(self._at[name])
         self._file.write(data)
-        self._sums[self._places[name]] = zlib.crc32(data)
+        self._sums[name] = zlib.crc32(data, self._sums[name])
+        self._at[name] += len(data)
 
     def close(self) -> None:
         """All is written: set the checksums of the zip file's records, which torch has made of nothing."""
         self._file.flush()
-        _set_checksums(self._file, self._sums)
+        _set_checksums(self._file, {self._places[name]: value for name, value in self._sums.items()})
         self._file.close()
 
 

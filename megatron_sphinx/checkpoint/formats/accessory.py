@@ -84,6 +84,10 @@ def open_checkpoint(folder: Path) -> Opened:
             expert = name.split(".")[1]
             if expert in ENCODERS:
                 encoders.setdefault(expert, {}).setdefault(name, entry)
+            elif (file, name) in entries:
+                raise CheckpointError(
+                    f"{folder}: {file} holds {name} twice, with and without llma.; remove one of them"
+                )
             elif name != _DERIVED:
                 entries[file, name] = entry
     about = read_json(folder / "config.json")
