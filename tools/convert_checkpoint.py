@@ -4,7 +4,9 @@
     tools/convert_checkpoint.py runs/stage2 exported --to accessory --tensor-parallel 2
 
 Formats: hf (Llama, Mixtral; projections and tags in sphinx.safetensors), internlm2, meta (also Mistral's Mixtral),
-accessory (LLaMA2-Accessory, all SPHINX types), megatron (ours; begin a run with it: model.weights=TARGET).
+accessory (LLaMA2-Accessory, all SPHINX types), megatron (ours; begin a run with it: model.weights=TARGET), torch_dist
+(Megatron-LM's). The last two hold whole tensors, which any tensor, pipeline and expert layout loads: only meta and
+accessory are divided, by --tensor-parallel.
 Frozen experts lie in TARGET/encoders, a file each, where the format has no place for them. Streams tensor by tensor,
 builds no model; stopped, it goes on where it was.
 """
@@ -17,6 +19,7 @@ import torch
 
 from megatron_sphinx.checkpoint.convert import FORMATS, convert
 from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.config import load
 from megatron_sphinx.errors import SphinxError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,12 +35,21 @@ def main() -> int:
     parser.add_argument("--sparse", action="store_true", help="of accessory: a slice of each expert on each rank")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the source's; megatron always holds fp32")
     parser.add_argument("--shard-size", type=float, default=5.0, help="of hf: the most that a file holds, in GB")
-    parser.add_argument("--verify", action="store_true", help="read everything back and compare it with SOURCE")
+    parser.add_argument("--diff", type=Path, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
+    parser.add_argument("--views", type=int, default=1, choices=(1, 5, 10), help="of accessory: tells its llama_type")
+    parser.add_argument(
+        "--preset", type=Path, help="the shape of a torch_dist SOURCE: a preset's name, or a run's YAML"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it"
+    )
     args = parser.parse_args()
     dtype = DTYPES[args.dtype] if args.dtype else None
     wanted = Wanted(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     try:
-        done = convert(args.source, args.target, args.form, wanted, verify=args.verify, show=True)
+        shape = load(args.preset).model if args.preset else None
+        options = {"shape": shape, "diff": args.diff, "views": args.views}
+        done = convert(args.source, args.target, args.form, wanted, **options, verify=args.verify, show=True)
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status

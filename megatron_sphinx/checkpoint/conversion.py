@@ -165,7 +165,7 @@ class Conversion:
     def _read(self, item: Stored) -> Tensor:
         place = (item.file, item.name)
         entry = self._source.entries[place]
-        if len(entry.chunks) == 1:
+        if entry.is_view:
             return self._source.maps.read(entry)
         with self._lock:
             if place not in self._assembled:

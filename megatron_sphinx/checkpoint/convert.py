@@ -59,12 +59,13 @@ class Converted:
     differing: tuple[tuple[str, float], ...]
 
 
-def open_checkpoint(folder: Path, shape: LanguageConfig | None = None) -> Opened:
+def open_checkpoint(folder: Path, shape: LanguageConfig | None = None, diff: Path | None = None) -> Opened:
     """Recognise a checkpoint and read what it holds, not its tensors.
 
     Args:
         folder: where it is.
         shape: of the model, for the one format that does not tell it, torch_dist.
+        diff: a folder of LLaMA2-Accessory's -diff files, to be added to it.
 
     Raises:
         CheckpointError: it is of no known format, incomplete or damaged.
@@ -72,7 +73,11 @@ def open_checkpoint(folder: Path, shape: LanguageConfig | None = None) -> Opened
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
     opened: Opened | None = None
-    if torch_dist.is_here(folder):
+    if diff is not None:
+        if not (accessory.is_here(folder) or meta.is_here(folder)):
+            raise CheckpointError(f"--diff {diff}: can be added to a checkpoint of meta or accessory; {folder} is none")
+        opened = accessory.open_checkpoint(folder, diff)
+    elif torch_dist.is_here(folder):
         opened = torch_dist.open_checkpoint(folder, shape)
     for module in (huggingface, accessory, meta, megatron):
         if opened is None and module.is_here(folder):
@@ -93,6 +98,8 @@ def convert(
     wanted: Wanted,
     *,
     shape: LanguageConfig | None = None,
+    diff: Path | None = None,
+    views: int = 1,
     verify: bool = False,
     show: bool = False,
 ) -> Converted:
@@ -106,6 +113,8 @@ def convert(
         form: one of FORMATS.
         wanted: how it is divided.
         shape: of the model, for a source of the one format that does not tell it, torch_dist.
+        diff: a folder of LLaMA2-Accessory's -diff files, to be added to the source.
+        views: of a picture, by which LLaMA2-Accessory has modules of their own.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -115,12 +124,12 @@ def convert(
     """
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
-    opened = open_checkpoint(source, shape)
+    opened = open_checkpoint(source, shape, diff)
     if verify:
         _check_files(opened)
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     encoders = opened.encoders or _encoders(opened.folder)
-    files, companions = _plan(opened, form, wanted, encoders)
+    files, companions = _plan(opened, form, wanted, encoders, views)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
@@ -143,7 +152,9 @@ def convert(
     return Converted(len(files), len(tensors), sum(torch.Size(item.shape).numel() for item in tensors), differing)
 
 
-def _plan(opened: Opened, form: str, wanted: Wanted, encoders: Experts) -> tuple[list[File], dict[str, Any]]:
+def _plan(
+    opened: Opened, form: str, wanted: Wanted, encoders: Experts, views: int
+) -> tuple[list[File], dict[str, Any]]:
     if form != "accessory" and form != "meta" and wanted.tensor_parallel > 1:
         raise CheckpointError(
             f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out"
@@ -153,7 +164,7 @@ def _plan(opened: Opened, form: str, wanted: Wanted, encoders: Experts) -> tuple
     if form == "meta":
         return meta.files(opened.model, wanted)
     if form == "accessory":
-        return accessory.files(opened.model, wanted, encoders)
+        return accessory.files(opened.model, wanted, encoders, views=views)
     if form == "torch_dist":
         return torch_dist.files(opened.model, wanted)
     return megatron.files(opened.model, wanted)
@@ -175,7 +186,7 @@ def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[s
     journal = partial / _JOURNAL
     if journal.is_file() and (found := journal.read_text()).startswith(f"{task}\n"):
         whole = found[: found.rfind("\n")].split("\n")[1:]
-        return dict(line.split(" ", 1)[::-1] for line in whole)  # type: ignore[misc]
+        return dict(line.split(" ", 1)[::-1] for line in whole)
     shutil.rmtree(partial)
     partial.mkdir()
     journal.write_text(f"{task}\n")
@@ -219,7 +230,7 @@ def _write_files(
                 journal.write(f"{done[name]} {name}\n")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    return done
+    return {file.name: done[file.name] for file in files}
 
 
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:

@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
 from math import prod
 from pathlib import Path
@@ -62,11 +62,18 @@ class Entry:
         shape: of the whole.
         dtype: of its elements.
         chunks: together the whole, each element once.
+        added: a difference to be added to it, in fp32 and rounded once.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
+    added: "Entry | None" = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it can be read without copying."""
+        return len(self.chunks) == 1 and self.added is None
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +83,7 @@ class Entry:
     @property
     def paths(self) -> set[Path]:
         """The files that it lies in."""
-        return {chunk.path for chunk in self.chunks}
+        return {chunk.path for chunk in self.chunks} | (self.added.paths if self.added else set())
 
 
 class Maps:
@@ -89,6 +96,9 @@ class Maps:
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor: a view of its file if it is one chunk, else put together."""
+        if entry.added is not None:
+            whole = self.read(replace(entry, added=None)).float().clone()
+            return whole.add_(self.read(entry.added)).to(entry.dtype)
         first = entry.chunks[0]
         if len(entry.chunks) == 1:
             return self._view(first, entry.dtype)

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.checkpoint.conversion import Source
+from megatron_sphinx.checkpoint.formats import meta
 from megatron_sphinx.checkpoint.formats.base import Entries, File, Opened, Wanted, read_json, shape_of, width
 from megatron_sphinx.checkpoint.formats.meta import COMMON, META
 from megatron_sphinx.checkpoint.formats.meta import shape as shape_of_params
@@ -58,6 +60,7 @@ ENCODERS = (
     "qformer",
 )  # where the released models hold frozen experts
 _SHARD = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
+_DIFF = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model-diff\.pth")
 _DERIVED = "llma.rope.freqs"  # follows from the configuration
 
 
@@ -66,21 +69,27 @@ def is_here(folder: Path) -> bool:
     return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_checkpoint(folder: Path) -> Opened:
+def open_checkpoint(folder: Path, diff: Path | None = None) -> Opened:
     """Read what a checkpoint holds, not its tensors.
+
+    Args:
+        folder: where it is.
+        diff: a folder of consolidated.NN-of-MM.model-diff.pth, to be added to it; it may then be one of Meta's.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
-    ranks = int(shards[0].split("-of-")[1][:2])
-    if shards != [_name(rank, ranks) for rank in range(ranks)]:
-        raise CheckpointError(f"{folder}: has {len(shards)} of {ranks} shards ({', '.join(shards)}); fetch all of them")
+    is_meta = diff is not None and meta.is_here(folder)
+    shards = meta.shards_of(folder) if is_meta else shards_of(folder, _SHARD)
+    ranks = len(shards)
+    found = [read_torch(folder / file) for file in shards]
+    if diff is not None:
+        found = [_sum(*pair) for pair in zip(found, _read_diff(diff, ranks), strict=True)]
     entries: Entries = {}
     encoders: dict[str, dict[str, Entry]] = {}
-    for file in shards:
-        for name, entry in read_torch(folder / file).items():
-            name = name if name.startswith("llma.") else f"llma.{name}"
+    for file, tensors in zip(shards, found, strict=True):
+        for name, entry in tensors.items():
+            name = _full(name)
             expert = name.split(".")[1]
             if expert in ENCODERS:
                 encoders.setdefault(expert, {}).setdefault(name, entry)
@@ -90,7 +99,7 @@ def open_checkpoint(folder: Path) -> Opened:
                 )
             elif name != _DERIVED:
                 entries[file, name] = entry
-    about = read_json(folder / "config.json")
+    about = read_json(folder / ("params.json" if is_meta else "config.json"))
     experts = width(entries, "llma.layers.0.feed_forward.gate.weight", 0)
     is_sparse = ("llma.layers.0.feed_forward.w1") in {name for _, name in entries}
     ffn = _ffn(entries, ranks, experts, is_sparse=is_sparse)
@@ -106,7 +115,7 @@ def open_checkpoint(folder: Path) -> Opened:
     rules = _rules(model, is_sparse=is_sparse)
     items = [item for rank, file in enumerate(shards) for item in stored(rules, model, file, rank=rank, ranks=ranks)]
     kind = (", sparse" if is_sparse else ", base") if experts else ""
-    meta = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    kinds = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
     return Opened(
         folder,
         "accessory",
@@ -114,8 +123,44 @@ def open_checkpoint(folder: Path) -> Opened:
         model,
         Source(str(folder), items, entries),
         encoders,
-        {"config.json": about, "meta.json": meta},
+        {"config.json": about, "meta.json": kinds},
     )
+
+
+def shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    """The files of all ranks.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
+    ranks = int(found[0].split("-of-")[1][:2]) if found else 1
+    if [int(name.split(".")[1][:2]) for name in found] != list(range(ranks)):
+        raise CheckpointError(f"{folder}: has {len(found)} of {ranks} shards ({', '.join(found)}); fetch all of them")
+    return found
+
+
+def _full(name: str) -> str:
+    return name if name.startswith("llma.") else f"llma.{name}"
+
+
+def _read_diff(folder: Path, ranks: int) -> list[dict[str, Entry]]:
+    """The differences, rank by rank."""
+    shards = shards_of(folder, _DIFF)
+    if len(shards) != ranks:
+        raise CheckpointError(f"--diff {folder}: has {len(shards)} shards, SOURCE {ranks}; convert SOURCE to as many")
+    return [read_torch(folder / file) for file in shards]
+
+
+def _sum(base: dict[str, Entry], diff: dict[str, Entry]) -> dict[str, Entry]:
+    """Tensors with their differences, and those that only the differences have."""
+    found = {_full(name): entry for name, entry in base.items()}
+    for name, entry in ((_full(name), entry) for name, entry in diff.items()):
+        if name in found and found[name].shape != entry.shape:
+            shapes = f"{list(entry.shape)}, SOURCE's {list(found[name].shape)}"
+            raise CheckpointError(f"--diff: {name} has shape {shapes}; give the difference from this SOURCE")
+        found[name] = replace(found[name], added=entry) if name in found else entry
+    return found
 
 
 def _ffn(entries: Entries, ranks: int, experts: int, *, is_sparse: bool) -> int:
@@ -161,15 +206,21 @@ def _name(rank: int, ranks: int) -> str:
     return f"consolidated.{rank:02d}-of-{ranks:02d}.model.pth"
 
 
+# Source: the modules of accessory/model/LLM/.
+_TYPES = ("llama", "llama_ens", "llama_ens5", "llama_ens10", "llama_ens_light", "llama_ens5_light", "mixtral",
+          "mixtral_ens", "mixtral_ens5", "mixtral_sparse", "mixtral_sparse_ens", "mixtral_sparse_ens5")  # fmt: skip
+
+
 def _llama_type(model: Model, views: int, wanted: Wanted) -> str:
     """The released module that has this model."""
-    of_views = {1: "ens", 5: "ens5", 10: "ens10"}[views]
-    if model.language.experts:
-        kind = "mixtral_sparse" if wanted.is_sparse else "mixtral"
-        return f"{kind}_{of_views}" if model.channels else kind
+    kind = ("mixtral_sparse" if wanted.is_sparse else "mixtral") if model.language.experts else "llama"
     if not model.channels:
-        return "llama"
-    return f"llama_{of_views}" + ("" if model.queries else "_light")
+        return kind
+    is_light = not model.queries and not model.language.experts
+    found = f"{kind}_ens{views if views > 1 else ''}{'_light' if is_light else ''}"
+    if found not in _TYPES:
+        raise CheckpointError(f"--views {views}: LLaMA2-Accessory has no {found}; it has {', '.join(_TYPES)}")
+    return found
 
 
 def _config(model: Model) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_sphinx.checkpoint.conversion import Source
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of, width
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
 from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
-from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest, weight_shapes
-from megatron_sphinx.checkpoint.stream import read_distributed
+from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest
+from megatron_sphinx.checkpoint.stream import read_distributed, read_metadata
 from megatron_sphinx.errors import CheckpointError
 
 # Ours: the whole weights of megatron-core's layers (model/language.py), the tags and projections of model/vision.py.
@@ -56,14 +58,18 @@ def open_checkpoint(folder: Path) -> Opened:
     """
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
-    shapes = weight_shapes(path)
-    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(shapes)).items()}
+    names = [
+        name
+        for name, about in read_metadata(path).state_dict_metadata.items()
+        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
+    ]
+    entries = {(_FILE, name): entry for name, entry in read_distributed(path, names).items()}
     vision = f"{WEIGHTS}vision."
     model = Model(
         shape_of(manifest["identity"]["model"], path / MANIFEST),
         channels=width(entries, f"{vision}visual_proj.0.weight"),
         queries=width(entries, f"{vision}qformer_proj.0.weight"),
-        has_skip_token=f"{vision}skip_token" in shapes,
+        has_skip_token=f"{vision}skip_token" in names,
     )
     return Opened(path, "megatron", "any", model, Source(str(path), list(_stored(model)), entries), about=manifest)
 

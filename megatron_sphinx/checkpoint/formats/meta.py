@@ -52,9 +52,7 @@ def open_checkpoint(folder: Path) -> Opened:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
-    if shards != [_name(rank) for rank in range(len(shards))]:
-        raise CheckpointError(f"{folder}: its shards are {', '.join(shards)}; fetch the missing ones")
+    shards = shards_of(folder)
     entries: Entries = {
         (file, name): entry for file in shards for name, entry in read_torch(folder / file).items() if name != _DERIVED
     }
@@ -70,6 +68,18 @@ def open_checkpoint(folder: Path) -> Opened:
         item for rank, file in enumerate(shards) for item in stored(rules, model, file, rank=rank, ranks=len(shards))
     ]
     return Opened(folder, "meta", f"{len(shards)} shards", model, Source(str(folder), items, entries), about=about)
+
+
+def shards_of(folder: Path) -> list[str]:
+    """The files of all ranks.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if found != [_name(rank) for rank in range(len(found))]:
+        raise CheckpointError(f"{folder}: its shards are {', '.join(found)}; fetch the missing ones")
+    return found
 
 
 def shape(about: dict[str, Any], ffn: int, vocabulary: int) -> dict[str, Any]:
