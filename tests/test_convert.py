@@ -665,3 +665,36 @@ def test_a_preset_gives_the_shape_of_torch_dist(tmp_path, run_tool, tiny):
     arguments = (tmp_path / "dist", tmp_path / "back", "--to", "hf", "--preset", tiny.write(tmp_path / "run.yaml"))
     assert run_tool("convert_checkpoint.py", *arguments)[0] == 0
     assert_same_weights(tmp_path / "back", model)
+
+
+def test_a_released_model_begins_one_of_two_experts(tmp_path):
+    """The columns of the projection that read ConvNeXt and DINOv2; no Q-Former, no CLIP."""
+    source = save(drawn_model(random.Random(4), experts=0), tmp_path / "hf")
+    extras = extras_of(
+        json.loads((source / "config.json").read_text())["hidden_size"], random.Random(1), has_skip_token=False
+    )
+    extras["visual_proj.0.weight"] = torch.randn(len(extras["start_tag"]), 1024 + 3072 + 1536)
+    save_file(extras, source / "sphinx.safetensors")
+    (source / "encoders").mkdir()
+    for name in ("clip", "dinov2_vitg14"):
+        save_file({f"llma.{name}.x": torch.randn(2)}, source / "encoders" / f"{name}.safetensors")
+    two, ends = ["clip_convnext_xxl", "dinov2_vitg14"], ["dinov2_vitg14", "blip2_qformer", "clip_vit_l14"]
+    for form in ("hf", "megatron", "accessory"):
+        whole = tmp_path / f"all_{form}"
+        convert(source, whole, form, Wanted())
+        for number, kept in enumerate((two, ends)):
+            there, back = tmp_path / f"{form}{number}", tmp_path / f"{form}{number}_back"
+            convert(whole, there, "megatron", Wanted(), experts=kept, verify=True)
+            convert(there, back, "hf", Wanted())
+            found, matrix = load_file(back / "sphinx.safetensors"), extras["visual_proj.0.weight"]
+            columns = matrix[:, 1024:] if kept is two else torch.cat([matrix[:, :1024], matrix[:, 4096:]], 1)
+            assert torch.equal(found.pop("visual_proj.0.weight"), columns)
+            assert found.keys() == {name for name in extras if kept is ends or "qformer" not in name} - {
+                "visual_proj.0.weight"
+            }
+            assert all(torch.equal(weight, extras[name]) for name, weight in found.items())
+            names = {path.stem for path in (there / "encoders").iterdir()}
+            assert names == ({"dinov2_vitg14"} if kept is two else {"clip", "dinov2_vitg14"})
+    refused(source, "--experts: clip: unknown; known: clip_vit_l14, clip_convnext_xxl", experts=["clip"])
+    refused(source, "--experts: needs at least one expert beside a Q-Former", experts=["blip2_qformer"])
+    refused(tmp_path / "hf0", "projects 4608 channels; can be chosen from the 5632 of clip_vit_l14", experts=two)

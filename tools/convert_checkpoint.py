@@ -41,6 +41,9 @@ def main() -> int:
         "--preset", type=Path, help="the shape of a torch_dist SOURCE: a preset's name, or a run's YAML"
     )
     parser.add_argument(
+        "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it"
     )
     args = parser.parse_args()
@@ -48,7 +51,12 @@ def main() -> int:
     wanted = Wanted(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     try:
         shape = load(args.preset).model if args.preset else None
-        options = {"shape": shape, "diff": args.diff, "views": args.views}
+        options = {
+            "shape": shape,
+            "diff": args.diff,
+            "views": args.views,
+            "experts": [*filter(None, args.experts.split(","))],
+        }
         done = convert(args.source, args.target, args.form, wanted, **options, verify=args.verify, show=True)
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

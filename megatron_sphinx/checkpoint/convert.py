@@ -28,6 +28,7 @@ from megatron_sphinx.checkpoint.conversion import Conversion
 from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.keymap import Stored
+from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, create, is_intact, read_safetensors
 from megatron_sphinx.errors import CheckpointError
@@ -100,6 +101,7 @@ def convert(
     shape: LanguageConfig | None = None,
     diff: Path | None = None,
     views: int = 1,
+    experts: Sequence[str] = (),
     verify: bool = False,
     show: bool = False,
 ) -> Converted:
@@ -115,6 +117,7 @@ def convert(
         shape: of the model, for a source of the one format that does not tell it, torch_dist.
         diff: a folder of LLaMA2-Accessory's -diff files, to be added to the source.
         views: of a picture, by which LLaMA2-Accessory has modules of their own.
+        experts: which of the visual experts of a released model to keep; all unless given.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -127,9 +130,10 @@ def convert(
     opened = open_checkpoint(source, shape, diff)
     if verify:
         _check_files(opened)
+    opened = replace(opened, encoders=opened.encoders or _encoders(opened.folder))
+    opened = select(opened, experts) if experts else opened
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
-    encoders = opened.encoders or _encoders(opened.folder)
-    files, companions = _plan(opened, form, wanted, encoders, views)
+    files, companions = _plan(opened, form, wanted, views)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
@@ -138,7 +142,7 @@ def convert(
         done = _journal(partial, opened, form, wanted)
         digests = _write_files(partial, files, opened, conversion, done, form, wanted.dtype, show)
         if form != "accessory":
-            _write_encoders(partial, opened, encoders)
+            _write_encoders(partial, opened)
         _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions, digests)
         if verify:
             _verify(partial, opened, show)
@@ -152,9 +156,7 @@ def convert(
     return Converted(len(files), len(tensors), sum(torch.Size(item.shape).numel() for item in tensors), differing)
 
 
-def _plan(
-    opened: Opened, form: str, wanted: Wanted, encoders: Experts, views: int
-) -> tuple[list[File], dict[str, Any]]:
+def _plan(opened: Opened, form: str, wanted: Wanted, views: int) -> tuple[list[File], dict[str, Any]]:
     if form != "accessory" and form != "meta" and wanted.tensor_parallel > 1:
         raise CheckpointError(
             f"--tensor-parallel {wanted.tensor_parallel}: {form} does not divide tensors; leave it out"
@@ -164,7 +166,7 @@ def _plan(
     if form == "meta":
         return meta.files(opened.model, wanted)
     if form == "accessory":
-        return accessory.files(opened.model, wanted, encoders, views=views)
+        return accessory.files(opened.model, wanted, opened.encoders, views=views)
     if form == "torch_dist":
         return torch_dist.files(opened.model, wanted)
     return megatron.files(opened.model, wanted)
@@ -182,7 +184,7 @@ def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[s
     """Files that a run before this one has finished, with their digests; begins anew where it was of something else."""
     paths = {path for entry in opened.source.entries.values() for path in entry.paths}
     marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-    task = hashlib.sha256(json.dumps([marks, form, str(wanted)]).encode()).hexdigest()
+    task = hashlib.sha256(json.dumps([marks, form, str(wanted), str(opened.model)]).encode()).hexdigest()
     journal = partial / _JOURNAL
     if journal.is_file() and (found := journal.read_text()).startswith(f"{task}\n"):
         whole = found[: found.rfind("\n")].split("\n")[1:]
@@ -254,9 +256,9 @@ def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype
     out.close()
 
 
-def _write_encoders(partial: Path, opened: Opened, encoders: Experts) -> None:
+def _write_encoders(partial: Path, opened: Opened) -> None:
     """Write frozen experts into files of their own."""
-    for expert, entries in encoders.items():
+    for expert, entries in opened.encoders.items():
         path = partial / ENCODERS / f"{expert}.safetensors"
         path.parent.mkdir(exist_ok=True)
         out = create(path, {name: (entry.shape, entry.dtype) for name, entry in entries.items()})

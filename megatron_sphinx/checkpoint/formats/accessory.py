@@ -53,12 +53,14 @@ ACCESSORY_SPARSE = _under("llma.", (
     Rule("layers.{l}.feed_forward.w2", "(e f) i", ("down",), "f"),
 ))  # fmt: skip
 
-ENCODERS = (
-    "clip",
-    "openclip_convnext_xxl",
-    "dinov2_vitg14",
-    "qformer",
-)  # where the released models hold frozen experts
+# The experts of the released models, in the order of their channels, and where its files hold them.
+RELEASED = {
+    "clip_vit_l14": "clip",
+    "clip_convnext_xxl": "openclip_convnext_xxl",
+    "dinov2_vitg14": "dinov2_vitg14",
+    "blip2_qformer": "qformer",
+}
+ENCODERS = tuple(RELEASED.values())
 _SHARD = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
 _DIFF = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model-diff\.pth")
 _DERIVED = "llma.rope.freqs"  # follows from the configuration
