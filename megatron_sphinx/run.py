@@ -51,7 +51,8 @@ from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
 _END = "ended.json"
-_SKIP_TOKEN = "master/vision.skip_token"
+_VISION = "master/vision."
+_SKIP_TOKEN = f"{_VISION}skip_token"
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
@@ -502,30 +503,30 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     """
     weights = job.config.model.weights
 
-    def load() -> tuple[Path, dict[str, Any] | None, bool] | None:
+    def load() -> tuple[Path, dict[str, Any] | None, str] | None:
         if path := store.find(job.config.checkpoint.resume):
-            return path, store.check(path), False
+            return path, store.check(path), ""
         if weights is None:
             return None
         path = newest_of(Path(weights))
         store.check(path, "model.weights", ["tokenizer"])
-        is_drawn = job.config.vision.has_skip_token and _SKIP_TOKEN not in weight_shapes(path)
-        return path, None, is_drawn  # the skip token: a stage that looks at one view has none
+        return path, None, _not_in(path, job.config)
 
     found = agree(load)
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
         if found is None:
             return 0, 0, None
-        path, manifest, is_drawn = found
+        path, manifest, drawn = found
         if manifest is None:
             engine.prepare_state(0)
             kept = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
-            pieces = (piece for piece in kept if not (is_drawn and piece.name == _SKIP_TOKEN))
+            pieces = (piece for piece in kept if not (drawn and piece.name.startswith(drawn)))
             store.load(path, pieces, key="model.weights")
             engine.take_state()
             if job.groups.seat.rank == 0:
-                say(f"begins with the weights of {path}{', a new skip token' if is_drawn else ''}")
+                new = {_VISION: ", new projections and tags", _SKIP_TOKEN: ", a new skip token"}
+                say(f"begins with the weights of {path}{new.get(drawn, '')}")
             return 0, 0, None
         step, divergence = int(manifest["step"]), manifest.get("divergence")
         engine.prepare_state(step - (divergence["skipped"] if divergence else 0))
@@ -540,6 +541,17 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
         return step, int(manifest["bad_pairs"]), divergence
 
     return agree(fill)
+
+
+def _not_in(path: Path, config: RunConfig) -> str:
+    """How the names begin of weights that a checkpoint to begin with may lack, and does; they are drawn.
+
+    A language model that was converted has never seen a picture; a stage that looks at one view has no skip token.
+    """
+    names = weight_shapes(path)
+    if not any(name.startswith(_VISION) for name in names):
+        return _VISION
+    return _SKIP_TOKEN if config.vision.has_skip_token and _SKIP_TOKEN not in names else ""
 
 
 def _peak_flops(job: Job) -> float:

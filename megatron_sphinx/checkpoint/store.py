@@ -5,6 +5,8 @@ torch.distributed.checkpoint, while the run goes on; the folder has a hidden nam
 full disk leaves the checkpoints before it as they were.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -17,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -44,9 +46,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.model.shards import Block
-from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.progress import Progress
+
+if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
+    from megatron_sphinx.model.shards import Block
+    from megatron_sphinx.parallel.groups import ProcessGroups
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
@@ -295,13 +299,13 @@ class CheckpointStore:
         Args:
             path: of the checkpoint.
             key: the configuration's name for it.
-            names: what of the identity must agree; all of it unless given.
+            names: what of the identity must agree as far as the checkpoint tells it; all of it, told, unless given.
 
         Raises:
             CheckpointError: it is incomplete or damaged, or of another model or other data.
         """
         manifest = read_manifest(path, key)
-        for name in self.identity if names is None else names:
+        for name in self.identity if names is None else [name for name in names if name in manifest["identity"]]:
             found, wanted = manifest["identity"].get(name), self.identity[name]
             if found != wanted:
                 where, had, has = first_difference(name, found, wanted)

@@ -1,0 +1,463 @@
+"""Files of tensors, read and written tensor by tensor: safetensors, torch's zip files, torch.distributed.checkpoint.
+
+Nothing is loaded to be looked at: a file is mapped, a tensor is a view of it, and its pages are given back once it has
+been used. No pickle is run: what is pickled is read by torch's weights_only, or names no other classes than expected.
+"""
+
+import io
+import json
+import mmap
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from enum import Enum
+from math import prod
+from pathlib import Path
+from threading import Lock, local
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.serialization import skip_data
+
+from megatron_sphinx.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where a box of a tensor lies.
+
+    Attributes:
+        path: of the file.
+        start: byte of its first element.
+        stride: of its dimensions, in elements.
+        offset: of the box in the whole tensor.
+        shape: of the box.
+    """
+
+    path: Path
+    start: int
+    stride: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that can be read.
+
+    Attributes:
+        shape: of the whole.
+        dtype: of its elements.
+        chunks: together the whole, each element once.
+        added: a difference to be added to it, in fp32 and rounded once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    added: "Entry | None" = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it can be read without copying."""
+        return len(self.chunks) == 1 and self.added is None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that it lies in."""
+        return {chunk.path for chunk in self.chunks} | (self.added.paths if self.added else set())
+
+
+class Maps:
+    """Mapped files; the pages of what was read are given back by `release`. Threads may share them."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = Lock()
+        self._thread = local()
+
+    def read(self, entry: Entry) -> Tensor:
+        """The tensor: a view of its file if it is one chunk, else put together."""
+        if entry.added is not None:
+            whole = self.read(replace(entry, added=None)).float().clone()
+            return whole.add_(self.read(entry.added)).to(entry.dtype)
+        first = entry.chunks[0]
+        if len(entry.chunks) == 1:
+            return self._view(first, entry.dtype)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for chunk in entry.chunks:
+            box = tuple(slice(at, at + size) for at, size in zip(chunk.offset, chunk.shape, strict=True))
+            whole[box] = self._view(chunk, entry.dtype)
+        return whole
+
+    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        if 0 in chunk.shape:
+            return torch.empty(chunk.shape, dtype=dtype)
+        with self._lock:
+            if chunk.path not in self._maps:
+                with chunk.path.open("rb") as file:  # private: torch wants what is writable
+                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = self._maps[chunk.path]
+        count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
+        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
+        return flat.as_strided(chunk.shape, chunk.stride)
+
+    @property
+    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
+        """The parts of files that this thread has read."""
+        found: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+        return found
+
+    def release(self) -> None:
+        """Give back the memory of what this thread has read; it can be read again."""
+        for mapped, start, size in self._touched:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+        self._touched.clear()
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor whose last dimension is the fastest."""
+    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def read_safetensors(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is none, or is cut off.
+    """
+    try:
+        with safe_open(path, "pt"):  # checks that all tensors lie in the file, one behind the other
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({_line(error)}); fetch it again") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, about in header.items():
+        shape = tuple(about["shape"])
+        if about["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {name} is of type {about['dtype']}; known: {', '.join(_DTYPES)}")
+        entries[name] = _whole(path, 8 + length + about["data_offsets"][0], shape, _DTYPES[about["dtype"]])
+    return entries
+
+
+def read_torch(path: Path) -> dict[str, Entry]:
+    """The tensors of a file of torch.save, by their keys; of a mapping inside it named `model` if that is there.
+
+    Raises:
+        CheckpointError: it is none, is cut off, or holds what is not data.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # gives the places of tensors, reads none
+            found = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        raise CheckpointError(
+            f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again"
+        ) from error
+    found = found.get("model", found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path}: holds no tensors by name; give a checkpoint of a model")
+    size = path.stat().st_size
+    entries = {}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {name} is no tensor; give a checkpoint of a model")
+        start = _place(value, path)
+        if start + value.untyped_storage().nbytes() > size:
+            raise CheckpointError(f"{path}: {name} lies behind the end of the file; fetch it again")
+        shape = tuple(value.shape)
+        first = start + int(value.storage_offset()) * value.itemsize
+        chunk = Chunk(path, first, value.stride(), (0,) * len(shape), shape)
+        entries[str(name)] = Entry(shape, value.dtype, (chunk,))
+    return entries
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the records of a file of torch.save have the checksums that it says."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+
+
+def _place(value: Tensor, path: Path) -> int:
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None:
+        raise CheckpointError(
+            f"{path}: is of the old format of torch.save, which cannot be read in parts; load it and save it again"
+        )
+    return int(start)
+
+
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
+    ("collections", "OrderedDict"): dict,
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the plain classes of a .metadata of torch.distributed.checkpoint.
+
+    What else torch and megatron-core wrote is passed over; anything else is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module in _MODULES and "." not in name:
+            found = super().find_class(module, name)
+            is_own = isinstance(found, type) and found.__module__ == module
+            if is_own and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
+        if module.startswith(("torch.", "megatron.")) or (module, name) == ("pathlib", "PosixPath"):
+            return _PassedOver
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class _PassedOver:
+    """Stands for what nothing here needs to know."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_PassedOver":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        """Ignored."""
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(min(len(buffer), self._size - self._at))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a torch.distributed.checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it has no such file, or one that is damaged or names code.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise CheckpointError(f"{path}: cannot be read ({_line(error)}); give a whole checkpoint") from error
+    if not isinstance(found, Metadata):
+        raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
+    return found
+
+
+def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Tensors of a torch.distributed.checkpoint, by name.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    metadata, wanted = read_metadata(folder), set(names)
+    entries = {}
+    chunks: dict[str, list[Chunk]] = {name: [] for name in wanted}
+    dtypes: dict[str, torch.dtype] = {}
+    files: dict[str, BinaryIO] = {}
+    try:
+        for index, info in metadata.storage_data.items():
+            if index.fqn in wanted:
+                path = folder / info.relative_path
+                if info.relative_path not in files:
+                    files[info.relative_path] = path.open("rb")
+                chunk, dtype = _record(path, files[info.relative_path], info, tuple(index.offset or ()))
+                chunks[index.fqn].append(chunk)
+                dtypes[index.fqn] = dtype
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({_line(error)}); give a whole checkpoint") from error
+    finally:
+        for file in files.values():
+            file.close()
+    for name in names:
+        about = metadata.state_dict_metadata.get(name)
+        if not isinstance(about, TensorStorageMetadata) or not chunks[name]:
+            raise CheckpointError(f"{folder}: holds no tensor {name}; give a checkpoint of a model")
+        shape = tuple(about.size)
+        if sum(prod(chunk.shape) for chunk in chunks[name]) != prod(shape):
+            raise CheckpointError(f"{folder}: parts of {name} are missing; give a whole checkpoint")
+        entries[name] = Entry(shape, dtypes[name], tuple(chunks[name]))
+    return entries
+
+
+def _record(path: Path, file: BinaryIO, info: Any, offset: tuple[int, ...]) -> tuple[Chunk, torch.dtype]:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            value = torch.load(_Window(file, info.offset, info.length), weights_only=True)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CheckpointError(f"{path}: is damaged ({_line(error)}); give a whole checkpoint") from error
+    start = info.offset + _place(value, path) + value.storage_offset() * value.itemsize
+    if start + value.untyped_storage().nbytes() > path.stat().st_size:
+        raise CheckpointError(f"{path}: is cut off; give a whole checkpoint")
+    shape = tuple(value.shape)
+    return Chunk(path, start, value.stride(), offset or (0,) * len(shape), shape), value.dtype
+
+
+def _whole(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+    return Entry(shape, dtype, (Chunk(path, start, contiguous(shape), (0,) * len(shape), shape),))
+
+
+def _line(error: BaseException) -> str:
+    """What is wrong, without torch's advice to load it nevertheless."""
+    text = str(error)
+    found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
+    return " ".join(found.split())[:160] or type(error).__name__
+
+
+# writing
+
+Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a file, in order
+
+
+class SafetensorsFile:
+    """A safetensors file that is written one tensor after the other.
+
+    Args:
+        path: of the file.
+        planned: its tensors, in the order in which they will be put.
+    """
+
+    def __init__(self, path: Path, planned: Planned) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, (shape, dtype) in planned.items():
+            size = prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def put(self, _name: str, value: Tensor) -> None:
+        """Write the next tensor, or the next piece of one."""
+        self._file.write(_bytes(value))
+
+    def close(self) -> None:
+        """All is written."""
+        self._file.close()
+
+
+class TorchFile:
+    """A file of torch.save that is written tensor by tensor.
+
+    Args:
+        path: of the file.
+        planned: its tensors.
+        under: the key of the mapping that holds them, if they lie in one.
+        is_bare: one tensor, and no mapping at all.
+    """
+
+    def __init__(self, path: Path, planned: Planned, *, under: str | None = None, is_bare: bool = False) -> None:
+        with FakeTensorMode():
+            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
+        payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
+        with skip_data(materialize_fake_tensors=True):
+            torch.save(payload, path)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            saved = torch.load(path, weights_only=True)
+        saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
+        self._places = {name: _place(value, path) for name, value in saved.items()}
+        self._sums = dict.fromkeys(planned, 0)
+        self._at = dict(self._places)
+        self._file = path.open("r+b")
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a tensor, or the next piece of it."""
+        data = _bytes(value)
+        self._file.seek(self._at[name])
+        self._file.write(data)
+        self._sums[name] = zlib.crc32(data, self._sums[name])
+        self._at[name] += len(data)
+
+    def close(self) -> None:
+        """All is written: set the checksums of the zip file's records, which torch has made of nothing."""
+        self._file.flush()
+        _set_checksums(self._file, {self._places[name]: value for name, value in self._sums.items()})
+        self._file.close()
+
+
+def create(path: Path, planned: Planned, *, under: str | None = None) -> SafetensorsFile | TorchFile:
+    """A file to be written, of the kind that its name tells."""
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, planned)
+    return TorchFile(path, planned, under=under, is_bare=path.suffix == ".distcp")
+
+
+def _set_checksums(file: BinaryIO, sums: Mapping[int, int]) -> None:
+    """Write the checksums of a zip file's records, by where their data begin, into both of its headers."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        directory = archive.start_dir
+    for member in members:
+        file.seek(directory)
+        entry = file.read(46)
+        name, extra, comment = struct.unpack("<3H", entry[28:34])
+        file.seek(member.header_offset)
+        head = file.read(30)
+        data = member.header_offset + 30 + sum(struct.unpack("<2H", head[26:30]))
+        if data in sums:
+            value = struct.pack("<I", sums[data])
+            if head[6] & 8:  # sizes and checksum follow the data
+                file.seek(data + member.file_size + 4)
+                file.write(value)
+            else:
+                file.seek(member.header_offset + 14)
+                file.write(value)
+            file.seek(directory + 16)
+            file.write(value)
+        directory += 46 + name + extra + comment
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    flat = value.contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
