@@ -171,7 +171,7 @@ def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[s
         return dict(found["done"])
     shutil.rmtree(partial)
     partial.mkdir()
-    _write_json(journal, {"task": task, "done": {}})
+    write_json(journal, {"task": task, "done": {}})
     return {}
 
 
@@ -198,7 +198,7 @@ def _write_files(
                 continue
             _write(partial / file.name, file, opened, conversion, dtype, bar)
             done[file.name] = (partial / file.name).stat().st_size
-            _write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
+            write_json(partial / _JOURNAL, json.loads((partial / _JOURNAL).read_text()) | {"done": done})
 
 
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:
@@ -246,13 +246,13 @@ def _write_companions(
             shutil.copyfile(opened.folder / name, partial / name)
     if form in ("megatron", "torch_dist"):
         items = {file.name: file.tensors[0] for file in files}
-        _write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+        write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
     if form == "torch_dist":
         torch.save({}, partial / "common.pt")
     if form == "megatron":
         _write_manifest(partial, files, companions.pop(MANIFEST))
     for name, content in companions.items():
-        _write_json(partial / name, content)
+        write_json(partial / name, content)
 
 
 def _write_manifest(partial: Path, files: Sequence[File], manifest: dict[str, Any]) -> None:
@@ -263,7 +263,7 @@ def _write_manifest(partial: Path, files: Sequence[File], manifest: dict[str, An
     write_manifest(partial, manifest | {"files": {name: sha256_of(partial / name) for name in names}})
 
 
-def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
+def write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
     """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places = {}
@@ -299,7 +299,8 @@ def _verify(partial: Path, opened: Opened, show: bool) -> None:
             bar.update(entry.nbytes)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is complete or invisible."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block
-from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.progress import Progress
+
+if TYPE_CHECKING:  # megatron-core takes seconds and memory to import; tools do without
+    from megatron_sphinx.parallel.groups import ProcessGroups
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
@@ -157,7 +159,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        groups: ProcessGroups,
+        groups: "ProcessGroups",
         *,
         keep: int,
         identity: dict[str, Any],
