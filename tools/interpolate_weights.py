@@ -18,9 +18,9 @@ import sys
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.interpolate import SCOPES, interpolate, shares_of, sweep
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.model.architecture import LanguageConfig
 
 
 def betas_of(text: str) -> list[float]:
@@ -59,13 +59,13 @@ def main() -> int:
         help="all: mix every tensor; language: those of the language model only, and take the others "
         "(projections, tags) from the first checkpoint; default: all",
     )
-    parser.add_argument("--preset", help="shape of the model, which torch_dist checkpoints do not tell")
+    parser.add_argument("--preset", type=Path, help="of the model, whose shape torch_dist checkpoints do not tell")
     args = parser.parse_args()
     pair = (args.real, args.synthetic, args.beta)
     if (args.checkpoint is None) == (None in pair) or (args.checkpoint and any(pair)):
         parser.error("give --real, --synthetic and --beta, or several --checkpoint")
     try:
-        shape = LanguageConfig(preset=args.preset) if args.preset else None
+        shape = configuration.load(args.preset).model if args.preset else None
         if args.checkpoint:
             inputs = [path for path, _ in args.checkpoint]
             targets = {args.output: tuple(share for _, share in args.checkpoint)}
