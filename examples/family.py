@@ -17,7 +17,7 @@ import torch
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx import run
-from megatron_sphinx.checkpoint.blend import blend
+from megatron_sphinx.checkpoint.interpolate import interpolate, sweep
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, views_in
@@ -73,9 +73,9 @@ def mix(args: argparse.Namespace) -> None:
 
     config = configuration.load(args.real / "config.yaml", ["parallel={}"])
     found = []
-    for beta in BETAS:
-        target = args.target / f"beta_{beta}"
-        blend(args.real, args.syn, target, beta)
+    targets = sweep(args.target, BETAS)
+    interpolate([args.real, args.syn], targets)
+    for beta, target in zip(BETAS, targets, strict=True):
         weights, ends = load_weights(target), []
         for kind in ("real", "syn"):
             total, targets = losses(config, weights, args.data / kind / "held_out", "pairs")

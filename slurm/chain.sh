@@ -34,5 +34,6 @@ of_real=$(folder_of "$real") of_synthetic=$(folder_of "$synthetic")
 mix=$(folder_of "$stage2")/theta_mix
 submit real "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$real"
 submit synthetic "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$synthetic" model.weights="$of_real"
-submit theta_mix "$SPHINX_ROOT/slurm/interpolate.sbatch" "$of_real" "$of_synthetic" "$mix" --beta "$BETA"
+submit theta_mix "$SPHINX_ROOT/slurm/interpolate.sbatch" \
+    --real "$of_real" --synthetic "$of_synthetic" --beta "$BETA" --output "$mix"
 submit stage2 "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$stage2" model.weights="$mix"

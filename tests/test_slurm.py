@@ -293,8 +293,8 @@ def test_a_chain_goes_from_captions_to_tasks(cluster, chain):
     assert f"begins with the weights of {cluster.folder}/real/checkpoints/step_00000002" in jobs[1].text()
     assert f"{cluster.folder}/stage2/theta_mix: " in jobs[2].text()
     assert f"begins with the weights of {cluster.folder}/stage2/theta_mix" in jobs[3].text()
-    mixed = json.loads((cluster.folder / "stage2" / "theta_mix" / "checkpoint.json").read_text())["blend"]
-    assert mixed["beta"] == 0.6
+    mixed = json.loads((cluster.folder / "stage2" / "theta_mix" / "checkpoint.json").read_text())["interpolation"]
+    assert [one["share"] for one in mixed["inputs"]] == [0.6, 0.4]
     assert len(lines_of(cluster.folder / "stage2")) == 2
 
 

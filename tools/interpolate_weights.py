@@ -1,43 +1,84 @@
-"""Mix the weights of two checkpoints: beta * REAL + (1 - beta) * SYN, tensor by tensor, in fp32.
+"""Mix the weights of checkpoints, each times its share: theta_mix = beta * REAL + (1 - beta) * SYNTHETIC.
 
-    tools/interpolate_weights.py REAL SYN TARGET --beta 0.6
+    tools/interpolate_weights.py --real A --synthetic B --beta 0.6 --output C
+    tools/interpolate_weights.py --real A --synthetic B --beta 0:1:0.1 --output C    C/beta_0, C/beta_0.1, ... C/beta_1
+    tools/interpolate_weights.py --checkpoint A=0.5 --checkpoint B=0.3 --checkpoint D=0.2 --output C
 
-REAL and SYN are checkpoints (step_... folders) of the same model, encoders and tokenizer, saved in any layout, or run
-folders, of which the newest checkpoint is taken. Begin a run with the result: model.weights=TARGET. It holds weights
-only, no optimizer state, so no run resumes from it; what it says of itself is REAL's. Needs memory for a few tensors.
+The checkpoints are of one model, in one format: any that tools/convert_checkpoint.py knows; the result has it too, and
+its files are those of the first one. Of a run folder the newest checkpoint is taken. Begin a run with the result:
+model.weights=C; it holds no optimizer state. Computed in fp32, rounded once; a share of 1 copies to the bit. Streams,
+and reads the inputs once. The result says what it was made of, with the inputs' hashes: interpolation.json, or
+`interpolation` in checkpoint.json.
 
 Source: SPHINX, arXiv:2311.07575, equation 1.
 """
 
 import argparse
 import sys
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from megatron_sphinx.checkpoint.blend import SCOPES, blend
+from megatron_sphinx import config as configuration
+from megatron_sphinx.checkpoint.interpolate import SCOPES, interpolate, shares_of, sweep
 from megatron_sphinx.errors import SphinxError
+
+
+def betas_of(text: str) -> list[float]:
+    """The values of an argument --beta: one number, or first:last:step."""
+    try:
+        values = [Decimal(part) for part in text.split(":")]
+        if len(values) == 1:
+            return [float(values[0])]
+        first, last, step = values
+        return [float(first + number * step) for number in range(int((last - first) / step) + 1)]
+    except (InvalidOperation, ValueError, ArithmeticError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: neither a number nor first:last:step") from error
+
+
+def share_of(text: str) -> tuple[Path, float]:
+    """An argument PATH=SHARE."""
+    path, _, share = text.rpartition("=")
+    try:
+        return Path(path), float(share)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: give PATH=SHARE") from error
 
 
 def main() -> int:
     """Run the tool; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("real", type=Path, metavar="REAL")
-    parser.add_argument("syn", type=Path, metavar="SYN")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="folder to make")
-    parser.add_argument("--beta", type=float, required=True, help="share of REAL, from 0 to 1")
+    parser.add_argument("--real", type=Path)
+    parser.add_argument("--synthetic", type=Path)
+    parser.add_argument("--beta", type=betas_of, help="share of REAL, from 0 to 1; first:last:step: a mix for each")
+    parser.add_argument("--checkpoint", type=share_of, action="append", metavar="PATH=SHARE")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--scope",
         choices=SCOPES,
         default="all",
         help="all: mix every tensor; language: those of the language model only, and take the others "
-        "(projections, tags) from REAL; both must have them all; default: all",
+        "(projections, tags) from the first checkpoint; default: all",
     )
+    parser.add_argument("--preset", type=Path, help="of the model, whose shape torch_dist checkpoints do not tell")
     args = parser.parse_args()
+    pair = (args.real, args.synthetic, args.beta)
+    if (args.checkpoint is None) == (None in pair) or (args.checkpoint and any(pair)):
+        parser.error("give --real, --synthetic and --beta, or several --checkpoint")
     try:
-        done = blend(args.real, args.syn, args.target, args.beta, scope=args.scope, show=True)
+        shape = configuration.load(args.preset).model if args.preset else None
+        if args.checkpoint:
+            inputs = [path for path, _ in args.checkpoint]
+            targets = {args.output: tuple(share for _, share in args.checkpoint)}
+        else:
+            inputs = [args.real, args.synthetic]
+            is_sweep = len(args.beta) > 1
+            targets = sweep(args.output, args.beta) if is_sweep else {args.output: shares_of(args.beta[0])}
+        done = interpolate(inputs, targets, scope=args.scope, shape=shape, show=True)
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
-    print(f"{args.target}: {done.mixed} tensors mixed, {done.copied} copied, {done.parameters:,} parameters")
+    for target in targets:
+        print(f"{target}: {done.mixed} tensors mixed, {done.copied} copied, {done.parameters:,} parameters")
     return 0
 
 

@@ -284,13 +284,13 @@ def _write_companions(
             shutil.copyfile(opened.folder / name, partial / name)
     if form in ("megatron", "torch_dist"):
         items = {file.name: file.tensors[0] for file in files}
-        _write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+        write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
     if form == "torch_dist":
         torch.save({}, partial / "common.pt")
     if form == "megatron":
         _write_manifest(partial, companions.pop(MANIFEST), digests)
     for name, content in companions.items():
-        _write_json(partial / name, content)
+        write_json(partial / name, content)
 
 
 def _write_manifest(partial: Path, manifest: dict[str, Any], digests: Mapping[str, str]) -> None:
@@ -300,7 +300,7 @@ def _write_manifest(partial: Path, manifest: dict[str, Any], digests: Mapping[st
     write_manifest(partial, manifest | {"files": {".metadata": sha256_of(partial / ".metadata"), **digests}})
 
 
-def _write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
+def write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
     """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places = {}
@@ -351,8 +351,11 @@ def _verify(partial: Path, opened: Opened, show: bool) -> None:
             bar.update(entry.nbytes)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is complete or invisible."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def progress_bar(what: str, size: int, show: bool) -> Any:

@@ -7,6 +7,7 @@ been used. No pickle is run: what is pickled is read by torch's weights_only, or
 import io
 import json
 import mmap
+import os
 import pickle
 import struct
 import zipfile
@@ -357,12 +358,35 @@ def _line(error: BaseException) -> str:
 Planned = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a file, in order
 
 
-class SafetensorsFile:
-    """A safetensors file that is written one tensor after the other.
+class _TensorFile:
+    """A file whose tensors have their places; they are written in any order, by any thread, each from its beginning."""
+
+    def __init__(self, file: BinaryIO, places: Mapping[str, int]) -> None:
+        self._file, self._places = file, places
+        self._written = dict.fromkeys(places, 0)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a tensor, or the next piece of it."""
+        self.append(name, _bytes(value))
+
+    def append(self, name: str, data: memoryview) -> None:
+        """Write the next bytes of a tensor."""
+        at, self._written[name] = self._places[name] + self._written[name], self._written[name] + len(data)
+        while data:
+            written = os.pwrite(self._file.fileno(), data, at)
+            data, at = data[written:], at + written
+
+    def close(self) -> None:
+        """All is written."""
+        self._file.close()
+
+
+class SafetensorsFile(_TensorFile):
+    """A safetensors file.
 
     Args:
         path: of the file.
-        planned: its tensors, in the order in which they will be put.
+        planned: its tensors, in their order.
     """
 
     def __init__(self, path: Path, planned: Planned) -> None:
@@ -374,20 +398,14 @@ class SafetensorsFile:
             at += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def put(self, _name: str, value: Tensor) -> None:
-        """Write the next tensor, or the next piece of one."""
-        self._file.write(_bytes(value))
-
-    def close(self) -> None:
-        """All is written."""
-        self._file.close()
+        file = path.open("wb")
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.flush()
+        super().__init__(file, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in planned})
 
 
-class TorchFile:
-    """A file of torch.save that is written tensor by tensor.
+class TorchFile(_TensorFile):
+    """A file of torch.save.
 
     Args:
         path: of the file.
@@ -405,24 +423,18 @@ class TorchFile:
         with FakeTensorMode(allow_non_fake_inputs=True):
             saved = torch.load(path, weights_only=True)
         saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
-        self._places = {name: _place(value, path) for name, value in saved.items()}
+        super().__init__(path.open("r+b"), {name: _place(value, path) for name, value in saved.items()})
         self._sums = dict.fromkeys(planned, 0)
-        self._at = dict(self._places)
-        self._file = path.open("r+b")
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Write a tensor, or the next piece of it."""
-        data = _bytes(value)
-        self._file.seek(self._at[name])
-        self._file.write(data)
+    def append(self, name: str, data: memoryview) -> None:
+        """Write the next bytes of a tensor."""
+        super().append(name, data)
         self._sums[name] = zlib.crc32(data, self._sums[name])
-        self._at[name] += len(data)
 
     def close(self) -> None:
         """All is written: set the checksums of the zip file's records, which torch has made of nothing."""
-        self._file.flush()
         _set_checksums(self._file, {self._places[name]: value for name, value in self._sums.items()})
-        self._file.close()
+        super().close()
 
 
 def create(path: Path, planned: Planned, *, under: str | None = None) -> SafetensorsFile | TorchFile:

@@ -4,11 +4,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.parallel.groups import ProcessGroups
+
+if TYPE_CHECKING:  # megatron-core takes seconds and memory to import; tools do without
+    from megatron_sphinx.parallel.groups import ProcessGroups
 
 # Which dimension of a weight the tensor ranks share, and how many matrices are stacked in it (gate over up).
 SHARDED = {
@@ -92,14 +95,14 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tupl
         yield from _boxes(shape, start + rows * inner, stop)
 
 
-def shards_of(model: nn.Module, config: LanguageConfig, groups: ProcessGroups) -> dict[str, Shard]:
+def shards_of(model: nn.Module, config: LanguageConfig, groups: "ProcessGroups") -> dict[str, Shard]:
     """The shard of every weight of a rank's model, by the weight's name there."""
     sizes = groups.layout.config
     first_layer = sum(sizes.stage_layers(config.layers)[: groups.seat.pipeline])
     return {name: _shard(name, weight, config, groups, first_layer) for name, weight in model.named_parameters()}
 
 
-def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: ProcessGroups, first_layer: int) -> Shard:
+def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: "ProcessGroups", first_layer: int) -> Shard:
     sizes, seat = groups.layout.config, groups.seat
     suffix, shape = ".".join(name.split(".")[-2:]), tuple(weight.shape)
     whole_name = whole_weight(name, first_layer)

@@ -1,0 +1,580 @@
+"""Weights between checkpoints: the formula to the bit in every format, what is refused, and the memory."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sphinx.checkpoint.convert import ENCODERS, convert, open_checkpoint
+from megatron_sphinx.checkpoint.formats import huggingface
+from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.interpolate import Interpolated, interpolate, shares_of, sweep
+from megatron_sphinx.checkpoint.keymap import Model
+from megatron_sphinx.checkpoint.store import load_weights, sha256_of
+from megatron_sphinx.checkpoint.stream import Maps, create
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.architecture import LanguageConfig
+
+TOOL = "interpolate_weights.py"
+MIXTRAL = {"model.experts": 4, "model.groups": 4, "model.balance_loss_coefficient": 0.1}
+STILL = {"training.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
+SMALL = LanguageConfig(layers=1, hidden=8, ffn=12, heads=2, groups=1, vocabulary=20)
+FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
+# What arithmetic would change, or be stopped by: a negative zero, the largest, one below the normal.
+ODD = (-0.0, torch.finfo(torch.bfloat16).max, 1e-40)
+
+
+def drawn_shape(rng: random.Random, *, experts: int = 0) -> LanguageConfig:
+    groups, queries, width = rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([2, 4])
+    return LanguageConfig(
+        layers=rng.randint(1, 3), hidden=groups * queries * width * 2, ffn=rng.choice([24, 48]),
+        heads=groups * queries, groups=groups, vocabulary=rng.choice([97, 120]), experts=experts,
+    )  # fmt: skip
+
+
+def make(
+    folder: Path,
+    seed: int,
+    shape: LanguageConfig = SMALL,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels: int = 0,
+    shard_bytes: int = 10**9,
+) -> Path:
+    """A checkpoint of Hugging Face's format, of random weights."""
+    found, about = huggingface.files(Model(shape, channels=channels), Wanted(1, dtype, shard_bytes))
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    for file in found:
+        out = create(folder / file.name, {item.name: (item.shape, dtype) for item in file.tensors})
+        for item in file.tensors:
+            value = torch.randn(item.shape, generator=generator)
+            value.view(-1)[:3] = torch.tensor(ODD)
+            out.put(item.name, value.to(dtype))
+        out.close()
+    for name, content in about.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def tensors(folder: Path, shape: LanguageConfig | None = None) -> dict[tuple[str, str], Tensor]:
+    """All tensors of a checkpoint, by file and name; frozen experts too."""
+    opened, maps = open_checkpoint(folder, shape), Maps()
+    found = {key: maps.read(entry).clone() for key, entry in opened.source.entries.items()}
+    for expert, entries in opened.encoders.items():
+        found |= {(expert, name): maps.read(entry).clone() for name, entry in entries.items()}
+    return found
+
+
+def formula(sides: list[dict], shares: tuple[float, ...]) -> dict:
+    """The sum in fp64, rounded once."""
+    return {
+        key: sum(share * side[key].double() for share, side in zip(shares, sides, strict=True)).to(value.dtype)
+        for key, value in sides[0].items()
+    }
+
+
+def is_same(found: dict, wanted: dict) -> bool:
+    """Whether two sets of tensors have the same bits."""
+    return found.keys() == wanted.keys() and all(
+        value.dtype == wanted[key].dtype
+        and torch.equal(*(one.contiguous().view(torch.uint8) for one in (value, wanted[key])))
+        for key, value in found.items()
+    )
+
+
+def is_close(found: dict, wanted: dict) -> bool:
+    """Whether they differ by roundings of fp32, which the sum has two of before the last.
+
+    Of terms that nearly cancel the sum is small, so these are measured by the terms, which are below 8 here; and where
+    the sum lies between two bf16 numbers, the last rounding may go the other way, by one in the last place.
+    """
+    for key, value in found.items():
+        error = (value.double() - wanted[key].double()).abs()
+        bound = wanted[key].double().abs() * torch.finfo(value.dtype).eps + 8 * torch.finfo(torch.float32).eps
+        is_near = (error <= bound) | (value == wanted[key])  # in fp16 the largest is infinite
+        if value.dtype != wanted[key].dtype or not is_near.all():
+            return False
+    return found.keys() == wanted.keys()
+
+
+def plain(sides: list[dict], shares: tuple[float, ...]) -> dict:
+    """The sum as one writes it in fp32, to the bit."""
+    made = {}
+    for key, value in sides[0].items():
+        total = shares[0] * sides[0][key].float()
+        for share, side in zip(shares[1:], sides[1:], strict=True):
+            total = total + share * side[key].float()
+        made[key] = total.to(value.dtype)
+    return made
+
+
+# the formula
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mix_is_the_formula_in_every_format(tmp_path, form, seed):
+    rng = random.Random(f"{form} {seed}")
+    experts = rng.choice([0, 4, 6]) if form != "internlm2" else 0
+    shape = drawn_shape(rng, experts=experts)
+    dtype = torch.float32 if form == "megatron" else rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    is_sparse = rng.random() < 0.5
+    ranks = rng.choice([1, 2]) if form == "accessory" or (form == "meta" and not experts) else 1
+    shape = replace(shape, groups=shape.groups * ranks, heads=shape.heads * ranks, vocabulary=120)
+    shape = replace(shape, hidden=shape.heads * 4)
+    wanted = Wanted(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    inputs = []
+    for number in range(3):
+        source = make(tmp_path / f"hf{number}", 10 * seed + number, shape, dtype=dtype)
+        convert(source, tmp_path / f"{number}", form, wanted, shape=shape)
+        inputs.append(tmp_path / f"{number}")
+    sides = [tensors(folder, shape) for folder in inputs]
+    beta = rng.random()
+    done = interpolate(inputs[:2], {tmp_path / "mix": shares_of(beta)}, shape=shape)
+    assert (done.mixed, done.copied) == (len(sides[0]), 0)
+    assert is_same(tensors(tmp_path / "mix", shape), plain(sides[:2], shares_of(beta)))
+    assert is_close(tensors(tmp_path / "mix", shape), formula(sides[:2], shares_of(beta)))
+    shares = (0.5, 0.2, 0.3)
+    interpolate(inputs, {tmp_path / "three": shares}, shape=shape)
+    assert is_same(tensors(tmp_path / "three", shape), plain(sides, shares))
+    assert is_close(tensors(tmp_path / "three", shape), formula(sides, shares))
+    extra = "interpolation.json"
+    assert {path.name for path in (tmp_path / "mix").iterdir()} - {extra} == {path.name for path in inputs[0].iterdir()}
+    for path in (tmp_path / "mix").iterdir():
+        assert path.suffix not in (".pth", ".distcp") or zipfile.ZipFile(path).testzip() is None
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize("scope", ["all", "language"])
+def test_at_the_ends_tensors_are_copied_to_the_bit(tmp_path, beta, scope):
+    inputs = [make(tmp_path / f"{seed}", seed, dtype=torch.bfloat16, channels=6) for seed in range(2)]
+    sides = [tensors(folder) for folder in inputs]
+    done = interpolate(inputs, {tmp_path / "mix": shares_of(beta)}, scope=scope)
+    assert done == Interpolated(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
+    wanted = sides[0] if beta else sides[1]
+    if scope == "language":
+        wanted = wanted | {key: value for key, value in sides[0].items() if key[0] == huggingface.EXTRAS}
+    assert is_same(tensors(tmp_path / "mix"), wanted)
+    if beta:
+        for name in ("model.safetensors", huggingface.EXTRAS):
+            assert (tmp_path / "mix" / name).read_bytes() == (inputs[0] / name).read_bytes()
+
+
+def test_of_scope_language_all_else_is_of_the_first(tmp_path):
+    inputs = [make(tmp_path / f"{seed}", seed, channels=6) for seed in range(2)]
+    sides = [tensors(folder) for folder in inputs]
+    done = interpolate(inputs, {tmp_path / "mix": (0.6, 0.4)}, scope="language")
+    of_vision = {key: value for key, value in sides[0].items() if key[0] == huggingface.EXTRAS}
+    assert (done.mixed, done.copied) == (len(sides[0]) - len(of_vision), len(of_vision))
+    assert len(of_vision) == 6
+    assert is_same(tensors(tmp_path / "mix"), plain(sides, (0.6, 0.4)) | of_vision)
+
+
+def test_a_share_of_nothing_takes_nothing(tmp_path):
+    """0 times what is not a number is not 0."""
+    inputs = [make(tmp_path / f"{seed}", seed) for seed in range(3)]
+    (inputs[1] / "model.safetensors").write_bytes((inputs[1] / "model.safetensors").read_bytes()[:-400] + b"\xff" * 400)
+    sides = [tensors(folder) for folder in inputs]
+    assert any(value.isnan().any() for value in sides[1].values())
+    interpolate(inputs, {tmp_path / "mix": (0.5, 0.0, 0.5)})
+    assert is_same(tensors(tmp_path / "mix"), plain([sides[0], sides[2]], (0.5, 0.5)))
+
+
+def test_a_sweep_is_its_single_mixes(tmp_path):
+    inputs = [make(tmp_path / f"{seed}", seed, drawn_shape(random.Random(5)), shard_bytes=4000) for seed in range(2)]
+    betas = [0.0, 0.1, 0.25, 1.0]
+    targets = sweep(tmp_path / "sweep", betas)
+    assert [path.name for path in targets] == ["beta_0", "beta_0.1", "beta_0.25", "beta_1"]
+    interpolate(inputs, targets)
+    for beta, folder in zip(betas, targets, strict=True):
+        interpolate(inputs, {tmp_path / f"{beta}": shares_of(beta)})
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / f"{beta}").iterdir()}
+
+
+def test_other_files_of_the_second_are_no_matter(tmp_path):
+    """Of whole tensors it is no matter in which file they are, nor of which kind it is."""
+    shape = drawn_shape(random.Random(1))
+    inputs = [make(tmp_path / f"{seed}", seed, shape, shard_bytes=size) for seed, size in enumerate((3000, 10**9))]
+    wanted = plain([by_name(folder) for folder in inputs], (0.3, 0.7))
+    interpolate(inputs, {tmp_path / "mix": (0.3, 0.7)})
+    assert is_same(by_name(tmp_path / "mix"), wanted)
+    torch.save(by_name(inputs[1]), inputs[1] / "pytorch_model.bin")
+    (inputs[1] / "model.safetensors").unlink()
+    interpolate(inputs, {tmp_path / "again": (0.3, 0.7)})
+    assert is_same(by_name(tmp_path / "again"), wanted)
+    interpolate(inputs[::-1], {tmp_path / "bin": (0.7, 0.3)})
+    assert is_same(by_name(tmp_path / "bin"), plain([by_name(folder) for folder in inputs[::-1]], (0.7, 0.3)))
+    assert is_same(torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True), by_name(tmp_path / "bin"))
+
+
+def by_name(folder: Path) -> dict[str, Tensor]:
+    return {name: value for (_, name), value in tensors(folder).items()}
+
+
+def test_what_is_not_laid_out_row_by_row(tmp_path):
+    """Transposed tensors, and parts of larger ones, as torch.save keeps them."""
+    for seed in range(2):
+        folder = make(tmp_path / f"{seed}", seed)
+        state = {name: value.t().contiguous().t() for name, value in by_name(folder).items() if value.ndim == 2}
+        (folder / "model.safetensors").rename(folder / "kept")
+        other = {name: torch.stack([value, value])[1] for name, value in read(folder / "kept").items()}
+        torch.save(other | state, folder / "pytorch_model.bin")
+    inputs = [tmp_path / "0", tmp_path / "1"]
+    interpolate(inputs, {tmp_path / "mix": (0.3, 0.7)})
+    assert is_same(tensors(tmp_path / "mix"), plain([tensors(folder) for folder in inputs], (0.3, 0.7)))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+# what it says, and what is beside the tensors
+
+
+def test_a_mix_says_what_it_is(tmp_path):
+    inputs = [make(tmp_path / f"{seed}", seed) for seed in range(2)]
+    for number, folder in enumerate(inputs):
+        (folder / "tokenizer.model").write_text(str(number))
+        (folder / "optimizer.pt").write_bytes(b"weights that would not be mixed")
+    interpolate(inputs, {tmp_path / "deep" / "mix": (0.25, 0.75)}, scope="language")
+    found = json.loads((tmp_path / "deep" / "mix" / "interpolation.json").read_text())
+    assert found == {
+        "scope": "language",
+        "inputs": [
+            {
+                "path": str(folder.resolve()),
+                "share": share,
+                "sha256": {
+                    "model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+                },
+            }
+            for folder, share in zip(inputs, (0.25, 0.75), strict=True)
+        ],
+    }
+    names = {path.name for path in (tmp_path / "deep" / "mix").iterdir()}
+    assert names == {"config.json", "interpolation.json", "model.safetensors", "tokenizer.model"}
+    assert (tmp_path / "deep" / "mix" / "tokenizer.model").read_text() == "0"
+
+
+def ours(folder: Path, seed: int, *, tokenizer: str = "", **shape: int) -> Path:
+    """A checkpoint of our own."""
+    source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, **shape))
+    if tokenizer:
+        (source / "tokenizer.model").write_text(tokenizer)
+    convert(source, folder, "megatron", Wanted())
+    shutil.rmtree(source)
+    return folder
+
+
+def test_ours_says_it_in_its_manifest(tmp_path):
+    inputs = [ours(tmp_path / f"{seed}", seed) for seed in range(2)]
+    interpolate(inputs, {tmp_path / "mix": (0.25, 0.75)})
+    found, first = (json.loads((folder / "checkpoint.json").read_text()) for folder in (tmp_path / "mix", inputs[0]))
+    files, kept = found.pop("files"), first.pop("files")
+    says = found.pop("interpolation")
+    assert found == first
+    assert says["inputs"][0]["sha256"] == kept | {"checkpoint.json": sha256_of(inputs[0] / "checkpoint.json")}
+    held = [path for path in (tmp_path / "mix").iterdir() if path.name != "checkpoint.json"]
+    assert files == {path.name: sha256_of(path) for path in held}
+    interpolate([tmp_path / "mix", inputs[1]], {tmp_path / "again": (0.5, 0.5)})  # a mix is an input as any other
+    sides = [tensors(tmp_path / "mix"), tensors(inputs[1])]
+    assert is_same(tensors(tmp_path / "again"), plain(sides, (0.5, 0.5)))
+
+
+def accessory(folder: Path, seed: int, expert: Tensor) -> Path:
+    """A checkpoint of LLaMA2-Accessory of two ranks, with a frozen expert in each file."""
+    source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, groups=2), channels=6)
+    with_expert(source, expert, "llma.clip.w")
+    convert(source, folder, "accessory", Wanted(2))
+    return folder
+
+
+def with_expert(folder: Path, expert: Tensor, name: str = "w") -> Path:
+    """Put a frozen expert beside a checkpoint."""
+    (folder / ENCODERS).mkdir(exist_ok=True)
+    out = create(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
+    out.put(name, expert)
+    out.close()
+    return folder
+
+
+def test_frozen_experts_stay(tmp_path):
+    expert = torch.randn(3, 5)
+    inputs = [accessory(tmp_path / f"{seed}", seed, expert) for seed in range(2)]
+    interpolate(inputs, {tmp_path / "mix": (0.5, 0.5)})
+    found = tensors(tmp_path / "mix")
+    assert torch.equal(found.pop(("clip", "llma.clip.w")), expert)
+    sides = [tensors(folder) for folder in inputs]
+    assert is_same(found, {key: value for key, value in plain(sides, (0.5, 0.5)).items() if key[0] != "clip"})
+    for file in ("consolidated.00-of-02.model.pth", "consolidated.01-of-02.model.pth"):
+        held = torch.load(tmp_path / "mix" / file, weights_only=True)["model"]
+        assert held.keys() == torch.load(inputs[0] / file, weights_only=True)["model"].keys()
+        assert torch.equal(held["llma.clip.w"], expert)
+
+
+def test_frozen_experts_that_differ_are_refused(tmp_path):
+    expert = torch.randn(3, 5)
+    accessory(tmp_path / "a", 1, expert)
+    accessory(tmp_path / "b", 2, expert + 1e-6)
+    refused(tmp_path, r"b: llma\.clip\.w of clip is frozen, but differs from that of \S+/a; give checkpoints with the")
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    with_expert(make(tmp_path / "a", 1), expert)
+    make(tmp_path / "b", 2)
+    refused(tmp_path, r"b: holds no w of clip, \S+/a does; give checkpoints with the same encoders")
+    with_expert(tmp_path / "b", -expert)
+    refused(tmp_path, r"b: w of clip is frozen, but differs from that of \S+/a; give checkpoints with the same enc")
+    with_expert(tmp_path / "b", expert)
+    interpolate([tmp_path / "a", tmp_path / "b"], {tmp_path / "mix": (0.5, 0.5)})
+    kept = f"{ENCODERS}/clip.safetensors"
+    assert (tmp_path / "mix" / kept).read_bytes() == (tmp_path / "a" / kept).read_bytes()
+
+
+# what is refused
+
+
+def refused(folder: Path, message: str, shares: tuple[float, ...] = (0.5, 0.5)) -> None:
+    """Mix `a` and `b` in vain; nothing is left of it."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError, match=message):
+        interpolate([folder / "a", folder / "b"], {folder / "mix": shares})
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.001, float("nan"), float("inf")])
+def test_a_share_that_is_none_is_refused(tmp_path, beta):
+    with pytest.raises(CheckpointError, match=r"beta=\S+: is not from 0 to 1; give the share of REAL"):
+        shares_of(beta)
+    refused(tmp_path, r"a=\S+: is not from 0 to 1; give the share of this checkpoint", (beta, 1 - beta))
+
+
+def test_shares_that_are_not_all_are_refused(tmp_path):
+    refused(tmp_path, r"0\.5\+0\.4: sums to 0\.9; give shares that sum to 1", (0.5, 0.4))
+
+
+def test_a_target_that_exists_is_refused(tmp_path):
+    for name in "ab":
+        make(tmp_path / name, 1)
+    (tmp_path / "mix").symlink_to("nowhere")
+    refused(tmp_path, r"mix: exists; give another target, or remove it")
+    (tmp_path / "mix").unlink()
+    (tmp_path / "mix").mkdir()
+    refused(tmp_path, r"mix: exists; give another target, or remove it")
+
+
+def test_another_format_is_refused(tmp_path):
+    ours(tmp_path / "a", 1)
+    make(tmp_path / "b", 2)
+    refused(tmp_path, r"b: is hf, \S+/a is megatron; convert one of them first")
+
+
+def test_other_tensors_are_refused(tmp_path):
+    make(tmp_path / "a", 1)
+    make(tmp_path / "b", 2, channels=6)
+    refused(tmp_path, r"/a: holds no end_tag in sphinx\.safetensors, \S+/b does; give checkpoints of the same model")
+    (tmp_path / "a").rename(tmp_path / "c")
+    (tmp_path / "b").rename(tmp_path / "a")
+    (tmp_path / "c").rename(tmp_path / "b")
+    refused(tmp_path, r"/b: holds no \S+ in sphinx\.safetensors, \S+/a does; give checkpoints of the same model")
+    shutil.rmtree(tmp_path / "a")
+    make(tmp_path / "a", 1, replace(SMALL, vocabulary=24))
+    refused(tmp_path, r"/b: \S+ has shape \[20, 8\], that of \S+/a has \[24, 8\]; give checkpoints of the same model")
+    shutil.rmtree(tmp_path / "a")
+    make(tmp_path / "a", 1, dtype=torch.bfloat16)
+    refused(tmp_path, r"/b: \S+ has type torch\.float32, that of \S+/a has torch\.bfloat16; give checkpoints of the")
+
+
+def test_other_ranks_are_refused(tmp_path):
+    for name, ranks in (("a", 1), ("b", 2)):
+        convert(make(tmp_path / f"hf_{name}", 1), tmp_path / name, "meta", Wanted(ranks), shape=SMALL) if (
+            ranks == 1
+        ) else convert(
+            make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2)), tmp_path / name, "meta", Wanted(ranks)
+        )
+    refused(tmp_path, r"/a: holds no \S+ in consolidated\.01\.pth, \S+/b does; \S+ checkpoints .*, divided alike")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 2}, r"model\.layers=2, \S+/a with 1; give checkpoints with the same model, encoders and tokenizer"),
+        ({"tokenizer": "t2"}, r"tokenizer=\w+, \S+/a with \w+; give checkpoints with the same model, encoders and"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, change, message):
+    ours(tmp_path / "a", 1, tokenizer="t1")
+    ours(tmp_path / "b", 2, **{"tokenizer": "t1"} | change)
+    refused(tmp_path, rf"/b: was made with {message}")
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("form", ["megatron", "hf"])
+def test_damage_is_refused(tmp_path, side, form):
+    for seed, name in enumerate("ab"):
+        ours(tmp_path / name, seed) if form == "megatron" else make(tmp_path / name, seed)
+    victim = tmp_path / side / ("__0_1.distcp" if form == "megatron" else "model.safetensors")
+    content = bytearray(victim.read_bytes())
+    if form == "megatron":
+        chunk = next(e.chunks[0] for e in open_checkpoint(tmp_path / side).source.entries.values()
+                     if e.chunks[0].path == victim)  # fmt: skip
+        victim.write_bytes(content[: chunk.start] + bytes([content[chunk.start] ^ 1]) + content[chunk.start + 1 :])
+        refused(tmp_path, rf"/{side}: __0_1\.distcp is damaged \(its checksum differs\); give an earlier checkpoint")
+    victim.write_bytes(content[: len(content) // 2])
+    refused(tmp_path, rf"/{side}/{victim.name}: (is damaged|cannot be read) ")
+    victim.unlink()
+    refused(tmp_path, rf"/{side}: (no checkpoint of a known format|.*__0_1.distcp is missing)|__0_1.distcp is missing")
+    shutil.rmtree(tmp_path / side)
+    refused(tmp_path, rf"/{side}: no such folder; give the folder of a checkpoint")
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    inputs = [make(tmp_path / name, 1) for name in "ab"]
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"mix: could not be written \(.*Not a directory.*\); put that right and"):
+        interpolate(inputs, {tmp_path / "file" / "mix": (0.5, 0.5)})
+
+
+def test_what_a_killed_run_has_left_is_no_matter(tmp_path):
+    inputs = [make(tmp_path / name, 1) for name in "ab"]
+    (tmp_path / ".mix.partial").mkdir()
+    (tmp_path / ".mix.partial" / "half").touch()
+    interpolate(inputs, {tmp_path / "mix": (0.5, 0.5)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mix"]
+    assert not (tmp_path / "mix" / "half").exists()
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Run folders, computed once."""
+    return {}
+
+
+@pytest.fixture
+def trained(train, runs):
+    """Runs of one model on other data, in other layouts."""
+    if not runs:
+        tensor = {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert": 2}
+        sides = {
+            "real": (2, tensor),
+            "syn": (2, {"data.pairs_per_step": 3, "data.text_tokens_per_step": 60}),
+        }
+        for side, (world, settings) in sides.items():
+            runs[side] = train(world, MIXTRAL | {"training.steps": 2} | settings, name=side).folder
+    return runs
+
+
+def test_runs_begin_with_a_mix_of_runs(trained, train, tmp_path):
+    target = tmp_path / "mix"
+    interpolate([trained["real"], trained["syn"]], {target: (0.3, 0.7)}, scope="language")
+    weights, sides = load_weights(target), [load_weights(trained[side]) for side in ("real", "syn")]
+    mixed = {name: one for name, one in plain(sides, (0.3, 0.7)).items() if name.startswith("language.")}
+    assert is_same(weights, sides[0] | mixed)
+    losses = []
+    for name, world, sizes in (("one", 1, {}), ("expert", 2, {"parallel.expert": 2})):
+        run = train(world, MIXTRAL | STILL | sizes | {"model.weights": str(target)}, name=name)
+        assert f"begins with the weights of {target}" in run.ranks.text(0)
+        assert is_same(load_weights(run.folder), weights)
+        losses.append(run.metrics[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ended = train(1, MIXTRAL | {"checkpoint.resume": str(target)}, name="resumed", status=2)
+    said = r"checkpoint\.resume=\S+mix: holds no exp_avg/\S+, only weights; begin a run with them: give it as model"
+    assert re.search(said, ended.ranks.text(0))
+
+
+# memory
+
+PROGRAM = """
+import re, sys
+from pathlib import Path
+from megatron_sphinx.checkpoint.interpolate import interpolate
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+folder = Path(sys.argv[1])
+interpolate([folder / "small"] * 2, {folder / "warm": (0.5, 0.5)})
+before = peak()
+interpolate([folder / "0", folder / "1"], {folder / "x": (0.5, 0.5), folder / "y": (0.1, 0.9)})
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_the_memory_is_of_buffers_alone(tmp_path, form):
+    shape = LanguageConfig(layers=2, hidden=512, ffn=6000, heads=4, groups=2, vocabulary=12000)
+    for name, of_it in (("small", SMALL), ("0", shape), ("1", shape)):
+        source = make(tmp_path / f"{name}_hf", 1, of_it)
+        convert(source, tmp_path / name, form, Wanted())
+        shutil.rmtree(source)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    grown, largest = int(done.stdout), 12000 * 512 * 4
+    assert grown < largest, f"{grown / largest:.2f} times the largest tensor"
+
+
+# the tool
+
+
+def test_the_tool(tmp_path, run_tool, capsys):
+    a, b, c = (make(tmp_path / name, seed, channels=6) for seed, name in enumerate("abc"))
+    pair = ("--real", a, "--synthetic", b)
+    status, out, error = run_tool(TOOL, *pair, "--beta", 0.6, "--output", tmp_path / "mix", "--scope", "language")
+    assert (status, out) == (0, f"{tmp_path}/mix: 12 tensors mixed, 6 copied, {count(a):,} parameters\n")
+    assert "mixing: 100%" in error
+    status, out, _ = run_tool(TOOL, *pair, "--beta", "0:1:0.1", "--output", tmp_path / "sweep")
+    names = ["beta_0", "beta_1", *(f"beta_0.{digit}" for digit in range(1, 10))]
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == sorted(names)
+    assert is_same(tensors(tmp_path / "sweep" / "beta_0.3"), plain([tensors(a), tensors(b)], (0.3, 0.7)))
+    shares = ("--checkpoint", f"{a}=0.5", "--checkpoint", f"{b}=0.3", "--checkpoint", f"{c}=0.2")
+    status, _, _ = run_tool(TOOL, *shares, "--output", tmp_path / "three")
+    assert status == 0
+    assert is_same(tensors(tmp_path / "three"), plain([tensors(x) for x in (a, b, c)], (0.5, 0.3, 0.2)))
+    status, out, error = run_tool(TOOL, *pair, "--beta", 0.6, "--output", tmp_path / "mix")
+    assert (status, out) == (2, "")
+    assert error == f"{TOOL}: {tmp_path}/mix: exists; give another target, or remove it\n"
+    for wrong, message in (
+        (pair, "give --real, --synthetic and --beta, or several --checkpoint"),
+        ((*pair, *shares), "give --real, --synthetic and --beta, or several --checkpoint"),
+        ((*pair, "--beta", "0:1"), "0:1: neither a number nor first:last:step"),
+        (("--checkpoint", f"{a}"), "give PATH=SHARE"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run_tool(TOOL, *wrong, "--output", tmp_path / "none")
+        assert message in capsys.readouterr().err
+
+
+def count(folder: Path) -> int:
+    return sum(value.numel() for value in tensors(folder).values())
+
+
+def test_the_tool_takes_the_shape_of_a_preset(tiny, tmp_path, run_tool):
+    names = ("layers", "hidden", "ffn", "heads", "groups", "vocabulary")
+    model = tiny.write(tmp_path / "run.yaml", {f"model.{name}": getattr(SMALL, name) for name in names})
+    for seed, name in enumerate("ab"):
+        convert(make(tmp_path / f"hf_{name}", seed), tmp_path / name, "torch_dist", Wanted())
+    pair = ("--real", tmp_path / "a", "--synthetic", tmp_path / "b", "--beta", 0.5, "--output", tmp_path / "mix")
+    status, _, error = run_tool(TOOL, *pair)
+    assert status == 2
+    assert "a torch_dist checkpoint does not tell its number of heads; name its shape: --preset" in error
+    status, _, error = run_tool(TOOL, *pair, "--preset", model)
+    assert status == 0, error
+    sides = [tensors(tmp_path / name, SMALL) for name in "ab"]
+    assert is_same(tensors(tmp_path / "mix", SMALL), plain(sides, (0.5, 0.5)))
