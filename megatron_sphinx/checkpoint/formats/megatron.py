@@ -1,13 +1,13 @@
 """Our own checkpoints: whole fp32 weights under megatron-core's names, in torch.distributed.checkpoint."""
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.checkpoint.conversion import Source
-from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of, width
+from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
-from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
+from megatron_sphinx.checkpoint.keymap import Model, Rule, Stored, stored
 from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest, weight_shapes
 from megatron_sphinx.checkpoint.stream import read_distributed
 from megatron_sphinx.errors import CheckpointError
@@ -56,26 +56,30 @@ def open_checkpoint(folder: Path) -> Opened:
     """
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
-    shapes = weight_shapes(path)
-    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(shapes)).items()}
-    vision = f"{WEIGHTS}vision."
-    model = Model(
-        shape_of(manifest["identity"]["model"], path / MANIFEST),
-        channels=width(entries, f"{vision}visual_proj.0.weight"),
-        queries=width(entries, f"{vision}qformer_proj.0.weight"),
-        has_skip_token=f"{vision}skip_token" in shapes,
-    )
-    return Opened(path, "megatron", "any", model, Source(str(path), list(_stored(model)), entries), about=manifest)
+    model = model_of(path, manifest)
+    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weight_shapes(path))).items()}
+    return Opened(path, "megatron", "any", model, Source(str(path), list(stored_of(model)), entries), about=manifest)
 
 
-def _stored(model: Model) -> Any:
+def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
+    """What a checkpoint holds.
+
+    Raises:
+        CheckpointError: it does not describe a model.
+    """
+    shapes, vision = weight_shapes(path), f"{WEIGHTS}vision."
+    channels, queries = (shapes.get(f"{vision}{name}.0.weight", (0,))[-1] for name in ("visual_proj", "qformer_proj"))
+    language = shape_of(manifest["identity"]["model"], path / MANIFEST)
+    return Model(language, channels, queries, has_skip_token=f"{vision}skip_token" in shapes)
+
+
+def stored_of(model: Model) -> Iterator[Stored]:
+    """The whole weights of a model as they are stored, the vocabulary padded."""
     rules = MEGATRON_MOE if model.language.experts else MEGATRON
     return stored(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
 
 
 def files(model: Model, wanted: Wanted) -> tuple[list[File], dict[str, Any]]:
     """The files of a checkpoint to be written, one a tensor, and what it says of itself."""
-    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(_stored(model))]
-    names = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
-    shape = {name: value for name, value in asdict(model.language).items() if name not in names}
-    return found, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": shape}}}
+    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(stored_of(model))]
+    return found, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": model.language.shape}}}
