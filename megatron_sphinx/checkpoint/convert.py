@@ -75,7 +75,7 @@ def open_checkpoint(folder: Path, shape: LanguageConfig | None = None) -> Opened
             opened = module.open_checkpoint(folder)
     if opened is not None:
         opened.source.check()
-        return opened
+        return replace(opened, encoders=opened.encoders or _encoders(opened.folder))
     raise CheckpointError(
         f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
         f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"
@@ -114,8 +114,7 @@ def convert(
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened = open_checkpoint(source, shape)
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
-    encoders = opened.encoders or _encoders(opened.folder)
-    files, companions = _plan(opened, form, wanted, encoders)
+    files, companions = _plan(opened, form, wanted, opened.encoders)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
@@ -123,7 +122,7 @@ def convert(
         partial.mkdir(parents=True, exist_ok=True)
         _write_files(partial, files, opened, conversion, _journal(partial, opened, form, wanted), wanted.dtype, show)
         if form != "accessory":
-            _write_encoders(partial, opened, encoders)
+            _write_encoders(partial, opened, opened.encoders)
         _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions)
         if verify:
             _verify(partial, opened, show)
