@@ -208,6 +208,18 @@ def test_differences_are_found_across_formats(run_tool, tmp_path, form, experts)
     assert json.loads(of_target[1])[-1]["most"] == pytest.approx(every["most"])
 
 
+def test_infinities_are_alike_and_what_is_no_number_comes_first(run_tool, tmp_path):
+    one, other = (make(tmp_path / name, 13) for name in ("one", "other"))
+    for folder in (one, other):
+        change(folder, "start_tag", torch.inf)
+    change(other, "end_tag", 1e6)
+    assert [line.split()[-1] for line in run_tool(TOOL, one, "--diff", other)[1].splitlines()[1:]] == ["end_tag", "all"]
+    change(other, "visual_proj.1.bias", torch.nan)
+    status, out, _ = run_tool(TOOL, one, "--diff", other)
+    assert status == 1
+    assert [line.split()[-1] for line in out.splitlines()[1:]] == ["visual_proj.1.bias", "end_tag", "all"]
+
+
 def test_padding_is_no_difference(tmp_path):
     convert(make(tmp_path / "hf", 2), tmp_path / "ours", "megatron", Wanted())
     ours = open_checkpoint(tmp_path / "ours")

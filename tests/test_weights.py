@@ -71,16 +71,17 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
         ("hf", 2, {"parallel.tensor": 2, "parallel.sequence": True}),
         ("meta", 3, {"parallel.pipeline": 2, "parallel.encoder": 1}),
         ("hf", 2, {"parallel.expert": 2, "model.experts": 4}),
+        ("torch_dist", 2, {"model.experts": 4}),
     ],
-    ids=["one", "tensor", "pipeline", "expert"],
+    ids=["one", "tensor", "pipeline", "expert", "replicas"],
 )
 def test_a_run_begins_with_it_as_if_it_had_been_converted(train, tiny, tmp_path, form, world, layout):
     model = transformers_model(shape_of(tiny, layout.get("model.experts", 0)), seed=world)
     source = save(model.to(torch.bfloat16) if world == 1 else model, tmp_path / "source")
-    if form != "hf":
-        convert(source, tmp_path / form, form, Wanted(2))
-        source = tmp_path / form
     convert(source, tmp_path / "converted", "megatron", Wanted())
+    if form != "hf":
+        convert(source, tmp_path / form, form, Wanted(2 if form == "meta" else 1))
+        source = tmp_path / form
     direct = train(world, STILL | layout | {"model.weights": str(source)}, "direct")
     assert f"begins with the weights of {source}, new projections and tags" in direct.ranks.text(0)
     converted = train(world, STILL | layout | {"model.weights": str(tmp_path / "converted")}, "indirect")
@@ -142,13 +143,11 @@ def test_any_pieces_are_the_whole(tmp_path, seed):
         layers=rng.randint(1, 2), hidden=2 * groups * queries * half, ffn=rng.choice([6, 10]), heads=groups * queries,
         groups=groups, vocabulary=rng.choice([40, 128, 130]), experts=rng.choice([0, 2, 6]),
     )  # fmt: skip
-    folder = save(transformers_model(shape, seed), tmp_path / "hf")
-    if seed % 3:
-        form, is_sparse = rng.choice([("accessory", True), ("accessory", False), ("meta", False)])
-        ranks = 1 if form == "meta" and shape.experts else 2
-        convert(folder, tmp_path / form, form, Wanted(ranks, is_sparse=is_sparse))
-        folder = tmp_path / form
-    opened = open_checkpoint(folder)
+    folder = save(transformers_model(shape, seed), tmp_path / "source")
+    form = ("hf", "meta", "accessory", "accessory", "megatron", "torch_dist")[seed]
+    ranks = 2 if form == "accessory" or (form == "meta" and not shape.experts) else 1
+    convert(folder, tmp_path / form, form, Wanted(ranks, is_sparse=seed == 3))
+    opened = open_checkpoint(tmp_path / form, shape)
     conversion = Conversion(opened.source, list(stored_of(opened.model)))
     for item in stored_of(opened.model):
         memory = torch.full((torch.Size(item.shape).numel(),), torch.nan)

@@ -18,7 +18,7 @@ from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.stream import Entry
 from megatron_sphinx.errors import CheckpointError
 
-_BLOCK = 1 << 22  # elements that are compared at once
+_BLOCK = 1 << 18  # elements that are handled at once: few enough to stay in a core's cache
 
 
 def tensors(opened: Opened) -> dict[str, Entry]:
@@ -192,13 +192,15 @@ def _compare_encoders(expert: str, one: Opened, other: Opened) -> Iterator[Diffe
 
 
 def _difference(name: str, one: Tensor, other: Tensor) -> Difference:
-    squares, of_first, most = 0.0, 0.0, 0.0
+    squares, of_first, most = torch.zeros(3, dtype=torch.float64)
     for first, second in zip(_blocks(one), _blocks(other), strict=True):
-        first, apart = first.double(), first.double() - second.double()
-        squares += float(apart.square().sum())
-        of_first += float(first.square().sum())
-        most = max(most, float(apart.abs().max()))
-    return Difference(name, sqrt(squares), sqrt(of_first), most)
+        first, second = first.double().flatten(), second.double().flatten()
+        of_first = of_first + first.dot(first)
+        if not torch.equal(first, second):
+            apart = (first - second).masked_fill(first == second, 0.0)  # infinities as well
+            squares = squares + apart.dot(apart)
+            most = torch.maximum(most, apart.abs().max())
+    return Difference(name, float(squares.sqrt()), float(of_first.sqrt()), float(most))
 
 
 def _blocks(values: Tensor) -> Iterator[Tensor]:
