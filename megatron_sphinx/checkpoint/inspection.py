@@ -193,11 +193,13 @@ def _compare_encoders(expert: str, one: Opened, other: Opened) -> Iterator[Diffe
 
 def _difference(name: str, one: Tensor, other: Tensor) -> Difference:
     squares, of_first, most = torch.zeros(3, dtype=torch.float64)
+    dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     for first, second in zip(_blocks(one), _blocks(other), strict=True):
-        first, second = first.double().flatten(), second.double().flatten()
-        of_first = of_first + first.dot(first)
-        if not torch.equal(first, second):
-            apart = (first - second).masked_fill(first == second, 0.0)  # infinities as well
+        first, second = first.to(dtype).flatten(), second.to(dtype).flatten()
+        of_first = of_first + first.double().dot(first.double())
+        apart = first - second
+        if apart.abs().max() != 0:  # or is not a number
+            apart = apart.masked_fill(first == second, 0.0).double()  # infinities that are alike
             squares = squares + apart.dot(apart)
             most = torch.maximum(most, apart.abs().max())
     return Difference(name, float(squares.sqrt()), float(of_first.sqrt()), float(most))
