@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megatron_sphinx import platform
-from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights, newest_of, weight_shapes
+from megatron_sphinx.checkpoint.keymap import Model
+from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, load_weights
+from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import (
     BatchBuilder,
@@ -51,8 +53,6 @@ from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
 _END = "ended.json"
-_VISION = "master/vision."
-_SKIP_TOKEN = f"{_VISION}skip_token"
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
@@ -458,8 +458,6 @@ def _say_memory(job: Job, engine: Engine) -> None:
 def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
     config, data = job.config, job.config.data
-    free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
-    model = {name: value for name, value in asdict(config.model).items() if name not in free}
     looks = ("grid", "views", "padding", "skip_padding_views", "resize")
     names = (
         "pairs_per_step",
@@ -476,7 +474,7 @@ def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
     }
     return {
         "run": {"seed": config.run.seed},
-        "model": model,
+        "model": config.model.shape,
         "vision": {"experts": marks, **{name: getattr(config.vision, name) for name in looks}},
         "tokenizer": job.sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
@@ -503,31 +501,26 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     """
     weights = job.config.model.weights
 
-    def load() -> tuple[Path, dict[str, Any] | None, str] | None:
+    def load() -> tuple[Path, dict[str, Any]] | Weights | None:
         if path := store.find(job.config.checkpoint.resume):
-            return path, store.check(path), ""
-        if weights is None:
-            return None
-        path = newest_of(Path(weights))
-        store.check(path, "model.weights", ["tokenizer"])
-        return path, None, _not_in(path, job.config)
+            return path, store.check(path)
+        return Weights.open(Path(weights), _model(job.config), store) if weights else None
 
     found = agree(load)
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
         if found is None:
             return 0, 0, None
-        path, manifest, drawn = found
-        if manifest is None:
+        if isinstance(found, Weights):
             engine.prepare_state(0)
-            kept = (piece for piece in engine.pieces(of_copies=True) if piece.name.startswith("master/"))
-            pieces = (piece for piece in kept if not (drawn and piece.name.startswith(drawn)))
-            store.load(path, pieces, key="model.weights")
+            pieces = engine.pieces(of_copies=True)
+            found.load((piece for piece in pieces if piece.name.startswith(WEIGHTS)), store)
             engine.take_state()
             if job.groups.seat.rank == 0:
-                new = {_VISION: ", new projections and tags", _SKIP_TOKEN: ", a new skip token"}
-                say(f"begins with the weights of {path}{new.get(drawn, '')}")
+                new = {VISION: ", new projections and tags", SKIP_TOKEN: ", a new skip token"}
+                say(f"begins with the weights of {found.path}{new.get(found.drawn, '')}")
             return 0, 0, None
+        path, manifest = found
         step, divergence = int(manifest["step"]), manifest.get("divergence")
         engine.prepare_state(step - (divergence["skipped"] if divergence else 0))
         objects = store.load(path, engine.pieces(of_copies=True), ["random"])
@@ -543,15 +536,11 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     return agree(fill)
 
 
-def _not_in(path: Path, config: RunConfig) -> str:
-    """How the names begin of weights that a checkpoint to begin with may lack, and does; they are drawn.
-
-    A language model that was converted has never seen a picture; a stage that looks at one view has no skip token.
-    """
-    names = weight_shapes(path)
-    if not any(name.startswith(_VISION) for name in names):
-        return _VISION
-    return _SKIP_TOKEN if config.vision.has_skip_token and _SKIP_TOKEN not in names else ""
+def _model(config: RunConfig) -> Model:
+    """What the weights of this run are of."""
+    vision = config.vision
+    queries = vision.qformer.channels if vision.qformer else 0
+    return Model(config.model, vision.channels, queries, has_skip_token=vision.has_skip_token)
 
 
 def _peak_flops(job: Job) -> float:

@@ -143,14 +143,17 @@ class Conversion:
             item: what it is.
             dtype: of its elements; the first source tensor's unless given.
         """
-        dtype = dtype or self.dtype_of(item)
-        out = torch.empty(item.shape, dtype=dtype)
+        out = torch.empty(item.shape, dtype=dtype or self.dtype_of(item))
+        self.fill(item, out)
+        return out
+
+    def fill(self, item: Stored, out: Tensor) -> None:
+        """Write a target tensor, or a part of one, into `out`; rows of padding are zero."""
         if "v" in item.box:
             out.zero_()
         for weight, box, view in item.parts(out):
             for found, part in self._meeting(weight, box):
                 inside(view, box, found).copy_(inside(self._values(part), part.box, found))
-        return out
 
     def dtype_of(self, item: Stored) -> torch.dtype:
         """The type of what a target tensor is made of."""

@@ -85,7 +85,7 @@ def open_checkpoint(folder: Path, shape: LanguageConfig | None = None, diff: Pat
             opened = module.open_checkpoint(folder)
     if opened is not None:
         opened.source.check()
-        return opened
+        return replace(opened, encoders=opened.encoders or _encoders(opened.folder))
     raise CheckpointError(
         f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
         f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"

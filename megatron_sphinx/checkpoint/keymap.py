@@ -95,8 +95,8 @@ class Stored:
         file: name of the file.
         name: its key there.
         rule: what it is.
-        box: which part of the weights it holds, for the axes where that is not all; may reach over the end of the
-            vocabulary, which is padding.
+        box: which part of the weights it holds, for the axes where that is not all, `*` among them; may reach over the
+            end of the vocabulary, which is padding.
         sizes: of all axes, the vocabulary unpadded.
     """
 
@@ -109,12 +109,13 @@ class Stored:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the file."""
-        return tuple(prod(self._size(axis) for axis in axes) for axes in self.rule.dimensions)
+        return tuple(prod(self.size(axis) for axis in axes) for axes in self.rule.dimensions)
 
-    def _size(self, axis: str) -> int:
-        if axis == "*":
-            return sum(self._size(_SLOTS[weight]) for weight in self.rule.weights)
-        start, stop = self.box.get(axis, (0, self.sizes[axis]))
+    def size(self, axis: str) -> int:
+        """How much of an axis it holds."""
+        if axis == "*" and axis not in self.box:
+            return sum(self.size(_SLOTS[weight]) for weight in self.rule.weights)
+        start, stop = self.box.get(axis) or (0, self.sizes[axis])
         return stop - start
 
     def pieces(self, most: int) -> Iterator["Stored"]:
@@ -126,7 +127,7 @@ class Stored:
         if prod(self.shape) <= most:
             yield self
             return
-        axis = next((axis for axes in self.rule.dimensions for axis in axes if self._size(axis) > 1), None)
+        axis = next((axis for axes in self.rule.dimensions for axis in axes if self.size(axis) > 1), None)
         if axis is None:
             yield self
         elif axis == "*":
@@ -143,15 +144,20 @@ class Stored:
     def parts(self, values: Tensor) -> Iterator[tuple[str, Box, Tensor]]:
         """The weights in it: name, box, and a view of `values` in the order of the weight's axes; no padding."""
         flat = [axis for axes in self.rule.dimensions for axis in axes]
-        values = values.view([self._size(axis) for axis in flat])
+        values = values.view([self.size(axis) for axis in flat])
         at = 0
         for weight in self.rule.weights:
             axes, part, here = WEIGHTS[weight].split(), values, list(flat)
-            if "*" in here:
-                place, size = here.index("*"), self._size(_SLOTS[weight])
-                part, at = part.narrow(place, at, size), at + size
-                here[place] = _SLOTS[weight]
             box = {axis: self.box.get(axis, (0, self.sizes[axis])) for axis in axes}
+            if "*" in here:
+                place, slot = here.index("*"), _SLOTS[weight]
+                begin, at = at, at + self.size(slot)
+                start, stop = self.box.get("*", (0, at))
+                first, last = max(begin, start), min(at, stop)
+                if first >= last:
+                    continue
+                part = part.narrow(place, first - start, last - first)
+                here[place], box[slot] = slot, (first - begin, last - begin)
             if "v" in axes:
                 start, stop = box["v"]
                 stop = max(start, min(stop, self.sizes["v"]))

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,30 +293,27 @@ class CheckpointStore:
             return Path(resume)
         return next(reversed(complete(self.folder)), None)
 
-    def check(self, path: Path, key: str = "checkpoint.resume", names: Iterable[str] | None = None) -> dict[str, Any]:
-        """What a checkpoint says of itself. The ranks compare its files' checksums, each a share of them.
-
-        Args:
-            path: of the checkpoint.
-            key: the configuration's name for it.
-            names: what of the identity must agree as far as the checkpoint tells it; all of it, told, unless given.
+    def check(self, path: Path) -> dict[str, Any]:
+        """What a checkpoint to go on from says of itself.
 
         Raises:
             CheckpointError: it is incomplete or damaged, or of another model or other data.
         """
-        manifest = read_manifest(path, key)
-        for name in self.identity if names is None else [name for name in names if name in manifest["identity"]]:
-            found, wanted = manifest["identity"].get(name), self.identity[name]
-            if found != wanted:
-                where, had, has = first_difference(name, found, wanted)
-                raise CheckpointError(
-                    f"{key}={path}: was made with {where}={had}, this run has {has}; "
-                    f"use the configuration in its run folder, or start in another run.folder"
-                )
+        manifest = read_manifest(path)
+        way_out = "use the configuration in its run folder, or start in another run.folder"
+        require_same(f"checkpoint.resume={path}", manifest["identity"], self.identity, way_out)
+        self.verify(path, manifest)
+        return manifest
+
+    def verify(self, path: Path, manifest: Mapping[str, Any], key: str = "checkpoint.resume") -> None:
+        """Compare the checksums of a checkpoint's files, this rank a share of them.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         for number, (name, wanted) in enumerate(manifest["files"].items()):
             if number % self.groups.layout.language == self.groups.seat.rank and sha256_of(path / name) != wanted:
                 raise CheckpointError(f"{key}={path}: {name} is damaged (its checksum differs); give an earlier one")
-        return manifest
 
     def load(
         self, path: Path, pieces: Iterable[Piece], objects: Iterable[str] = (), key: str = "checkpoint.resume"
@@ -434,6 +431,18 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return reason_of(next(iter(error.failures.values()))[0])
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
+    """Compare what a checkpoint was made with to what this run has.
+
+    Raises:
+        CheckpointError: they differ; the first difference is named.
+    """
+    for name, wanted in here.items():
+        if (found := made.get(name)) != wanted:
+            where, had, has = first_difference(name, found, wanted)
+            raise CheckpointError(f"{title}: was made with {where}={had}, this run has {has}; {way_out}")
 
 
 def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:

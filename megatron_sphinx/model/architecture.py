@@ -1,7 +1,8 @@
 """Shapes of everything a SPHINX is made of. Arithmetic only: imports no torch, so a login node can plan with it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_sphinx.errors import ConfigError, nearest
 
@@ -17,8 +18,8 @@ class LanguageConfig:
 
     Attributes:
         preset: the file of presets/ that fills what is not given.
-        weights: a checkpoint of another run, or that run's folder, whose trained weights this one begins with; drawn
-            from the seed unless given.
+        weights: a checkpoint whose weights this run begins with, in any format that tools/convert_checkpoint.py reads;
+            of another run's folder, its newest one; drawn from the seed unless given.
         layers: decoder layers.
         hidden: width of the residual stream.
         ffn: width inside a feed-forward layer, or inside each expert.
@@ -71,6 +72,12 @@ class LanguageConfig:
                 f"model.experts_per_token={self.experts_per_token}: must be between 2 (a softmax over one logit "
                 f"teaches the router nothing) and model.experts={self.experts}"
             )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What makes weights those of one model and no other."""
+        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
     def padded_vocabulary(self) -> int:

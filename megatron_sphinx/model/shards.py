@@ -69,13 +69,13 @@ class Shard:
             size = prod(block.shape)
             first, last = max(start, behind), min(start + count, behind + size)
             if first < last:
-                for offset, shape, at in _boxes(block.shape, first - behind, last - behind):
+                for offset, shape, at in boxes_of(block.shape, first - behind, last - behind):
                     corner = tuple(a + b for a, b in zip(block.offset, offset, strict=True))
                     yield Block(corner, shape), behind + at
             behind += size
 
 
-def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Elements `start` to `stop` of a contiguous tensor as boxes: (offset, shape, first element)."""
     if len(shape) <= 1:
         yield ((start,), (stop - start,), start) if shape else ((), (), 0)
@@ -84,15 +84,15 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tupl
     row, at = divmod(start, inner)
     if at or stop - start < inner:  # part of one row
         end = min(stop, (row + 1) * inner)
-        for offset, box, first in _boxes(shape[1:], at, end - row * inner):
+        for offset, box, first in boxes_of(shape[1:], at, end - row * inner):
             yield (row, *offset), (1, *box), row * inner + first
         if end < stop:
-            yield from _boxes(shape, end, stop)
+            yield from boxes_of(shape, end, stop)
         return
     rows = (stop - start) // inner
     yield (row, *(0,) * (len(shape) - 1)), (rows, *shape[1:]), start
     if start + rows * inner < stop:
-        yield from _boxes(shape, start + rows * inner, stop)
+        yield from boxes_of(shape, start + rows * inner, stop)
 
 
 def shards_of(model: nn.Module, config: LanguageConfig, groups: "ProcessGroups") -> dict[str, Shard]:

@@ -1,15 +1,15 @@
 """Our own checkpoints: whole fp32 weights under megatron-core's names, in torch.distributed.checkpoint."""
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sphinx.checkpoint.conversion import Source
-from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of, width
+from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
-from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
+from megatron_sphinx.checkpoint.keymap import Model, Rule, Stored, stored
 from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest
 from megatron_sphinx.checkpoint.stream import read_distributed, read_metadata
 from megatron_sphinx.errors import CheckpointError
@@ -58,30 +58,39 @@ def open_checkpoint(folder: Path) -> Opened:
     """
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
-    names = [
-        name
+    model = model_of(path, manifest)
+    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(_shapes(path))).items()}
+    return Opened(path, "megatron", "any", model, Source(str(path), list(stored_of(model)), entries), about=manifest)
+
+
+def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
+    """What a checkpoint holds.
+
+    Raises:
+        CheckpointError: it does not describe a model.
+    """
+    shapes, vision = _shapes(path), f"{WEIGHTS}vision."
+    channels, queries = (shapes.get(f"{vision}{name}.0.weight", (0,))[-1] for name in ("visual_proj", "qformer_proj"))
+    language = shape_of(manifest["identity"]["model"], path / MANIFEST)
+    return Model(language, channels, queries, has_skip_token=f"{vision}skip_token" in shapes)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The whole weights of a checkpoint; optimizer state is left out."""
+    return {
+        name: tuple(about.size)
         for name, about in read_metadata(path).state_dict_metadata.items()
         if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
-    ]
-    entries = {(_FILE, name): entry for name, entry in read_distributed(path, names).items()}
-    vision = f"{WEIGHTS}vision."
-    model = Model(
-        shape_of(manifest["identity"]["model"], path / MANIFEST),
-        channels=width(entries, f"{vision}visual_proj.0.weight"),
-        queries=width(entries, f"{vision}qformer_proj.0.weight"),
-        has_skip_token=f"{vision}skip_token" in names,
-    )
-    return Opened(path, "megatron", "any", model, Source(str(path), list(_stored(model)), entries), about=manifest)
+    }
 
 
-def _stored(model: Model) -> Any:
+def stored_of(model: Model) -> Iterator[Stored]:
+    """The whole weights of a model as they are stored, the vocabulary padded."""
     rules = MEGATRON_MOE if model.language.experts else MEGATRON
     return stored(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
 
 
 def files(model: Model, wanted: Wanted) -> tuple[list[File], dict[str, Any]]:
     """The files of a checkpoint to be written, one a tensor, and what it says of itself."""
-    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(_stored(model))]
-    names = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
-    shape = {name: value for name, value in asdict(model.language).items() if name not in names}
-    return found, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": shape}}}
+    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(stored_of(model))]
+    return found, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": model.language.shape}}}
