@@ -130,7 +130,6 @@ def convert(
     opened = open_checkpoint(source, shape, diff)
     if verify:
         _check_files(opened)
-    opened = replace(opened, encoders=opened.encoders or _encoders(opened.folder))
     opened = select(opened, experts) if experts else opened
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     files, companions = _plan(opened, form, wanted, views)

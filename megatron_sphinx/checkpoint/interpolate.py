@@ -173,7 +173,7 @@ def _compare(first: Opened, other: Opened) -> None:
 def _compare_frozen(first: Opened, other: Opened) -> None:
     """Check that two checkpoints have the same frozen experts."""
     found = [
-        {(expert, name): entry for expert, entries in _frozen(one).items() for name, entry in entries.items()}
+        {(expert, name): entry for expert, entries in one.encoders.items() for name, entry in entries.items()}
         for one in (first, other)
     ]
     for expert, name in sorted(found[0].keys() ^ found[1].keys()):
@@ -191,11 +191,6 @@ def _compare_frozen(first: Opened, other: Opened) -> None:
                 f"{other.folder}: {name} of {expert} is frozen, but differs from that of {first.folder}; "
                 f"give checkpoints with the same encoders"
             )
-
-
-def _frozen(opened: Opened) -> Mapping[str, Mapping[str, Entry]]:
-    files = sorted((opened.folder / ENCODERS).glob("*.safetensors"))
-    return opened.encoders or {path.stem: read_safetensors(path) for path in files}
 
 
 def _raw(value: Tensor) -> Tensor:
@@ -476,7 +471,7 @@ def _finish(
     }
     for path in _companions(first, jobs):
         shutil.copyfile(path, partial / path.name)
-    if not first.encoders and (first.folder / ENCODERS).is_dir():
+    if (first.folder / ENCODERS).is_dir():
         shutil.copytree(first.folder / ENCODERS, partial / ENCODERS)
     if _is_distributed(first):
         items = {item.name: item for item in first.source.stored}
