@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Submit the way from captions to tasks as jobs that each wait for the one before:
-#   stage 1 on real captions -> stage 1 on synthetic ones -> theta_mix -> stage 2
+#   conversion of a language model -> stage 1 on real captions -> stage 1 on synthetic ones -> theta_mix -> stage 2
 # From the repository's root; options after the three configurations are sbatch's, for each of the training jobs:
-#   BETA=0.6 slurm/chain.sh REAL.yaml SYNTHETIC.yaml STAGE2.yaml --nodes=4 --ntasks-per-node=8 --gpus-per-node=8
-# The synthetic run begins with the weights of the real one, stage 2 with the mix of both, which is kept in its run
-# folder. When a job fails, Slurm cancels those that wait for it; a job that is requeued keeps them waiting.
+#   CONVERT=Llama-2-7b-hf BETA=0.6 slurm/chain.sh REAL.yaml SYNTHETIC.yaml STAGE2.yaml --nodes=4 --ntasks-per-node=8
+# The real run begins with the converted model, which is kept in its run folder; without CONVERT there is no such job,
+# and model.weights of REAL.yaml says what it begins with. The synthetic run begins with the weights of the real one,
+# stage 2 with the mix of both, which is kept in its run folder. When a job fails, Slurm cancels those that wait for it;
+# a job that is requeued keeps them waiting.
 # Prints the id of each job.
 set -euo pipefail
 if [ $# -lt 3 ] || [ -z "${BETA:-}" ]; then
@@ -32,7 +34,12 @@ submit() { # name, then sbatch's arguments: a job that runs when the one before 
 
 of_real=$(folder_of "$real") of_synthetic=$(folder_of "$synthetic")
 mix=$(folder_of "$stage2")/theta_mix
-submit real "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$real"
+base=()
+if [ -n "${CONVERT:-}" ]; then
+    submit convert "$SPHINX_ROOT/slurm/convert.sbatch" "$CONVERT" "$of_real/converted" --to megatron
+    base=(model.weights="$of_real/converted")
+fi
+submit real "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$real" "${base[@]}"
 submit synthetic "$@" "$SPHINX_ROOT/slurm/train.sbatch" "$synthetic" model.weights="$of_real"
 submit theta_mix "$SPHINX_ROOT/slurm/interpolate.sbatch" \
     --real "$of_real" --synthetic "$of_synthetic" --beta "$BETA" --output "$mix"

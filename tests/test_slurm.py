@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.timeout(1500)  # every process of a job imports everything anew
 
@@ -280,16 +281,27 @@ def chain(cluster, tiny):
                     env=cluster.environment(BETA="0.6", **environment))  # fmt: skip
         assert not made.returncode, made.stderr
         jobs = dict(reversed(line.split()) for line in made.stdout.splitlines())
-        assert [*jobs] == ["real", "synthetic", "theta_mix", "stage2"]
+        first = ["convert"] if "CONVERT" in environment else []
+        assert [*jobs] == [*first, "real", "synthetic", "theta_mix", "stage2"]
         return [cluster.follow(number) for number in jobs.values()]
 
     return submit
 
 
-def test_a_chain_goes_from_captions_to_tasks(cluster, chain):
-    jobs = chain()
+def test_a_chain_goes_from_a_released_model_and_captions_to_tasks(cluster, chain, tiny):
+    shape = tiny.values["model"]
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=shape["hidden"], intermediate_size=shape["ffn"], num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"], num_key_value_heads=shape["groups"],
+        vocab_size=shape["vocabulary"], rms_norm_eps=1e-5,
+    ))  # fmt: skip
+    model.save_pretrained(cluster.folder / "llama")
+    convert, *jobs = chain(CONVERT=str(cluster.folder / "llama"))
+    assert convert.wait() == ("COMPLETED", 0), convert.text()
     for job in jobs:
         assert job.wait() == ("COMPLETED", 0), job.text()
+    begin = f"begins with the weights of {cluster.folder}/real/converted, new projections and tags"
+    assert begin in jobs[0].text()
     assert f"begins with the weights of {cluster.folder}/real/checkpoints/step_00000002" in jobs[1].text()
     assert f"{cluster.folder}/stage2/theta_mix: " in jobs[2].text()
     assert f"begins with the weights of {cluster.folder}/stage2/theta_mix" in jobs[3].text()
