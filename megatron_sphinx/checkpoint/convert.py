@@ -220,7 +220,7 @@ def _write_files(
     with (
         progress_bar("converting", sum(sizes.values()), show) as bar,
         (partial / _JOURNAL).open("a", buffering=1) as journal,
-        ThreadPoolExecutor(_THREADS, "convert") as pool,
+        ThreadPoolExecutor(_THREADS, "convert", torch.set_num_threads, (1,)) as pool,  # a piece is too small for two
     ):
         bar.update(sum(sizes[name] for name in done))
         waiting = {pool.submit(write, file, bar): file.name for file in files if file.name not in done}

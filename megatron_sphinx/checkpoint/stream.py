@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import skip_data
 
@@ -172,8 +171,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
         CheckpointError: it is none, is cut off, or holds what is not data.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):  # gives the places of tensors, reads none
-            found = torch.load(path, weights_only=True)
+        found = torch.load(path, map_location="meta", weights_only=True)  # the places of tensors; reads none
     except Exception as error:  # torch raises nearly anything for a damaged file
         raise CheckpointError(
             f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again"
@@ -331,8 +329,8 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
 
 def _record(path: Path, file: BinaryIO, info: Any, offset: tuple[int, ...]) -> tuple[Chunk, torch.dtype]:
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            value = torch.load(_Window(file, info.offset, info.length), weights_only=True)  # type: ignore[arg-type]
+        window: Any = _Window(file, info.offset, info.length)
+        value = torch.load(window, map_location="meta", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: is damaged ({_line(error)}); give a whole checkpoint") from error
     start = info.offset + _place(value, path) + value.storage_offset() * value.itemsize
@@ -415,13 +413,12 @@ class TorchFile(_TensorFile):
     """
 
     def __init__(self, path: Path, planned: Planned, *, under: str | None = None, is_bare: bool = False) -> None:
-        with FakeTensorMode():
-            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
+        # Their memory is never touched, and so takes none.
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in planned.items()}
         payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
-        with skip_data(materialize_fake_tensors=True):
+        with skip_data():
             torch.save(payload, path)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="meta", weights_only=True)
         saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
         super().__init__(path.open("r+b"), {name: _place(value, path) for name, value in saved.items()})
         self._sums = dict.fromkeys(planned, 0)
