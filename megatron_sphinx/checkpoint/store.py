@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import 
     from megatron_sphinx.parallel.groups import ProcessGroups
 
 MANIFEST = "checkpoint.json"
+_HASHED_BYTES = 2**22  # at a time: smaller blocks wait for the interpreter's lock more often than they are worth
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
 
 
@@ -422,8 +423,11 @@ def _copied(piece: Piece) -> Piece:
 
 def sha256_of(path: Path) -> str:
     """The digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def reason_of(error: BaseException) -> str:
