@@ -626,7 +626,15 @@ def test_frozen_encoders_go_to_files_of_their_own_and_come_back(tmp_path):
         ]
         assert all(torch.equal(shard[name], weight) for one in encoders.values() for name, weight in one.items())
     convert(tmp_path / "accessory", tmp_path / "start", "megatron", Wanted())
-    convert(tmp_path / "start", tmp_path / "again", "accessory", Wanted(2))
+    apart = (tmp_path / "start" / "encoders").rename(tmp_path / "apart")
+    convert(tmp_path / "start", tmp_path / "again", "accessory", Wanted(2), encoders=apart)
+    (tmp_path / "empty").mkdir()
+    refused(
+        source,
+        r"empty: holds no \*.safetensors of frozen experts; known: clip, ",
+        "accessory",
+        encoders=tmp_path / "empty",
+    )
     for rank in range(2):
         name = f"consolidated.{rank:02d}-of-02.model.pth"
         one, other = (

@@ -1,13 +1,15 @@
 """Convert a checkpoint: SOURCE's format is recognised, TARGET's is given.
 
     tools/convert_checkpoint.py meta-llama/Llama-2-7b-hf weights/llama2_7b --to megatron
-    tools/convert_checkpoint.py runs/stage2 exported --to accessory --tensor-parallel 2
+    tools/convert_checkpoint.py SPHINX-v2-1k start --to megatron --verify
+    tools/convert_checkpoint.py runs/stage2 exported --to accessory --tensor-parallel 2 --encoders start/encoders
 
 Formats: hf (Llama, Mixtral; projections and tags in sphinx.safetensors), internlm2, meta (also Mistral's Mixtral),
 accessory (LLaMA2-Accessory, all SPHINX types), megatron (ours; begin a run with it: model.weights=TARGET), torch_dist
 (Megatron-LM's). The last two hold whole tensors, which any tensor, pipeline and expert layout loads: only meta and
 accessory are divided, by --tensor-parallel.
-Frozen experts lie in TARGET/encoders, a file each, where the format has no place for them. Streams tensor by tensor,
+Frozen experts lie in TARGET/encoders, a file each, where the format has no place for them; training takes these
+(vision.experts.0.weights=TARGET/encoders/clip.safetensors). Streams tensor by tensor,
 builds no model; stopped, it goes on where it was.
 """
 
@@ -44,6 +46,9 @@ def main() -> int:
         "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
     )
     parser.add_argument(
+        "--encoders", type=Path, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own"
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it"
     )
     args = parser.parse_args()
@@ -56,6 +61,7 @@ def main() -> int:
             "diff": args.diff,
             "views": args.views,
             "experts": [*filter(None, args.experts.split(","))],
+            "encoders": args.encoders,
         }
         done = convert(args.source, args.target, args.form, wanted, **options, verify=args.verify, show=True)
     except SphinxError as error:

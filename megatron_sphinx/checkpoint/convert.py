@@ -85,7 +85,8 @@ def open_checkpoint(folder: Path, shape: LanguageConfig | None = None, diff: Pat
             opened = module.open_checkpoint(folder)
     if opened is not None:
         opened.source.check()
-        return replace(opened, encoders=opened.encoders or _encoders(opened.folder))
+        beside = opened.folder / ENCODERS
+        return replace(opened, encoders=_encoders(beside)) if beside.is_dir() else opened
     raise CheckpointError(
         f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
         f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"
@@ -102,6 +103,7 @@ def convert(
     diff: Path | None = None,
     views: int = 1,
     experts: Sequence[str] = (),
+    encoders: Path | None = None,
     verify: bool = False,
     show: bool = False,
 ) -> Converted:
@@ -118,6 +120,7 @@ def convert(
         diff: a folder of LLaMA2-Accessory's -diff files, to be added to the source.
         views: of a picture, by which LLaMA2-Accessory has modules of their own.
         experts: which of the visual experts of a released model to keep; all unless given.
+        encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -130,6 +133,7 @@ def convert(
     opened = open_checkpoint(source, shape, diff)
     if verify:
         _check_files(opened)
+    opened = replace(opened, encoders=_encoders(encoders)) if encoders else opened
     opened = select(opened, experts) if experts else opened
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     files, companions = _plan(opened, form, wanted, views)
@@ -172,16 +176,20 @@ def _plan(opened: Opened, form: str, wanted: Wanted, views: int) -> tuple[list[F
 
 
 def _encoders(folder: Path) -> Experts:
-    """Frozen experts that lie in files of their own beside a checkpoint."""
-    found = {path.stem: read_safetensors(path) for path in sorted((folder / ENCODERS).glob("*.safetensors"))}
+    """Frozen experts that lie in files of their own."""
+    found = {path.stem: read_safetensors(path) for path in sorted(folder.glob("*.safetensors"))}
+    known = ", ".join(accessory.ENCODERS)
+    if not found:
+        raise CheckpointError(f"{folder}: holds no *.safetensors of frozen experts; known: {known}")
     if unknown := sorted(found.keys() - set(accessory.ENCODERS)):
-        raise CheckpointError(f"{folder / ENCODERS}: {unknown[0]}: unknown; known: {', '.join(accessory.ENCODERS)}")
+        raise CheckpointError(f"{folder}: {unknown[0]}: unknown; known: {known}")
     return found
 
 
 def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[str, str]:
     """Files that a run before this one has finished, with their digests; begins anew where it was of something else."""
-    paths = {path for entry in opened.source.entries.values() for path in entry.paths}
+    entries = [*opened.source.entries.values(), *(entry for of in opened.encoders.values() for entry in of.values())]
+    paths = {path for entry in entries for path in entry.paths}
     marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
     task = hashlib.sha256(json.dumps([marks, form, str(wanted), str(opened.model)]).encode()).hexdigest()
     journal = partial / _JOURNAL
