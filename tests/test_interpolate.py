@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -455,6 +458,34 @@ def test_what_a_killed_run_has_left_is_no_matter(tmp_path):
     interpolate(inputs, {tmp_path / "mix": (0.5, 0.5)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mix"]
     assert not (tmp_path / "mix" / "half").exists()
+
+
+@pytest.mark.parametrize("shares", [{"mix": (0.5, 0.5)}, {"one": (0.25, 0.75), "two": (0.5, 0.5)}])
+def test_a_killed_mix_goes_on_where_it_was(tmp_path, shares):
+    inputs = [make(tmp_path / name, ord(name), replace(SMALL, layers=40), shard_bytes=1000) for name in "ab"]
+    targets = {tmp_path / name: share for name, share in shares.items()}
+    whole = {tmp_path / f"whole_{name}": share for name, share in shares.items()}
+    interpolate(inputs, whole)
+    if (pid := os.fork()) == 0:
+        interpolate(inputs, targets)
+        os._exit(0)
+    partials = [tmp_path / f".{name}.partial" for name in shares]
+    journal = partials[0] / ".files"
+    while not journal.is_file() or journal.read_text().count("\n") < 20:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    done = [line.split()[1] for line in journal.read_text().splitlines()[1:]]
+    times = {(target, name): (partial / name).stat().st_mtime_ns
+             for target, partial in zip(targets, partials, strict=True) for name in done}  # fmt: skip
+    assert not any(target.exists() for target in targets)
+    interpolate(inputs, targets)
+    assert all((target / name).stat().st_mtime_ns == at for (target, name), at in times.items())
+    for target, other in zip(targets, whole, strict=True):
+        names = {path.name for path in target.iterdir()}
+        assert names == {path.name for path in other.iterdir()}
+        assert len(done) < len(names) - 2
+        assert all((target / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
 # runs

@@ -1,6 +1,5 @@
 """Writes a checkpoint in another format: file by file, resumable, visible when it is complete and proven."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from megatron_sphinx.checkpoint.conversion import Conversion
 from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
+from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
@@ -38,8 +38,7 @@ FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Experts = Mapping[str, Mapping[str, Entry]]
 ENCODERS = "encoders"  # the folder of frozen experts, a file each
-_JOURNAL = ".files"  # what the files of tensors hold together, then a line for each one that is complete
-_THREADS = min(4, len(os.sched_getaffinity(0)))
+THREADS = min(4, len(os.sched_getaffinity(0)))
 _PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache
 
 
@@ -141,15 +140,16 @@ def convert(
     differing = tuple((item.name, most) for item, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        done = _journal(partial, opened, form, wanted)
-        digests = _write_files(partial, files, opened, conversion, done, form, wanted.dtype, show)
+        frozen = [entry for of in opened.encoders.values() for entry in of.values()]
+        task = [form, str(wanted), str(opened.model)]
+        journal = Journal([partial], task, [*opened.source.entries.values(), *frozen])
+        digests = _write_files(partial, files, opened, conversion, journal, form, wanted.dtype, show)
         if form != "accessory":
             _write_encoders(partial, opened)
         _write_companions(partial, files, opened, conversion, form, wanted.dtype, companions, digests)
         if verify:
             _verify(partial, opened, show)
-        (partial / _JOURNAL).unlink()
+        journal.end()
         os.replace(partial, target)
     except OSError as error:
         raise CheckpointError(
@@ -186,22 +186,6 @@ def _encoders(folder: Path) -> Experts:
     return found
 
 
-def _journal(partial: Path, opened: Opened, form: str, wanted: Wanted) -> dict[str, str]:
-    """Files that a run before this one has finished, with their digests; begins anew where it was of something else."""
-    entries = [*opened.source.entries.values(), *(entry for of in opened.encoders.values() for entry in of.values())]
-    paths = {path for entry in entries for path in entry.paths}
-    marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-    task = hashlib.sha256(json.dumps([marks, form, str(wanted), str(opened.model)]).encode()).hexdigest()
-    journal = partial / _JOURNAL
-    if journal.is_file() and (found := journal.read_text()).startswith(f"{task}\n"):
-        whole = found[: found.rfind("\n")].split("\n")[1:]
-        return dict(line.split(" ", 1)[::-1] for line in whole)
-    shutil.rmtree(partial)
-    partial.mkdir()
-    journal.write_text(f"{task}\n")
-    return {}
-
-
 def _size(file: File, conversion: Conversion, dtype: torch.dtype | None) -> int:
     sizes = [torch.Size(item.shape).numel() * (dtype or conversion.dtype_of(item)).itemsize for item in file.tensors]
     return sum(sizes) + sum(entry.nbytes for _, entry in file.verbatim)
@@ -212,7 +196,7 @@ def _write_files(
     files: Sequence[File],
     opened: Opened,
     conversion: Conversion,
-    done: dict[str, str],
+    journal: Journal,
     form: str,
     dtype: torch.dtype | None,
     show: bool,
@@ -227,19 +211,16 @@ def _write_files(
 
     with (
         progress_bar("converting", sum(sizes.values()), show) as bar,
-        (partial / _JOURNAL).open("a", buffering=1) as journal,
-        ThreadPoolExecutor(_THREADS, "convert", torch.set_num_threads, (1,)) as pool,  # a piece is too small for two
+        ThreadPoolExecutor(THREADS, "convert", torch.set_num_threads, (1,)) as pool,  # a piece is too small for two
     ):
-        bar.update(sum(sizes[name] for name in done))
-        waiting = {pool.submit(write, file, bar): file.name for file in files if file.name not in done}
+        bar.update(sum(sizes[name] for name in journal.done))
+        waiting = {pool.submit(write, file, bar): file.name for file in files if file.name not in journal.done}
         try:
             for future in as_completed(waiting):
-                name = waiting[future]
-                done[name] = future.result()
-                journal.write(f"{done[name]} {name}\n")
+                journal.note(waiting[future], future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    return {file.name: done[file.name] for file in files}
+    return {file.name: journal.done[file.name] for file in files}
 
 
 def _write(path: Path, file: File, opened: Opened, conversion: Conversion, dtype: torch.dtype | None, bar: Any) -> None:

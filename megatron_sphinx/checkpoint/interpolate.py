@@ -20,9 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_sphinx.checkpoint.convert import ENCODERS, open_checkpoint, progress_bar, write_json, write_metadata
+from megatron_sphinx.checkpoint.convert import (
+    ENCODERS,
+    THREADS,
+    open_checkpoint,
+    progress_bar,
+    write_json,
+    write_metadata,
+)
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
+from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.store import MANIFEST, first_difference, reason_of, sha256_of, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, Maps, contiguous, create, read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
@@ -93,8 +101,8 @@ def interpolate(
 ) -> Interpolated:
     """Write sums of the weights of checkpoints, each times its share: computed in fp32, rounded once.
 
-    The inputs are read once for all targets. What a target says of itself it takes from the first input; it holds no
-    optimizer state.
+    The inputs are read once for all targets. A run that was stopped goes on where it was, file by file. What a target
+    says of itself it takes from the first input; it holds no optimizer state.
 
     Memory: buffers; of tensors that lie in several pieces, one of each input at a time.
 
@@ -116,19 +124,25 @@ def interpolate(
     for other in opened[1:]:
         _compare(opened[0], other)
     jobs = _jobs(opened, scope)
+    partials = [target.with_name(f".{target.name}.partial") for target in targets]
     try:
-        with ExitStack() as stack:
-            partials = [stack.enter_context(_partial(target)) for target in targets]
-            writer = _Writer(jobs, partials, list(targets.values()), opened[0])
-            with _hashes(opened) as hashes:
-                writer.run(show)
-                marks = [{name: value.result() for name, value in found.items()} for found in hashes]
-            for one, mark in zip(opened, marks, strict=True):
-                _check_sums(one, mark)
-            for partial, target in zip(partials, targets, strict=True):
-                _finish(partial, opened, jobs, marks, targets[target], scope)
-            for partial, target in zip(partials, targets, strict=True):
-                os.replace(partial, target)
+        task = [scope, *([str(target), *shares] for target, shares in targets.items())]
+        journal = Journal(partials, task, [entry for one in opened for entry in one.source.entries.values()])
+        writer = _Writer(jobs, partials, list(targets.values()), opened[0], journal)
+        with _hashes(opened) as hashes:
+            writer.run(show)
+            marks = [{name: value.result() for name, value in found.items()} for found in hashes]
+        for one, mark in zip(opened, marks, strict=True):
+            _check_sums(one, mark)
+        for partial, target in zip(partials, targets, strict=True):
+            _finish(partial, opened, jobs, marks, targets[target], scope)
+        journal.end()
+        for partial, target in zip(partials, targets, strict=True):
+            os.replace(partial, target)
+    except CheckpointError:  # of a damaged input nothing is kept
+        for partial in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         names = ", ".join(map(str, targets))
         raise CheckpointError(
@@ -275,7 +289,7 @@ def _files(opened: Opened) -> list[str]:
 @contextmanager
 def _hashes(opened: Sequence[Opened]) -> Iterator[list[dict[str, Future[str]]]]:
     """Hashes of the files of checkpoints, which are computed meanwhile."""
-    pool = ThreadPoolExecutor(torch.get_num_threads(), "hash")
+    pool = ThreadPoolExecutor(THREADS, "hash")
     try:
         yield [{name: pool.submit(sha256_of, one.folder / name) for name in _files(one)} for one in opened]
     finally:
@@ -294,28 +308,28 @@ def _check_sums(opened: Opened, mark: Mapping[str, str]) -> None:
 
 
 class _File:
-    """A file of a target: it is made when its first tensor comes, and closed behind its last."""
+    """A file of each target: they are made when their first tensor comes, and closed behind their last."""
 
-    def __init__(self, path: Path, jobs: Sequence[_Job], under: str | None) -> None:
-        self._path, self._under, self._lock, self._left = path, under, Lock(), len(jobs)
+    def __init__(self, paths: Sequence[Path], jobs: Sequence[_Job], under: str | None) -> None:
+        self._paths, self._under, self._lock, self._left = paths, under, Lock(), len(jobs)
         self._planned = {job.name: (job.entries[0].shape, job.entries[0].dtype) for job in jobs}
-        self._file: Any = None
+        self._files: list[Any] = []
 
-    def append(self, name: str, data: memoryview) -> None:
-        """Write the next bytes of a tensor."""
-        self._file.append(name, data)
-
-    def begin_tensor(self) -> None:
-        """A tensor comes."""
+    def begin_tensor(self) -> list[Any]:
+        """A tensor comes; what its bytes are appended to, of each target."""
         with self._lock:
-            self._file = self._file or create(self._path, self._planned, under=self._under)
+            self._files = self._files or [create(path, self._planned, under=self._under) for path in self._paths]
+            return self._files
 
-    def end_tensor(self) -> None:
-        """A tensor is complete."""
+    def end_tensor(self) -> bool:
+        """A tensor is complete; whether the files are."""
         with self._lock:
             self._left -= 1
-            if not self._left:
-                self._file.close()
+            if self._left:
+                return False
+            for file in self._files:
+                file.close()
+            return True
 
 
 class _Writer:
@@ -326,37 +340,42 @@ class _Writer:
         partials: a folder for each target.
         shares: of each target, those of the inputs.
         first: the input whose files the targets have.
+        journal: of the files that are finished.
     """
 
     def __init__(
-        self, jobs: Sequence[_Job], partials: Sequence[Path], shares: Sequence[Sequence[float]], first: Opened
+        self,
+        jobs: Sequence[_Job],
+        partials: Sequence[Path],
+        shares: Sequence[Sequence[float]],
+        first: Opened,
+        journal: Journal,
     ) -> None:
-        self._jobs, self._shares = jobs, shares
+        self._jobs, self._shares, self._journal = jobs, shares, journal
         self._used = {place for one in shares for place, share in enumerate(one) if share} | {0}
         of_file: dict[str, list[_Job]] = {}
         for job in jobs:
             of_file.setdefault(job.file, []).append(job)
         under = "model" if first.format == "accessory" else None
-        self._files = [{file: _File(path / file, of_file[file], under) for file in of_file} for path in partials]
+        self._files = {file: _File([path / file for path in partials], of_file[file], under) for file in of_file}
         self._maps, self._whole = Maps(), Lock()
 
     def run(self, show: bool) -> None:
         """Make them, in several threads."""
-        size = len(self._files) * sum(job.entries[0].nbytes for job in self._jobs)
+        left = [job for job in self._jobs if job.file not in self._journal.done]
+        size = len(self._shares) * sum(job.entries[0].nbytes for job in left)
         # a thread's operations are too small to be divided further
-        pool = ThreadPoolExecutor(torch.get_num_threads(), "mix", torch.set_num_threads, (1,))
+        pool = ThreadPoolExecutor(THREADS, "mix", torch.set_num_threads, (1,))
         try:
             with progress_bar("mixing", size, show) as bar:
-                for done in as_completed([pool.submit(self._make, job) for job in self._jobs]):
+                for done in as_completed([pool.submit(self._make, job) for job in left]):
                     bar.update(done.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _make(self, job: _Job) -> int:
         """Make a tensor in all targets; the bytes written."""
-        files = [of_target[job.file] for of_target in self._files]
-        for file in files:
-            file.begin_tensor()
+        files = self._files[job.file].begin_tensor()
         used = [place for place in range(len(job.entries)) if place in self._used]
         with ExitStack() as stack:
             if any(not _is_run(job.entries[place]) for place in used):
@@ -370,8 +389,8 @@ class _Writer:
                     read(mixer.raw(place, count), at)
                 for file, of_target in zip(files, shares, strict=True):
                     file.append(job.name, mixer.mix(of_target, count))
-        for file in files:
-            file.end_tensor()
+        if self._files[job.file].end_tensor():
+            self._journal.note(job.file)
         return len(files) * job.entries[0].nbytes
 
     @contextmanager
@@ -440,18 +459,6 @@ class _Mixer:
         return memoryview(_raw(out.copy_(total)).numpy())  # type: ignore[arg-type]
 
 
-@contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A folder with a hidden name; gone in the end, unless it was renamed."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _finish(
     partial: Path,
     opened: Sequence[Opened],
@@ -478,7 +485,7 @@ def _finish(
         write_metadata(partial, {job.file: (items[job.name], job.entries[0].dtype) for job in jobs})
     if first.format == "megatron":
         names = [".metadata", *(job.file for job in jobs)]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             sums = dict(zip(names, pool.map(sha256_of, (partial / name for name in names)), strict=True))
         write_manifest(partial, {**first.about, PROVENANCE: says, "files": sums})
     else:
