@@ -335,6 +335,24 @@ def tiny_hf(tmp_path) -> tuple[PreTrainedModel, Path]:
     return model, save(model, tmp_path / "hf")
 
 
+def test_a_repository_that_holds_both_kinds_of_files(tiny_hf, tmp_path):
+    _, folder = tiny_hf
+    (folder / "pytorch_model.bin").write_bytes(b"fetched by nobody")
+    convert(folder, tmp_path / "target", "hf", Wanted(), verify=True)
+
+
+def test_scaled_positions_are_refused_unless_they_are_far_behind(tiny_hf, tmp_path):
+    _, folder = tiny_hf
+    about = json.loads((folder / "config.json").read_text())
+    for kind in ("dynamic", "linear"):
+        scaled = about | {"rope_parameters": about["rope_parameters"] | {"rope_type": kind, "factor": 2.0}}
+        (folder / "config.json").write_text(json.dumps(scaled))
+        if kind == "dynamic":
+            convert(folder, tmp_path / "target", "hf", Wanted(), verify=True)
+        else:
+            refused(folder, "config.json: rope_scaling={.*linear.*}: positions are not scaled here; give a model")
+
+
 @pytest.mark.parametrize("experts", [0, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dropped_misnamed_misshaped_or_doubled_tensor_is_named(tmp_path, experts, seed):

@@ -123,7 +123,8 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
             files = dict.fromkeys(sorted(set(places.values())), read)
             break
     else:
-        files = {name: read for name, read in _SINGLE.items() if (folder / name).is_file()}
+        name = next(name for name in _SINGLE if (folder / name).is_file())  # many repositories hold both
+        files = {name: _SINGLE[name]}
     for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: {file} is missing; fetch it again")
@@ -138,7 +139,8 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
 
 def _shape(about: dict[str, Any], path: Path) -> dict[str, Any]:
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
+    # `dynamic`, as InternLM2 has it, changes positions behind max_position_embeddings only
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic", None):
         raise CheckpointError(f"{path}: rope_scaling={rope}: positions are not scaled here; give a model without it")
     if about.get("tie_word_embeddings"):
         raise CheckpointError(f"{path}: tie_word_embeddings=true: the output layer has weights of its own here")
