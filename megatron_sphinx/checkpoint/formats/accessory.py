@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sphinx.checkpoint.conversion import Source
 from megatron_sphinx.checkpoint.formats import meta
 from megatron_sphinx.checkpoint.formats.base import Entries, File, Opened, Wanted, read_json, shape_of, width
-from megatron_sphinx.checkpoint.formats.meta import COMMON, META
+from megatron_sphinx.checkpoint.formats.meta import COMMON, META, params
 from megatron_sphinx.checkpoint.formats.meta import shape as shape_of_params
 from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
 from megatron_sphinx.checkpoint.stream import Entry, read_torch
@@ -105,9 +105,10 @@ def open_checkpoint(folder: Path, diff: Path | None = None) -> Opened:
     experts = width(entries, "llma.layers.0.feed_forward.gate.weight", 0)
     is_sparse = ("llma.layers.0.feed_forward.w1") in {name for _, name in entries}
     ffn = _ffn(entries, ranks, experts, is_sparse=is_sparse)
-    params = dict(about) | ({"moe": {"num_experts": experts, "num_experts_per_tok": 2}} if experts else {})
+    about_experts = {"moe": {**about.get("moe", {}), "num_experts": experts}} if experts else {}
     language = shape_of(
-        shape_of_params(params, ffn, width(entries, "llma.output.weight", 0) * ranks), folder / "config.json"
+        shape_of_params(about | about_experts, ffn, width(entries, "llma.output.weight", 0) * ranks),
+        folder / "config.json",
     )
     model = Model(
         language,
@@ -226,19 +227,10 @@ def _llama_type(model: Model, views: int, wanted: Wanted) -> str:
 
 
 def _config(model: Model) -> dict[str, Any]:
-    of = model.language
-    values: dict[str, Any] = {
-        "dim": of.hidden,
-        "n_layers": of.layers,
-        "n_heads": of.heads,
-        "n_kv_heads": of.groups,
-        "vocab_size": of.vocabulary,
-        "norm_eps": of.norm_epsilon,
-        "rope_theta": of.rope_theta,
-    }
-    if of.experts:
-        return values | {"hidden_dim": of.ffn, "moe": {"num_experts": of.experts, "num_experts_per_tok": 2}}
-    multiple, mult = _multiple(of.hidden, of.ffn)
+    values = params(model)
+    if model.language.experts:
+        return values
+    multiple, mult = _multiple(model.language.hidden, values.pop("hidden_dim"))
     return values | {"multiple_of": multiple} | ({"ffn_dim_multiplier": mult} if mult != 1 else {})
 
 
