@@ -1,1 +1,1 @@
-"""What is kept of a run: training states, complete or invisible."""
+"""Training states, complete or invisible; and the checkpoints of others, read, written and mixed."""
