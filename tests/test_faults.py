@@ -65,9 +65,7 @@ def test_a_stopped_rank_is_named_by_the_others(train, lost, role):
     assert wait_for_others(ranks, lost) == [1, 1]
     said = verdict(ranks)
     assert f"run.timeout=5: {role} rank {lost} on host " in said
-    assert re.search(
-        r"has not been heard of for \d+ s \(killed, stopped, or its node is gone\), last in step \d+, ", said
-    )
+    assert re.search(r"has not been heard of for \d+ s \(killed, stopped, or its node is gone\), last in ", said)
     assert re.search(r"; 2 ranks wait, the first, \w+ rank \d, in step \d+, .*; look there, then resume with", said)
     assert "Traceback" not in ranks.text()
 
