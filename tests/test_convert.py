@@ -154,7 +154,7 @@ def test_projections_tags_and_skip_token_go_along(tmp_path, experts, has_skip_to
     forms = ["megatron", "hf"] if has_skip_token else ["accessory", "megatron", "accessory", "hf"]
     for hop, form in enumerate(forms):
         there = tmp_path / f"{hop + 1}"
-        convert(here, there, form, Wanted(is_sparse=hop > 0), verify=True)
+        convert(here, there, form, Wanted(is_sparse=True), verify=True)
         here = there
     found = load_file(here / "sphinx.safetensors")
     assert found.keys() == extras.keys()
@@ -665,19 +665,21 @@ def test_frozen_encoders_go_to_files_of_their_own_and_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("has_qformer", [False, True])
-@pytest.mark.parametrize(("experts", "is_sparse", "views"), [(0, False, 1), (0, False, 5), (2, True, 5), (2, False, 1)])
+@pytest.mark.parametrize(("experts", "is_sparse", "views"), [(0, False, 1), (0, False, 5), (2, True, 5), (2, True, 1)])
 def test_the_released_module_is_named(tmp_path, experts, is_sparse, views, has_qformer):
     model = drawn_model(random.Random(4), experts=experts)
     extras = extras_of(model.config.hidden_size, random.Random(1), has_skip_token=False)
     kept = {name: weight for name, weight in extras.items() if has_qformer or "qformer" not in name}
     save_file(kept, save(model, tmp_path / "hf") / "sphinx.safetensors")
     convert(tmp_path / "hf", tmp_path / "there", "accessory", Wanted(is_sparse=is_sparse), views=views)
-    kind = {(0, False): "llama", (2, True): "mixtral_sparse", (2, False): "mixtral"}[experts, is_sparse]
+    kind = "mixtral_sparse" if experts else "llama"
     light = "_light" if not experts and not has_qformer else ""
     wanted = f"{kind}_ens{'5' if views == 5 else ''}{light}"
     assert json.loads((tmp_path / "there" / "meta.json").read_text()) == {"llama_type": wanted}
     if experts or not has_qformer:
         refused(tmp_path / "hf", r"--views 10: LLaMA2-Accessory has no \w+_ens10", "accessory", views=10)
+    if experts:
+        refused(tmp_path / "hf", "has no mixtral_ens, but llama, .*, mixtral_sparse_ens5; use --sparse$", "accessory")
 
 
 def test_a_preset_gives_the_shape_of_torch_dist(tmp_path, run_tool, tiny):

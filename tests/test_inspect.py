@@ -61,7 +61,7 @@ def change(folder: Path, name: str, by: torch.Tensor | float) -> float:
 @pytest.mark.parametrize("form", ["hf", "megatron", "accessory"])
 def test_it_says_what_a_checkpoint_is(run_tool, tmp_path, form, experts):
     source = make(tmp_path / "source", 3, experts=experts)
-    convert(source, tmp_path / "target", form, Wanted(2 if form == "accessory" else 1))
+    convert(source, tmp_path / "target", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
     folder = tmp_path / "target"
     status, out, _ = run_tool(TOOL, folder, "--json", "--keys")
     about, config = json.loads(out), json.loads((source / "config.json").read_text())
@@ -117,7 +117,9 @@ def test_what_is_no_checkpoint_is_refused(run_tool, tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "megatron", "accessory"])
 def test_a_manifest_finds_every_change(run_tool, tmp_path, form):
-    convert(make(tmp_path / "source", 7), tmp_path / "here", form, Wanted(2 if form == "accessory" else 1))
+    convert(
+        make(tmp_path / "source", 7), tmp_path / "here", form, Wanted(2 if form == "accessory" else 1, is_sparse=True)
+    )
     status, out, error = run_tool(TOOL, tmp_path / "here", "--hash")
     assert status == 0
     assert "hashing: 100%" in error
@@ -177,7 +179,7 @@ def test_what_is_no_manifest_is_refused(run_tool, tmp_path, content, message):
 )
 def test_differences_are_found_across_formats(run_tool, tmp_path, form, experts):
     one, other = (make(tmp_path / name, 11, experts=experts) for name in ("one", "other"))
-    convert(one, tmp_path / "same", form, Wanted(2 if form == "accessory" else 1))
+    convert(one, tmp_path / "same", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
     status, out, _ = run_tool(TOOL, one, "--diff", tmp_path / "same")
     assert (status, out.split()) == (0, ["norm", "relative", "most", "0", "0", "0", "all"])
     assert run_tool(TOOL, tmp_path / "same", "--diff", one)[0] == 0
@@ -187,7 +189,7 @@ def test_differences_are_found_across_formats(run_tool, tmp_path, form, experts)
         "llma.clip.proj": 0.01,
     }
     norms = {name: change(other, name, by) for name, by in norms.items()}
-    convert(other, tmp_path / "changed", form, Wanted(2 if form == "accessory" else 1))
+    convert(other, tmp_path / "changed", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
     status, out, _ = run_tool(TOOL, one, "--diff", tmp_path / "changed", "--json")
     assert status == 1
     *rows, every = json.loads(out)

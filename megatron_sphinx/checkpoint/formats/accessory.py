@@ -211,7 +211,7 @@ def _name(rank: int, ranks: int) -> str:
 
 # Source: the modules of accessory/model/LLM/.
 _TYPES = ("llama", "llama_ens", "llama_ens5", "llama_ens10", "llama_ens_light", "llama_ens5_light", "mixtral",
-          "mixtral_ens", "mixtral_ens5", "mixtral_sparse", "mixtral_sparse_ens", "mixtral_sparse_ens5")  # fmt: skip
+          "mixtral_sparse", "mixtral_sparse_ens", "mixtral_sparse_ens5")  # fmt: skip
 
 
 def _llama_type(model: Model, views: int, wanted: Wanted) -> str:
@@ -222,7 +222,8 @@ def _llama_type(model: Model, views: int, wanted: Wanted) -> str:
     is_light = not model.queries and not model.language.experts
     found = f"{kind}_ens{views if views > 1 else ''}{'_light' if is_light else ''}"
     if found not in _TYPES:
-        raise CheckpointError(f"--views {views}: LLaMA2-Accessory has no {found}; it has {', '.join(_TYPES)}")
+        way_out = "; use --sparse" if kind == "mixtral" and found.replace("mixtral", "mixtral_sparse") in _TYPES else ""
+        raise CheckpointError(f"--views {views}: LLaMA2-Accessory has no {found}, but {', '.join(_TYPES)}{way_out}")
     return found
 
 
