@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megatron_sphinx.checkpoint.convert import ENCODERS, convert, open_checkpoint
+from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import huggingface
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.interpolate import Interpolated, interpolate, shares_of, sweep
 from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.store import load_weights, sha256_of
+from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.checkpoint.stream import Maps, create
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig

@@ -22,7 +22,7 @@ OWNERS = {
 LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/packing.py",
          "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py",
          "parallel/progress.py", "parallel/stalls.py", "training/divergence.py",
-         "training/memory.py", "training/optimizer.py",
+         "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
          "planning/counts.py", "planning/hardware.py", "planning/memory.py",
          "planning/search.py", "planning/step_time.py", "planning/work.py", "planning/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

@@ -19,7 +19,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.checkpoint.interpolate import SCOPES, interpolate, shares_of, sweep
+from megatron_sphinx.checkpoint.digests import Digests
 from megatron_sphinx.errors import SphinxError
 
 
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument(
         "--scope",
-        choices=SCOPES,
+        choices=("all", "language"),
         default="all",
         help="all: mix every tensor; language: those of the language model only, and take the others "
         "(projections, tags) from the first checkpoint; default: all",
@@ -64,19 +64,30 @@ def main() -> int:
     pair = (args.real, args.synthetic, args.beta)
     if (args.checkpoint is None) == (None in pair) or (args.checkpoint and any(pair)):
         parser.error("give --real, --synthetic and --beta, or several --checkpoint")
+    inputs = [path for path, _ in args.checkpoint] if args.checkpoint else [args.real, args.synthetic]
     try:
-        shape = configuration.load(args.preset).model if args.preset else None
-        if args.checkpoint:
-            inputs = [path for path, _ in args.checkpoint]
-            targets = {args.output: tuple(share for _, share in args.checkpoint)}
-        else:
-            inputs = [args.real, args.synthetic]
-            is_sweep = len(args.beta) > 1
-            targets = sweep(args.output, args.beta) if is_sweep else {args.output: shares_of(args.beta[0])}
-        done = interpolate(inputs, targets, scope=args.scope, shape=shape, show=True)
+        with Digests() as digests:
+            return mix(args, inputs, digests)
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def mix(args: argparse.Namespace, inputs: list[Path], digests: Digests) -> int:
+    """Mix what the arguments say; the exit status."""
+    for folder in inputs:
+        digests.begin(folder)
+    # torch is imported while the inputs are hashed
+    from megatron_sphinx.checkpoint.interpolate import interpolate, shares_of, sweep
+
+    shape = configuration.load(args.preset).model if args.preset else None
+    if args.checkpoint:
+        targets = {args.output: tuple(share for _, share in args.checkpoint)}
+    elif len(args.beta) > 1:
+        targets = sweep(args.output, args.beta)
+    else:
+        targets = {args.output: shares_of(args.beta[0])}
+    done = interpolate(inputs, targets, scope=args.scope, shape=shape, digests=digests, show=True)
     for target in targets:
         print(f"{target}: {done.mixed} tensors mixed, {done.copied} copied, {done.parameters:,} parameters")
     return 0

@@ -24,12 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 from tqdm import tqdm
 
 from megatron_sphinx.checkpoint.conversion import Conversion
+from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
 from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.selection import select
-from megatron_sphinx.checkpoint.store import MANIFEST, sha256_of, write_manifest
+from megatron_sphinx.checkpoint.store import MANIFEST, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, create, is_intact, read_safetensors
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
@@ -38,7 +39,6 @@ FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Experts = Mapping[str, Mapping[str, Entry]]
 ENCODERS = "encoders"  # the folder of frozen experts, a file each
-THREADS = min(4, len(os.sched_getaffinity(0)))
 _PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache
 
 

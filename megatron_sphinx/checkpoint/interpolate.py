@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +22,20 @@ from torch import Tensor
 
 from megatron_sphinx.checkpoint.convert import (
     ENCODERS,
-    THREADS,
     open_checkpoint,
     progress_bar,
     write_json,
     write_metadata,
 )
+from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.checkpoint.store import MANIFEST, first_difference, reason_of, sha256_of, write_manifest
+from megatron_sphinx.checkpoint.store import MANIFEST, first_difference, reason_of, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, Maps, contiguous, create, read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
-SCOPES = ("all", "language")
 PROVENANCE = "interpolation"  # the key in a manifest of ours, and the name of a file elsewhere
 _VISION = {rule.weights[0] for rule in SPHINX}
 _COMPANIONS = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # kinds of files beside the tensors that are copied
@@ -97,6 +96,7 @@ def interpolate(
     *,
     scope: Scope = "all",
     shape: LanguageConfig | None = None,
+    digests: Digests | None = None,
     show: bool = False,
 ) -> Interpolated:
     """Write sums of the weights of checkpoints, each times its share: computed in fp32, rounded once.
@@ -111,6 +111,7 @@ def interpolate(
         targets: folders to make, each with the inputs' shares, which sum to 1; one of share 1 is copied to the bit.
         scope: mix every tensor, or those of the language model only and take the others from the first input.
         shape: of the model, for the one format that does not tell it, torch_dist.
+        digests: of the inputs' files, if they have been begun with.
         show: whether there is a progress bar.
 
     Raises:
@@ -129,7 +130,8 @@ def interpolate(
         task = [scope, *([str(target), *shares] for target, shares in targets.items())]
         journal = Journal(partials, task, [entry for one in opened for entry in one.source.entries.values()])
         writer = _Writer(jobs, partials, list(targets.values()), opened[0], journal)
-        with _hashes(opened) as hashes:
+        with digests or Digests() as started:
+            hashes = [{name: started.of(one.folder / name) for name in _files(one)} for one in opened]
             writer.run(show)
             marks = [{name: value.result() for name, value in found.items()} for found in hashes]
         for one, mark in zip(opened, marks, strict=True):
@@ -284,16 +286,6 @@ def _files(opened: Opened) -> list[str]:
     if opened.format == "megatron":
         return [*opened.about["files"], MANIFEST]
     return sorted({str(c.path.relative_to(opened.folder)) for e in opened.source.entries.values() for c in e.chunks})
-
-
-@contextmanager
-def _hashes(opened: Sequence[Opened]) -> Iterator[list[dict[str, Future[str]]]]:
-    """Hashes of the files of checkpoints, which are computed meanwhile."""
-    pool = ThreadPoolExecutor(THREADS, "hash")
-    try:
-        yield [{name: pool.submit(sha256_of, one.folder / name) for name in _files(one)} for one in opened]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _check_sums(opened: Opened, mark: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ full disk leaves the checkpoints before it as they were.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -45,6 +44,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parallel.progress import Progress
 
@@ -53,7 +53,6 @@ if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import 
     from megatron_sphinx.parallel.groups import ProcessGroups
 
 MANIFEST = "checkpoint.json"
-_HASHED_BYTES = 2**22  # at a time: smaller blocks wait for the interpreter's lock more often than they are worth
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
 
 
@@ -419,15 +418,6 @@ def _copied(piece: Piece) -> Piece:
     values = piece.values.detach()
     values = values.to("cpu") if values.is_cuda else values.clone()
     return Piece(piece.name, piece.whole, piece.block, values)
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
 
 
 def reason_of(error: BaseException) -> str:

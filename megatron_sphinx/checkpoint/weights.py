@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_sphinx.checkpoint.conversion import Conversion
 from megatron_sphinx.checkpoint.convert import open_checkpoint
+from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import megatron
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.keymap import Model, Stored
@@ -18,7 +19,6 @@ from megatron_sphinx.checkpoint.store import (
     newest_of,
     read_manifest,
     require_same,
-    sha256_of,
 )
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, boxes_of
