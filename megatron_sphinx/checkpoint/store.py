@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.stream import read_metadata
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parallel.progress import Progress
 
@@ -372,10 +373,9 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def weight_shapes(path: Path) -> dict[str, torch.Size]:
     """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
     return {
         name: about.size
-        for name, about in saved.items()
+        for name, about in read_metadata(path).state_dict_metadata.items()
         if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
     }
 

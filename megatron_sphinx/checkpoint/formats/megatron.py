@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 from megatron_sphinx.checkpoint.conversion import Source
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
 from megatron_sphinx.checkpoint.keymap import Model, Rule, Stored, stored
-from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest
-from megatron_sphinx.checkpoint.stream import read_distributed, read_metadata
+from megatron_sphinx.checkpoint.store import MANIFEST, WEIGHTS, newest_of, read_manifest, weight_shapes
+from megatron_sphinx.checkpoint.stream import read_distributed
 from megatron_sphinx.errors import CheckpointError
 
 # Ours: the whole weights of megatron-core's layers (model/language.py), the tags and projections of model/vision.py.
@@ -59,7 +57,7 @@ def open_checkpoint(folder: Path) -> Opened:
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
     model = model_of(path, manifest)
-    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(_shapes(path))).items()}
+    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weight_shapes(path))).items()}
     return Opened(path, "megatron", "any", model, Source(str(path), list(stored_of(model)), entries), about=manifest)
 
 
@@ -69,19 +67,10 @@ def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
     Raises:
         CheckpointError: it does not describe a model.
     """
-    shapes, vision = _shapes(path), f"{WEIGHTS}vision."
+    shapes, vision = weight_shapes(path), f"{WEIGHTS}vision."
     channels, queries = (shapes.get(f"{vision}{name}.0.weight", (0,))[-1] for name in ("visual_proj", "qformer_proj"))
     language = shape_of(manifest["identity"]["model"], path / MANIFEST)
     return Model(language, channels, queries, has_skip_token=f"{vision}skip_token" in shapes)
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The whole weights of a checkpoint; optimizer state is left out."""
-    return {
-        name: tuple(about.size)
-        for name, about in read_metadata(path).state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
-    }
 
 
 def stored_of(model: Model) -> Iterator[Stored]:
