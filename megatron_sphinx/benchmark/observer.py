@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import socket
 import tempfile
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.data.loader import views_in
@@ -124,7 +123,7 @@ class RankObserver:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
-        recorder = pickle.loads(_dump_fr_trace(True, False, False))
+        recorder = json.loads(_dump_fr_trace_json(True, False))
         recorded = [entry for entry in recorder["entries"] if entry["time_created_ns"] >= self._profile_begin]
         seconds = seconds_by_axis(events, recorded, language=self._job.groups.layout.language)
         shares = {axis: value / self._profiled_seconds for axis, value in seconds.items()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,15 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from tqdm import tqdm
 
 from megatron_sphinx.checkpoint.conversion import Conversion
@@ -28,12 +18,12 @@ from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
 from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.checkpoint.keymap import Stored
 from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.store import MANIFEST, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, create, is_intact, read_safetensors
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.unpickling import write_metadata
 
 FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -272,7 +262,8 @@ def _write_companions(
             shutil.copyfile(opened.folder / name, partial / name)
     if form in ("megatron", "torch_dist"):
         items = {file.name: file.tensors[0] for file in files}
-        write_metadata(partial, {name: (item, dtype or conversion.dtype_of(item)) for name, item in items.items()})
+        of_file = {name: (item.name, item.shape, dtype or conversion.dtype_of(item)) for name, item in items.items()}
+        write_metadata(partial, of_file)
     if form == "torch_dist":
         torch.save({}, partial / "common.pt")
     if form == "megatron":
@@ -286,20 +277,6 @@ def _write_manifest(partial: Path, manifest: dict[str, Any], digests: Mapping[st
     if (partial / "tokenizer.model").is_file():
         manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
     write_manifest(partial, manifest | {"files": {".metadata": sha256_of(partial / ".metadata"), **digests}})
-
-
-def write_metadata(partial: Path, files: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
-    """The index of a torch.distributed.checkpoint of whole tensors, one a file."""
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places = {}
-    for file, (item, dtype) in files.items():
-        shape, corner = torch.Size(item.shape), torch.Size([0] * len(item.shape))
-        tensors[item.name] = TensorStorageMetadata(
-            TensorProperties(dtype=dtype), shape, [ChunkStorageMetadata(corner, shape)]
-        )
-        places[MetadataIndex(item.name, corner)] = _StorageInfo(file, 0, (partial / file).stat().st_size)
-    with (partial / ".metadata").open("wb") as out:
-        pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
 
 
 def _check_files(opened: Opened) -> None:

@@ -25,7 +25,6 @@ from megatron_sphinx.checkpoint.convert import (
     open_checkpoint,
     progress_bar,
     write_json,
-    write_metadata,
 )
 from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
 from megatron_sphinx.checkpoint.formats.base import Opened
@@ -35,6 +34,7 @@ from megatron_sphinx.checkpoint.store import MANIFEST, first_difference, reason_
 from megatron_sphinx.checkpoint.stream import Entry, Maps, contiguous, create, read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.unpickling import write_metadata
 
 PROVENANCE = "interpolation"  # the key in a manifest of ours, and the name of a file elsewhere
 _VISION = {rule.weights[0] for rule in SPHINX}
@@ -473,8 +473,8 @@ def _finish(
     if (first.folder / ENCODERS).is_dir():
         shutil.copytree(first.folder / ENCODERS, partial / ENCODERS)
     if _is_distributed(first):
-        items = {item.name: item for item in first.source.stored}
-        write_metadata(partial, {job.file: (items[job.name], job.entries[0].dtype) for job in jobs})
+        shapes = {item.name: item.shape for item in first.source.stored}
+        write_metadata(partial, {job.file: (job.name, shapes[job.name], job.entries[0].dtype) for job in jobs})
     if first.format == "megatron":
         names = [".metadata", *(job.file for job in jobs)]
         with ThreadPoolExecutor(THREADS) as pool:

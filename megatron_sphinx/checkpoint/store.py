@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -45,9 +46,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
-from megatron_sphinx.checkpoint.stream import read_metadata
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parallel.progress import Progress
+from megatron_sphinx.unpickling import load_torch, metadata_of
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.model.shards import Block
@@ -138,7 +139,18 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.pieces[index].values
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = load_torch(value)
+
+
+class _Reader(FileSystemReader):
+    """Reads a checkpoint by what this package has found in its `.metadata`; torch's own reader would unpickle that."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.metadata = metadata_of(path)
+
+    def read_metadata(self) -> Metadata:  # with **kwargs torch would try other files too
+        return self.metadata
 
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
@@ -326,8 +338,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: it lacks a tensor, or has one of another shape, and names it; or it cannot be read.
         """
-        reader = FileSystemReader(path)
-        known = reader.read_metadata().state_dict_metadata
+        reader = _Reader(path)
+        known = reader.metadata.state_dict_metadata
         wanted = {name: None for name in self._named(dict.fromkeys(objects)) if name in known}
         planner = _LoadPlanner(pieces, wanted, f"{key}={path}")
         try:
@@ -375,7 +387,7 @@ def weight_shapes(path: Path) -> dict[str, torch.Size]:
     """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
     return {
         name: about.size
-        for name, about in read_metadata(path).state_dict_metadata.items()
+        for name, about in metadata_of(path).state_dict_metadata.items()
         if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
     }
 
@@ -385,7 +397,7 @@ def read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]
     whole = {name: torch.empty(shape) for name, shape in shapes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
-        load(whole, storage_reader=FileSystemReader(path), no_dist=True)
+        load(whole, storage_reader=_Reader(path), no_dist=True)
     return whole
 
 

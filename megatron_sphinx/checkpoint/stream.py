@@ -1,20 +1,18 @@
 """Files of tensors, read and written tensor by tensor: safetensors, torch's zip files, torch.distributed.checkpoint.
 
 Nothing is loaded to be looked at: a file is mapped, a tensor is a view of it, and its pages are given back once it has
-been used. No pickle is run: what is pickled is read by torch's weights_only, or names no other classes than expected.
+been used.
 """
 
 import io
 import json
 import mmap
 import os
-import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock, local
@@ -23,10 +21,11 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.serialization import skip_data
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.unpickling import fault_of, load_torch, metadata_of
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -153,7 +152,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({fault_of(error)}); fetch it again") from error
     header.pop("__metadata__", None)
     entries = {}
     for name, about in header.items():
@@ -171,10 +170,10 @@ def read_torch(path: Path) -> dict[str, Entry]:
         CheckpointError: it is none, is cut off, or holds what is not data.
     """
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)  # the places of tensors; reads none
+        found = load_torch(path, device="meta")  # the places of tensors; reads none
     except Exception as error:  # torch raises nearly anything for a damaged file
         raise CheckpointError(
-            f"{path}: cannot be read as a torch checkpoint ({_line(error)}); fetch it again"
+            f"{path}: cannot be read as a torch checkpoint ({fault_of(error)}); fetch it again"
         ) from error
     found = found.get("model", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping):
@@ -209,44 +208,6 @@ def _place(value: Tensor, path: Path) -> int:
     return int(start)
 
 
-_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_PLAIN: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
-    ("collections", "OrderedDict"): dict,
-}  # fmt: skip
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the plain classes of a .metadata of torch.distributed.checkpoint.
-
-    What else torch and megatron-core wrote is passed over; anything else is refused.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if (module, name) in _PLAIN:
-            return _PLAIN[module, name]
-        if module in _MODULES and "." not in name:
-            found = super().find_class(module, name)
-            is_own = isinstance(found, type) and found.__module__ == module
-            if is_own and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
-        if module.startswith(("torch.", "megatron.")) or (module, name) == ("pathlib", "PosixPath"):
-            return _PassedOver
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-class _PassedOver:
-    """Stands for what nothing here needs to know."""
-
-    def __new__(cls, *_: Any, **__: Any) -> "_PassedOver":
-        return super().__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        """Ignored."""
-
-
 class _Window(io.RawIOBase):
     """A part of a file as a file."""
 
@@ -274,30 +235,13 @@ class _Window(io.RawIOBase):
         return len(found)
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What a torch.distributed.checkpoint says of itself.
-
-    Raises:
-        CheckpointError: it has no such file, or one that is damaged or names code.
-    """
-    path = folder / ".metadata"
-    try:
-        with path.open("rb") as file:
-            found = _Unpickler(file).load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{path}: cannot be read ({_line(error)}); give a whole checkpoint") from error
-    if not isinstance(found, Metadata):
-        raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
-    return found
-
-
 def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     """Tensors of a torch.distributed.checkpoint, by name.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    metadata, wanted = read_metadata(folder), set(names)
+    metadata, wanted = metadata_of(folder), set(names)
     entries = {}
     chunks: dict[str, list[Chunk]] = {name: [] for name in wanted}
     dtypes: dict[str, torch.dtype] = {}
@@ -312,7 +256,7 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
                 chunks[index.fqn].append(chunk)
                 dtypes[index.fqn] = dtype
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({_line(error)}); give a whole checkpoint") from error
+        raise CheckpointError(f"{folder}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
     finally:
         for file in files.values():
             file.close()
@@ -330,9 +274,9 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
 def _record(path: Path, file: BinaryIO, info: Any, offset: tuple[int, ...]) -> tuple[Chunk, torch.dtype]:
     try:
         window: Any = _Window(file, info.offset, info.length)
-        value = torch.load(window, map_location="meta", weights_only=True)
+        value = load_torch(window, device="meta")
     except Exception as error:
-        raise CheckpointError(f"{path}: is damaged ({_line(error)}); give a whole checkpoint") from error
+        raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
     start = info.offset + _place(value, path) + value.storage_offset() * value.itemsize
     if start + value.untyped_storage().nbytes() > path.stat().st_size:
         raise CheckpointError(f"{path}: is cut off; give a whole checkpoint")
@@ -342,13 +286,6 @@ def _record(path: Path, file: BinaryIO, info: Any, offset: tuple[int, ...]) -> t
 
 def _whole(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
     return Entry(shape, dtype, (Chunk(path, start, contiguous(shape), (0,) * len(shape), shape),))
-
-
-def _line(error: BaseException) -> str:
-    """What is wrong, without torch's advice to load it nevertheless."""
-    text = str(error)
-    found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
-    return " ".join(found.split())[:160] or type(error).__name__
 
 
 # writing
@@ -418,7 +355,7 @@ class TorchFile(_TensorFile):
         payload: Any = next(iter(empty.values())) if is_bare else {under: empty} if under else empty
         with skip_data():
             torch.save(payload, path)
-        saved = torch.load(path, map_location="meta", weights_only=True)
+        saved = load_torch(path, device="meta")
         saved = dict.fromkeys(planned, saved) if is_bare else saved[under] if under else saved
         super().__init__(path.open("r+b"), {name: _place(value, path) for name, value in saved.items()})
         self._sums = dict.fromkeys(planned, 0)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import Expert, ExpertConfig, VisionConfig
 from megatron_sphinx.parallel.seeding import stream_seed
+from megatron_sphinx.unpickling import load_torch
 
 
 class QFormer(nn.Module):
@@ -358,7 +359,7 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        payload: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        payload: Any = load_torch(path, is_mapped=is_zipfile(path))
     except FileNotFoundError as error:
         raise ConfigError(f"vision.experts: {name}: {path}: no such file; give a weights file, or random") from error
     except Exception as error:

@@ -8,9 +8,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sphinx.checkpoint.conversion import Source
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, read_json
 from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
-from megatron_sphinx.checkpoint.stream import read_distributed, read_metadata
+from megatron_sphinx.checkpoint.stream import read_distributed
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.unpickling import metadata_of
 
 # Source: megatron.core.models.gpt, its sharded_state_dict; norms under the names that transformer-engine's layers have.
 _COMMON = (
@@ -73,7 +74,7 @@ def open_checkpoint(folder: Path, shape: LanguageConfig | None) -> Opened:
         )
     names = [
         name
-        for name, about in read_metadata(path).state_dict_metadata.items()
+        for name, about in metadata_of(path).state_dict_metadata.items()
         if isinstance(about, TensorStorageMetadata) and not name.startswith(_STATE)
     ]
     entries = {(_FILE, name): entry for name, entry in read_distributed(path, names).items()}

@@ -1,0 +1,179 @@
+"""Everything that is pickled in files of somebody else is read here, and nothing that such a file names is called.
+
+Tensors are read by torch's `weights_only`. The `.metadata` of a torch.distributed.checkpoint, which torch itself would
+unpickle without limits, is read into plain records; torch's own objects are then made of what they hold. Checksums do
+not protect: whoever wrote a file wrote them too. No other module may import pickle or call torch.load.
+"""
+
+import copyreg
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_sphinx.errors import CheckpointError
+
+_METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_PLANNER, _MEGATRON = "torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch"
+_RECORDS = {
+    *((_METADATA, name) for name in (
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )),
+    (_FILES, "_StorageInfo"),
+    # What the writer of a checkpoint had planned and where it wrote is read past, it is not needed.
+    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    *((_MEGATRON, name) for name in ("MCoreMetadata", "MCoreSavePlan")),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+}  # fmt: skip
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
+    ("collections", "OrderedDict"): dict,
+}  # fmt: skip
+
+
+def load_torch(source: Path | IO[bytes], *, device: str = "cpu", is_mapped: bool = False) -> Any:
+    """Read a file of torch.save that holds tensors and plain values.
+
+    Args:
+        source: the file, or where it is.
+        device: where its tensors go; on `meta` only their places are read.
+        is_mapped: whether tensors are mapped into memory, so that only what is used of them is read.
+
+    Raises:
+        Exception: it is damaged, or names anything but tensors and plain values; torch has many errors for this.
+    """
+    return torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
+
+
+def metadata_of(folder: Path) -> Metadata:
+    """Read what a torch.distributed.checkpoint says of its tensors and their places.
+
+    Raises:
+        CheckpointError: it has no such file, or one that is damaged or names code.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            copyreg.clear_extension_cache()  # what is in it would be returned without asking find_class
+            found = _Unpickler(file).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise CheckpointError(f"{path}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
+    if not (isinstance(found, _Record) and found.name == "Metadata"):
+        raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
+    try:
+        return _metadata(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
+
+
+def write_metadata(folder: Path, files: Mapping[str, tuple[str, Sequence[int], torch.dtype]]) -> None:
+    """Write the `.metadata` of whole tensors, each in a file of its own that is there.
+
+    Args:
+        folder: the checkpoint.
+        files: name, shape and type of the tensor in each file, by the file's name.
+    """
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places = {}
+    for file, (name, sizes, dtype) in files.items():
+        shape, corner = torch.Size(sizes), torch.Size([0] * len(sizes))
+        chunk = ChunkStorageMetadata(corner, shape)
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, [chunk])
+        places[MetadataIndex(name, corner)] = _StorageInfo(file, 0, (folder / file).stat().st_size)
+    with (folder / ".metadata").open("wb") as out:
+        pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
+
+
+def fault_of(error: BaseException) -> str:
+    """Say in a line what is wrong with a file, without torch's advice to load it nevertheless."""
+    text = str(error)
+    found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
+    return " ".join(found.split())[:160] or type(error).__name__
+
+
+class _Record:
+    """Stands for an object whose class is known by name; it keeps what the object is made of and runs nothing."""
+
+    name: str
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments, self.state = arguments, None
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state of the object."""
+        self.state = state
+
+    def get(self, key: str) -> Any:
+        """Return an attribute of the object; None where it has none."""
+        return self.state.get(key) if isinstance(self.state, dict) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that torch and megatron-core write into a `.metadata`, and refuses any other."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._kinds: dict[tuple[str, str], type[_Record]] = {}  # a pickle may change a class: these end with it
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        key = (module, name)
+        if key in _PLAIN:
+            return _PLAIN[key]
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
+            return found
+        if key not in _RECORDS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        if key not in self._kinds:
+            self._kinds[key] = type(name, (_Record,), {"name": name})
+        return self._kinds[key]
+
+
+def _metadata(record: _Record) -> Metadata:
+    """Make torch's object of what was read; raises what damage leads to."""
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, about in record.get("state_dict_metadata").items():
+        is_tensor = about.name == "TensorStorageMetadata"
+        tensors[str(name)] = _tensor(about) if is_tensor else BytesStorageMetadata()
+    return Metadata(state_dict_metadata=tensors, storage_data=dict(_places(record.get("storage_data"))))
+
+
+def _tensor(about: _Record) -> TensorStorageMetadata:
+    dtype = about.get("properties").state[0]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{dtype!r} is no type of a tensor")
+    chunks = [
+        ChunkStorageMetadata(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in about.get("chunks")
+    ]
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), _sizes(about.get("size")), chunks)
+
+
+def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
+    """Where each part of each tensor lies."""
+    for index, info in storage.items():
+        offset, file = index.get("offset"), info.get("relative_path")
+        if not isinstance(file, str) or Path(file).name != file or file == "..":
+            raise ValueError(f"{file!r} is no name of a file in it")
+        if info.get("transform_descriptors"):
+            raise ValueError(f"{file} is transformed by {info.get('transform_descriptors')!r}, which is not known here")
+        start, length = _sizes((info.get("offset"), info.get("length")))
+        place = MetadataIndex(str(index.get("fqn")), None if offset is None else _sizes(offset), index.get("index"))
+        yield place, _StorageInfo(file, start, length)
+
+
+def _sizes(values: Any) -> torch.Size:
+    if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
+        raise TypeError(f"{values!r} are no sizes")
+    return torch.Size(values)

@@ -1,0 +1,363 @@
+"""Nothing that a file of somebody else names is called: payloads against every reader of what is pickled."""
+
+import ast
+import copyreg
+import io
+import json
+import os
+import pickle
+import posix
+import random
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import drawn_model, save, shape_of
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.jit.unsupported_tensor_ops import execWrapper
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+
+from megatron_sphinx import platform, run
+from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
+from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.store import CheckpointStore, Piece, complete, load_weights, weight_shapes
+from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
+from megatron_sphinx.model.encoders import _read
+from megatron_sphinx.model.shards import Block
+from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.unpickling import load_torch, metadata_of
+
+ROOT = Path(__file__).parents[1]
+METADATA = "torch.distributed.checkpoint.metadata"
+CODE = 0x7A5E  # of an extension
+IMPORTS_OS = "megatron.core.datasets.indexed_dataset"
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.made_of = function, arguments
+
+    def __reduce__(self):
+        return self.made_of
+
+
+def text(value: str) -> bytes:
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def name(module: str, attribute: str) -> bytes:
+    """A name by STACK_GLOBAL, which takes dots."""
+    return text(module) + text(attribute) + b"\x93"
+
+
+def call(module: str, function: str, argument: str) -> bytes:
+    return b"\x80\x04" + name(module, function) + text(argument) + b"\x85R."
+
+
+def shell(target: Path) -> str:
+    return f"mkdir {target}"
+
+
+def of_getattr(target: Path) -> bytes:
+    """getattr(import_module("os"), "system")(...), no name of which is one of os."""
+    module = name("importlib", "import_module") + text("os") + b"\x85R"
+    return (
+        b"\x80\x04" + name("builtins", "getattr") + module + text("system") + b"\x86R" + text(shell(target)) + b"\x85R."
+    )
+
+
+def of_build(target: Path) -> bytes:
+    """A class of torch's is given a __setstate__, which BUILD then calls."""
+    kind = name(METADATA, "BytesStorageMetadata")
+    attributes = b"N}" + text("__setstate__") + name("posix", "system") + b"s\x86"  # (None, {"__setstate__": ...})
+    return b"\x80\x04" + kind + attributes + b"b0" + kind + b")\x81" + text(shell(target)) + b"b."
+
+
+def of_extension(target: Path) -> bytes:
+    """A call by an extension code that this process has in its cache."""
+    copyreg.add_extension("posix", "mkdir", CODE)
+    made = pickle.dumps(Calls(posix.mkdir, str(target)), 4)
+    copyreg.remove_extension("posix", "mkdir", CODE)
+    copyreg._extension_cache[CODE] = posix.mkdir
+    return made
+
+
+PAYLOADS: dict[str, Callable[[Path], bytes]] = {
+    "os.system": lambda target: pickle.dumps(Calls(os.system, shell(target))),
+    "protocol 0": lambda target: f"cposix\nsystem\n(S'{shell(target)}'\ntR.".encode(),
+    "INST": lambda target: f"(S'{shell(target)}'\niposix\nsystem\n.".encode(),
+    "Popen": lambda target: pickle.dumps(Calls(subprocess.run, ["mkdir", str(target)])),
+    "eval": lambda target: call("builtins", "eval", f"__import__('os').mkdir({str(target)!r})"),
+    "getattr": of_getattr,
+    "torch's shell": lambda target: call("torch.utils.collect_env", "run", shell(target)),
+    "torch's exec": lambda target: pickle.dumps(Calls(execWrapper, f"import os; os.mkdir({str(target)!r})", {}, {})),
+    "torch's name with dots": lambda target: call("torch.serialization", "os.system", shell(target)),
+    "metadata's name with dots": lambda target: call(METADATA, "os.system", shell(target)),
+    "megatron's name with dots": lambda target: call(
+        "megatron.core.datasets.indexed_dataset", "os.system", shell(target)
+    ),
+    "BUILD": of_build,
+    "nested": lambda target: pickle.dumps(Metadata({}, planner_data={"a": [Calls(os.system, shell(target))]})),
+    "pickle in a pickle": lambda target: pickle.dumps(
+        Calls(pickle.loads, pickle.dumps(Calls(os.system, shell(target))))
+    ),
+    "extension code": of_extension,
+}
+
+
+@pytest.fixture(params=PAYLOADS)
+def payload(request, tmp_path) -> Iterator[tuple[bytes, Path]]:
+    """What must not be unpickled, and the folder that appears where it is."""
+    target = tmp_path / "owned"
+    yield PAYLOADS[request.param](target), target
+    copyreg.clear_extension_cache()
+    assert not target.exists()
+
+
+def in_zip(payload: bytes) -> bytes:
+    """A file of torch.save, its pickle another one."""
+    saved, made = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.ones(2)}, saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(made, "w") as target:
+        for member in source.namelist():
+            target.writestr(member, payload if member.endswith("data.pkl") else source.read(member))
+    return made.getvalue()
+
+
+def in_old_file(payload: bytes) -> bytes:
+    """A file as torch.save made them before 1.6."""
+    head = (MAGIC_NUMBER, PROTOCOL_VERSION, {"protocol_version": PROTOCOL_VERSION, "little_endian": True})
+    return b"".join(pickle.dumps(part, 2) for part in head) + payload
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, request) -> Path:
+    """A run folder with a checkpoint of ours: one tensor, and an object of its rank."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def save() -> None:
+        store, pieces = opened(folder / "checkpoints")
+        store.save(7, pieces, {"random": {"x": torch.ones(1)}}, bad_pairs=0)
+        store.finish()
+
+    if (pid := os.fork()) == 0:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+        save()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    return folder
+
+
+def opened(folder: Path) -> tuple[CheckpointStore, list[Piece]]:
+    """A store of one rank, and a piece to be filled or kept."""
+    run._place()
+    run._meet(platform.current(), 30)
+    groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
+    store = CheckpointStore(folder, groups, keep=1, identity={}, about={"layout": {}})
+    return store, [Piece("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
+
+
+def spoil(folder: Path, file: str, content: bytes) -> None:
+    """Put a file into a checkpoint, with the checksum that it then has."""
+    (folder / file).write_bytes(content)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["files"][file] = sha256(content).hexdigest()
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+
+
+def spoil_part(folder: Path, name: str, content: bytes) -> None:
+    """Let a tensor or object of a checkpoint be another file's whole content."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn == name)
+    metadata.storage_data[index] = _StorageInfo("__9_0.distcp", 0, len(content))
+    spoil(folder, "__9_0.distcp", content)
+    spoil(folder, ".metadata", pickle.dumps(metadata))
+
+
+# the payloads
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_payloads_run_where_they_are_unpickled(kind, tmp_path):
+    """Else the other tests could not fail."""
+    target = tmp_path / "owned"
+    made = PAYLOADS[kind](target)
+    try:
+        pickle.loads(made)
+    finally:
+        copyreg.clear_extension_cache()
+        if kind == "BUILD":
+            del BytesStorageMetadata.__setstate__
+    assert target.is_dir()
+
+
+# what is read without ranks
+
+
+def test_no_metadata_is_run(payload, checkpoint, tmp_path):
+    folder = tmp_path / "step_00000007"
+    shutil.copytree(next((checkpoint / "checkpoints").iterdir()), folder)
+    spoil(folder, ".metadata", payload[0])
+    readers = (metadata_of, load_weights, weight_shapes, open_checkpoint, lambda path: read_distributed(path, ["w"]))
+    for reader in readers:
+        with pytest.raises(CheckpointError, match=r"\.metadata: (cannot be read|is not of|is damaged)"):
+            reader(folder)
+
+
+@pytest.mark.parametrize("wrap", [bytes, in_zip, in_old_file])
+def test_no_torch_file_is_run(payload, tmp_path, wrap):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(wrap(payload[0]))
+    with pytest.raises(CheckpointError, match=r"weights.pth: cannot be read as a torch checkpoint"):
+        read_torch(file)
+    with pytest.raises(ConfigError, match=r"weights.pth cannot be read as weights"):
+        _read(file, "clip")
+    with pytest.raises(Exception, match=r"(?s).+"):
+        load_torch(io.BytesIO(wrap(payload[0])))
+
+
+def test_no_tokenizer_is_run(payload, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(payload[0])
+    with pytest.raises(DataError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("form", ["meta", "accessory", "torch_dist"])
+def test_no_released_checkpoint_is_run(payload, form, tmp_path):
+    """Each format whose files are pickled, where it is opened to be converted, mixed or begun with."""
+    source = save(drawn_model(random.Random(1), experts=0, layers=1), tmp_path / "hf")
+    convert(source, tmp_path / form, form, Wanted())
+    for victim in sorted((tmp_path / form).iterdir()):
+        if victim.suffix in (".pth", ".distcp") or victim.name == ".metadata":
+            whole = victim.read_bytes()
+            victim.write_bytes(payload[0] if victim.name == ".metadata" else in_zip(payload[0]))
+            with pytest.raises(CheckpointError, match=rf"{victim.name}: (cannot be read|is damaged|is not of)"):
+                open_checkpoint(tmp_path / form, shape_of(drawn_model(random.Random(1), experts=0, layers=1)))
+            victim.write_bytes(whole)
+
+
+# what ranks read
+
+
+def test_no_part_of_a_training_state_is_run(checkpoint, tmp_path, run_ranks):
+    """Metadata, tensors and objects, of which each payload is tried, as `checkpoint.resume` reads them."""
+
+    def check() -> None:
+        (path,) = complete(checkpoint / "checkpoints")
+        store, pieces = opened(tmp_path)
+        assert torch.equal(store.load(path, pieces, ["random"])["random"]["x"], torch.ones(1))
+        for number, make in enumerate(PAYLOADS.values()):
+            content = make(tmp_path / "owned")
+            for part in (".metadata", "master/w", "rank 0/random"):
+                folder = tmp_path / f"{number} {part.replace('/', ' ')}"
+                shutil.copytree(path, folder)
+                if part == ".metadata":
+                    spoil(folder, part, content)
+                else:
+                    spoil_part(folder, part, in_zip(content))
+                store.check(folder)  # checksums protect from nothing
+                with pytest.raises(CheckpointError, match=r"cannot be read|is not of|is damaged"):
+                    store.load(folder, pieces, ["random"])
+                assert not (tmp_path / "owned").exists(), part
+
+    run_ranks(1, check)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.resume", "model.weights"])
+def test_a_run_says_in_a_line_what_it_did_not_run(train, tmp_path, key):
+    begun = train(1, {"training.steps": 2}, name="victim")
+    newest = complete(begun.folder / "checkpoints")[-1]
+    spoil(newest, ".metadata", PAYLOADS["os.system"](tmp_path / "owned"))
+    said = train(2, {key: str(newest), "training.steps": 3}, name="other", status=2).ranks.text(0)
+    assert "Traceback" not in said
+    assert f"{newest / '.metadata'}: cannot be read (it names posix.system); give a whole checkpoint" in said
+    assert not (tmp_path / "owned").exists()
+
+
+# what is damaged otherwise
+
+
+def metadata(**changes: object) -> Metadata:
+    """The metadata of one tensor, something of it wrong."""
+    corner, shape = torch.Size([0]), torch.Size([4])
+    values = {"file": "__0_0.distcp", "offset": 0, "length": 9, "transforms": None, "size": shape, "dtype": torch.float}
+    values |= changes
+    properties = TensorProperties()
+    properties.dtype = values["dtype"]
+    about = TensorStorageMetadata(properties, values["size"], [ChunkStorageMetadata(corner, shape)])
+    info = _StorageInfo(values["file"], values["offset"], values["length"], values["transforms"])
+    return Metadata({"w": about}, storage_data={MetadataIndex("w", corner): info}, storage_meta=StorageMeta(Path("a")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file": "../other/__0_0.distcp"}, r"'../other/__0_0.distcp' is no name of a file in it"),
+        ({"file": "/tmp/secret"}, r"'/tmp/secret' is no name of a file in it"),
+        ({"file": ".."}, r"'..' is no name of a file in it"),
+        ({"offset": -1}, r"\(-1, 9\) are no sizes"),
+        ({"length": "9"}, r"\(0, '9'\) are no sizes"),
+        ({"transforms": ["zstd"]}, r"is transformed by \['zstd'\], which is not known here"),
+        ({"size": (4.0,)}, r"are no sizes"),
+        ({"dtype": "float"}, r"'float' is no type of a tensor"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(tmp_path, changes, message):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata()))
+    assert metadata_of(tmp_path).storage_data == metadata().storage_data
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(**changes)))
+    with pytest.raises(CheckpointError, match=rf"\.metadata: is damaged \(.*{message}.*\); give a whole checkpoint"):
+        metadata_of(tmp_path)
+
+
+def test_a_persistent_id_is_refused(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + text("os") + b"Q.")
+    with pytest.raises(CheckpointError, match="persistent"):
+        metadata_of(tmp_path)
+
+
+# the one module
+
+
+FORBIDDEN = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SOURCES = [
+    path for folder in ("megatron_sphinx", "tools", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_else_unpickles(path):
+    if path == ROOT / "megatron_sphinx" / "unpickling.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names += [node.module or "", *(f"{node.module}.{name}" for name in names)]
+        assert not {part.split(".")[0] for part in names} & FORBIDDEN, f"line {node.lineno} imports {names}"
+        if isinstance(node, ast.Attribute):
+            written = ast.unparse(node)
+            assert written not in ("torch.load", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "torch.package"), (
+                written
+            )
+            assert node.attr not in ("read_metadata", "load_from_checkpoint"), f"line {node.lineno}: {written}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "allow_pickle", f"line {node.lineno}"
