@@ -90,8 +90,9 @@ def evaluate(folder: Path) -> float:
     job = run.alone(config)
     views, labels = held_out(config)
     model = run.build_model(config, job.groups, job.platform)
-    model.load_state_dict(run.newest_weights(job))
-    return accuracy(model.eval(), config, job.encoders()(views), labels)
+    encoders = job.encoders()
+    model.load_state_dict(run.newest_weights(job, encoders))
+    return accuracy(model.eval(), config, encoders(views), labels)
 
 
 def summary(folder: Path, control: Path | None) -> dict[str, object]:

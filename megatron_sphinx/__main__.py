@@ -6,23 +6,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_sphinx import config as configuration
-from megatron_sphinx.config import RunConfig
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:  # a rank hears of signals before anything that takes time is imported
+    from megatron_sphinx.config import RunConfig
+    from megatron_sphinx.parallel.layout import ParallelLayout
 
 
 def train(args: argparse.Namespace) -> int:
     """train until the configured number of steps, going on from the newest checkpoint"""
-    config = configuration.load(args.config, args.overrides)
-    from megatron_sphinx import run
-
-    return run.train(config)
+    return _train(args)
 
 
 def config(args: argparse.Namespace) -> int:
     """print the configuration as a run would take it: presets, files and key=value in one, every value spelled out"""
+    from megatron_sphinx import config as configuration
+
     print(configuration.load(args.config, args.overrides).to_yaml(), end="")
     return 0
 
@@ -37,6 +38,9 @@ def plan(args: argparse.Namespace) -> int:
         return 0
     if args.config is None:
         raise SphinxError("plan: give a configuration, e.g. examples/demo.yaml or a preset's name, or --published")
+    from megatron_sphinx import config as configuration
+    from megatron_sphinx.parallel.layout import ParallelLayout
+
     config = configuration.load(args.config, args.overrides)
     per_node = args.gpus_per_node or args.ranks or config.parallel.smallest_world
     ranks = args.ranks or (args.nodes or 1) * per_node
@@ -55,7 +59,7 @@ def plan(args: argparse.Namespace) -> int:
     return _plan_layout(args, config, ParallelLayout(world=ranks, config=config.parallel))
 
 
-def _plan_layout(args: argparse.Namespace, config: RunConfig, layout: ParallelLayout) -> int:
+def _plan_layout(args: argparse.Namespace, config: "RunConfig", layout: "ParallelLayout") -> int:
     """Print what a run in the configured layout is."""
     if args.dry_run:
         from megatron_sphinx.planning import dry_run
@@ -97,11 +101,27 @@ def benchmark(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> int:
     """one rank of a run that `benchmark` measures, which starts it"""
-    config = configuration.load(args.config, args.overrides)
-    from megatron_sphinx import run
-    from megatron_sphinx.benchmark.observer import RankObserver
+    return _train(args, is_observed=True)
 
-    return run.train(config, RankObserver(warmup=args.warmup, steps=args.steps))
+
+def _train(args: argparse.Namespace, *, is_observed: bool = False) -> int:
+    """Run one rank. What must hold from its first moment comes before the imports that take seconds."""
+    from megatron_sphinx import console
+    from megatron_sphinx.parallel.stop import StopSignal
+
+    console.reserve_streams()
+    with StopSignal() as stop:
+        from megatron_sphinx import config as configuration
+
+        config = configuration.load(args.config, args.overrides)
+        with console.enduring(Path(config.run.folder) / "log.txt"):
+            from megatron_sphinx import run
+
+            if not is_observed:
+                return run.train(config, stop)
+            from megatron_sphinx.benchmark.observer import RankObserver
+
+            return run.train(config, stop, RankObserver(warmup=args.warmup, steps=args.steps))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.work(args)
     except SphinxError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return error.exit_status
     return status

@@ -41,6 +41,8 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn a failure to write into the run folder into one line for the user."""
     try:
         yield
+    except FolderError:  # which is an OSError
+        raise
     except OSError as error:
         raise FolderError(
             f"run.folder={folder}: cannot be written ({error.strerror or error}); "

@@ -2,10 +2,8 @@
 
 import json
 import os
-import sys
 import traceback
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +14,10 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_sphinx import platform
 from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, load_weights
+from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Chosen, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.console import complain, say, say_of_ranks
 from megatron_sphinx.data.loader import (
     BatchBuilder,
     BatchLoader,
@@ -30,7 +29,8 @@ from megatron_sphinx.data.loader import (
     rounds,
 )
 from megatron_sphinx.data.plan import Planner, StepPlan
-from megatron_sphinx.errors import SphinxError, writing
+from megatron_sphinx.errors import ConfigError, SphinxError, writing
+from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
@@ -38,21 +38,22 @@ from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.parallel.lifeline import Lifeline, StopSignal
+from megatron_sphinx.parallel.lifeline import Lifeline
 from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state, seed_rank
+from megatron_sphinx.parallel.stop import StopSignal
 from megatron_sphinx.platform import Platform
+from megatron_sphinx.provenance import about, changes, identity, keep_config, require_trained_as, sizes_of
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.loop import Loop
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
-from megatron_sphinx.training.metrics import Reporter, say, say_of_ranks
+from megatron_sphinx.training.metrics import Reporter
 from megatron_sphinx.training.optimizer import learning_rate
 
 STOPPED = 75  # EX_TEMPFAIL: resubmit me
-_END = "ended.json"
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
@@ -66,6 +67,8 @@ class Job:
     sources: Sources
     planner: Planner
     progress: Progress = field(default_factory=Progress)
+    stop: StopSignal = field(default_factory=StopSignal)
+    hold: Hold | None = None
 
     @property
     def folder(self) -> Path:
@@ -102,8 +105,13 @@ class Observer(Protocol):
         """Called after the last step."""
 
 
-def train(config: RunConfig, observer: Observer | None = None) -> int:
+def train(config: RunConfig, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
     """Train on this rank; the exit status of the process.
+
+    Args:
+        config: of the run.
+        stop: hears of signals since the process began; without it none is heard of.
+        observer: watches this rank.
 
     Raises:
         SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
@@ -111,7 +119,7 @@ def train(config: RunConfig, observer: Observer | None = None) -> int:
     rank, world = _place()
     layout = ParallelLayout(world=world, config=config.parallel)
     seat = layout.seat(rank)
-    stop = StopSignal()
+    stop, hold = stop or StopSignal(), Hold(Path(config.run.folder), rank)
     here = platform.current()
     timeouts = config.run.timeout, config.run.storage_timeout
     for_steps, for_files = (timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in timeouts)
@@ -126,8 +134,10 @@ def train(config: RunConfig, observer: Observer | None = None) -> int:
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     try:
         groups = ProcessGroups.create(layout, here.backend, for_steps, for_files)
-        job = _open(config, here, groups, progress)
-        is_done = _language(job, stop, observer) if seat.encoder is None else _encoder(job, observer)
+        job = replace(_open(config, here, groups, progress, hold), stop=stop, hold=hold)
+        is_done = not _is_stopping(job) and (
+            _language(job, observer) if seat.encoder is None else _encoder(job, observer)
+        )
         if is_done and observer:
             observer.end()
         if is_done:
@@ -136,11 +146,12 @@ def train(config: RunConfig, observer: Observer | None = None) -> int:
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if world == 1:
             lifeline.close()
+            hold.give_back(error.exit_status if isinstance(error, SphinxError) else 1)
             raise
         status = _report(error, lifeline)
-        _write_end(config, rank, status)
+        hold.give_back(status)
         lifeline.leave(status, str(error))
-    _write_end(config, rank, 0 if is_done else STOPPED)
+    hold.give_back(0 if is_done else STOPPED)
     if not is_done:
         if world > 1:
             lifeline.leave(STOPPED, "it was asked to stop; the state is saved")
@@ -162,17 +173,32 @@ def alone(config: RunConfig) -> Job:
     return _open(config, here, ProcessGroups.create(layout, here.backend), Progress())
 
 
-def newest_weights(job: Job) -> dict[str, torch.Tensor]:
+def newest_weights(job: Job, encoders: FrozenEncoders) -> dict[str, torch.Tensor]:
     """The trained fp32 weights of the newest checkpoint of the run folder, saved in any layout.
 
+    Args:
+        job: of the run's configuration.
+        encoders: that the weights are used with.
+
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it was trained with another model, tokenizer or other encoders.
     """
+    require_trained_as(job.folder, job.config, job.sources.tokenizer.mark.sha256, encoders.sha256)
     return load_weights(job.folder / "checkpoints")
 
 
 def _place() -> tuple[int, int]:
-    """Rank and world, as torchrun says them, or srun, or alone; set for the libraries that read them again."""
+    """Rank and world, as torchrun says them, or srun, or alone; set for the libraries that read them again.
+
+    Raises:
+        ConfigError: Slurm has started several ranks that do not know of each other.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    if tasks > 1 and not {"MASTER_ADDR", "WORLD_SIZE"} & os.environ.keys():
+        raise ConfigError(
+            f"SLURM_NTASKS={tasks}: the ranks have nowhere to meet, each would train alone; start them by "
+            f"slurm/train.sbatch or torchrun, or export MASTER_ADDR and MASTER_PORT; for one rank set WORLD_SIZE=1"
+        )
     names = {"RANK": ("SLURM_PROCID", "0"), "WORLD_SIZE": ("SLURM_NTASKS", "1"), "LOCAL_RANK": ("SLURM_LOCALID", "0")}
     for name, (of_slurm, alone) in names.items():
         os.environ.setdefault(name, os.environ.get(of_slurm, alone) if "MASTER_ADDR" in os.environ else alone)
@@ -188,27 +214,20 @@ def _meet(here: Platform, timeout_seconds: float) -> None:
         dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _write_end(config: RunConfig, rank: int, status: int) -> None:
-    """Let the first rank write down the run's exit status for those who start jobs: torchrun makes each failure 1."""
-    if rank == 0:
-        with suppress(OSError):  # no room: what follows from that has been said
-            (Path(config.run.folder) / _END).write_text(json.dumps({"status": status}) + "\n")
-
-
 def _report(error: Exception, lifeline: Lifeline) -> int:
     """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
     if isinstance(error, SphinxError):
         if lifeline.is_first_rank or not error.is_shared:
-            print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
+            complain(f"megatron-sphinx train: {error}")
         return error.exit_status
     end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
     if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
         return int(end["status"])
     if end is not None:
-        print(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
+        complain(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})")
         return int(end["status"])
     text = "".join(traceback.format_exception(error))
-    print(f"[{lifeline.name}] failed:\n{text}", file=sys.stderr, flush=True)
+    complain(f"[{lifeline.name}] failed:\n{text}")
     return 1
 
 
@@ -217,15 +236,16 @@ def _is_of_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _open(config: RunConfig, here: Platform, groups: ProcessGroups, progress: Progress) -> Job:
-    """Open the data on every rank; the first rank also compares the files with their indexes."""
+def _open(
+    config: RunConfig, here: Platform, groups: ProcessGroups, progress: Progress, hold: Hold | None = None
+) -> Job:
+    """Take the run folder and open the data; the first rank also compares the files with their indexes."""
 
     def work() -> Job:
+        if hold:
+            hold.take()
         sources = open_sources(config.data, config.model)
         if groups.seat.rank == 0:
-            with writing(Path(config.run.folder)):
-                Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-                (Path(config.run.folder) / _END).unlink(missing_ok=True)
             sources.check()
         counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
@@ -238,7 +258,7 @@ def _open(config: RunConfig, here: Platform, groups: ProcessGroups, progress: Pr
 
 
 def _encoder(job: Job, observer: Observer | None) -> bool:
-    """The whole life of an encoder rank; always true."""
+    """The whole life of an encoder rank; whether it began its steps: how they end it hears from the language ranks."""
     config, seat = job.config, job.groups.seat
     assert seat.encoder is not None
     encoders = agree(job.encoders)
@@ -246,6 +266,8 @@ def _encoder(job: Job, observer: Observer | None) -> bool:
     for _ in range(2):
         agree(lambda: None)  # that the language ranks could check and load their checkpoint
     start = _agree_on_start(job, None)
+    if _is_stopping(job):
+        return False
     if observer:
         observer.begin(job)
     lookahead = config.stage.lookahead
@@ -263,7 +285,7 @@ def _encoder(job: Job, observer: Observer | None) -> bool:
     return True
 
 
-def _language(job: Job, stop: StopSignal, observer: Observer | None) -> bool:
+def _language(job: Job, observer: Observer | None) -> bool:
     """The whole life of a language rank; whether it did all steps."""
     config, groups, here = job.config, job.groups, job.platform
     encoders = agree(lambda: None if config.parallel.encoder else job.encoders())
@@ -284,30 +306,48 @@ def _language(job: Job, stop: StopSignal, observer: Observer | None) -> bool:
         job.folder / "checkpoints",
         groups,
         keep=config.checkpoint.keep,
-        identity=_identity(job, marks),
-        about={"layout": _layout(job), "encoders": _encoder_files(config, marks)},
+        identity=identity(config, job.sources, marks),
+        about=about(config, groups.layout, marks),
         progress=job.progress,
+        guard=job.hold.require if job.hold else lambda: None,
     )
     start, bad_pairs, divergence = _resume(job, store, engine)
     watch = Watch(config.divergence, divergence)
     _agree_on_start(job, start)
+    if _is_stopping(job):
+        return False
     if observer:
         observer.begin(job)
     reporter = None
     if groups.seat.rank == 0:
         with writing(job.folder):
-            (job.folder / "config.yaml").write_text(config.to_yaml())
+            if earlier := keep_config(job.folder, config):
+                say(f"the configuration of the run before this one is kept as {earlier}")
             (job.folder / "encoders.json").write_text(json.dumps(marks, indent=1))
             reporter = Reporter(
                 job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
             )
     features = _feature_source(job, encoders, start)
-    loop = make_loop(job, engine, store, features, reporter, stop, watch, bad_pairs, observer)
+    loop = make_loop(job, engine, store, features, reporter, job.stop, watch, bad_pairs, observer)
+    how = "failed"
     try:
-        return loop.run(start, config.training.steps)
+        is_done = loop.run(start, config.training.steps)
+        how = "done" if is_done else f"stopped by {job.stop.reason}"
+        return is_done
     finally:
         if reporter:
             reporter.close()
+        if job.hold and job.hold.is_first:
+            job.hold.end = _how_it_ended(job, how, store, loop.done)
+
+
+def _how_it_ended(job: Job, how: str, store: CheckpointStore, done: int) -> str:
+    """The last line of a run: how it ended, why, and where to look."""
+    kept = store.newest or "none"
+    on = "" if how == "done" else "; the same command goes on from it" if store.newest else ""
+    plot = job.folder / "loss.png"
+    drawn = f", plot {plot}" if plot.is_file() else ""
+    return f"{how} after {done} of {job.config.training.steps} steps; checkpoint {kept}{drawn}{on}"
 
 
 def make_loop(
@@ -431,6 +471,17 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
     return marks
 
 
+def _is_stopping(job: Job) -> bool:
+    """Whether the first rank was asked to stop, or has heard that another one was, before the first step."""
+    found = [(job.stop.has_come, job.stop.reason)]
+    dist.broadcast_object_list(found, src=0)
+    has_come, reason = found[0]
+    if has_come and job.hold:
+        job.stop.ask(reason)
+        job.hold.end = f"stopped by {reason} before the first step; nothing new to save" if job.hold.is_first else ""
+    return has_come
+
+
 def _agree_on_start(job: Job, start: int | None) -> int:
     """The step to begin at, as the first language rank found it."""
     found = [start]
@@ -455,44 +506,6 @@ def _say_memory(job: Job, engine: Engine) -> None:
         say_of_ranks([f"bytes of {', '.join(part)}" for part in parts])
 
 
-def _identity(job: Job, marks: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state."""
-    config, data = job.config, job.config.data
-    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
-    names = (
-        "pairs_per_step",
-        "conversations_per_step",
-        "text_tokens_per_step",
-        "sequence_length",
-        "row_multiple",
-        "isolate_documents",
-    )
-    sources = {"pairs": (job.sources.pairs, data.samples), "text": (job.sources.text, data.text)}
-    amounts = {
-        name: {"bounds": source.bounds, "weights": [of.weight for of in given]} if source else None
-        for name, (source, given) in sources.items()
-    }
-    return {
-        "run": {"seed": config.run.seed},
-        "model": config.model.shape,
-        "vision": {"experts": marks, **{name: getattr(config.vision, name) for name in looks}},
-        "tokenizer": job.sources.tokenizer.mark.sha256,
-        "data": {name: getattr(data, name) for name in names} | amounts,
-        "training": {"precision": config.training.precision, "train": config.training.train},
-    }
-
-
-def _layout(job: Job) -> dict[str, Any]:
-    """How this run is divided, as plain values."""
-    sizes = asdict(job.config.parallel) | {"world": job.groups.layout.world}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
-
-
-def _encoder_files(config: RunConfig, marks: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Where the frozen weights are, which no checkpoint holds."""
-    return {item.name: {"path": item.weights, "sha256": marks[item.name]} for item in config.vision.experts}
-
-
 def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int, dict[str, Any] | None]:
     """Load the checkpoint to go on from, if there is one, or else the weights to begin with.
 
@@ -501,39 +514,55 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     """
     weights = job.config.model.weights
 
-    def load() -> tuple[Path, dict[str, Any]] | Weights | None:
-        if path := store.find(job.config.checkpoint.resume):
-            return path, store.check(path)
+    def load() -> Chosen | Weights | None:
+        if chosen := store.choose(job.config.checkpoint.resume):
+            return chosen
         return Weights.open(Path(weights), _model(job.config), store) if weights else None
 
     found = agree(load)
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
-        if found is None:
-            return 0, 0, None
-        if isinstance(found, Weights):
-            engine.prepare_state(0)
-            pieces = engine.pieces(of_copies=True)
-            found.load((piece for piece in pieces if piece.name.startswith(WEIGHTS)), store)
-            engine.take_state()
-            if job.groups.seat.rank == 0:
-                new = {VISION: ", new projections and tags", SKIP_TOKEN: ", a new skip token"}
-                say(f"begins with the weights of {found.path}{new.get(found.drawn, '')}")
-            return 0, 0, None
-        path, manifest = found
-        step, divergence = int(manifest["step"]), manifest.get("divergence")
-        engine.prepare_state(step - (divergence["skipped"] if divergence else 0))
-        objects = store.load(path, engine.pieces(of_copies=True), ["random"])
-        engine.take_state()
-        layout = _layout(job)
-        if manifest["layout"] == layout and "random" in objects:
-            restore_random_state(objects["random"])
         if job.groups.seat.rank == 0:
-            moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
-            say(f"resumed after step {step} from {path}{moved}")
-        return step, int(manifest["bad_pairs"]), divergence
+            for line in store.clear_the_way(found if isinstance(found, Chosen) else None):
+                say(line)
+        if isinstance(found, Chosen):
+            return _go_on(job, store, engine, found)
+        if found is not None:
+            _begin_with(job, store, engine, found)
+        return 0, 0, None
 
     return agree(fill)
+
+
+def _begin_with(job: Job, store: CheckpointStore, engine: Engine, weights: Weights) -> None:
+    """Take the weights of a checkpoint, and nothing else of it."""
+    engine.prepare_state(0)
+    pieces = engine.pieces(of_copies=True)
+    weights.load((piece for piece in pieces if piece.name.startswith(WEIGHTS)), store)
+    engine.take_state()
+    if job.groups.seat.rank == 0:
+        new = {VISION: ", new projections and tags", SKIP_TOKEN: ", a new skip token"}
+        say(f"begins with the weights of {weights.path}{new.get(weights.drawn, '')}")
+        for change in weights.changes:
+            say(f"  changed: {change}")
+
+
+def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> tuple[int, int, dict[str, Any] | None]:
+    """Take the whole state of a checkpoint; what `_resume` returns."""
+    manifest = chosen.manifest
+    step, divergence = int(manifest["step"]), manifest.get("divergence")
+    engine.prepare_state(step - (divergence["skipped"] if divergence else 0))
+    objects = store.load(chosen.path, engine.pieces(of_copies=True), ["random"])
+    engine.take_state()
+    layout = sizes_of(job.config, job.groups.layout)
+    if manifest["layout"] == layout and "random" in objects:
+        restore_random_state(objects["random"])
+    if job.groups.seat.rank == 0:
+        moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
+        say(f"resumed after step {step} from {chosen.path}{moved}")
+        for change in changes(job.folder, manifest, job.config):
+            say(f"  changed: {change}")
+    return step, int(manifest["bad_pairs"]), divergence
 
 
 def _model(config: RunConfig) -> Model:

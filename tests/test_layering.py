@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint", "training",
-    "config", "run", "planning", "benchmark", "__main__",
+    "errors", "console", "lock", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint",
+    "training", "config", "provenance", "run", "planning", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},

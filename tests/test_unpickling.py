@@ -34,7 +34,8 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from megatron_sphinx import platform, run
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.store import CheckpointStore, Piece, complete, load_weights, weight_shapes
+from megatron_sphinx.checkpoint.steps import complete
+from megatron_sphinx.checkpoint.store import CheckpointStore, Piece, load_weights, weight_shapes
 from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError

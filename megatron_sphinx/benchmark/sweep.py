@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,9 @@ from megatron_sphinx.benchmark.environment import environment
 from megatron_sphinx.benchmark.observer import PROFILED
 from megatron_sphinx.benchmark.summary import Run, summary
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, FolderError, SphinxError
+from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.training import metrics
 
@@ -82,7 +83,7 @@ class _Point:
     def fail(self, error: SphinxError) -> None:
         """Note what went wrong, and say so."""
         self.error = str(error)
-        metrics.say(f"{self.name} failed: {self.error.splitlines()[0]}")
+        say(f"{self.name} failed: {self.error.splitlines()[0]}")
 
 
 def points_of(sweeps: Sequence[str]) -> dict[str, list[str]]:
@@ -151,7 +152,7 @@ def _repeat(how: Measurement, point: _Point, repeat: int) -> None:
         return
     point.runs.append(run)
     speed, seconds = (median(line[name] for line in run.lines) for name in ("tokens_per_second", "step_seconds"))
-    metrics.say(f"run {repeat + 1}/{how.repeats} of {point.name}: {speed:.0f} tokens/s, {seconds:.3f} s/step")
+    say(f"run {repeat + 1}/{how.repeats} of {point.name}: {speed:.0f} tokens/s, {seconds:.3f} s/step")
 
 
 def _written(how: Measurement, point: _Point, about: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _run(how: Measurement, config: RunConfig, folder: Path) -> Run:
     command += ["--steps", str(how.steps), "--warmup", str(how.warmup)]
     with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as error:
         try:
-            status = subprocess.run(command, stdout=out, stderr=error, check=False).returncode
+            status = run_launcher(command, stdout=out, stderr=error)
         except OSError as failed:
             raise BenchmarkError(
                 f"--launcher={how.launcher}: {failed.strerror}; give a command to begin with"

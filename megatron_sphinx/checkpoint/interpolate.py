@@ -29,8 +29,10 @@ from megatron_sphinx.checkpoint.convert import (
 from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
+from megatron_sphinx.checkpoint.identity import differences
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.checkpoint.store import MANIFEST, first_difference, reason_of, write_manifest
+from megatron_sphinx.checkpoint.steps import MANIFEST
+from megatron_sphinx.checkpoint.store import reason_of, write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, Maps, contiguous, create, read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
@@ -178,7 +180,7 @@ def _compare(first: Opened, other: Opened) -> None:
     ours, theirs = (one.about.get("identity", {}) for one in (first, other))
     for name in ("model", "vision", "tokenizer"):
         if name in ours and name in theirs and ours[name] != theirs[name]:
-            where, one, another = first_difference(name, ours[name], theirs[name])
+            where, one, another = next(differences(ours[name], theirs[name], name))
             raise CheckpointError(
                 f"{other.folder}: was made with {where}={another}, {first.folder} with {one}; "
                 f"give checkpoints with the same model, encoders and tokenizer"

@@ -13,12 +13,13 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,19 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
-from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.checkpoint.identity import require_same
+from megatron_sphinx.checkpoint.steps import (
+    MANIFEST,
+    complete,
+    name_of,
+    newest_of,
+    off_the_line,
+    prune,
+    publish,
+    remove_remains,
+    set_aside,
+)
+from megatron_sphinx.errors import CheckpointError, SphinxError
 from megatron_sphinx.parallel.progress import Progress
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
@@ -54,7 +67,7 @@ if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import 
     from megatron_sphinx.model.shards import Block
     from megatron_sphinx.parallel.groups import ProcessGroups
 
-MANIFEST = "checkpoint.json"
+_SEEN_SECONDS = 90.0  # a network's file system may show a new file after a minute
 WEIGHTS = "master/"  # begins the names of the whole fp32 weights
 
 
@@ -73,6 +86,20 @@ class Piece:
     whole: tuple[int, ...]
     block: Block
     values: Tensor
+
+
+class Chosen(NamedTuple):
+    """A checkpoint to go on from.
+
+    Attributes:
+        path: of it.
+        manifest: what it says of itself.
+        faults: why newer ones were passed over.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    faults: list[str]
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -162,13 +189,15 @@ class CheckpointStore:
 
     Args:
         folder: where they are kept.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay, beside the one that the run goes on from.
         identity: what a checkpoint must agree with to be resumed: model, encoders, tokenizer, data.
         about: what it says of itself beside that, for its reader.
         progress: where the thread that writes makes itself known.
+        guard: raises where the run may not write its folder any more; asked on the first rank, before it does.
 
     Attributes:
         waiting_seconds: how long the run has waited for its checkpoints.
+        newest: the newest one that this run has written or goes on from; None before.
     """
 
     def __init__(
@@ -180,10 +209,13 @@ class CheckpointStore:
         identity: dict[str, Any],
         about: dict[str, Any],
         progress: Progress | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.groups, self.keep, self.identity, self.about = folder, groups, keep, identity, about
-        self._progress = progress or Progress()
+        self._progress, self._guard = progress or Progress(), guard
         self.waiting_seconds = 0.0
+        self.newest: Path | None = None
+        self._begun: list[Path] = []
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._is_first = groups.seat.rank == 0
@@ -241,18 +273,19 @@ class CheckpointStore:
     def _write(self, step: int, planner: _SavePlanner, history: dict[str, Any]) -> None:
         """Everything that is done in the background; the ranks talk over a group of its own."""
         self._progress.saver = get_ident()
-        target = self.folder / f"step_{step:08d}"
+        target = self.folder / name_of(step)
         partial = self.folder / f".{target.name}.partial"
 
-        def publish(files: list[dict[str, str]]) -> None:
+        def finish(files: list[dict[str, str]]) -> None:
             sums = {name: value for part in files for name, value in part.items()}
             sums[".metadata"] = sha256_of(partial / ".metadata")
             manifest = {"step": step, **history, "identity": self.identity, **self.about, "files": sums}
             write_manifest(partial, manifest)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            for old in complete(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+            self._guard()
+            publish(partial, target)
+            read_manifest(target)
+            metadata_of(target)
+            prune(target, keep=self.keep, protected=self._begun)
 
         try:
             self._together(target, lambda: self._begin(partial) if self._is_first else None)
@@ -262,7 +295,8 @@ class CheckpointStore:
             files = self._together(
                 target, lambda: {path.name: sha256_of(path) for path in partial.glob(f"__{own}_*.distcp")}
             )
-            self._together(target, lambda: publish(files) if self._is_first else None)
+            self._together(target, lambda: finish(files) if self._is_first else None)
+            self.newest = target
         except CheckpointError:
             if self._is_first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -272,8 +306,8 @@ class CheckpointStore:
         save({}, storage_writer=writer, planner=planner, process_group=self.groups.storage)
 
     def _begin(self, partial: Path) -> None:
-        for left_behind in self.folder.glob(".step_*.partial"):
-            shutil.rmtree(left_behind)
+        self._guard()
+        remove_remains(self.folder)
         partial.mkdir(parents=True)
 
     def _together(self, target: Path, work: Callable[[], Any]) -> list[Any]:
@@ -281,42 +315,119 @@ class CheckpointStore:
         result, reason = None, ""
         try:
             result = work()
+        except SphinxError as error:
+            reason = str(error)
         except (Exception, CheckpointException) as error:  # torch reports a full disk in errors of its own
-            reason = reason_of(error)
+            rank = self.groups.seat.rank
+            reason = (
+                f"{target}: rank {rank} could not write it ({reason_of(error)}); earlier checkpoints are untouched; "
+                f"make room, then resume with checkpoint.resume=auto"
+            )
         mine = (reason, result)
         found = [mine] * dist.get_world_size(self.groups.storage)
         dist.all_gather_object(found, mine, group=self.groups.storage)
-        for rank, (text, _) in enumerate(found):
+        for text, _ in found:
             if text:
-                failure = CheckpointError(
-                    f"{target}: rank {rank} could not write it ({text}); earlier checkpoints are untouched; "
-                    f"make room, then resume with checkpoint.resume=auto"
-                )
+                failure = CheckpointError(text)
                 failure.is_shared = True
                 raise failure
         return [value for _, value in found]
 
     # load
 
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, by `checkpoint.resume`; None for a fresh start."""
-        if resume == "none":
-            return None
-        if resume != "auto":
-            return Path(resume)
-        return next(reversed(complete(self.folder)), None)
+    def choose(self, resume: str) -> Chosen | None:
+        """Find the checkpoint to go on from, by `checkpoint.resume`; every language rank calls this, together.
 
-    def check(self, path: Path) -> dict[str, Any]:
-        """What a checkpoint to go on from says of itself.
+        None for a fresh start.
 
         Raises:
-            CheckpointError: it is incomplete or damaged, or of another model or other data.
+            CheckpointError: it is incomplete or damaged, or of another model or other data; or all that there are are
+                damaged.
         """
-        manifest = read_manifest(path)
+        if resume == "none":
+            return None
+        chosen = self._intact([Path(resume)]) if resume != "auto" else self._intact(self._known())
+        if chosen is None:
+            return None
         way_out = "use the configuration in its run folder, or start in another run.folder"
-        require_same(f"checkpoint.resume={path}", manifest["identity"], self.identity, way_out)
-        self.verify(path, manifest)
-        return manifest
+        made = _ordered(chosen.manifest["identity"])
+        require_same(f"checkpoint.resume={chosen.path}", made, _ordered(self.identity), way_out)
+        self.newest = chosen.path
+        self._begun.append(chosen.path)
+        return chosen
+
+    def _known(self) -> list[Path]:
+        """The complete checkpoints of the run as the first rank sees them, newest first."""
+        found = [complete(self.folder)[::-1] if self._is_first else []]
+        dist.broadcast_object_list(found, src=0, group=self.groups.storage)
+        return found[0]
+
+    def _intact(self, paths: Sequence[Path]) -> Chosen | None:
+        """The first of some checkpoints that is as it was written.
+
+        Raises:
+            CheckpointError: none is, or a rank does not see what the first one sees.
+        """
+        faults: list[str] = []
+        for path in paths:
+            manifest, fault = self._manifest(path)
+            if manifest is not None:
+                unseen, fault = self._look(path, manifest)
+                if unseen:
+                    raise CheckpointError(unseen)
+                if not fault:
+                    return Chosen(path, manifest, faults)
+            faults.append(fault)
+        if faults:
+            raise CheckpointError(faults[0] + (f"; {len(faults) - 1} earlier ones are no better" if faults[1:] else ""))
+        return None
+
+    def _manifest(self, path: Path) -> tuple[dict[str, Any] | None, str]:
+        """What a checkpoint says of itself as the first rank reads it, or why it cannot."""
+        found: list[tuple[dict[str, Any] | None, str]] = [(None, "")]
+        if self._is_first:
+            try:
+                found = [(read_manifest(path), "")]
+            except CheckpointError as error:
+                found = [(None, str(error))]
+        dist.broadcast_object_list(found, src=0, group=self.groups.storage)
+        return found[0]
+
+    def _look(self, path: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+        """What some rank does not see of a checkpoint that the first one sees, and what is damaged in it."""
+        unseen = damaged = ""
+        try:
+            if _is_seen(path, manifest):
+                self.verify(path, manifest)
+            else:
+                unseen = (
+                    f"run.folder: rank {self.groups.seat.rank} on {gethostname()} does not see all files of {path}, "
+                    f"which the first rank sees; give a folder on storage that all nodes share"
+                )
+        except CheckpointError as error:
+            damaged = str(error)
+        except OSError as error:
+            damaged = f"checkpoint.resume={path}: cannot be read ({error}); give an earlier one"
+        found = [(unseen, damaged)] * self.groups.layout.language
+        dist.all_gather_object(found, (unseen, damaged), group=self.groups.storage)
+        first = [next(filter(None, texts), "") for texts in zip(*found, strict=True)]
+        return first[0], first[1]
+
+    def clear_the_way(self, chosen: Chosen | None) -> Iterator[str]:
+        """Move the steps in the folder that the run does not come from out of its way; the first rank calls this.
+
+        Args:
+            chosen: the checkpoint that it goes on from; None where it begins anew.
+
+        Yields:
+            A line for each that was damaged, and one of what was moved where.
+        """
+        for fault in chosen.faults if chosen else ():
+            yield f"passed over: {fault}"
+        if steps := off_the_line(self.folder, chosen.path if chosen else None):
+            self._guard()
+            aside = set_aside(self.folder, steps)
+            yield f"{', '.join(path.name for path in steps)}: this run does not go on from there, moved to {aside}"
 
     def verify(self, path: Path, manifest: Mapping[str, Any], key: str = "checkpoint.resume") -> None:
         """Compare the checksums of a checkpoint's files, this rank a share of them.
@@ -350,25 +461,6 @@ class CheckpointStore:
                 raise first from None
             raise CheckpointError(f"{key}={path}: cannot be read ({reason_of(error)}); give an earlier one") from error
         return {name.partition("/")[2]: value for name, value in wanted.items()}
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
-
-
-def newest_of(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the newest complete one in it.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (folder / MANIFEST).is_file():
-        return folder
-    for place in (folder, folder / "checkpoints"):
-        if found := complete(place):
-            return found[-1]
-    raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -439,22 +531,17 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
-    """Compare what a checkpoint was made with to what this run has.
-
-    Raises:
-        CheckpointError: they differ; the first difference is named.
-    """
-    for name, wanted in here.items():
-        if (found := made.get(name)) != wanted:
-            where, had, has = first_difference(name, found, wanted)
-            raise CheckpointError(f"{title}: was made with {where}={had}, this run has {has}; {way_out}")
+def _is_seen(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether this rank sees a checkpoint's files, a network's file system given time to show what is new."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not all((path / name).is_file() for name in manifest["files"]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
-def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
-    """The path and both values of the first difference of two plain values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
-            if one.get(key) != other.get(key):
-                return first_difference(f"{name}.{key}", one.get(key), other.get(key))
-    return name, one, other
+def _ordered(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity in which the order of the experts counts: their features are concatenated in it."""
+    vision = dict(identity.get("vision", {}))
+    return {**identity, "vision": {**vision, "order": list(vision.get("experts", {}))}}

@@ -5,21 +5,17 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from megatron_sphinx.checkpoint.conversion import Conversion
 from megatron_sphinx.checkpoint.convert import open_checkpoint
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import megatron
 from megatron_sphinx.checkpoint.formats.base import Opened
+from megatron_sphinx.checkpoint.identity import differences, require_same
 from megatron_sphinx.checkpoint.keymap import Model, Stored
-from megatron_sphinx.checkpoint.store import (
-    WEIGHTS,
-    CheckpointStore,
-    Piece,
-    newest_of,
-    read_manifest,
-    require_same,
-)
+from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Piece, read_manifest
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, boxes_of
 
@@ -37,11 +33,13 @@ class Weights:
         drawn: how the names begin of weights that it lacks, and may lack: a language model has never seen a picture, a
             stage that looks at one view has no skip token.
         opened: what it holds; None for one of ours, which the store reads.
+        changes: how pictures were shown to it otherwise than they are in this run, key by key.
     """
 
     path: Path
     drawn: str
     opened: Opened | None
+    changes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, model: Model, store: CheckpointStore) -> "Weights":
@@ -53,13 +51,15 @@ class Weights:
             store: of the run, whose ranks compare the checksums of a checkpoint of ours.
 
         Raises:
-            CheckpointError: it is of no known format, damaged, of another model or of another tokenizer.
+            CheckpointError: it is of no known format, damaged, of another model, or was trained with another tokenizer
+                or other encoders.
         """
-        opened, way_out = None, "configure the same model and tokenizer, or begin with other weights"
+        opened, seen = None, dict[str, Any]()
         if megatron.is_here(folder):
             path = newest_of(folder)
             manifest = read_manifest(path, KEY)
             holds, mark = megatron.model_of(path, manifest), manifest["identity"].get("tokenizer")
+            seen = manifest["identity"].get("vision", {}) if holds.channels else {}
         else:
             try:
                 opened = open_checkpoint(folder, model.language)
@@ -73,11 +73,18 @@ class Weights:
             made["tokenizer"], here["tokenizer"] = mark, store.identity["tokenizer"]
         if not holds.channels:
             made["channels"] = here["channels"]
+        vision = store.identity.get("vision", {})
+        if "experts" in seen:
+            for known, facts in ((seen, made), (vision, here)):
+                facts["vision"] = {"experts": known["experts"], "order": list(known["experts"])}
+        way_out = "configure the same model, tokenizer and encoders, or begin with other weights"
         require_same(f"{KEY}={path}", made, here, way_out)
         if opened is None:
             store.verify(path, manifest, KEY)
         lacks_skip_token = model.has_skip_token and not holds.has_skip_token
-        return cls(path, VISION if not holds.channels else SKIP_TOKEN if lacks_skip_token else "", opened)
+        drawn = VISION if not holds.channels else SKIP_TOKEN if lacks_skip_token else ""
+        others = differences(seen, {name: vision.get(name) for name in seen}, "vision")
+        return cls(path, drawn, opened, tuple(f"{key} was {had}, is {has}" for key, had, has in others))
 
     def load(self, pieces: Iterable[Piece], store: CheckpointStore) -> None:
         """Fill pieces of our fp32 weights, all but those to be drawn; every language rank calls this, together.

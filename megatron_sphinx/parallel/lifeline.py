@@ -8,7 +8,6 @@ in case that the first is the one.
 
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -20,25 +19,15 @@ from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from megatron_sphinx.console import complain, say
 from megatron_sphinx.parallel.progress import Beat, Progress
 from megatron_sphinx.parallel.stalls import Heard, find_stall, find_stragglers
+from megatron_sphinx.parallel.stop import StopSignal
 
 _ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"
 _GRACE_SECONDS = 3.0
 _LOOK_SECONDS = 0.5
 _MOST_BEAT_SECONDS = 3.0
-
-
-class StopSignal:
-    """Whether SIGTERM or SIGUSR1 has come; Slurm sends one of them before it takes the nodes away."""
-
-    def __init__(self) -> None:
-        self.has_come = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, _number: int, _frame: object) -> None:
-        self.has_come = True
 
 
 class Lifeline:
@@ -153,17 +142,17 @@ class Lifeline:
                 continue
             if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
-            print(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})", file=sys.stderr, flush=True)
+            complain(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})")
             self._go(end["status"], 1.5 if self.is_first_rank else 0.0)
 
     def _pass_on_stop(self) -> None:
         """Tell the first rank what this one was told, and it tells all at the end of its step."""
         if self._stop is None:
             return
-        if self.is_first_rank:
-            self._stop.has_come = self._stop.has_come or self._store.check([_STOP])
-        elif self._stop.has_come:
-            self._store.set(_STOP, self.name)
+        if not self.is_first_rank and self._stop.has_come:
+            self._store.set(_STOP, f"{self._stop.reason} to {self.name}")
+        elif self.is_first_rank and not self._stop.has_come and self._store.check([_STOP]):
+            self._stop.ask(self._store.get(_STOP).decode())
 
     def _judge(self, *, is_broken: bool) -> None:
         """Read where all ranks are; end the job if one holds it up, say which are slow."""
@@ -184,7 +173,7 @@ class Lifeline:
         later = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
         if found and now - self._blamed_since >= later and self._announce(1, found):
             self._closed.set()
-            print(f"megatron-sphinx train: {found}", file=sys.stderr, flush=True)
+            complain(f"megatron-sphinx train: {found}")
             self._go(1, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
         if self.is_first_rank:
             self._report_stragglers()
@@ -192,11 +181,9 @@ class Lifeline:
     def _report_stragglers(self) -> None:
         slow = find_stragglers([beat for beat, _ in self._heard.values()], self._ratio)
         for who in slow.keys() - self._progress.stragglers.keys():
-            print(
-                f"straggler: {who} takes {slow[who]:.2f} times as long as the median rank for the same work", flush=True
-            )
+            say(f"straggler: {who} takes {slow[who]:.2f} times as long as the median rank for the same work")
         for who in self._progress.stragglers.keys() - slow.keys():
-            print(f"no longer a straggler: {who}", flush=True)
+            say(f"no longer a straggler: {who}")
         self._progress.stragglers = slow
 
     def _watch_store(self) -> None:
@@ -210,11 +197,9 @@ class Lifeline:
             if silence() < limit or self._closed.wait(2.0) or silence() < limit:  # this process may have been stopped
                 continue
             where = os.environ.get("MASTER_ADDR", "this process")
-            print(
+            complain(
                 f"[{self.name}] leaves: run.timeout={limit:g}: the job's store on {where} has not answered for "
-                f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto",
-                file=sys.stderr,
-                flush=True,
+                f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto"
             )
             self._go(1)
 

@@ -5,7 +5,6 @@ Run by torchrun, one process a rank: the ranks of a job share cores, memory and 
 
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,19 +21,20 @@ import yaml
 from megatron_sphinx import config as configuration
 from megatron_sphinx import platform
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, SphinxError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedRows
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.planning.hardware import Flops, Hardware, Shares, load
 from megatron_sphinx.planning.layouts import work_of
 from megatron_sphinx.planning.sizes import encoder_cost
 from megatron_sphinx.planning.step_time import OPERATIONS
 from megatron_sphinx.planning.work import Work
-from megatron_sphinx.training.metrics import say
 
 _REPEATS, _LARGE, _SMALL = 5, 4 * 2**20, 16  # numbers of a large and of a small message
 _LAYERS = 4  # that are timed on next to no tokens
@@ -61,9 +61,11 @@ def calibrate(config: RunConfig, *, ranks: int, target: Path) -> Hardware:
         resolved.write_text(config.to_yaml())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["-m", __name__, str(resolved), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CalibrationError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr[-2000:]}")
+        said = Path(folder) / "stderr.txt"
+        with open(os.devnull, "w") as nowhere, said.open("w") as errors:
+            status = run_launcher(command, stdout=nowhere, stderr=errors)
+        if status:
+            raise CalibrationError(f"{' '.join(command)}: ended with {status}: {said.read_text()[-2000:]}")
     found = load(str(target))
     say(f"{target}: {found.source}")
     for name, value in asdict(found).items():

@@ -16,8 +16,8 @@ from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.parallel.lifeline import StopSignal
 from megatron_sphinx.parallel.progress import Doing, Progress
+from megatron_sphinx.parallel.stop import StopSignal
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -39,6 +39,7 @@ class Loop:
         watch: judges losses and gradient norms.
         progress: where this rank notes what it is at.
         bad_pairs: pairs so far whose image could not be read.
+        done: steps done so far.
         peak_flops: of all language ranks together.
         step_flops: of a step's language model, forward and backward.
         observe: is told after each step of its plan, and the seconds that it took, that this rank waited for data, and
@@ -66,6 +67,7 @@ class Loop:
     save_interval: int
     layers: int
     bad_pairs: int = 0
+    done: int = 0
     observe: Callable[[StepPlan, float, float, float], None] | None = None
 
     def run(self, start: int, steps: int) -> bool:
@@ -85,7 +87,7 @@ class Loop:
             raise
 
     def _train(self, start: int, steps: int) -> bool:
-        step = steps - 1  # where nothing is left to do
+        step, self.done = steps - 1, start  # where nothing is left to do
         for step in range(start, steps):
             self.progress.begin(step)
             begin = time.perf_counter()
@@ -102,6 +104,7 @@ class Loop:
             seconds = time.perf_counter() - begin
             self.watch.settle(step, report.loss, report.gradient_norm, report.fault, report.samples)
             self.progress.at(Doing.REPORTING)
+            self.done = step + 1
             self.bad_pairs += round(report.sums.bad_pairs)
             if self.reporter:
                 if report.fault:

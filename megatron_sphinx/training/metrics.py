@@ -2,15 +2,13 @@
 
 import json
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_sphinx.console import say
 from megatron_sphinx.errors import writing
 
 
@@ -18,7 +16,8 @@ class Reporter:
     """Writes what rank 0 knows after each step.
 
     Args:
-        folder: the run folder; metrics.jsonl and skipped.jsonl in it are cut back to the steps before `start`.
+        folder: the run folder; metrics.jsonl and skipped.jsonl in it are cut back to the steps before `start`, what
+            they had of later ones goes to metrics.superseded.jsonl and skipped.superseded.jsonl.
         start: first step of this process.
         steps: steps of the whole run.
         interval: steps between two progress lines.
@@ -50,7 +49,7 @@ class Reporter:
                     self._board.add_scalar(name, value, step)
         self._seconds.append(line["step_seconds"])
         if step % self.interval == 0 or step in (self.start, self.steps - 1):
-            print(self._progress(line), flush=True)
+            say(self._progress(line))
 
     def write_skipped(self, line: dict[str, Any]) -> None:
         """Record a step that was skipped: which samples, and why.
@@ -85,16 +84,23 @@ def _shown(value: float | None, digits: int = 4) -> str:
 
 
 def _cut_back(path: Path, start: int) -> None:
-    """Keep the lines of the steps before `start`: what came after the checkpoint is done again."""
+    """Keep the lines of the steps before `start`; those of steps that are done again go to a file beside it."""
     if not path.is_file():
         return
-    kept = []
+    kept: list[str] = []
+    superseded: list[str] = []
     for text in path.read_text().splitlines():
         try:
-            if json.loads(text)["step"] < start:
-                kept.append(text)
+            (kept if json.loads(text)["step"] < start else superseded).append(text)
         except ValueError:  # the last line of a run that was killed while writing it
             continue
+    if superseded:
+        beside = path.with_name(f"{path.stem}.superseded{path.suffix}")
+        with beside.open("a") as file:
+            file.writelines(text + "\n" for text in superseded)
+            file.flush()
+            os.fsync(file.fileno())
+        say(f"{path.name}: {len(superseded)} lines of steps that are done again are kept in {beside.name}")
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(text + "\n" for text in kept))
     os.replace(partial, path)
@@ -135,17 +141,3 @@ def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
         out.append(mean / weight)
     return out
-
-
-def say(message: str) -> None:
-    """One line of what is going on, on standard output at once."""
-    print(message, file=sys.stdout, flush=True)
-
-
-def say_of_ranks(facts: Sequence[str]) -> None:
-    """A line for each rank, numbered as they come; neighbours of whom the same is to be said share one."""
-    first = 0
-    for fact, same in groupby(facts):
-        last = first + len(list(same)) - 1
-        say(f"rank {first}: {fact}" if first == last else f"ranks {first}-{last}: {fact}")
-        first = last + 1

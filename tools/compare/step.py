@@ -50,6 +50,7 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx import platform, run
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.console import say
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, rounds, views_in
 from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import SAMPLE, PairIndex
@@ -59,12 +60,12 @@ from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.parallel.lifeline import StopSignal
+from megatron_sphinx.parallel.stop import StopSignal
 from megatron_sphinx.platform import Stopwatch
 from megatron_sphinx.stage.channel import Round
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
-from megatron_sphinx.training.metrics import Reporter, read, say
+from megatron_sphinx.training.metrics import Reporter, read
 from megatron_sphinx.training.optimizer import learning_rate, parameter_groups
 
 LENGTHS = Path(__file__).parents[2] / "tests" / "real_lengths.json"

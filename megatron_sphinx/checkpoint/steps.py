@@ -1,0 +1,103 @@
+"""The checkpoints of a run folder: which there are, which are out of the way of a run, and which are old enough to go.
+
+A checkpoint of a step is a folder `step_` and eight digits that holds a manifest. Any other name is the user's own:
+nothing here takes, moves or removes it.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from itertools import count
+from pathlib import Path
+
+from megatron_sphinx.errors import CheckpointError
+
+MANIFEST = "checkpoint.json"
+_STEP, _REMAINS = re.compile(r"step_\d{8}"), re.compile(r"\.step_\d{8}\.(partial|pruned)")
+
+
+def name_of(step: int) -> str:
+    """Return the name of the checkpoint after so many steps."""
+    return f"step_{step:08d}"
+
+
+def complete(folder: Path) -> list[Path]:
+    """List the complete checkpoints of a folder, oldest first."""
+    return [path for path in _steps(folder) if (path / MANIFEST).is_file()]
+
+
+def newest_of(folder: Path) -> Path:
+    """Return the checkpoint that a folder is, or the newest complete one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    for place in (folder, folder / "checkpoints"):
+        if found := complete(place):
+            return found[-1]
+    raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
+
+
+def off_the_line(folder: Path, start: Path | None) -> list[Path]:
+    """List the steps in a folder that a run does not come from: later ones, or all where it begins elsewhere.
+
+    Args:
+        folder: the checkpoints of the run.
+        start: the checkpoint that it goes on from; None where it begins anew.
+    """
+    if start is None or start.resolve().parent != folder.resolve():
+        return _steps(folder)
+    return [path for path in _steps(folder) if path.name > start.resolve().name]
+
+
+def set_aside(folder: Path, steps: Iterable[Path]) -> Path:
+    """Move steps to a new folder `superseded_<number>` in the folder of checkpoints, which is returned."""
+    aside = next(path for number in count(1) if not (path := folder / f"superseded_{number}").exists())
+    aside.mkdir()
+    for path in steps:
+        path.rename(aside / path.name)
+    return aside
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a checkpoint that is whole its name; what has that name is set aside."""
+    if target.exists():
+        set_aside(target.parent, [target])
+    os.replace(partial, target)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def prune(newest: Path, *, keep: int, protected: Collection[Path]) -> None:
+    """Remove the oldest of the checkpoints before one, so that `keep` are left with it.
+
+    Args:
+        newest: it has been verified; what is later, and so not of the run that wrote it, is left alone.
+        keep: how many stay, that one counted.
+        protected: checkpoints that stay beside them.
+    """
+    older = [path for path in complete(newest.parent) if path.name < newest.name]
+    safe = {path.resolve() for path in protected}
+    for path in older[: max(0, len(older) - (keep - 1))]:
+        if path.resolve() not in safe:
+            doomed = path.with_name(f".{path.name}.pruned")  # so that no part of it is taken for a checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what a process that was killed has left half written, or half removed."""
+    for path in folder.glob(".step_*"):
+        if _REMAINS.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Every step in a folder, complete or not, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir())

@@ -1,0 +1,255 @@
+"""One job writes a run folder: a lock that says whose it is, and that a job which was killed cannot keep.
+
+The lock is a file, made by the one operation that is exclusive on NFS too. Its holder writes a number into it every few
+seconds. Another job knows at once that a holder is gone where both see the same processes, or where Slurm has requeued
+the job; else it watches the number. A holder that was taken for gone, for
+its machine stood still, finds out before it writes a checkpoint, and ends.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+from uuid import uuid4
+
+from megatron_sphinx.console import say
+from megatron_sphinx.errors import FolderError, SphinxError, writing
+
+NAME, END = ".lock", "ended.json"
+_TRIES = 100
+_BEAT_SECONDS = 5.0
+_SILENCE_SECONDS = 60.0  # without a beat, the holder is gone
+
+
+class Hold:
+    """The run folder in the hands of this process, from the start of a run to its end; on the first rank a lock.
+
+    Args:
+        folder: the run folder.
+        rank: number of this rank.
+
+    Attributes:
+        end: what is said last: how the run ended, and where the checkpoint and the plot are.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.is_first, self.end = folder, rank == 0, ""
+        self._lock: RunLock | None = None
+
+    def take(self) -> None:
+        """Take the folder for this job.
+
+        Raises:
+            FolderError: another job writes it, or it cannot be written.
+        """
+        if self.is_first:
+            self._lock = RunLock(self.folder, say)
+            with writing(self.folder):
+                (self.folder / END).unlink(missing_ok=True)
+
+    def require(self) -> None:
+        """Make sure that the folder is this job's still.
+
+        Raises:
+            FolderError: another job has taken it, while this one stood still.
+        """
+        if self._lock:
+            self._lock.require()
+
+    def give_back(self, status: int) -> None:
+        """Say how the run ended, and write its exit status down for who started it: torchrun makes each failure 1."""
+        if self.end:
+            say(self.end)
+        if self._lock:
+            with suppress(OSError, SphinxError):  # no room, or another job's: what follows from that has been said
+                self.require()
+                (self.folder / END).write_text(json.dumps({"status": status}) + "\n")
+            self._lock.release()
+
+
+class RunLock:
+    """The right to write a run folder, held by one process of a job.
+
+    Args:
+        folder: the run folder; it is made where there is none.
+        say: told that it has to be waited for, and what was found.
+
+    Raises:
+        FolderError: another job has it, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.path, self._say = folder / NAME, say
+        self._closed = Event()
+        self._owner = _this_process()
+        self._file = self._take()
+        self._beats = Thread(target=self._beat, name="lock", daemon=True)
+        self._beats.start()
+
+    def require(self) -> None:
+        """Make sure that no other job has taken the folder meanwhile.
+
+        Raises:
+            FolderError: one has.
+        """
+        found = _read(self.path)
+        if found is None or found[0].get("token") != self._owner["token"]:
+            who = f"{_named(found[0])} has taken it" if found else f"its {NAME} is gone"
+            raise FolderError(
+                f"run.folder={self.path.parent}: {who} while this job stood still; it writes nothing more; "
+                f"see which of them should go on"
+            )
+
+    def release(self) -> None:
+        """Give the folder free; what another job has taken stays its own."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._beats.join()
+        os.close(self._file)
+        found = _read(self.path)
+        if found and found[0].get("token") == self._owner["token"]:
+            with suppress(OSError):
+                self.path.unlink()
+
+    def _take(self) -> int:
+        with writing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(_TRIES):
+                if (file := self._make()) is not None:
+                    return file
+                self._remove_left_behind()
+        raise FolderError(f"run.folder={self.path.parent}: other jobs take it again and again; give another folder")
+
+    def _make(self) -> int | None:
+        """The lock's file, if there was none; whoever reads it finds it whole."""
+        whole = self.path.with_name(f"{NAME}.{self._owner['token']}")
+        file = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.write(file, f"{json.dumps(self._owner)}\n{0:020d}\n".encode())
+            os.fsync(file)
+            os.link(whole, self.path)
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, FileExistsError):
+                return None
+            raise
+        finally:
+            whole.unlink()
+        return file
+
+    def _remove_left_behind(self) -> None:
+        """Remove the lock of a job that is gone.
+
+        Raises:
+            FolderError: its job is there.
+        """
+        found = _read(self.path)
+        if found is None:
+            return
+        owner = found[0]
+        is_there = _is_there(owner, self._owner)
+        if is_there is None and (later := self._listen(found)) != found:
+            if later is None or later[0].get("token") != owner.get("token"):
+                return  # it has passed into other hands: look again
+            is_there = True
+        if is_there:
+            raise FolderError(
+                f"run.folder={self.path.parent}: {_named(owner)} is writing it; end that job or wait for it, "
+                f"or give another folder"
+            )
+        aside = self.path.with_name(f"{NAME}.left.{self._owner['token']}")
+        with suppress(FileNotFoundError):  # another job was faster
+            os.rename(self.path, aside)
+            taken = _read(aside)
+            if taken and taken[0].get("token") != owner.get("token"):  # that of a job that was faster
+                with suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+        self._say(f"the run folder was left behind by {_named(owner)}, which is gone")
+
+    def _listen(self, found: tuple[dict[str, Any], str]) -> tuple[dict[str, Any], str] | None:
+        """What becomes of a lock, as soon as it changes, or after a time in which its holder must have changed it."""
+        self._say(f"waits up to {_SILENCE_SECONDS:g} s for a sign of {_named(found[0])}, which has the run folder")
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(1)
+            if (now := _read(self.path)) != found:
+                return now
+        return found
+
+    def _beat(self) -> None:
+        count, place = 0, len(json.dumps(self._owner)) + 1
+        while not self._closed.wait(_BEAT_SECONDS):
+            count += 1
+            with suppress(OSError):  # a full disk or a server that is gone for a while: the next one may pass
+                os.pwrite(self._file, f"{count:020d}".encode(), place)
+                os.fsync(self._file)
+
+
+def _this_process() -> dict[str, Any]:
+    """What is written into a lock."""
+    return {
+        "token": uuid4().hex,
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "processes": _processes(),
+        "pid": os.getpid(),
+        "begun": _begun(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "start": time.strftime("%F %T"),
+    }
+
+
+def _is_there(owner: dict[str, Any], here: dict[str, Any]) -> bool | None:
+    """Whether the process that made a lock is there; None where that cannot be seen from here."""
+    if owner.get("boot") == here["boot"] and owner.get("processes") == here["processes"]:
+        return owner.get("begun") is not None and _begun(int(owner["pid"])) == owner["begun"]
+    if here["job"] and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]:
+        return False  # Slurm begins a job again once nothing of it runs
+    return None
+
+
+def _named(owner: dict[str, Any]) -> str:
+    job = f"Slurm job {owner['job']}, " if owner.get("job") else ""
+    return f"{job}process {owner.get('pid')} on {owner.get('host')}, since {owner.get('start')}"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str] | None:
+    """Who made a lock, and its number; None where there is none."""
+    try:
+        first, _, second = path.read_text().partition("\n")
+        owner = json.loads(first)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}, ""
+    return (owner, second) if isinstance(owner, dict) else ({}, "")
+
+
+def _boot() -> str:
+    """Differs each time that this machine is started."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _processes() -> str:
+    """The same where process numbers mean the same."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _begun(pid: int) -> str | None:
+    """When a process began, in ticks of this machine's clock; None where there is none."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
+    return None

@@ -1,0 +1,80 @@
+"""How a process is asked to stop: signals that are noted from its first moment, whatever it is at."""
+
+import os
+import signal
+import socket
+from threading import Thread
+from types import TracebackType
+from typing import Any
+
+from megatron_sphinx.console import complain
+
+_LEFT_AT_ONCE = 128 + signal.SIGINT
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGUSR1, SIGINT and SIGHUP; a run saves its state and ends. A second SIGINT ends it at once.
+
+    Made before torch is imported, so that no signal kills a rank that others wait for. Python calls its handlers only
+    between two instructions of its own, and a rank may be in a collective for minutes; a thread hears of the signal
+    from the interpreter's C handler all the same.
+
+    Attributes:
+        has_come: whether the process was asked to stop.
+        reason: by which signal, and where another rank was asked, which; empty before.
+    """
+
+    def __init__(self) -> None:
+        self.has_come, self.reason = False, ""
+        self._interrupts = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup asks for just that
+            self._before[number] = signal.signal(number, _leave_to_the_thread)
+        self._listener = Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back to who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()
+        self._listener.join()
+        self._reader.close()
+
+    def ask(self, reason: str) -> None:
+        """Note that this rank is to stop since another one was asked to; the first reason stands."""
+        self.reason = self.reason or reason
+        self.has_come = True
+
+    def _listen(self) -> None:
+        """The life of the thread that hears of signals."""
+        while numbers := self._reader.recv(16):
+            for number in numbers:
+                if number in self._before:
+                    self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        self.ask(number.name)
+        if number is not signal.SIGINT:
+            return
+        self._interrupts += 1
+        if self._interrupts == 1:
+            complain("interrupted: saves the state at the end of this step; interrupt again to leave at once, unsaved")
+        else:
+            complain("interrupted again: leaves at once, unsaved")
+            os._exit(_LEFT_AT_ONCE)
+
+
+def _leave_to_the_thread(_number: int, _frame: object) -> None:
+    """Python must have a handler for a signal, or its C handler wakes nobody."""

@@ -1,0 +1,120 @@
+"""What a run is made of, as its checkpoints and folder tell it: what must stay the same, and what a user changed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sphinx.checkpoint.identity import differences, require_same
+from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.checkpoint.store import read_manifest
+from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.loader import Sources
+from megatron_sphinx.parallel.layout import ParallelLayout
+
+
+def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> dict[str, Any]:
+    """Tell what a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state.
+
+    Args:
+        config: of the run.
+        sources: its opened data.
+        marks: what identifies the weights of each frozen expert, by its name, in the order of the mixture.
+    """
+    data = config.data
+    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
+    names = (
+        "pairs_per_step",
+        "conversations_per_step",
+        "text_tokens_per_step",
+        "sequence_length",
+        "row_multiple",
+        "isolate_documents",
+    )
+    streams = {"pairs": (sources.pairs, data.samples), "text": (sources.text, data.text)}
+    amounts = {
+        name: {"bounds": source.bounds, "weights": [of.weight for of in given]} if source else None
+        for name, (source, given) in streams.items()
+    }
+    return {
+        "run": {"seed": config.run.seed},
+        "model": config.model.shape,
+        "vision": {"experts": dict(marks), **{name: getattr(config.vision, name) for name in looks}},
+        "tokenizer": sources.tokenizer.mark.sha256,
+        "data": {name: getattr(data, name) for name in names} | amounts,
+        "training": {"precision": config.training.precision, "train": config.training.train},
+    }
+
+
+def about(config: RunConfig, layout: ParallelLayout, marks: Mapping[str, str]) -> dict[str, Any]:
+    """Tell what else a checkpoint says of the run that wrote it.
+
+    `layout` is how the run was divided, `encoders` where the frozen weights were, which no checkpoint holds, `config`
+    everything that it was told.
+    """
+    return {
+        "layout": sizes_of(config, layout),
+        "encoders": {item.name: {"path": item.weights, "sha256": marks[item.name]} for item in config.vision.experts},
+        "config": _plain(config),
+    }
+
+
+def sizes_of(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """Tell how a run is divided, as plain values."""
+    sizes = asdict(config.parallel) | {"world": layout.world}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+
+
+def keep_config(folder: Path, config: RunConfig) -> str:
+    """Write a run's `config.yaml`; an earlier one that differs stays beside it as `config.<number>.yaml`.
+
+    Returns:
+        The name that the earlier one has now; nothing where there was none, or an equal one.
+    """
+    path, text, name = folder / "config.yaml", config.to_yaml(), ""
+    if path.is_file() and path.read_text() != text:
+        name = next(name for number in count(1) if not (folder / (name := f"config.{number}.yaml")).exists())
+        path.rename(folder / name)
+    path.write_text(text)
+    return name
+
+
+def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """List what a run is told otherwise than the one whose checkpoint it goes on from, key by key.
+
+    Args:
+        folder: the run folder, whose config.yaml tells it for a checkpoint that does not.
+        manifest: what the checkpoint says of itself.
+        config: of the run.
+    """
+    earlier = manifest.get("config")
+    if earlier is None and (folder / "config.yaml").is_file():
+        earlier = json.loads(json.dumps(yaml.safe_load((folder / "config.yaml").read_text())))
+    if earlier is None:
+        return []
+    return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _plain(config))]
+
+
+def require_trained_as(folder: Path, config: RunConfig, tokenizer: str, marks: Mapping[str, str]) -> None:
+    """Make sure that the newest checkpoint in a folder is of a model, a tokenizer and encoders.
+
+    Raises:
+        CheckpointError: there is none, or it is of others.
+    """
+    path = newest_of(folder)
+    made = read_manifest(path)["identity"]
+    here = {"model": config.model.shape, "tokenizer": tokenizer, "vision": {"experts": dict(marks)}}
+    made = {name: made.get(name) for name in ("model", "tokenizer")} | {
+        "vision": {"experts": made.get("vision", {}).get("experts")}
+    }
+    require_same(str(path), made, here, "take the configuration in its run folder")
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain

@@ -1,0 +1,185 @@
+"""What becomes of a run folder's checkpoints: none of the run's own goes, none is mixed with another run's."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from test_training import identical
+
+from megatron_sphinx.checkpoint.steps import complete, name_of, newest_of, off_the_line, prune, set_aside
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.training import metrics
+
+SIX = {"training.steps": 6, "checkpoint.interval": 1, "checkpoint.keep": 3}
+
+
+def make(folder: Path, *steps: int | str) -> list[Path]:
+    """Checkpoints that hold a manifest and nothing else."""
+    paths = [folder / (step if isinstance(step, str) else name_of(step)) for step in steps]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "checkpoint.json").write_text("{}")
+    return paths
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damage(checkpoint: Path) -> None:
+    victim = next(checkpoint.glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+
+# one by one
+
+
+def test_only_step_and_eight_digits_is_a_step(tmp_path):
+    others = ("step_best", "step_00000009.bak", "step_9", "step_000000009", "Step_00000009", "step_0000000x")
+    make(tmp_path, 3, 7, *others)
+    (tmp_path / "step_00000008").mkdir()  # not complete
+    assert [path.name for path in complete(tmp_path)] == ["step_00000003", "step_00000007"]
+    assert newest_of(tmp_path).name == "step_00000007"
+    set_aside(tmp_path, off_the_line(tmp_path, None))
+    assert names(tmp_path) == sorted([*others, "superseded_1"])
+    assert names(tmp_path / "superseded_1") == ["step_00000003", "step_00000007", "step_00000008"]
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint; train first"):
+        newest_of(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_pruned_is_older_than_what_is_kept(tmp_path, seed):
+    rng = random.Random(seed)
+    steps = rng.sample(range(1, 30), rng.randint(1, 8))
+    newest, keep = rng.choice(steps), rng.randint(1, 4)
+    protected = rng.sample(steps, rng.randint(0, 2))
+    make(tmp_path, *steps, "step_best")
+    prune(tmp_path / name_of(newest), keep=keep, protected=[tmp_path / name_of(step) for step in protected])
+    before = sorted(step for step in steps if step <= newest)
+    wanted = {*before[-keep:], *protected, *(step for step in steps if step > newest)}
+    assert names(tmp_path) == sorted([*map(name_of, wanted), "step_best"])
+
+
+def test_a_run_that_begins_elsewhere_comes_from_none_of_the_steps(tmp_path):
+    (elsewhere,) = make(tmp_path / "other", 4)
+    found = make(tmp_path / "run", 2, 4, 6)
+    assert off_the_line(tmp_path / "run", elsewhere) == found
+    assert off_the_line(tmp_path / "run", found[1]) == found[2:]
+    (tmp_path / "link").symlink_to(found[1])
+    assert off_the_line(tmp_path / "run", tmp_path / "link") == found[2:]
+    assert off_the_line(tmp_path / "nowhere", None) == []
+
+
+# runs
+
+
+def test_a_run_begun_anew_in_a_used_folder_keeps_what_it_saves(train):
+    old = train(1, SIX)
+    config, lines = (old.folder / "config.yaml").read_text(), old.metrics
+    anew = train(1, {"checkpoint.resume": "none", "training.steps": 3, "checkpoint.interval": 1, "run.seed": 8})
+    checkpoints = anew.folder / "checkpoints"
+    assert names(checkpoints) == ["step_00000002", "step_00000003", "superseded_1"]
+    assert names(checkpoints / "superseded_1") == ["step_00000004", "step_00000005", "step_00000006"]
+    assert f"this run does not go on from there, moved to {checkpoints / 'superseded_1'}" in anew.ranks.text()
+    assert "metrics.jsonl: 6 lines of steps that are done again are kept in" in anew.ranks.text()
+    assert identical(metrics.read(anew.folder / "metrics.superseded.jsonl"), lines)
+    assert (anew.folder / "config.1.yaml").read_text() == config
+    on = train(1, {"training.steps": 5, "checkpoint.interval": 1, "run.seed": 8})
+    assert "resumed after step 3 from" in on.ranks.text()
+    assert [line["step"] for line in on.metrics] == list(range(5))
+
+
+def test_copies_of_the_users_are_neither_taken_nor_removed(train):
+    run = train(1, {"training.steps": 3, "checkpoint.interval": 1})
+    checkpoints = run.folder / "checkpoints"
+    for name in ("step_best", "step_00000002.bak"):
+        shutil.copytree(checkpoints / "step_00000002", checkpoints / name)
+    on = train(1, {"training.steps": 6, "checkpoint.interval": 1})
+    assert "resumed after step 3 from" in on.ranks.text()
+    kept = ["step_00000002.bak", "step_00000003", "step_00000005", "step_00000006", "step_best"]
+    assert names(checkpoints) == kept  # the third is what it went on from
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_damaged_checkpoints_are_passed_over_and_the_good_one_stays(train, resume):
+    settings = SIX | {"parallel.encoder": 1}
+    run = train(3, settings)
+    checkpoints, whole = run.folder / "checkpoints", run.metrics
+    for name in ("step_00000006", "step_00000005"):
+        damage(checkpoints / name)
+    more = {"checkpoint.resume": str(checkpoints / "step_00000004")} if resume == "path" else {}
+    on = train(3, settings | {"checkpoint.keep": 1} | more)
+    assert names(checkpoints) == ["step_00000004", "step_00000006", "superseded_1"]
+    assert names(checkpoints / "superseded_1") == ["step_00000005", "step_00000006"]
+    said = on.ranks.text(0)
+    for name in ("step_00000006", "step_00000005"):
+        line = f"passed over: checkpoint.resume={checkpoints / name}: __0_0.distcp is damaged (its checksum differs)"
+        assert (line in said) == (resume == "auto")
+    assert f"step_00000005, step_00000006: this run does not go on from there, moved to {checkpoints}/super" in said
+    assert f"resumed after step 4 from {checkpoints}/step_00000004" in said
+    assert identical(on.metrics, whole)
+    assert [line["step"] for line in metrics.read(on.folder / "metrics.superseded.jsonl")] == [4, 5]
+
+
+def test_where_all_are_damaged_a_run_does_not_begin_anew(train):
+    run = train(1, SIX)
+    for path in complete(run.folder / "checkpoints"):
+        damage(path)
+    before = names(run.folder / "checkpoints")
+    refused = train(2, SIX | {"training.steps": 7}, status=2)
+    assert "__0_0.distcp is damaged (its checksum differs); give an earlier one; 2 earlier ones are no better" in (
+        refused.ranks.text(0)
+    )
+    assert names(run.folder / "checkpoints") == before
+
+
+def test_what_was_changed_on_purpose_is_said_and_kept(train):
+    run = train(1)
+    on = train(1, {"training.steps": 4, "optimizer.learning_rate": 3e-3, "loss.text_weight": 0.5})
+    said = [line for line in on.ranks.text().splitlines() if line.startswith("  changed: ")]
+    assert said == [
+        "  changed: loss.text_weight: 1.0 -> 0.5",
+        "  changed: optimizer.learning_rate: 0.01 -> 0.003",
+        "  changed: training.steps: 3 -> 4",
+    ]
+    manifest = json.loads((newest_of(on.folder) / "checkpoint.json").read_text())
+    assert manifest["config"]["loss"] == {"text_weight": 0.5}
+    assert "text_weight: 1.0" in (run.folder / "config.1.yaml").read_text()
+    assert "text_weight: 0.5" in (run.folder / "config.yaml").read_text()
+
+
+def test_a_checkpoint_that_tells_no_configuration_is_compared_with_the_folders(train):
+    run = train(1)
+    path = newest_of(run.folder) / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]  # as the version before wrote it
+    path.write_text(json.dumps(manifest))
+    on = train(1, {"training.steps": 4, "optimizer.weight_decay": 0.2})
+    assert re.search(r"^  changed: optimizer\.weight_decay: \S+ -> 0\.2$", on.ranks.text(), re.MULTILINE)
+    assert "resumed after step 3" in on.ranks.text()
+
+
+def test_every_difference_is_named(train):
+    train(1)
+    refused = train(1, {"training.steps": 5, "run.seed": 4, "data.pairs_per_step": 5}, status=2).ranks.text()
+    assert "was made with data.pairs_per_step=6, this run has 5; with run.seed=3, this run has 4; with vi" in refused
+
+
+def test_weights_of_other_encoders_are_refused_and_other_views_said(train, tiny):
+    first = train(1, {"training.steps": 1}, name="first")
+    begin = {"model.weights": str(first.folder), "training.steps": 1}
+    refused = train(1, begin | {"run.seed": 4}, name="second", status=2).ranks.text()
+    assert "was made with vision.experts.clip_convnext_small=random 3, this run has random 4; with vision.e" in refused
+    assert "configure the same model, tokenizer and encoders, or begin with other weights" in refused
+    turned = {"vision.experts": tiny.values["vision"]["experts"][::-1]}
+    for key in ({"model.weights": str(first.folder)}, {"checkpoint.resume": str(newest_of(first.folder))}):
+        said = train(1, key | turned | {"training.steps": 2}, name="third", status=2).ranks.text()
+        order = "['clip_convnext_small', 'dinov2_small'], this run has ['dinov2_small', 'clip_convnext_small']"
+        assert f"was made with vision.order={order}" in said
+    begun = train(1, begin | {"vision.views": 5, "data.sequence_length": 256}, name="fourth").ranks.text()
+    assert "  changed: vision.views was 1, is 5" in begun
