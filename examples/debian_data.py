@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -31,6 +32,7 @@ from webdataset import ShardWriter
 
 from megatron_sphinx.data import images
 from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.paths import inside
 
 PICTURES = ("tuxpaint-stamps-default", "gimp-help-en", "openclipart-png", "openclipart-svg")
 TEXTS = ("anarchism", "git-doc")
@@ -72,7 +74,7 @@ class Page(HTMLParser):
 
 
 def unpack(packages: tuple[str, ...], folder: Path) -> None:
-    """Download packages and unpack them into `folder`, by lists and caches of our own.
+    """Download packages and unpack them into `folder`, by lists and caches of our own; no link leads out of it then.
 
     Raises:
         DataError: apt-get or dpkg-deb is missing, or fails.
@@ -97,6 +99,15 @@ def unpack(packages: tuple[str, ...], folder: Path) -> None:
     for package in sorted(state.glob("*.deb")):
         run("dpkg-deb", "-x", str(package), str(folder))
     shutil.rmtree(state)
+    drop_links(folder)
+
+
+def drop_links(folder: Path) -> None:
+    """Remove the links in a folder that lead out of it: what is there is not of the packages."""
+    whole = os.path.realpath(folder)
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    for path in [path for path in links if not Path(os.path.realpath(path)).is_relative_to(whole)]:
+        path.unlink()
 
 
 def pairs(root: Path) -> Iterator[tuple[Path, str]]:
@@ -104,10 +115,11 @@ def pairs(root: Path) -> Iterator[tuple[Path, str]]:
     for picture in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.png")):
         if (text := picture.with_suffix(".txt")).is_file():
             yield picture, text.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    manual = root / "usr/share/gimp/2.0/help/en"
-    found = {picture for page in sorted(manual.glob("*.html")) for picture in Page(page).pictures}
+    manual = "usr/share/gimp/2.0/help/en"
+    found = {picture for page in sorted((root / manual).glob("*.html")) for picture in Page(page).pictures}
     for source, caption in sorted(found):
-        yield manual / unquote(source), caption
+        with suppress(DataError):  # a source may lead out of the packages
+            yield root / inside(root, f"{manual}/{unquote(source)}"), caption
     art = root / "usr/share/openclipart"
     for picture in sorted((art / "png").rglob("*.png")):
         yield picture, described((art / "svg" / picture.relative_to(art / "png")).with_suffix(".svg"))

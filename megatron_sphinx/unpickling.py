@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.paths import is_plain
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _PLANNER, _MEGATRON = "torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch"
@@ -164,7 +165,7 @@ def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
     """Where each part of each tensor lies."""
     for index, info in storage.items():
         offset, file = index.get("offset"), info.get("relative_path")
-        if not isinstance(file, str) or Path(file).name != file or file == "..":
+        if not is_plain(file):
             raise ValueError(f"{file!r} is no name of a file in it")
         if info.get("transform_descriptors"):
             raise ValueError(f"{file} is transformed by {info.get('transform_descriptors')!r}, which is not known here")

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "console", "lock", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint",
+    "errors", "console", "paths", "lock", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint",
     "training", "config", "provenance", "run", "planning", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
@@ -19,8 +19,8 @@ OWNERS = {
     "fsspec": {"data/files.py"},
     "pymupdf": {"data/documents.py"},
 }
-LIGHT = ["errors.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py", "data/packing.py",
-         "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py",
+LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
+         "data/packing.py", "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py",
          "parallel/progress.py", "parallel/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
          "planning/counts.py", "planning/hardware.py", "planning/memory.py",

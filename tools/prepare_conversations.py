@@ -1,14 +1,15 @@
 """Make conversations ready to train on: their tokens, which of them are answers, and their images in shards.
 
-    tools/prepare_conversations.py SOURCE... TARGET --tokenizer MODEL [--images FOLDER]
+    tools/prepare_conversations.py SOURCE... TARGET --tokenizer MODEL [--images FOLDER] [--follow-links]
 
 SOURCE is a .json file with a list of conversations, or a .jsonl file with one a line. A conversation is
 
     {"image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
 
-with no image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards. The index
-is written to TARGET: give that as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed,
-the same command goes on where it was.
+with no image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards, those
+that lie in FOLDER: what a link in it leads out to only with --follow-links. The index is written to TARGET: give that
+as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed, the same command goes on where
+it was.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("target", type=Path, metavar="TARGET")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
     parser.add_argument("--images", type=Path, help="folder of the images; default: that of each source")
+    parser.add_argument("--follow-links", action="store_true", help="also take images that links lead out of it to")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by image")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
@@ -35,8 +37,8 @@ def main() -> int:
     try:
         report = index_conversations(
             args.sources, args.target, Tokenizer(args.tokenizer),
-            images=args.images, samples_per_shard=args.samples_per_shard, held_out=args.held_out,
-            workers=args.workers, show=True,
+            images=args.images, follow_links=args.follow_links, samples_per_shard=args.samples_per_shard,
+            held_out=args.held_out, workers=args.workers, show=True,
         )  # fmt: skip
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

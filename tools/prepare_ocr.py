@@ -35,13 +35,14 @@ def main() -> int:
         "--most-characters", type=int, default=Settings.most_characters,
         help="of a page whose texts are asked for all at once",
     )  # fmt: skip
+    parser.add_argument("--follow-links", action="store_true", help="also take PDFs that links lead out of a folder to")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     args = parser.parse_args()
     try:
         settings = Settings(
             args.pixels, args.padding, args.most_pages, args.most_refused, args.most_turns, args.most_characters
         )
-        documents = find_documents(args.sources)
+        documents = find_documents(args.sources, follow_links=args.follow_links)
         report = write_documents(documents, args.target, settings, workers=args.workers, show=True)
     except SphinxError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -17,6 +17,24 @@ from megatron_sphinx.data.files import is_url
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.paths import inside
+
+
+def shards_of(source: str, target: Path, args: argparse.Namespace) -> list[str]:
+    """The shards that a source is, or holds, or is packed into under `target`.
+
+    Raises:
+        DataError: there is no such source, or it is a folder that holds nothing to take.
+    """
+    folder = Path(source)
+    if is_url(source) or folder.is_file():
+        return [source]
+    if not folder.is_dir():
+        raise DataError(f"{source}: no such file or folder")
+    if found := sorted(folder.glob("*.tar")):
+        return [str(folder / inside(folder, tar.name, follow_links=args.follow_links)) for tar in found]
+    packed = write_shards(folder, target, args.samples_per_shard, workers=args.workers, follow_links=args.follow_links)
+    return [str(shard) for shard in packed]
 
 
 def main() -> int:
@@ -28,21 +46,14 @@ def main() -> int:
     parser.add_argument("--caption-key", help="key of the caption in the .json; default: the .txt, else caption")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by key")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="of shards made from a folder")
+    parser.add_argument("--follow-links", action="store_true", help="also take what links lead out of a folder to")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     args = parser.parse_args()
     try:
         tokenizer = Tokenizer(args.tokenizer)
         shards: list[str] = []
         for number, source in enumerate(args.sources):
-            if is_url(source) or Path(source).is_file():
-                shards.append(source)
-            elif not Path(source).is_dir():
-                raise DataError(f"{source}: no such file or folder")
-            elif found := sorted(map(str, Path(source).glob("*.tar"))):
-                shards += found
-            else:
-                target = args.target / f"shards{number:03d}"
-                shards += map(str, write_shards(Path(source), target, args.samples_per_shard, workers=args.workers))
+            shards += shards_of(source, args.target / f"shards{number:03d}", args)
         report = index_shards(
             shards, args.target, tokenizer,
             caption_key=args.caption_key, held_out=args.held_out, workers=args.workers, show=True,

@@ -28,6 +28,7 @@ def main() -> int:
     mark.add_argument("target", type=Path, metavar="TARGET", help="folder")
     mark.add_argument("--padding", choices=("centre", "corner"), default="centre", help="of images to a square")
     mark.add_argument("--most-marks", type=int, default=10, help=f"on an image, at most {MOST_MARKS}: largest objects")
+    mark.add_argument("--follow-links", action="store_true", help="also take images that links lead out of it to")
     mark.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     merge = commands.add_parser("merge", help="join answers to conversations")
     merge.add_argument("prompts", type=Path, metavar="PROMPTS", help="the prompts.jsonl of mark")
@@ -38,7 +39,8 @@ def main() -> int:
         if args.command == "mark":
             report = write_marks(
                 args.annotations, args.images, args.target,
-                padding=args.padding, most_marks=args.most_marks, workers=args.workers, show=True,
+                padding=args.padding, most_marks=args.most_marks, follow_links=args.follow_links,
+                workers=args.workers, show=True,
             )  # fmt: skip
         else:
             report = merge_answers(args.prompts, args.answers, args.target)

@@ -61,6 +61,7 @@ from megatron_sphinx.checkpoint.steps import (
 )
 from megatron_sphinx.errors import CheckpointError, SphinxError
 from megatron_sphinx.parallel.progress import Progress
+from megatron_sphinx.paths import is_plain
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
@@ -497,13 +498,15 @@ def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
     """What a checkpoint says of itself; its files are there.
 
     Raises:
-        CheckpointError: it is missing or incomplete.
+        CheckpointError: it is missing or incomplete, or names a file elsewhere.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{key}={path}: not a complete checkpoint; give a step_... folder") from error
     for name in manifest["files"]:
+        if not is_plain(name):
+            raise CheckpointError(f"{key}={path}: {MANIFEST} names {name!r}, no file in its folder; give another one")
         if not (path / name).is_file():
             raise CheckpointError(f"{key}={path}: {name} is missing; give an earlier one")
     return manifest

@@ -3,10 +3,9 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from megatron_sphinx.data.pairs import CONVERSATION
 from megatron_sphinx.data.preparing import Report, is_held_out
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import inside
 
 _NO_IMAGE = Image(0, 0, 0, 0, 0)
 
@@ -70,6 +70,7 @@ def index_conversations(
     tokenizer: Tokenizer,
     *,
     images: Path | None = None,
+    follow_links: bool = False,
     samples_per_shard: int = 1000,
     held_out: float = 0.0,
     workers: int = 1,
@@ -84,7 +85,8 @@ def index_conversations(
         sources: .json files, each a list of what `conversation.parse` takes, or .jsonl files with one a line.
         folder: of the index.
         tokenizer: of the model that will be trained.
-        images: folder that the paths of images are relative to; without it, each source's own.
+        images: folder that the paths of images are relative to, and must stay in; without it, each source's own.
+        follow_links: whether links in that folder may lead out of it.
         samples_per_shard: conversations whose images share a shard.
         held_out: share of the conversations whose index goes to `folder / "held_out"` instead, chosen by image, or by
             id where there is none.
@@ -101,7 +103,7 @@ def index_conversations(
 
     def work(number: int) -> Part:
         unit = units[number]
-        return _index_unit(unit, images or unit.source.parent, folder, tokenizer, held_out)
+        return _index_unit(unit, images or unit.source.parent, folder, tokenizer, (held_out, follow_links))
 
     report = write_index(
         work, range(len(units)), folder, tokenizer,
@@ -138,26 +140,16 @@ def _units(source: Path, first: int, size: int) -> Iterator[_Unit]:
         yield _Unit(number, source, begin, items[begin : begin + size])
 
 
-def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, held_out: float) -> Part:
+def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, options: tuple[float, bool]) -> Part:
     """Copy the images of a unit to a shard, and index its conversations, if that is not done yet."""
     state = unit.source.stat()
     settings = (unit.number, unit.first, unit.end, str(unit.source), state.st_size, state.st_mtime_ns, str(root))
-    name = hashlib.sha256(repr((settings, held_out, tokenizer.mark)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((settings, options, tokenizer.mark)).encode()).hexdigest()[:24]
     part, shard = folder / PARTS / f"{name}.npz", folder / "shards" / f"{unit.number:06d}.tar"
     if part.is_file():
         return _part(shard, part)
-    quarantine: Quarantine = []
-    usable: list[tuple[str, Conversation]] = []
-    contents: dict[str, bytes] = {}
-    for key, item in unit.read():
-        try:
-            conversation = parse(item)
-            if conversation.image is not None and conversation.image not in contents:
-                contents[conversation.image] = _content(root / conversation.image)
-        except DataError as error:
-            quarantine.append({"shard": str(unit.source), "key": key, "reason": " ".join(str(error).split())})
-        else:
-            usable.append((key, conversation))
+    held_out, follow_links = options
+    usable, contents, quarantine = _usable(unit, root, follow_links)
     found = dict(zip(contents, _write_shard(shard, contents), strict=True))
     samples, tokens, answers, is_held = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], []
     count = 0
@@ -176,6 +168,31 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, hel
         is_held_out=is_held, quarantine=quarantine,
     )  # fmt: skip
     return _part(shard, part)
+
+
+def _usable(
+    unit: _Unit, root: Path, follow_links: bool
+) -> tuple[list[tuple[str, Conversation]], dict[str, bytes], Quarantine]:
+    """The conversations of a unit that can be used, by key; the files of their images, by path; and what is left out.
+
+    Paths of images are made normalised ones from `root`, however they are written.
+    """
+    usable: list[tuple[str, Conversation]] = []
+    contents: dict[str, bytes] = {}
+    quarantine: Quarantine = []
+    for key, item in unit.read():
+        try:
+            conversation = parse(item)
+            if conversation.image is not None:
+                path = inside(root, conversation.image, follow_links=follow_links)
+                conversation = replace(conversation, image=path)
+                if path not in contents:
+                    contents[path] = _content(root / path)
+        except DataError as error:
+            quarantine.append({"shard": str(unit.source), "key": key, "reason": " ".join(str(error).split())})
+        else:
+            usable.append((key, conversation))
+    return usable, contents, quarantine
 
 
 def _part(shard: Path, file: Path) -> Part:
@@ -197,13 +214,13 @@ def _content(path: Path) -> bytes:
 
 
 def _write_shard(shard: Path, contents: dict[str, bytes]) -> list[Image]:
-    """A tar of the images, in their order, and where each is in it; no tar without images."""
+    """A tar of the images under their normalised paths, and where each is in it; no tar without images."""
     shard.unlink(missing_ok=True)
     if not contents:
         return []
     with renamed(shard) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:
         for path, content in contents.items():
-            member = tarfile.TarInfo(os.path.normpath(path).lstrip("/"))
+            member = tarfile.TarInfo(path)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return [image_of(offset, block) for _, offset, block in members(str(shard), _refuse)]

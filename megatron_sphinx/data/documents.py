@@ -32,6 +32,7 @@ from megatron_sphinx.data.preparing import Report, in_parallel, write_json
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.data.tasks import PROMPTS, Conversation, conversation
 from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.paths import files_in
 
 READ_PAGE = "Read the texts of this page in order."
 READ_REGION = "Read the text in the region {box}."
@@ -376,18 +377,25 @@ def dialog(image: str, page: Page, settings: Settings) -> Conversation:
     return conversation(image, [turn for _, _, turn in sorted(ranked)[:turns]])
 
 
-def find_documents(sources: Sequence[Path]) -> dict[str, Path]:
+def find_documents(sources: Sequence[Path], *, follow_links: bool = False) -> dict[str, Path]:
     """PDFs by their names: of one in a folder its path there, of a file its own, without the ending.
 
+    Args:
+        sources: PDFs, and folders that hold some.
+        follow_links: whether links in these folders may lead out of them.
+
     Raises:
-        DataError: a source is missing, there is no PDF, or two have the same name.
+        DataError: a source is missing, there is no PDF, two have the same name, or one has a name that no folder can
+            have; or a link leads out of a folder, and links are not followed.
     """
     found: dict[str, Path] = {}
     for source in sources:
         if not source.exists():
             raise DataError(f"{source}: no such file or folder; check its path")
-        for path in sorted(source.rglob("*.[pP][dD][fF]")) if source.is_dir() else [source]:
+        for path in files_in(source, ("pdf",), follow_links=follow_links) if source.is_dir() else [source]:
             name = path.relative_to(source if source.is_dir() else source.parent).with_suffix("").as_posix()
+            if {".", ".."} & set(name.split("/")):  # of ..pdf and ...pdf
+                raise DataError(f"{path}: its images would lie in a folder {name!r}; rename it")
             if name in found:
                 raise DataError(f"{path}: has the name of {found[name]}; rename it, or give the folder of both")
             found[name] = path

@@ -7,7 +7,7 @@ Source: SPHINX-X, arXiv:2402.05935, section 3.2; Set-of-Mark prompting, arXiv:23
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_sphinx.data.preparing import Report, in_parallel, write_lines
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.data.tasks import Conversation, conversation
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import inside, relative
 
 COLOURS = {
     "red": (220, 20, 40), "green": (20, 140, 40), "blue": (20, 60, 220), "yellow": (255, 225, 25),
@@ -141,6 +142,7 @@ def write_marks(
     *,
     padding: str = "centre",
     most_marks: int = 10,
+    follow_links: bool = False,
     workers: int = 1,
     show: bool = False,
 ) -> Report:
@@ -151,10 +153,11 @@ def write_marks(
 
     Args:
         annotations: JSON as COCO's instances: images, categories, and annotations with boxes and perhaps polygons.
-        images: folder that the names of images are in.
+        images: folder that the names of images are in, and must stay in.
         target: folder.
         padding: where an image is in its square, `centre` or `corner`.
         most_marks: on an image; the largest objects get them.
+        follow_links: whether links in the folder of images may lead out of it.
         workers: processes at a time.
         show: whether to show progress.
 
@@ -168,7 +171,8 @@ def write_marks(
         raise DataError(f"most_marks={most_marks}: not so many can be told apart; give 1 to {MOST_MARKS}")
     pictures, quarantine = _read_annotations(annotations)
     (target / "images").mkdir(parents=True, exist_ok=True)
-    work = partial(_mark_image, images=images, target=target, padding=padding, most_marks=most_marks)
+    read = partial(_read_image, images, follow_links=follow_links)
+    work = partial(_mark_image, read=read, target=target, padding=padding, most_marks=most_marks)
     done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, what="image", show=show))
     report = Report(taken=sum(prompt is not None for prompt, _ in done))
     quarantine += [entry for _, left_out in done for entry in left_out]
@@ -196,7 +200,8 @@ def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
     """
     asked: dict[str, Entry] = {}
     for entry in _read_lines(prompts):
-        if entry is None or not entry.keys() >= {"id", "image", "marks", "description", "question"}:
+        keys = {"id", "image", "marks", "description", "question"}
+        if entry is None or not entry.keys() >= keys or not isinstance(entry["image"], str):
             raise DataError(f"{prompts}: not all lines are prompts; make it by tools/prepare_som.py mark")
         asked[entry["id"]] = entry
     missing = set(asked)
@@ -240,7 +245,7 @@ def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> Conversa
         raise DataError(f"empty answer: {entry['id']}")
     if unknown := mentioned(answer) - set(range(1, asked["marks"] + 1)):
         raise DataError(f"unknown mark: {min(unknown)} of {asked['marks']}")
-    return conversation(asked["image"], [(f"{asked['description']}\n{asked['question']}", answer)])
+    return conversation(relative(asked["image"]), [(f"{asked['description']}\n{asked['question']}", answer)])
 
 
 @dataclass(frozen=True)
@@ -275,8 +280,27 @@ def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry]]:
     return list(pictures.values()), quarantine
 
 
+def _read_image(images: Path, name: str, *, follow_links: bool) -> tuple[str, Image.Image]:
+    """The normalised path of an image in its folder, and the image.
+
+    Raises:
+        DataError: it is not in the folder, cannot be read, or does not decode.
+    """
+    path = inside(images, name, follow_links=follow_links)
+    try:
+        content = (images / path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    return path, decode(content)
+
+
 def _mark_image(
-    job: tuple[int, _Picture], *, images: Path, target: Path, padding: str, most_marks: int
+    job: tuple[int, _Picture],
+    *,
+    read: Callable[[str], tuple[str, Image.Image]],
+    target: Path,
+    padding: str,
+    most_marks: int,
 ) -> tuple[Entry | None, list[Entry]]:
     """Write the marked copy of an image: what is asked about it, and what of it is left out."""
     number, picture = job
@@ -286,10 +310,7 @@ def _mark_image(
         quarantine.append({"image": picture.name, "object": item, "reason": reason})
 
     try:
-        image = decode((images / picture.name).read_bytes())
-    except OSError as error:
-        leave_out(None, f"cannot be read: {error.strerror or error}")
-        return None, quarantine
+        path, image = read(picture.name)
     except DataError as error:
         leave_out(None, str(error))
         return None, quarantine
@@ -314,7 +335,7 @@ def _mark_image(
     question = QUESTIONS[key_of("question", picture.key) % (len(QUESTIONS) if len(marks) > 1 else len(QUESTIONS) - 1)]
     prompt = {
         "id": picture.key,
-        "image": picture.name,
+        "image": path,
         "marked": str(marked),
         "marks": len(marks),
         "description": describe(marks, image.size, padding),

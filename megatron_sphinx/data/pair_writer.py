@@ -18,22 +18,32 @@ from megatron_sphinx.data.pairs import SAMPLE, split_name
 from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import files_in
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CAPTION_ENDINGS = ("txt", "caption")
 MOST_CAPTION_BYTES = 8192  # a longer one is no caption of a picture
 
 
-def write_shards(folder: Path, target: Path, samples_per_shard: int = 1000, *, workers: int = 1) -> list[Path]:
+def write_shards(
+    folder: Path, target: Path, samples_per_shard: int = 1000, *, workers: int = 1, follow_links: bool = False
+) -> list[Path]:
     """Pack a folder of images with captions (`x.png` and `x.txt`) into WebDataset shards.
 
     A shard that already holds just these files is left as it is.
 
+    Args:
+        folder: of the images; those of folders in it too.
+        target: folder of the shards.
+        samples_per_shard: images that share a shard.
+        workers: processes at a time.
+        follow_links: whether links in the folder may lead out of it.
+
     Raises:
-        DataError: no image in the folder has a caption.
+        DataError: no image in the folder has a caption; or a link leads out of it, and links are not followed.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_ENDINGS)
-    found = [path for path in found if path.with_suffix(".txt").is_file()]
+    found = files_in(folder, (*IMAGE_ENDINGS, "txt"), follow_links=follow_links)
+    found = [path for path in found if path.suffix.lower() != ".txt" and path.with_suffix(".txt").is_file()]
     if not found:
         raise DataError(f"{folder}: holds no image with a caption beside it; give x.png and x.txt, and so on")
     target.mkdir(parents=True, exist_ok=True)

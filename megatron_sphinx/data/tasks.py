@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_sphinx.data.boxes import clip_box, format_box, format_boxes, format_point, from_coco
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import relative
 
 PROMPTS = {
     # SPHINX, arXiv:2311.07575, Table 1; the lines of options are as in eval_mm/annotations/MMMU_val_single.json, the
@@ -421,7 +422,7 @@ TASKS = {
 
 
 def build(task: str, content: object, padding: str, leave_out: LeaveOut) -> Iterator[Conversation]:
-    """The conversations of a file, in its order.
+    """The conversations of a file, in its order; paths of images are normalised, and none leads out of their folder.
 
     Args:
         task: a name in TASKS.
@@ -447,6 +448,8 @@ def build(task: str, content: object, padding: str, leave_out: LeaveOut) -> Iter
             continue
         try:
             made = TASKS[task].build(record, padding)
+            if "image" in made:
+                made["image"] = relative(made["image"])
         except DataError as error:
             leave_out(str(error))
         else:

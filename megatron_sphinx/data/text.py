@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_sphinx.data.plan import Runs
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import is_plain
 
 _OPEN_FILES = 64
 _REMEDY = "make it by tools/prepare_text.py"
@@ -149,7 +150,7 @@ def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
         content = json.loads((source / "index.json").read_text())
         mark = TokenizerMark(**content["tokenizer"])
         parts = [
-            _Part(str(source), source / part["name"], part["documents"], part["tokens"])
+            _Part(str(source), _prefix(source, part["name"]), part["documents"], part["tokens"])
             for part in content["files"]
             if part["tokens"]
         ]
@@ -158,3 +159,14 @@ def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"data.text={source}: damaged index.json ({error}); {_REMEDY}") from error
     return parts, mark
+
+
+def _prefix(folder: Path, name: object) -> Path:
+    """The prefix of a token file, by the name that an index has for it.
+
+    Raises:
+        ValueError: it is no name of a file beside the index.
+    """
+    if not is_plain(name):
+        raise ValueError(f"{name!r} is no name of a file beside it")
+    return folder / str(name)

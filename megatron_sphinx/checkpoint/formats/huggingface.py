@@ -19,6 +19,7 @@ from megatron_sphinx.checkpoint.keymap import WEIGHTS, Model, Rule, stored
 from megatron_sphinx.checkpoint.stream import read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.paths import is_plain
 
 EXTRAS = "sphinx.safetensors"
 
@@ -119,7 +120,7 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
     places: dict[str, str] = {}
     for name, read in _INDEXES.items():
         if (folder / name).is_file():
-            places = read_json(folder / name).get("weight_map", {})
+            places = _weight_map(folder / name)
             files = dict.fromkeys(sorted(set(places.values())), read)
             break
     else:
@@ -135,6 +136,23 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
         if not name.endswith(_DERIVED)
     }
     return found, places or {name: file for file, name in found}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """In which file an index says that each tensor is. Links to files are followed: downloads are full of them.
+
+    Raises:
+        CheckpointError: the index is damaged, or names what is no file beside it.
+    """
+    places = read_json(path).get("weight_map", {})
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{path}: weight_map holds no files by tensor; fetch it again")
+    for name, file in places.items():
+        if not is_plain(file):
+            raise CheckpointError(
+                f"{path}: {name}={file!r}: is no file beside the index; fetch it from a source you trust"
+            )
+    return places
 
 
 def _shape(about: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Paths that somebody else's files name: they stay inside the folder that the user named."""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from megatron_sphinx.errors import DataError
+
+_MOST_SHOWN = 200  # characters of a name in a message
+
+
+def is_plain(name: object) -> bool:
+    """Whether something is the name of a file alone, which leads nowhere from the folder that it is joined to."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def relative(name: str, root: Path | None = None) -> str:
+    """A path from a folder to a file in it or below it, normalised: without `..`, and without `/` before it.
+
+    It is read as text: what `a/../b.png` says is `b.png`, whatever `a` is.
+
+    Args:
+        name: the path.
+        root: the folder, as a message should name it; without it the path is of a folder that is not known yet.
+
+    Raises:
+        DataError: it is absolute, leads out of the folder, or names no file.
+    """
+    found = os.path.normpath(name)
+    if not _can_be_path(name) or found == ".":
+        raise DataError(f"no path: {_shown(name)} names no file")
+    if found.startswith("/") or found.split("/")[0] == "..":
+        where = f"is not in {root}" if root else "is absolute or leads out by .."
+        raise DataError(f"path out of the folder: {_shown(name)} {where}; give paths inside, or a folder that holds it")
+    return found
+
+
+def inside(root: Path, name: str, *, follow_links: bool = False) -> str:
+    """The normalised path from a folder to a file that stays inside it, after links are resolved.
+
+    Args:
+        root: folder that the user named; it may be a link itself.
+        name: path from there, or an absolute one that leads into it all the same; the file need not exist.
+        follow_links: whether links in the folder may lead out of it. What the name says may not, even so.
+
+    Raises:
+        DataError: it leads out of the folder, or names no file.
+    """
+    found = relative(_from(root, name) if _can_be_path(name) and os.path.isabs(name) else name, root)
+    if not follow_links:
+        target = os.path.realpath(root / found)
+        if not _is_below(os.path.realpath(root), target):
+            raise DataError(f"link out of the folder, which --follow-links takes: {root / found} leads to {target}")
+    return found
+
+
+def files_in(root: Path, endings: Collection[str], *, follow_links: bool = False) -> list[Path]:
+    """The files of a folder and of all folders in it that have one of the endings, sorted.
+
+    Args:
+        root: folder that the user named; it may be a link itself.
+        endings: in small letters and without a dot; those of files may be in any letters.
+        follow_links: whether links in the folder may lead out of it; linked folders are then gone into, each once.
+
+    Raises:
+        DataError: such a file, or a folder, is a link that leads out, and links are not followed.
+    """
+    found = [path for path in _walk(root, follow_links) if path.suffix.lower().removeprefix(".") in endings]
+    for path in found:
+        inside(root, str(path.relative_to(root)), follow_links=follow_links)
+    return sorted(found)
+
+
+def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
+    """All files of a folder; what links to a folder that comes anyway is passed over."""
+    whole = os.path.realpath(root)
+    known = {whole}
+    for place, folders, files in os.walk(root, followlinks=True):
+        yield from (Path(place, name) for name in files)
+        gone_into = []
+        for name in sorted(folders):
+            path = Path(place, name)
+            target = os.path.realpath(path)
+            if target in known or (path.is_symlink() and _is_below(whole, target)):
+                continue
+            inside(root, str(path.relative_to(root)), follow_links=follow_links)
+            known.add(target)
+            gone_into.append(name)
+        folders[:] = gone_into
+
+
+def _from(root: Path, name: str) -> str:
+    """An absolute path as one from a folder that it leads into; as it is where it does not."""
+    path = os.path.normpath(name)
+    for folder, target in ((os.path.abspath(root), path), (os.path.realpath(root), os.path.realpath(path))):
+        if _is_below(folder, target):
+            return os.path.relpath(target, folder)
+    return name
+
+
+def _is_below(folder: str, path: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
+
+
+def _can_be_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return False
+
+
+def _shown(name: str) -> str:
+    return repr(name)[:_MOST_SHOWN]
