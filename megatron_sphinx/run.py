@@ -19,6 +19,7 @@ from megatron_sphinx.checkpoint.keymap import Model
 from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.loader import (
     BatchBuilder,
     BatchLoader,
@@ -66,6 +67,7 @@ class Job:
     sources: Sources
     planner: Planner
     progress: Progress = field(default_factory=Progress)
+    scan: Scan | None = None  # on the first rank: what the loop lets read the data that nothing is known of
 
     @property
     def folder(self) -> Path:
@@ -198,7 +200,8 @@ def _write_end(config: RunConfig, rank: int, status: int) -> None:
 def _report(error: Exception, lifeline: Lifeline) -> int:
     """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
     if isinstance(error, SphinxError):
-        if lifeline.is_first_rank or not error.is_shared:
+        is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
+        if is_mine:
             print(f"megatron-sphinx train: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
@@ -222,17 +225,20 @@ def _open(config: RunConfig, here: Platform, groups: ProcessGroups, progress: Pr
 
     def work() -> Job:
         sources = open_sources(config.data, config.model)
+        scan = None
         if groups.seat.rank == 0:
             with writing(Path(config.run.folder)):
                 Path(config.run.folder).mkdir(parents=True, exist_ok=True)
                 (Path(config.run.folder) / _END).unlink(missing_ok=True)
-            sources.check()
+            memory = Memory(Path(config.run.folder) / "content")
+            sources.check(memory)
+            scan = sources.scan(memory)
         counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return Job(counted, here, groups, sources, planner, progress)
+        return Job(counted, here, groups, sources, planner, progress, scan)
 
     return agree(work)
 
@@ -356,6 +362,7 @@ def make_loop(
         max_bad_share=config.data.max_bad_share,
         save_interval=config.checkpoint.interval,
         layers=config.model.layers if config.model.experts else 0,
+        scan=None if observer else job.scan,
         bad_pairs=bad_pairs,
         observe=observer.step if observer else None,
     )

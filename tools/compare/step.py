@@ -55,6 +55,7 @@ from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import SAMPLE, PairIndex
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.text import TextIndex
+from megatron_sphinx.data.tokenizer import TokenizerMark
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -123,7 +124,7 @@ def opened(config: RunConfig, folder: Path) -> run.Job:
     """A job of all ranks as replicas, on the made data."""
     here = platform.current()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2)
+    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerMark(config.model.vocabulary, "none"))
     sources = Sources(tokenizer, PairIndex([folder / "pairs"]), TextIndex([folder / "text"]))
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
