@@ -37,7 +37,13 @@ def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> d
     )
     streams = {"pairs": (sources.pairs, data.samples), "text": (sources.text, data.text)}
     amounts = {
-        name: {"bounds": source.bounds, "weights": [of.weight for of in given]} if source else None
+        name: {
+            "bounds": source.bounds,
+            "weights": [of.weight for of in given],
+            "fingerprint": source.fingerprint,
+        }
+        if source
+        else None
         for name, (source, given) in streams.items()
     }
     return {

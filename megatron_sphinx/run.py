@@ -18,6 +18,7 @@ from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Chosen, l
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.console import complain, say, say_of_ranks
+from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.loader import (
     BatchBuilder,
     BatchLoader,
@@ -69,6 +70,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     stop: StopSignal = field(default_factory=StopSignal)
     hold: Hold | None = None
+    scan: Scan | None = None  # on the first rank: what the loop lets read the data that nothing is known of
 
     @property
     def folder(self) -> Path:
@@ -217,7 +219,8 @@ def _meet(here: Platform, timeout_seconds: float) -> None:
 def _report(error: Exception, lifeline: Lifeline) -> int:
     """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
     if isinstance(error, SphinxError):
-        if lifeline.is_first_rank or not error.is_shared:
+        is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
+        if is_mine:
             complain(f"megatron-sphinx train: {error}")
         return error.exit_status
     end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
@@ -245,14 +248,17 @@ def _open(
         if hold:
             hold.take()
         sources = open_sources(config.data, config.model)
+        scan = None
         if groups.seat.rank == 0:
-            sources.check()
+            memory = Memory(Path(config.run.folder) / "content")
+            sources.check(memory)
+            scan = sources.scan(memory)
         counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return Job(counted, here, groups, sources, planner, progress)
+        return Job(counted, here, groups, sources, planner, progress, scan=scan)
 
     return agree(work)
 
@@ -306,7 +312,7 @@ def _language(job: Job, observer: Observer | None) -> bool:
         job.folder / "checkpoints",
         groups,
         keep=config.checkpoint.keep,
-        identity=identity(config, job.sources, marks),
+        identity=lambda: identity(config, job.sources, marks),
         about=about(config, groups.layout, marks),
         progress=job.progress,
         guard=job.hold.require if job.hold else lambda: None,
@@ -396,6 +402,7 @@ def make_loop(
         max_bad_share=config.data.max_bad_share,
         save_interval=config.checkpoint.interval,
         layers=config.model.layers if config.model.experts else 0,
+        scan=None if observer else job.scan,
         bad_pairs=bad_pairs,
         observe=observer.step if observer else None,
     )
@@ -557,6 +564,8 @@ def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> 
     layout = sizes_of(job.config, job.groups.layout)
     if manifest["layout"] == layout and "random" in objects:
         restore_random_state(objects["random"])
+    if job.scan:
+        job.scan.then = lambda: store.require_same(chosen)
     if job.groups.seat.rank == 0:
         moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
         say(f"resumed after step {step} from {chosen.path}{moved}")

@@ -262,7 +262,7 @@ def check_other_tensors(folder: Path):
     def piece(name: str, *shape: int) -> Piece:
         return Piece(name, shape, Block((0,) * len(shape), shape), torch.ones(shape))
 
-    kept = CheckpointStore(folder, groups, keep=1, identity={"a": 1}, about={"layout": {}})
+    kept = CheckpointStore(folder, groups, keep=1, identity=lambda: {"a": 1}, about={"layout": {}})
     kept.save(7, [piece("w", 2, 3)], {"random": {"x": torch.ones(1)}}, bad_pairs=0)
     kept.finish()
     (path,) = complete(folder)

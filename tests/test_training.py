@@ -271,7 +271,9 @@ def test_a_checkpoint_of_another_run_is_refused(train, overrides, message):
     train(1)
     refused = train(1, {"training.steps": 5} | overrides, status=2)
     assert message in refused.ranks.text()
-    assert "use the configuration in its run folder, or start in another run.folder" in refused.ranks.text()
+    assert (
+        "use the configuration and the data in its run folder, or start in another run.folder" in refused.ranks.text()
+    )
 
 
 def with_small_files(config: Path, most: int) -> int:

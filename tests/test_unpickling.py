@@ -173,7 +173,7 @@ def opened(folder: Path) -> tuple[CheckpointStore, list[Piece]]:
     run._place()
     run._meet(platform.current(), 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
-    store = CheckpointStore(folder, groups, keep=1, identity={}, about={"layout": {}})
+    store = CheckpointStore(folder, groups, keep=1, identity=dict, about={"layout": {}})
     return store, [Piece("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
 
 

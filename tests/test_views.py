@@ -15,6 +15,7 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, Sources, views_in
 from megatron_sphinx.data.packing import Piece
 from megatron_sphinx.data.plan import DataConfig, DataSource
+from megatron_sphinx.data.tokenizer import TokenizerMark
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, ExpertConfig, VisionConfig
 from megatron_sphinx.model.encoders import FrozenEncoders
@@ -211,6 +212,7 @@ class Captions:
 
 class Tokens:
     bos, eos = 1, 2
+    mark = TokenizerMark(vocabulary=300, sha256="none")
 
 
 def check_skipping_equals_encoding_and_dropping(seed: int, views: int):

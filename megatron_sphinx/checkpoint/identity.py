@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from megatron_sphinx.errors import CheckpointError
 
+_NESTED = ("vision", "data")
+
 
 class Difference(NamedTuple):
     """A key, with dots, and both of its values; None where there is none."""
@@ -21,6 +23,24 @@ def differences(one: Any, other: Any, key: str = "") -> Iterator[Difference]:
             yield from differences(one.get(name), other.get(name), f"{key}.{name}" if key else name)
     elif one != other:
         yield Difference(key, one, other)
+
+
+def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prepare two identities of runs to be compared.
+
+    The order of the experts counts, since their features are concatenated in it. The fingerprint of a stream of data
+    counts where both are known: an older checkpoint has none, and data of others is read in the background first.
+    """
+    one, other = ({**identity, **{name: dict(identity.get(name, {})) for name in _NESTED}} for identity in (made, here))
+    for identity in (one, other):
+        identity["vision"]["order"] = list(identity["vision"].get("experts", {}))
+    for stream in ("pairs", "text"):
+        both = [identity["data"].get(stream) or {} for identity in (one, other)]
+        if not all(about.get("fingerprint") for about in both):
+            for identity, about in zip((one, other), both, strict=True):
+                kept = {name: value for name, value in about.items() if name != "fingerprint"}
+                identity["data"][stream] = kept or None
+    return one, other
 
 
 def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:

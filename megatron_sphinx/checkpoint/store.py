@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
-from megatron_sphinx.checkpoint.identity import require_same
+from megatron_sphinx.checkpoint.identity import comparable, require_same
 from megatron_sphinx.checkpoint.steps import (
     MANIFEST,
     complete,
@@ -191,7 +191,8 @@ class CheckpointStore:
     Args:
         folder: where they are kept.
         keep: how many of the newest stay, beside the one that the run goes on from.
-        identity: what a checkpoint must agree with to be resumed: model, encoders, tokenizer, data.
+        identity: tells what a checkpoint must agree with to be resumed: model, encoders, tokenizer, data. It is asked
+            again for each checkpoint: of data that is read in the background more is known later.
         about: what it says of itself beside that, for its reader.
         progress: where the thread that writes makes itself known.
         guard: raises where the run may not write its folder any more; asked on the first rank, before it does.
@@ -207,12 +208,13 @@ class CheckpointStore:
         groups: ProcessGroups,
         *,
         keep: int,
-        identity: dict[str, Any],
+        identity: Callable[[], dict[str, Any]],
         about: dict[str, Any],
         progress: Progress | None = None,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.groups, self.keep, self.identity, self.about = folder, groups, keep, identity, about
+        self.folder, self.groups, self.keep, self.about = folder, groups, keep, about
+        self._identity = identity
         self._progress, self._guard = progress or Progress(), guard
         self.waiting_seconds = 0.0
         self.newest: Path | None = None
@@ -220,6 +222,11 @@ class CheckpointStore:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._is_first = groups.seat.rank == 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is known now of what a checkpoint must agree with."""
+        return self._identity()
 
     # save
 
@@ -350,12 +357,20 @@ class CheckpointStore:
         chosen = self._intact([Path(resume)]) if resume != "auto" else self._intact(self._known())
         if chosen is None:
             return None
-        way_out = "use the configuration in its run folder, or start in another run.folder"
-        made = _ordered(chosen.manifest["identity"])
-        require_same(f"checkpoint.resume={chosen.path}", made, _ordered(self.identity), way_out)
+        self.require_same(chosen)
         self.newest = chosen.path
         self._begun.append(chosen.path)
         return chosen
+
+    def require_same(self, chosen: Chosen) -> None:
+        """Compare what a checkpoint was made with to what this run has, as far as both are known.
+
+        Raises:
+            CheckpointError: it is of another model or other data.
+        """
+        made, here = comparable(chosen.manifest["identity"], self.identity)
+        way_out = "use the configuration and the data in its run folder, or start in another run.folder"
+        require_same(f"checkpoint.resume={chosen.path}", made, here, way_out)
 
     def _known(self) -> list[Path]:
         """The complete checkpoints of the run as the first rank sees them, newest first."""
@@ -542,9 +557,3 @@ def _is_seen(path: Path, manifest: Mapping[str, Any]) -> bool:
             return False
         time.sleep(1)
     return True
-
-
-def _ordered(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity in which the order of the experts counts: their features are concatenated in it."""
-    vision = dict(identity.get("vision", {}))
-    return {**identity, "vision": {**vision, "order": list(vision.get("experts", {}))}}

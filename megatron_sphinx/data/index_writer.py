@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from numpy.typing import NDArray
 
 from megatron_sphinx.data import images
+from megatron_sphinx.data.content import Gauge
 from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed
 from megatron_sphinx.data.pairs import Shard, split_name
 from megatron_sphinx.data.preparing import Report, in_parallel, write_json
@@ -141,17 +142,19 @@ def _join(done: Sequence[Part], folder: Path, tokenizer: Tokenizer, of: str, *, 
     """Join the parts of all units to one index; how many samples and tokens it has."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
+    gauge = Gauge()
     count = tokens = 0
     with ExitStack() as stack:
-        names = ["samples.bin", "captions.bin"] + ["answers.bin"] * (of == "conversations")
-        files = [stack.enter_context(_whole(folder / name)) for name in names]
+        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (of == "conversations")
+        files = {name: stack.enter_context(_whole(folder / name)) for name in names}
         quarantine = stack.enter_context(_whole(folder / "quarantine.jsonl"))
         for number, part in enumerate(done):
             samples, captions, *answers = _chosen(part.file, held_out)
             samples["shard"] = number
             samples["caption"] += tokens
-            for file, array in zip(files, (samples, captions, *answers), strict=True):
+            for (name, file), array in zip(files.items(), (captions, samples, *answers), strict=True):
                 array.tofile(file)
+                gauge.add(name, array, are_tokens=name == "captions.bin")
             relative = part.shard if is_url(part.shard) else os.path.relpath(part.shard, folder)
             shards.append(Shard(relative, part.bytes, len(samples)))
             count, tokens = count + len(samples), tokens + len(captions)
@@ -162,6 +165,7 @@ def _join(done: Sequence[Part], folder: Path, tokenizer: Tokenizer, of: str, *, 
         "tokenizer": asdict(tokenizer.mark),
         "caption_type": _token_type(tokenizer).str,
         "shards": [asdict(shard) for shard in shards],
+        "content": asdict(gauge.content()),
     }
     if count:
         write_json(folder / "index.json", content)

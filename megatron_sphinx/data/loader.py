@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sphinx.data import images
+from megatron_sphinx.data.content import BESIDE, Memory, Scan, bad_id
 from megatron_sphinx.data.packing import Piece, Row
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.plan import DataConfig, Planner
@@ -32,11 +33,16 @@ class Sources:
     pairs: PairIndex | None
     text: TextIndex | None
 
-    def check(self) -> None:
+    def check(self, memory: Memory = BESIDE) -> None:
         """Raise DataError where a file is missing or has changed, or was made with another tokenizer."""
         for source in (self.pairs, self.text):
             if source is not None:
-                source.check(self.tokenizer)
+                source.check(self.tokenizer, memory)
+
+    def scan(self, memory: Memory) -> Scan:
+        """What will read, in the background, the data whose content nothing knows."""
+        parts = [part for source in (self.pairs, self.text) if source is not None for part in source.parts]
+        return Scan(parts, self.tokenizer.mark.vocabulary, memory)
 
 
 def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
@@ -105,7 +111,38 @@ class BatchBuilder:
         lengths = [sum(piece.length for piece in unit) for _, unit in units]
         row_of_token = np.repeat([number for number, _ in units], lengths).astype(np.int64)
         padding = -sum(lengths) % self.multiple if lengths else self.multiple
-        return self._join(pieces, [self._fill(piece) for piece in pieces], lengths, row_of_token, len(rows), padding)
+        filled = [self._fill(piece) for piece in pieces]
+        self._check_ids(pieces, filled)
+        return self._join(pieces, filled, lengths, row_of_token, len(rows), padding)
+
+    def _check_ids(
+        self, pieces: Sequence[Piece], filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> None:
+        """Raise DataError where a token, or one that is to be predicted, is none of the model's."""
+        if not pieces:
+            return
+        vocabulary = self.sources.tokenizer.mark.vocabulary
+        tokens, targets = map(np.concatenate, zip(*filled, strict=True))
+        is_bad = tokens.view(np.uint64) >= vocabulary  # as unsigned numbers negative ones are large
+        is_target_bad = (targets.view(np.uint64) >= vocabulary) & (targets != -100)
+        if not (is_bad | is_target_bad).any():
+            return
+        at = int((is_bad | is_target_bad).argmax())
+        ends = np.cumsum([piece.length for piece in pieces])
+        piece = pieces[int(np.searchsorted(ends, at, "right"))]
+        raise bad_id(self._name(piece), int((tokens if is_bad[at] else targets)[at]), vocabulary)
+
+    def _name(self, piece: Piece) -> str:
+        """The document or the pair that a piece is of, as an error should name it."""
+        if not piece.is_pair:
+            assert self.sources.text is not None
+            return self.sources.text.name(piece.item)
+        assert self.sources.pairs is not None
+        name = self.sources.pairs.name(piece.item)
+        if not self.sources.pairs.place(piece.item).bytes:
+            return name
+        shard, key = ImageReader(self.sources.pairs).name(piece.item)
+        return f"{name} ({key} of {shard})"
 
     def _fill(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and targets of one piece."""

@@ -73,7 +73,8 @@ def _write_shard(target: Path, found: Sequence[Path], first: int, number: int) -
                     return shard
         except tarfile.TarError:
             pass
-    with renamed(shard) as partial_shard, TarWriter(str(partial_shard), encoder=False) as tar:
+    newest = max(path.stat().st_mtime for image in found for path in (image, image.with_suffix(".txt")))
+    with renamed(shard) as partial_shard, TarWriter(str(partial_shard), encoder=False, mtime=newest) as tar:
         for sample in samples:
             tar.write(sample)
     return shard

@@ -2,7 +2,7 @@
 
 An index is a folder:
 
-* `index.json`: what it is of, the tokenizer's mark, the shards with their sizes, the type of tokens;
+* `index.json`: what it is of, the tokenizer's mark, the shards with their sizes, the type of tokens, the content;
 * `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
 * `captions.bin`: the tokens of all captions, memory-mapped;
 * `quarantine.jsonl`: what was left out, and why.
@@ -16,7 +16,7 @@ import os
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sphinx.data.content import BESIDE, Content, Memory, check_known, content_in, fingerprint, measure
 from megatron_sphinx.data.files import Mapped, RangeReader, is_url
 from megatron_sphinx.data.plan import PairSizes
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
@@ -56,7 +57,7 @@ class Shard:
 
 
 class _Folder:
-    """One index; `key` is what the configuration calls it: pairs or conversations."""
+    """One index, see Measured for what it holds; `key` is what the configuration calls it: pairs or conversations."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
@@ -67,7 +68,9 @@ class _Folder:
             self.tokenizer = TokenizerMark(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
             self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
-            self.captions = Mapped(folder / "captions.bin", np.dtype(content["caption_type"]))
+            self.kind = np.dtype(content["caption_type"])
+            self.content = content_in(content)
+            self.captions = Mapped(folder / "captions.bin", self.kind)
             self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
         except OSError as error:
             raise DataError(
@@ -84,6 +87,23 @@ class _Folder:
     @property
     def _remedy(self) -> str:
         return f"run tools/prepare_{self.key}.py again"
+
+    @property
+    def label(self) -> str:
+        return f"data.{self.key}={self.folder}"
+
+    @property
+    def paths(self) -> list[Path]:
+        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (self.answers is not None)
+        return [self.folder / name for name in names]
+
+    @property
+    def memory(self) -> Path:
+        return self.folder / "content.json"
+
+    def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
+        captions, *others = self.paths
+        return measure({captions: self.kind, **dict.fromkeys(others)}, is_stopped)
 
     def path(self, shard: int) -> str:
         """Where a shard is."""
@@ -128,25 +148,39 @@ class PairIndex:
         folders: of the indexes.
         key: what they are of, and called in the configuration: pairs or conversations.
 
+    Attributes:
+        bounds: first pair of each index, and how many there are.
+        parts: the indexes.
+
     Raises:
         DataError: a folder holds no index, or a damaged one, or one of something else.
     """
 
     def __init__(self, folders: Sequence[str | Path], key: str = "pairs") -> None:
-        self._folders = [_Folder(Path(folder), key) for folder in folders]
-        self.bounds = [0, *accumulate(folder.samples.size for folder in self._folders)]
+        self.parts = [_Folder(Path(folder), key) for folder in folders]
+        self.bounds = [0, *accumulate(folder.samples.size for folder in self.parts)]
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
-    def check(self, tokenizer: Tokenizer) -> None:
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal exactly where all indexes are, wherever they lie; None while one has not been read yet.
+
+        What they know of shards counts, so these too, by the names, sizes and times that they keep of their images.
+        """
+        return fingerprint(self.parts)
+
+    def check(self, tokenizer: Tokenizer, memory: Memory = BESIDE) -> None:
         """Raise DataError where a shard is missing or has changed its size, or the tokenizer is another one.
 
+        Token ids are compared with the vocabulary as far as `index.json` or the memory know them.
         That a shard of the right size is the one that was indexed is checked with each image that is read.
         """
         with ThreadPoolExecutor(16, "check") as pool:
-            for folder in self._folders:
-                check_tokenizer(f"data.{folder.key}={folder.folder}", folder.tokenizer, tokenizer)
+            for folder in self.parts:
+                check_tokenizer(folder.label, folder.tokenizer, tokenizer)
+                check_known(folder, memory, tokenizer.mark.vocabulary)
                 for _ in pool.map(folder.check, range(len(folder.shards))):
                     pass
 
@@ -156,8 +190,8 @@ class PairIndex:
         while first < last:
             source = bisect_right(self.bounds, first) - 1
             begin, stop = self.bounds[source], min(last, self.bounds[source + 1])
-            samples = self._folders[source].samples.read(first - begin, stop - begin)
-            targets = samples["tokens"] + 1 if self._folders[source].answers is None else samples["targets"]
+            samples = self.parts[source].samples.read(first - begin, stop - begin)
+            targets = samples["tokens"] + 1 if self.parts[source].answers is None else samples["targets"]
             found.append(PairSizes(samples["width"], samples["height"], samples["tokens"], targets))
             first = stop
         return PairSizes.joined(found)
@@ -206,9 +240,15 @@ class PairIndex:
         numbers = (int(sample[name]) for name in ("offset", "bytes", "header"))
         return Place(folder.path(shard), *numbers)
 
+    def name(self, pair: int) -> str:
+        """A pair as an error should name it: its index, and number in that."""
+        source = bisect_right(self.bounds, pair) - 1
+        folder = self.parts[source]
+        return f"{folder.label}: {folder.key.removesuffix('s')} {pair - self.bounds[source]}"
+
     def _at(self, pair: int) -> tuple[_Folder, Any]:
         source = bisect_right(self.bounds, pair) - 1
-        folder = self._folders[source]
+        folder = self.parts[source]
         place = pair - self.bounds[source]
         return folder, folder.samples.read(place, place + 1)[0]
 

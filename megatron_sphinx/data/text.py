@@ -1,12 +1,12 @@
 """Text as token files: Megatron's .bin and .idx, memory-mapped.
 
 A source is the prefix of one such file, whoever made it, or a folder of them as tools/prepare_text.py makes it, with
-an `index.json` that says how much is in each.
+an `index.json` that says what is in each.
 """
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +18,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
+from megatron_sphinx.data.content import BESIDE, Content, Memory, check_known, content_in, fingerprint, measure
 from megatron_sphinx.data.plan import Runs
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
 from megatron_sphinx.errors import DataError
@@ -27,12 +28,18 @@ _OPEN_FILES = 64
 _REMEDY = "make it by tools/prepare_text.py"
 
 
+def _paths(prefix: Path) -> list[Path]:
+    """The files of a token file: of its tokens, and of where documents begin."""
+    return [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx")]
+
+
 class TokenFile:
     """Documents of tokens. Every array it returns is a copy: the maps close with this object.
 
     Attributes:
         documents: how many there are.
         tokens: how many there are.
+        kind: type of a token id.
 
     Raises:
         DataError: a file is missing, damaged, or shorter than its index says.
@@ -40,7 +47,7 @@ class TokenFile:
 
     def __init__(self, prefix: str | Path) -> None:
         prefix = Path(prefix)
-        bin_path, idx_path = (prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx"))
+        bin_path, idx_path = _paths(prefix)
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise DataError(f"data.text={prefix}: {path} is missing; {_REMEDY}")
@@ -54,7 +61,9 @@ class TokenFile:
                 f"data.text={prefix}: {idx_path} is not an index of tokens ({error}); make it again"
             ) from error
         index = self._dataset.index
-        self._item = DType.size(index.dtype)
+        self.kind, self._item = np.dtype(index.dtype), DType.size(index.dtype)
+        if self.kind.kind not in "iu":
+            raise DataError(f"data.text={prefix}: {idx_path} is an index of {self.kind}, not of tokens; make it again")
         self.documents = int(index.sequence_count)
         end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._item
         if size != end:
@@ -78,14 +87,30 @@ class TokenFile:
         return tokens.astype(np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
-    """One of the token files."""
+    """One of the token files; see Measured for what it holds."""
 
     source: str
     prefix: Path
     documents: int
     tokens: int
+    content: Content | None = None
+
+    @property
+    def label(self) -> str:
+        return f"data.text={self.source}"
+
+    @property
+    def paths(self) -> list[Path]:
+        return _paths(self.prefix)
+
+    @property
+    def memory(self) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.content.json")
+
+    def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
+        return content_of(self.prefix, is_stopped)
 
 
 class TextIndex:
@@ -96,6 +121,7 @@ class TextIndex:
     Attributes:
         bounds: first token of each source, and how many there are.
         documents: how many there are.
+        parts: the token files.
 
     Raises:
         DataError: a source is missing or damaged.
@@ -104,25 +130,34 @@ class TextIndex:
     def __init__(self, sources: Sequence[str | Path]) -> None:
         found = [_open_source(Path(source)) for source in sources]
         self._marks = [(str(source), mark) for source, (_, mark) in zip(sources, found, strict=True)]
-        self._parts = [part for parts, _ in found for part in parts]
+        self.parts = [part for parts, _ in found for part in parts]
         self.bounds = [0, *accumulate(sum(part.tokens for part in parts) for parts, _ in found)]
-        self._first_token = [0, *accumulate(part.tokens for part in self._parts)]
-        self._first_document = [0, *accumulate(part.documents for part in self._parts)]
+        self._first_token = [0, *accumulate(part.tokens for part in self.parts)]
+        self._first_document = [0, *accumulate(part.documents for part in self.parts)]
         self.documents = self._first_document[-1]
-        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda part: TokenFile(self._parts[part].prefix))
+        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda part: TokenFile(self.parts[part].prefix))
 
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError where a file is missing or damaged, or was made with another tokenizer."""
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal exactly where all documents are, wherever they lie; None while a file has not been read yet."""
+        return fingerprint(self.parts)
+
+    def check(self, tokenizer: Tokenizer, memory: Memory = BESIDE) -> None:
+        """Raise DataError where a file is missing or damaged, or was made with another tokenizer.
+
+        Token ids are compared with the vocabulary as far as `index.json` or the memory know them.
+        """
         for source, mark in self._marks:
             check_tokenizer(f"data.text={source}", mark, tokenizer)
         with ThreadPoolExecutor(16, "check") as pool:
-            for _ in pool.map(self._check, self._parts):
+            for _ in pool.map(lambda part: self._check(part, memory, tokenizer.mark.vocabulary), self.parts):
                 pass
 
-    def _check(self, part: _Part) -> None:
+    def _check(self, part: _Part, memory: Memory, vocabulary: int) -> None:
         file = TokenFile(part.prefix)
         if (file.documents, file.tokens) != (part.documents, part.tokens):
             raise DataError(f"data.text={part.source}: {part.prefix} is not the file its index was made for; {_REMEDY}")
+        check_known(part, memory, vocabulary)
 
     def runs(self, first: int, last: int) -> Runs:
         """The documents, or parts of them, that tokens `first` to `last` are of; none is empty."""
@@ -140,6 +175,18 @@ class TextIndex:
         part = bisect_right(self._first_document, document) - 1
         return self._file(part).read(document - self._first_document[part], start, length)
 
+    def name(self, document: int) -> str:
+        """A document as an error should name it: its source, file, and number in that."""
+        number = bisect_right(self._first_document, document) - 1
+        part = self.parts[number]
+        return f"{part.label}: document {document - self._first_document[number]} of {part.paths[0]}"
+
+
+def content_of(prefix: Path, is_stopped: Callable[[], bool] = lambda: False) -> Content | None:
+    """What a token file holds, read from begin to end; None where that was stopped."""
+    tokens, index = _paths(prefix)
+    return measure({tokens: TokenFile(prefix).kind, index: None}, is_stopped)
+
 
 def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
     """The token files of a source, and the tokenizer that made them where it is known."""
@@ -150,7 +197,7 @@ def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
         content = json.loads((source / "index.json").read_text())
         mark = TokenizerMark(**content["tokenizer"])
         parts = [
-            _Part(str(source), _prefix(source, part["name"]), part["documents"], part["tokens"])
+            _Part(str(source), _prefix(source, part["name"]), part["documents"], part["tokens"], content_in(part))
             for part in content["files"]
             if part["tokens"]
         ]

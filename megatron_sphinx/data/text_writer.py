@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_sphinx.data.files import open_file, remove_partial, renamed, state_of
 from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out, write_json
+from megatron_sphinx.data.text import content_of
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 
@@ -118,21 +119,25 @@ def write_text(
     with renamed(folder / "quarantine.jsonl") as unfinished, unfinished.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for about in done for line in about["quarantine"])
     for which, target in enumerate(targets):
-        files = [
-            {
-                "name": f"{part.number:06d}",
-                "documents": about["written"][which][0],
-                "tokens": about["written"][which][1],
-            }
-            for part, about in zip(parts, done, strict=True)
-        ]
-        known = {entry["name"] for entry in files}
-        for path in target.iterdir():  # of an earlier call with more files
-            if re.fullmatch(r"\d{6}\.(bin|idx|json)", path.name) and path.stem not in known:
-                path.unlink()
-        if sums[which][0]:
-            write_json(target / "index.json", {"tokenizer": asdict(tokenizer.mark), "files": files})
+        _write_index(target, tokenizer, [_entry(part, about, which) for part, about in zip(parts, done, strict=True)])
     return report
+
+
+def _entry(part: _Part, about: dict[str, Any], which: int) -> dict[str, Any]:
+    """What the index says of the token file of a part, in the folder or in that of the held-out share."""
+    documents, tokens = about["written"][which]
+    entry = {"name": f"{part.number:06d}", "documents": documents, "tokens": tokens}
+    return entry | ({"content": about["contents"][which]} if tokens else {})
+
+
+def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, Any]]) -> None:
+    """Remove what is left of an earlier call with more files, and write the index if there is a document."""
+    known = {entry["name"] for entry in files}
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{6}\.(bin|idx|json|content\.json)", path.name) and path.name[:6] not in known:
+            path.unlink()
+    if any(entry["documents"] for entry in files):
+        write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.mark), "files": files})
 
 
 def _parts(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[_Part]:
@@ -191,7 +196,7 @@ def _write_part(
     if done.is_file() and all((target / f"{name}.idx").is_file() for target in targets):
         about: dict[str, Any] = json.loads(done.read_text())
         if about["mark"] == mark:
-            return about
+            return about if "contents" in about else about | _contents(targets, name, about["written"])
     done.unlink(missing_ok=True)
     quarantine: list[dict[str, Any]] = []
     written = [[0, 0] for _ in targets]
@@ -209,9 +214,18 @@ def _write_part(
         raise
     for writer in writers:
         writer.__exit__(None, None, None)
-    about = {"mark": mark, "written": written, "quarantine": quarantine}
+    about = {"mark": mark, "written": written, "quarantine": quarantine, **_contents(targets, name, written)}
     write_json(done, about)
     return about
+
+
+def _contents(targets: Sequence[Path], name: str, written: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What the token files of a part hold; None of one without tokens."""
+    found: list[dict[str, Any] | None] = []
+    for target, (_, tokens) in zip(targets, written, strict=True):
+        content = content_of(target / name) if tokens else None
+        found.append(asdict(content) if content else None)
+    return {"contents": found}
 
 
 def _documents(part: _Part, key: str, quarantine: list[dict[str, Any]]) -> Iterator[str]:

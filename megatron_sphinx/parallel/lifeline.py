@@ -83,9 +83,15 @@ class Lifeline:
         The first rank, where the store may live, goes last.
         """
         self._closed.set()
-        with suppress(RuntimeError):  # the store is gone already
-            self._announce(status, reason)
+        self.announce(status, reason)
         self._go(status, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
+
+    def announce(self, status: int, reason: str) -> bool:
+        """Announce that the job ends with `status`; False where another rank has done so before."""
+        try:
+            return self._announce(status, reason)
+        except RuntimeError:  # the store is gone, and nobody will hear of anything
+            return True
 
     def close(self) -> None:
         """Stop watching: from here on other ranks may leave."""
@@ -115,7 +121,11 @@ class Lifeline:
         return 2 * self._beat_seconds + 1
 
     def _announce(self, status: int, reason: str) -> bool:
-        """Whether this rank's announcement is the one that stands."""
+        """See `announce`.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
         end = json.dumps({"status": status, "by": self.name, "reason": " ".join(reason.split())[:400]})
         return bool(self._store.compare_set(_ENDED, "", end) == end.encode())
 

@@ -158,6 +158,9 @@ class BlankBatches(BatchBuilder):
         targets[last - piece.targets : last] = 0
         return np.zeros(piece.length, np.int64), targets
 
+    def _check_ids(self, *_: object) -> None:
+        """There are none."""
+
 
 @dataclass(frozen=True)
 class MadeUpPairs:

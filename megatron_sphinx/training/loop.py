@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.data.content import Scan
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
@@ -38,6 +40,7 @@ class Loop:
         rate: learning rate of a step.
         watch: judges losses and gradient norms.
         progress: where this rank notes what it is at.
+        scan: reads data whose content nothing knows while the steps go on; on the first rank.
         bad_pairs: pairs so far whose image could not be read.
         done: steps done so far.
         peak_flops: of all language ranks together.
@@ -66,6 +69,7 @@ class Loop:
     max_bad_share: float
     save_interval: int
     layers: int
+    scan: Scan | None = None
     bad_pairs: int = 0
     done: int = 0
     observe: Callable[[StepPlan, float, float, float], None] | None = None
@@ -75,11 +79,13 @@ class Loop:
 
         Raises:
             CheckpointError: a checkpoint could not be written.
-            DataError: more pairs than `data.max_bad_share` could not be read.
+            DataError: more pairs than `data.max_bad_share` could not be read, or data holds a token id that the model
+                does not have: this rank met it in a row, or the first rank's scan, which all are told.
             DivergedError: a loss or the gradient is not finite or spikes, and the run may not go on.
         """
         try:
-            return self._train(start, steps)
+            with self.scan or nullcontext():
+                return self._train(start, steps)
         except SphinxError:
             self.progress.at(Doing.SAVING)
             with suppress(CheckpointError):  # the state before the mistake is what one resumes from
@@ -94,7 +100,12 @@ class Loop:
             batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
             waited = time.perf_counter() - begin
             plan, rate = self.planner.step(step), self.rate(step)
-            known = Sums(stop=self.stop.has_come, failed=self.store.has_failed, data_wait_seconds=waited)
+            known = Sums(
+                stop=self.stop.has_come,
+                failed=self.store.has_failed,
+                bad_data=self.scan is not None and self.scan.error is not None,
+                data_wait_seconds=waited,
+            )
             report = train_step(
                 self.engine, plan, batches, self.features, self.groups,
                 text_weight=self.text_weight, rate=rate, device=self.platform.device, fault=self.watch.fault,
@@ -118,6 +129,8 @@ class Loop:
             if step == start:
                 self.say_memory()
             self._check_bad(plan)
+            if report.sums.bad_data:
+                self._raise_from_scan()
             is_stopping = report.sums.stop > 0
             if is_stopping or (step + 1) % self.save_interval == 0 or step + 1 == steps:
                 self.save(step + 1)
@@ -135,6 +148,16 @@ class Loop:
             )
             error.is_shared = True
             raise error
+
+    def _raise_from_scan(self) -> None:
+        """Raise what the first rank's scan ended with, on all language ranks."""
+        found = [self.scan.error if self.scan is not None else None]
+        dist.broadcast_object_list(found, src=0, group=self.groups.language)
+        [error] = found
+        assert error is not None
+        if isinstance(error, SphinxError):
+            error.is_shared = True
+        raise error
 
     def _line(self, plan: StepPlan, report: StepReport, rate: float, seconds: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""

@@ -21,8 +21,8 @@ from megatron_sphinx.training.deepspeed_engine import Engine
 class Sums:
     """What is summed over the micro-batches and replicas of a step.
 
-    Losses are in nats; `stop` and `failed` count ranks; the seconds are those of the rank that waited longest;
-    `data_wait_rank` is the one that waited longest for data.
+    Losses are in nats; `stop`, `failed` and `bad_data` count ranks; the seconds are those of the rank that waited
+    longest; `data_wait_rank` is the one that waited longest for data.
     """
 
     loss_pairs: float = 0.0
@@ -34,6 +34,7 @@ class Sums:
     balance: float = 0.0
     stop: float = 0.0
     failed: float = 0.0
+    bad_data: float = 0.0
     exposed_encoder_seconds: float = 0.0
     data_wait_seconds: float = 0.0
     data_wait_rank: float = 0.0

@@ -56,6 +56,7 @@ from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import SAMPLE, PairIndex
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.text import TextIndex
+from megatron_sphinx.data.tokenizer import TokenizerMark
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -124,7 +125,7 @@ def opened(config: RunConfig, folder: Path) -> run.Job:
     """A job of all ranks as replicas, on the made data."""
     here = platform.current()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2)
+    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerMark(config.model.vocabulary, "none"))
     sources = Sources(tokenizer, PairIndex([folder / "pairs"]), TextIndex([folder / "text"]))
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
@@ -175,7 +176,7 @@ class Ours:
             precision=config.training.precision,
         )  # fmt: skip
         job.folder.mkdir(parents=True, exist_ok=True)
-        store = CheckpointStore(job.folder / "checkpoints", groups, keep=1, identity={}, about={})
+        store = CheckpointStore(job.folder / "checkpoints", groups, keep=1, identity=dict, about={})
         reporter = None
         if groups.seat.rank == 0:
             reporter = Reporter(job.folder, start=0, steps=config.training.steps, interval=config.run.print_interval)
