@@ -3,18 +3,15 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
-
-import torch
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
-from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.lifeline import StopSignal
 from megatron_sphinx.parallel.progress import Doing, Progress
@@ -89,7 +86,7 @@ class Loop:
         for step in range(start, steps):
             self.progress.begin(step)
             begin = time.perf_counter()
-            batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
+            batches = [batch.to(self.platform.device) for batch in self.batches.step(step)]
             waited = time.perf_counter() - begin
             plan, rate = self.planner.step(step), self.rate(step)
             known = Sums(stop=self.stop.has_come, failed=self.store.has_failed, data_wait_seconds=waited)
@@ -193,9 +190,3 @@ def _skipped_line(plan: StepPlan, report: StepReport) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """None for what JSON cannot hold."""
     return value if isfinite(value) else None
-
-
-def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch on the device."""
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]
