@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RANKS := $(BIN)/torchrun --nproc-per-node 3
+RANKS := $(BIN)/python examples/launch.py
 RANDOM_RUN := runs/demo_random_expert
 FIGURE7 := runs/figure7
 FAMILY := runs/family

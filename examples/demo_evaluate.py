@@ -77,7 +77,7 @@ def accuracy(model: SphinxModel, config: RunConfig, features: torch.Tensor, labe
     for first in range(0, len(labels), size):
         chunk = features[first : first + size]
         batch, numbers = candidates(tokenizer, config.vision.tokens_per_view, len(chunk))
-        losses = model(batch, chunk.repeat(10, 1)).double()
+        losses = model(batch.to(chunk.device), chunk.repeat(10, 1)).double().cpu()
         totals = torch.zeros(len(chunk) * 10, dtype=torch.float64)
         totals.index_add_(0, numbers[batch.target_positions], losses)
         right += int((totals.view(-1, 10).argmin(1) == labels[first : first + size]).sum())

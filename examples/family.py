@@ -49,7 +49,7 @@ def losses(config: RunConfig, weights: dict[str, torch.Tensor], folder: Path, ke
     for (rows,) in job.planner.step(0).micro_batches:  # every sample is in the one step
         batch = builder.build(rows)
         seen = torch.stack([known[index.place(pair), view] for pair, view in views_in(rows)])
-        out = batch.spread(model.eval()(batch, seen).double())
+        out = batch.spread(model.eval()(batch.to(seen.device), seen).double().cpu())
         for number, pair in enumerate(batch.pairs):
             is_own = batch.pair_of_token == number
             total[pair], targets[pair] = out[is_own].sum(), (batch.targets[is_own] >= 0).sum()

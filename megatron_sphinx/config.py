@@ -27,6 +27,7 @@ class FolderConfig:
     Attributes:
         folder: what the run writes goes here.
         seed: every random choice of the run follows from it.
+        device: cpu; cuda, a GPU for each rank; or auto, cuda if each rank of the job has a GPU of its own, else cpu.
         timeout: seconds after which a rank that gets no further, or is not heard of, ends the job and is named.
         storage_timeout: the same for starting up and for saving a checkpoint.
         print_interval: steps between two progress lines.
@@ -38,6 +39,7 @@ class FolderConfig:
 
     folder: str
     seed: int = 1
+    device: str = "auto"
     timeout: float = 600.0
     storage_timeout: float = 1800.0
     print_interval: int = 10
@@ -45,6 +47,8 @@ class FolderConfig:
     straggler_ratio: float = 1.3
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"run.device={self.device}: must be auto, cpu or cuda")
         if not self.timeout >= 3:
             raise ConfigError(f"run.timeout={self.timeout}: must be at least 3; ranks are heard of only so often")
         if not self.storage_timeout >= self.timeout:

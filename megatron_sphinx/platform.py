@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from platform import machine
 from types import ModuleType
@@ -33,7 +33,7 @@ class Platform:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether an accelerator is present."""
+        """Whether an accelerator is used."""
         return self.device.type == "cuda"
 
     @property
@@ -108,22 +108,54 @@ class Stopwatch:
         return self._seconds
 
 
-@cache
+_chosen: Platform | None = None  # of this process
+
+
+def local_rank() -> int:
+    """Which rank of its machine this process is, as torchrun says it, or srun."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def chosen() -> Platform | None:
+    """The platform of this process; None where it has not been chosen yet."""
+    return _chosen
+
+
+def use(gpu: int | None) -> Platform:
+    """Let this process compute on a GPU, given by its number among the visible ones, or on the CPU (None), for good.
+
+    On the CPU the GPUs are hidden from other libraries, which would take one where they see one.
+    """
+    global _chosen
+    if _chosen is None:
+        # megatron-core knows its own MLPs only
+        logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+        _chosen = _on_cpu() if gpu is None else _on_cuda(gpu)
+    assert _chosen.device.index == gpu, f"this process computes on {_chosen.device} already"
+    return _chosen
+
+
 def current() -> Platform:
-    """The platform of this process; megatron-core is adapted to it on the first call."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # lets megatron-core overlap gradients' all-reduce
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # knows its own MLPs only
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        torch.cuda.set_device(local)
-        return Platform(torch.device("cuda", local), "nccl", torch.cuda.is_bf16_supported())
+    """The platform of this process; where none was chosen, one that suits a process without ranks beside it."""
+    return _chosen or use(local_rank() % torch.cuda.device_count() if torch.cuda.is_available() else None)
+
+
+def _on_cuda(gpu: int) -> Platform:
+    # cuDNN's attention is set up anew for each length of documents, which made a step 3.2 times as long on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.cuda.set_device(gpu)
+    return Platform(torch.device("cuda", gpu), "nccl", torch.cuda.is_bf16_supported())
+
+
+def _on_cpu() -> Platform:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     _adapt_megatron_to_cpu()
     capability = torch.cpu.get_capabilities()
     return Platform(torch.device("cpu"), "gloo", bool(capability.get("amx_tile") or capability.get("avx512_bf16")))
 
 
 def _adapt_megatron_to_cpu() -> None:
-    """Let megatron-core place its tensors on the CPU; called only where no accelerator is present.
+    """Let megatron-core place its tensors on the CPU; called only where no accelerator is used.
 
     megatron-core asks `torch.cuda` for the current device and for the generator's state; here both are the CPU's. Its
     pipeline schedule names the device "cuda", its expert dispatch copies split sizes off the device on a stream, and

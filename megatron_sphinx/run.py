@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from megatron_sphinx import platform
 from megatron_sphinx.checkpoint.keymap import Model
 from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Chosen, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
@@ -37,6 +37,7 @@ from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.lifeline import Lifeline
@@ -122,10 +123,9 @@ def train(config: RunConfig, stop: StopSignal | None = None, observer: Observer 
     layout = ParallelLayout(world=world, config=config.parallel)
     seat = layout.seat(rank)
     stop, hold = stop or StopSignal(), Hold(Path(config.run.folder), rank)
-    here = platform.current()
     timeouts = config.run.timeout, config.run.storage_timeout
     for_steps, for_files = (timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in timeouts)
-    _meet(here, for_files.total_seconds())
+    here = join(config.run.device, for_files.total_seconds())
     progress = Progress(
         timeout=config.run.timeout,
         storage_timeout=config.run.storage_timeout,
@@ -168,9 +168,7 @@ def alone(config: RunConfig) -> Job:
     """A job of this one process, to evaluate in: the data opened, nothing trained."""
     os.environ["WORLD_SIZE"] = "1"
     _, world = _place()
-    here = platform.current()
-    if not dist.is_initialized():
-        _meet(here, config.run.timeout)
+    here = join(config.run.device, config.run.timeout)
     layout = ParallelLayout(world=world, config=config.parallel)
     return _open(config, here, ProcessGroups.create(layout, here.backend), Progress())
 
@@ -189,6 +187,29 @@ def newest_weights(job: Job, encoders: FrozenEncoders) -> dict[str, torch.Tensor
     return load_weights(job.folder / "checkpoints")
 
 
+def join(device: str, timeout_seconds: float) -> Platform:
+    """Meet the other ranks, agree with them on what to compute on, and join the job's process group.
+
+    Args:
+        device: run.device.
+        timeout_seconds: how long a rank may wait for others, here and in collectives of the world.
+
+    Raises:
+        ConfigError: a rank lacks the device; on all ranks.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    timeout = timedelta(seconds=timeout_seconds)
+    store: Store = HashStore() if world == 1 else next(rendezvous("env://", timeout=timeout))[0]
+    here, note = devices.choose(device, store, rank, world)
+    if note and rank == 0:
+        say(note)
+    if not dist.is_initialized():
+        place = PrefixStore("default_pg", store)
+        dist.init_process_group(here.backend, store=place, rank=rank, world_size=world, timeout=timeout)
+    return here
+
+
 def _place() -> tuple[int, int]:
     """Rank and world, as torchrun says them, or srun, or alone; set for the libraries that read them again.
 
@@ -205,15 +226,6 @@ def _place() -> tuple[int, int]:
     for name, (of_slurm, alone) in names.items():
         os.environ.setdefault(name, os.environ.get(of_slurm, alone) if "MASTER_ADDR" in os.environ else alone)
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def _meet(here: Platform, timeout_seconds: float) -> None:
-    """Join the job's process group; a rank alone makes one of its own."""
-    timeout = timedelta(seconds=timeout_seconds)
-    if os.environ["WORLD_SIZE"] != "1":
-        dist.init_process_group(here.backend, timeout=timeout)
-    else:
-        dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _report(error: Exception, lifeline: Lifeline) -> int:

@@ -3,7 +3,8 @@
 #   slurm/launch.sh python3 -m megatron_sphinx train CONFIG [key=value …]
 # Ranks are dealt to the nodes in blocks: the first ranks, which are the language model's, fill the first nodes, so that
 # tensor ranks are neighbours, and the encoder ranks, which come last, are on the last ones. torchrun gives ranks to
-# nodes in the alphabetical order of their names, and as many to each.
+# nodes in the alphabetical order of their names, and as many to each; it is one task on each, so ask for GPUs with
+# --gpus-per-node then, not with --gpus-per-task.
 set -euo pipefail
 trap '' USR1 # srun passes it on once it runs
 : "${SPHINX_ROOT:=${SLURM_SUBMIT_DIR:-$PWD}}"

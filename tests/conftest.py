@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the ranks of a test are more than a machine's GPUs
+
 # Ranks are forked from this process: what is imported here is imported once, not once a rank.
 import deepspeed.module_inject.auto_ep_config  # noqa: F401
 import matplotlib

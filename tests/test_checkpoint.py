@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint import store
 from megatron_sphinx.checkpoint.steps import complete
@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_refused(train):
 
 def check_other_tensors(folder: Path):
     run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
 
     def piece(name: str, *shape: int) -> Piece:

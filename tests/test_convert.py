@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.checkpoint.conversion import Conversion, Source
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats import huggingface
@@ -200,7 +200,7 @@ def test_megatron_core_loads_what_is_written_for_it_and_the_other_way(tmp_path, 
 
     def check():
         run._place()
-        run._meet(platform.current(), 30)
+        run.join("cpu", 30)
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
         gpt = gpt_of(shape_of(model))

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def groups() -> ProcessGroups:
     run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     return ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
 
 

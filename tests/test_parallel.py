@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
@@ -97,14 +97,14 @@ def test_stages_that_cannot_be_are_refused(sizes, message):
 
 def create(encoder: int = 0, **sizes: int) -> ProcessGroups:
     _, world = run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     layout = ParallelLayout(world=world, config=ParallelConfig(encoder=encoder, **sizes))
     return ProcessGroups.create(layout, "gloo")
 
 
 def wait_for_nobody():
     _, world = run._place()
-    run._meet(platform.current(), 60)
+    run.join("cpu", 60)
     layout = ParallelLayout(world=world, config=ParallelConfig())
     groups = ProcessGroups.create(layout, "gloo", timedelta(seconds=1))
     if dist.get_rank() == 0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.data.packing import Piece
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
@@ -59,7 +59,7 @@ def features_of(pairs: list[int]) -> torch.Tensor:
 
 def exchange(seed: int, tensor: int, encoders: int, lookahead: int, pause: float) -> None:
     _, world = run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     layout = ParallelLayout(world=world, config=ParallelConfig(tensor=tensor, encoder=encoders))
     groups = ProcessGroups.create(layout, "gloo")
     made = rounds_of(seed, layout.data, 25)
@@ -96,7 +96,7 @@ def test_any_number_of_encoders_feeds_any_number_of_replicas(run_ranks, seed):
 def run_ahead(lookahead: int) -> None:
     """A reader that takes nothing for a while: how far does the encoder get?"""
     run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     layout = ParallelLayout(world=2, config=ParallelConfig(encoder=1))
     groups = ProcessGroups.create(layout, "gloo")
     store = dist.distributed_c10d._get_default_store()

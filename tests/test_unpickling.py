@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.jit.unsupported_tensor_ops import execWrapper
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_sphinx import platform, run
+from megatron_sphinx import run
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.steps import complete
@@ -171,7 +171,7 @@ def checkpoint(tmp_path_factory, request) -> Path:
 def opened(folder: Path) -> tuple[CheckpointStore, list[Piece]]:
     """A store of one rank, and a piece to be filled or kept."""
     run._place()
-    run._meet(platform.current(), 30)
+    run.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
     store = CheckpointStore(folder, groups, keep=1, identity=dict, about={"layout": {}})
     return store, [Piece("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]

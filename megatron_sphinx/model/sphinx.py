@@ -1,6 +1,6 @@
 """SPHINX: features of pictures placed among the token embeddings of a language model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -45,6 +45,11 @@ class MicroBatch:
     pair_of_view: Tensor
     pairs: tuple[int, ...]
     documents: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same with every tensor on a device; copies to it may still be under way."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]
 
     def spread(self, losses: Tensor) -> Tensor:
         """Losses of the targets laid out over all positions: [targets] to [tokens], 0 where no loss is taken."""

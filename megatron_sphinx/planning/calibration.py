@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import platform
+from megatron_sphinx import platform, run
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, SphinxError
@@ -215,10 +215,10 @@ def _link() -> tuple[float, float]:
 
 def main(config: Path, target: Path) -> None:
     """One measuring rank."""
-    here = platform.current()
-    dist.init_process_group(here.backend)
+    asked = configuration.load(config)
+    here = run.join(asked.run.device, asked.run.storage_timeout)
     layout = ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
-    found = measure(configuration.load(config), ProcessGroups.create(layout, here.backend))
+    found = measure(asked, ProcessGroups.create(layout, here.backend))
     if dist.get_rank() == 0:
         target.write_text(yaml.safe_dump(asdict(found), sort_keys=False))
     dist.destroy_process_group()

@@ -363,12 +363,13 @@ def _work(answer: Any, config: RunConfig, layout: ParallelLayout, rank: int) -> 
 
 def count(config: RunConfig, layout: ParallelLayout, rank: int) -> Counted:
     """One rank's step in a fake world; to be called in a process that does nothing else."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(layout.world), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(layout.world)}
+    cpu = platform.use(None)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor", category=UserWarning)
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     groups = ProcessGroups.create(layout, "fake", storage_backend="fake")
-    here = Platform(platform.current().device, "fake", is_bf16_fast=True)
+    here = Platform(cpu.device, "fake", is_bf16_fast=True)
     planner, _ = plan_of(config, layout)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         recorder = Recorder(axes(groups), fake)

@@ -1,7 +1,6 @@
 """Gradients, optimizer state and update by DeepSpeed ZeRO-2; the one module that imports deepspeed."""
 
 import logging
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -87,8 +86,6 @@ class Engine:
         *,
         precision: str,
     ) -> None:
-        if not platform.is_cuda:
-            os.environ["DS_ACCELERATOR"] = "cpu"
         warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated", category=FutureWarning)
         self.model, self.loss_scale = model, groups.layout.data
         self._groups, self._config, self._platform = groups, config, platform

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
@@ -16,7 +15,6 @@ from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
-from megatron_sphinx.model.sphinx import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.parallel.stop import StopSignal
@@ -97,7 +95,7 @@ class Loop:
         for step in range(start, steps):
             self.progress.begin(step)
             begin = time.perf_counter()
-            batches = [_to(batch, self.platform.device) for batch in self.batches.step(step)]
+            batches = [batch.to(self.platform.device) for batch in self.batches.step(step)]
             waited = time.perf_counter() - begin
             plan, rate = self.planner.step(step), self.rate(step)
             known = Sums(
@@ -219,9 +217,3 @@ def _skipped_line(plan: StepPlan, report: StepReport) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """None for what JSON cannot hold."""
     return value if isfinite(value) else None
-
-
-def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch on the device."""
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]

@@ -462,8 +462,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def work(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """What every rank does."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    here = platform.current()
+    here = platform.use(None)
     dist.init_process_group(here.backend)
     if dist.get_rank() == 0:
         make_data(folder, min(args.vocabulary, SMALL_VOCABULARY))
