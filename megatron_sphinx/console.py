@@ -1,6 +1,5 @@
 """What a process says, on standard output and error; where nobody hears it any more, a file of the run goes on."""
 
-import errno
 import io
 import os
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
-_UNHEARD = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader, the terminal, or the stream itself is gone
 
 
 def say(message: str) -> None:
@@ -81,9 +79,8 @@ class _Enduring(io.TextIOBase):
     def _try(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except OSError as error:
-            if error.errno not in _UNHEARD:
-                raise
+        except OSError:  # its reader, its terminal or the room on its disk is gone
+            pass
         with self._opened() as log:
             os.dup2(log.fileno(), self._stream.fileno())  # for libraries that write to it, too
         return work()

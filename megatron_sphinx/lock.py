@@ -62,8 +62,8 @@ class Hold:
             self._lock.require()
 
     def give_back(self, status: int) -> None:
-        """Say how the run ended, and write its exit status down for who started it: torchrun makes each failure 1."""
-        if self.end:
+        """Say on the first rank how the run ended, and write its exit status down: torchrun makes each failure 1."""
+        if self.end and self.is_first:
             say(self.end)
         if self._lock:
             with suppress(OSError, SphinxError):  # no room, or another job's: what follows from that has been said

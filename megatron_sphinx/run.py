@@ -355,7 +355,7 @@ def _language(job: Job, observer: Observer | None) -> bool:
     finally:
         if reporter:
             reporter.close()
-        if job.hold and job.hold.is_first:
+        if job.hold:
             job.hold.end = _how_it_ended(job, how, store, loop.done)
 
 
@@ -497,7 +497,7 @@ def _is_stopping(job: Job) -> bool:
     has_come, reason = found[0]
     if has_come and job.hold:
         job.stop.ask(reason)
-        job.hold.end = f"stopped by {reason} before the first step; nothing new to save" if job.hold.is_first else ""
+        job.hold.end = f"stopped by {reason} before the first step; nothing new to save; the same command goes on"
     return has_come
 
 

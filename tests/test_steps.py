@@ -1,8 +1,6 @@
 """What becomes of a run folder's checkpoints: none of the run's own goes, none is mixed with another run's."""
 
-import json
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -136,50 +134,3 @@ def test_where_all_are_damaged_a_run_does_not_begin_anew(train):
         refused.ranks.text(0)
     )
     assert names(run.folder / "checkpoints") == before
-
-
-def test_what_was_changed_on_purpose_is_said_and_kept(train):
-    run = train(1)
-    on = train(1, {"training.steps": 4, "optimizer.learning_rate": 3e-3, "loss.text_weight": 0.5})
-    said = [line for line in on.ranks.text().splitlines() if line.startswith("  changed: ")]
-    assert said == [
-        "  changed: loss.text_weight: 1.0 -> 0.5",
-        "  changed: optimizer.learning_rate: 0.01 -> 0.003",
-        "  changed: training.steps: 3 -> 4",
-    ]
-    manifest = json.loads((newest_of(on.folder) / "checkpoint.json").read_text())
-    assert manifest["config"]["loss"] == {"text_weight": 0.5}
-    assert "text_weight: 1.0" in (run.folder / "config.1.yaml").read_text()
-    assert "text_weight: 0.5" in (run.folder / "config.yaml").read_text()
-
-
-def test_a_checkpoint_that_tells_no_configuration_is_compared_with_the_folders(train):
-    run = train(1)
-    path = newest_of(run.folder) / "checkpoint.json"
-    manifest = json.loads(path.read_text())
-    del manifest["config"]  # as the version before wrote it
-    path.write_text(json.dumps(manifest))
-    on = train(1, {"training.steps": 4, "optimizer.weight_decay": 0.2})
-    assert re.search(r"^  changed: optimizer\.weight_decay: \S+ -> 0\.2$", on.ranks.text(), re.MULTILINE)
-    assert "resumed after step 3" in on.ranks.text()
-
-
-def test_every_difference_is_named(train):
-    train(1)
-    refused = train(1, {"training.steps": 5, "run.seed": 4, "data.pairs_per_step": 5}, status=2).ranks.text()
-    assert "was made with data.pairs_per_step=6, this run has 5; with run.seed=3, this run has 4; with vi" in refused
-
-
-def test_weights_of_other_encoders_are_refused_and_other_views_said(train, tiny):
-    first = train(1, {"training.steps": 1}, name="first")
-    begin = {"model.weights": str(first.folder), "training.steps": 1}
-    refused = train(1, begin | {"run.seed": 4}, name="second", status=2).ranks.text()
-    assert "was made with vision.experts.clip_convnext_small=random 3, this run has random 4; with vision.e" in refused
-    assert "configure the same model, tokenizer and encoders, or begin with other weights" in refused
-    turned = {"vision.experts": tiny.values["vision"]["experts"][::-1]}
-    for key in ({"model.weights": str(first.folder)}, {"checkpoint.resume": str(newest_of(first.folder))}):
-        said = train(1, key | turned | {"training.steps": 2}, name="third", status=2).ranks.text()
-        order = "['clip_convnext_small', 'dinov2_small'], this run has ['dinov2_small', 'clip_convnext_small']"
-        assert f"was made with vision.order={order}" in said
-    begun = train(1, begin | {"vision.views": 5, "data.sequence_length": 256}, name="fourth").ranks.text()
-    assert "  changed: vision.views was 1, is 5" in begun

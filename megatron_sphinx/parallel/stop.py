@@ -69,10 +69,11 @@ class StopSignal:
         if number is not signal.SIGINT:
             return
         self._interrupts += 1
-        if self._interrupts == 1:
-            complain("interrupted: saves the state at the end of this step; interrupt again to leave at once, unsaved")
-        else:
-            complain("interrupted again: leaves at once, unsaved")
+        is_again = self._interrupts > 1
+        if os.environ.get("RANK", "0") == "0":
+            now, then = "saves the state at the end of this step", "interrupt again to leave at once, unsaved"
+            complain("interrupted again: leaves at once, unsaved" if is_again else f"interrupted: {now}; {then}")
+        if is_again:
             os._exit(_LEFT_AT_ONCE)
 
 
