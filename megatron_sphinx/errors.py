@@ -25,6 +25,10 @@ class CheckpointError(SphinxError, ValueError):
     """A checkpoint that cannot be written, or does not match what was asked of it."""
 
 
+class OtherDataError(CheckpointError):
+    """Steps since a checkpoint were trained on other data than those before it."""
+
+
 class FolderError(SphinxError, OSError):
     """The run folder cannot be written."""
 

@@ -102,7 +102,7 @@ def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> lis
         earlier = json.loads(json.dumps(yaml.safe_load((folder / "config.yaml").read_text())))
     if earlier is None:
         return []
-    return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _plain(config))]
+    return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _known_to(earlier, _plain(config)))]
 
 
 def require_trained_as(folder: Path, config: RunConfig, tokenizer: str, marks: Mapping[str, str]) -> None:
@@ -118,6 +118,13 @@ def require_trained_as(folder: Path, config: RunConfig, tokenizer: str, marks: M
         "vision": {"experts": made.get("vision", {}).get("experts")}
     }
     require_same(str(path), made, here, "take the configuration in its run folder")
+
+
+def _known_to(earlier: Any, values: Any) -> Any:
+    """Leave out of nested mappings the keys that an earlier version of this package did not have."""
+    if not (isinstance(earlier, Mapping) and isinstance(values, Mapping)):
+        return values
+    return {key: _known_to(earlier[key], value) for key, value in values.items() if key in earlier}
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -542,7 +542,7 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
         if job.groups.seat.rank == 0:
-            for line in store.clear_the_way(found if isinstance(found, Chosen) else None):
+            for line in store.clear_the_way():
                 say(line)
         if isinstance(found, Chosen):
             return _go_on(job, store, engine, found)
@@ -577,7 +577,7 @@ def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> 
     if manifest["layout"] == layout and "random" in objects:
         restore_random_state(objects["random"])
     if job.scan:
-        job.scan.then = lambda: store.require_same(chosen)
+        job.scan.then = store.require_same_data
     if job.groups.seat.rank == 0:
         moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
         say(f"resumed after step {step} from {chosen.path}{moved}")

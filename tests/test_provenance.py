@@ -90,13 +90,12 @@ def test_other_data_of_equal_counts_is_refused(train, tiny, tmp_path, key, token
     forget(other)
     begun = train(2, {"checkpoint.interval": 1})
     settings = ENDLESS | {f"data.{key}": str(other), "parallel.encoder": 1}
+    known = rf"was made with data\.{key}\.fingerprint=[0-9a-f]{{64}}, this run has [0-9a-f]{{64}}; use the config"
     for count in (1, 2):
         refused = train(3, settings, status=2).ranks.text(0)
-        known = (
-            r"checkpoint\.resume=\S+: was made with data\.%s\.fingerprint=[0-9a-f]{64}, this run has [0-9a-f]{64}; use"
-        )
-        assert len(re.findall(known % key, refused)) == 1
+        assert len(re.findall(rf"checkpoint\.resume=\S+step_00000003: {known}", refused)) == 1
         assert ("step 4/" in refused) == (count == 1), "the second time it is known before the first step"
+        assert complete(begun.folder / "checkpoints")[-1].name == "step_00000003", "what was saved since is moved aside"
     shutil.rmtree(begun.folder / "checkpoints")
     (begun.folder / "metrics.jsonl").unlink()
     assert len(train(1, {f"data.{key}": str(other)}).metrics) == 3

@@ -43,6 +43,19 @@ def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
     return one, other
 
 
+def inherited(here: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a run's identity by what the checkpoint that it goes on from knows and the run does not know yet.
+
+    So the fingerprint of data is compared at the latest when the run goes on once more.
+    """
+    data = dict(here.get("data", {}))
+    for stream in ("pairs", "text"):
+        about, before = data.get(stream), made.get("data", {}).get(stream)
+        if about and before and about.get("fingerprint") is None:
+            data[stream] = {**about, "fingerprint": before.get("fingerprint")}
+    return {**here, "data": data} if data else dict(here)
+
+
 def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
     """Compare what a checkpoint was made with to what this run has.
 

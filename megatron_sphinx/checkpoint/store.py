@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
-from megatron_sphinx.checkpoint.identity import comparable, require_same
+from megatron_sphinx.checkpoint.identity import comparable, inherited, require_same
 from megatron_sphinx.checkpoint.steps import (
     MANIFEST,
     complete,
@@ -59,7 +59,7 @@ from megatron_sphinx.checkpoint.steps import (
     remove_remains,
     set_aside,
 )
-from megatron_sphinx.errors import CheckpointError, SphinxError
+from megatron_sphinx.errors import CheckpointError, OtherDataError, SphinxError
 from megatron_sphinx.parallel.progress import Progress
 from megatron_sphinx.paths import is_plain
 from megatron_sphinx.unpickling import load_torch, metadata_of
@@ -218,7 +218,7 @@ class CheckpointStore:
         self._progress, self._guard = progress or Progress(), guard
         self.waiting_seconds = 0.0
         self.newest: Path | None = None
-        self._begun: list[Path] = []
+        self._chosen: Chosen | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._is_first = groups.seat.rank == 0
@@ -287,13 +287,14 @@ class CheckpointStore:
         def finish(files: list[dict[str, str]]) -> None:
             sums = {name: value for part in files for name, value in part.items()}
             sums[".metadata"] = sha256_of(partial / ".metadata")
-            manifest = {"step": step, **history, "identity": self.identity, **self.about, "files": sums}
+            made_of = inherited(self.identity, self._chosen.manifest["identity"] if self._chosen else {})
+            manifest = {"step": step, **history, "identity": made_of, **self.about, "files": sums}
             write_manifest(partial, manifest)
             self._guard()
             publish(partial, target)
             read_manifest(target)
             metadata_of(target)
-            prune(target, keep=self.keep, protected=self._begun)
+            prune(target, keep=self.keep, protected=[self._chosen.path] if self._chosen else [])
 
         try:
             self._together(target, lambda: self._begin(partial) if self._is_first else None)
@@ -358,8 +359,7 @@ class CheckpointStore:
         if chosen is None:
             return None
         self.require_same(chosen)
-        self.newest = chosen.path
-        self._begun.append(chosen.path)
+        self.newest, self._chosen = chosen.path, chosen
         return chosen
 
     def require_same(self, chosen: Chosen) -> None:
@@ -429,15 +429,26 @@ class CheckpointStore:
         first = [next(filter(None, texts), "") for texts in zip(*found, strict=True)]
         return first[0], first[1]
 
-    def clear_the_way(self, chosen: Chosen | None) -> Iterator[str]:
-        """Move the steps in the folder that the run does not come from out of its way; the first rank calls this.
+    def require_same_data(self) -> None:
+        """Compare once more, when all that is read in the background is known.
 
-        Args:
-            chosen: the checkpoint that it goes on from; None where it begins anew.
+        Raises:
+            OtherDataError: the data is not what the checkpoint was trained on that the run goes on from.
+        """
+        if self._chosen:
+            try:
+                self.require_same(self._chosen)
+            except CheckpointError as error:
+                raise OtherDataError(str(error)) from None
+
+    def clear_the_way(self) -> Iterator[str]:
+        """Move the steps in the folder that are later than where the run begins out of its way; the first rank does it.
 
         Yields:
-            A line for each that was damaged, and one of what was moved where.
+            A line for each that was passed over since it is damaged, and one of what was moved where.
         """
+        chosen = self._chosen
+        self.newest = chosen.path if chosen else None
         for fault in chosen.faults if chosen else ():
             yield f"passed over: {fault}"
         if steps := off_the_line(self.folder, chosen.path if chosen else None):

@@ -10,10 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.console import say
 from megatron_sphinx.data.content import Scan
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
-from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
+from megatron_sphinx.errors import CheckpointError, DataError, OtherDataError, SphinxError
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.progress import Doing, Progress
@@ -79,15 +80,20 @@ class Loop:
             CheckpointError: a checkpoint could not be written.
             DataError: more pairs than `data.max_bad_share` could not be read, or data holds a token id that the model
                 does not have: this rank met it in a row, or the first rank's scan, which all are told.
+            OtherDataError: the scan found that the data is not what the run went on from; what was saved since is moved
+                aside.
             DivergedError: a loss or the gradient is not finite or spikes, and the run may not go on.
         """
         try:
             with self.scan or nullcontext():
                 return self._train(start, steps)
-        except SphinxError:
+        except SphinxError as error:
             self.progress.at(Doing.SAVING)
             with suppress(CheckpointError):  # the state before the mistake is what one resumes from
                 self.store.finish()
+            if isinstance(error, OtherDataError) and self.reporter:  # on the first rank: what was saved since is none
+                for line in self.store.clear_the_way():
+                    say(line)
             raise
 
     def _train(self, start: int, steps: int) -> bool:
