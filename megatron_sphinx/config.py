@@ -127,8 +127,9 @@ class CheckpointConfig:
 
     Attributes:
         interval: steps between two checkpoints; the last step always makes one.
-        keep: how many of the newest stay.
-        resume: auto (the newest complete one, or a fresh start), none, or the path of one.
+        keep: how many of the newest stay, beside the one that the run goes on from.
+        resume: auto (the newest intact one, or a fresh start), none, or the path of one. Where the run folder has later
+            steps than that, they are moved aside.
     """
 
     interval: int = 1000
