@@ -241,7 +241,7 @@ def _boot() -> str:
 
 
 def _processes() -> str:
-    """The same where process numbers mean the same."""
+    """Tell in which namespace the numbers of processes are."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from megatron_sphinx.checkpoint.identity import differences, require_same
+from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import newest_of
-from megatron_sphinx.checkpoint.store import read_manifest
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import Sources
 from megatron_sphinx.parallel.layout import ParallelLayout

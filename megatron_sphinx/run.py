@@ -14,7 +14,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Chosen, load_weights
+from megatron_sphinx.checkpoint.pieces import WEIGHTS
+from megatron_sphinx.checkpoint.store import CheckpointStore, Chosen, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.console import complain, say, say_of_ranks

@@ -15,8 +15,9 @@ import torch
 from megatron_sphinx import run
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint import store
+from megatron_sphinx.checkpoint.pieces import Piece
 from megatron_sphinx.checkpoint.steps import complete
-from megatron_sphinx.checkpoint.store import CheckpointStore, Piece, load_weights
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, Shard, _parts
 from megatron_sphinx.parallel.groups import ProcessGroups

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.checkpoint.store import complete
+from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources

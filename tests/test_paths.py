@@ -20,7 +20,7 @@ from torch import save as torch_save
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.interpolate import interpolate
-from megatron_sphinx.checkpoint.store import MANIFEST, read_manifest
+from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.documents import find_documents
 from megatron_sphinx.data.images import size_of

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_training import identical
 
+from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import complete, name_of, newest_of, off_the_line, prune, set_aside
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.training import metrics
@@ -71,6 +72,16 @@ def test_a_run_that_begins_elsewhere_comes_from_none_of_the_steps(tmp_path):
     (tmp_path / "link").symlink_to(found[1])
     assert off_the_line(tmp_path / "run", tmp_path / "link") == found[2:]
     assert off_the_line(tmp_path / "nowhere", None) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '"x"', '{"step": 1, "files": {}}', '{"step": 1, "identity": {}, "files": []}']
+)
+def test_a_manifest_that_describes_no_checkpoint_is_refused(tmp_path, content):
+    (path,) = make(tmp_path, 3)
+    (path / "checkpoint.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.weights=\S+step_00000003: .*; give a step_\.\.\. folder"):
+        read_manifest(path, "model.weights")
 
 
 # runs

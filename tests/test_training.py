@@ -20,7 +20,8 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.checkpoint.store import CheckpointStore, complete
+from megatron_sphinx.checkpoint.steps import complete
+from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import make_planner, open_sources
 from megatron_sphinx.data.pair_writer import index_shards
 from megatron_sphinx.data.pairs import PairIndex

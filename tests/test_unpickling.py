@@ -34,8 +34,9 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from megatron_sphinx import run
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.pieces import Piece, read_tensors, weight_shapes
 from megatron_sphinx.checkpoint.steps import complete
-from megatron_sphinx.checkpoint.store import CheckpointStore, Piece, load_weights, weight_shapes
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
@@ -222,6 +223,18 @@ def test_no_metadata_is_run(payload, checkpoint, tmp_path):
     for reader in readers:
         with pytest.raises(CheckpointError, match=r"\.metadata: (cannot be read|is not of|is damaged)"):
             reader(folder)
+
+
+def test_no_tensor_that_is_said_to_be_an_object_is_run(payload, checkpoint, tmp_path):
+    """Torch's own planner unpickles objects without limits."""
+    folder = tmp_path / "step_00000007"
+    shutil.copytree(next((checkpoint / "checkpoints").iterdir()), folder)
+    spoil_part(folder, "master/w", in_zip(payload[0]))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["master/w"] = BytesStorageMetadata()
+    spoil(folder, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"step_00000007: cannot be read \(.+\); give an earlier one"):
+        read_tensors(folder, {"master/w": torch.Size([2, 3])})
 
 
 @pytest.mark.parametrize("wrap", [bytes, in_zip, in_old_file])

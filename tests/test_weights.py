@@ -16,7 +16,8 @@ from megatron_sphinx.checkpoint.conversion import Conversion
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.formats.megatron import stored_of
-from megatron_sphinx.checkpoint.store import Piece, load_weights
+from megatron_sphinx.checkpoint.pieces import Piece
+from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.shards import Block, Shard

@@ -18,9 +18,8 @@ from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
 from megatron_sphinx.checkpoint.formats import accessory, huggingface, megatron, meta, torch_dist
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted
 from megatron_sphinx.checkpoint.journal import Journal
+from megatron_sphinx.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_sphinx.checkpoint.selection import select
-from megatron_sphinx.checkpoint.steps import MANIFEST
-from megatron_sphinx.checkpoint.store import write_manifest
 from megatron_sphinx.checkpoint.stream import Entry, create, is_intact, read_safetensors
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig

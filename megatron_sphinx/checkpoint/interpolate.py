@@ -31,8 +31,8 @@ from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
 from megatron_sphinx.checkpoint.identity import differences
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.checkpoint.steps import MANIFEST
-from megatron_sphinx.checkpoint.store import reason_of, write_manifest
+from megatron_sphinx.checkpoint.manifest import MANIFEST, write_manifest
+from megatron_sphinx.checkpoint.pieces import reason_of
 from megatron_sphinx.checkpoint.stream import Entry, Maps, contiguous, create, read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable
 from itertools import count
 from pathlib import Path
 
+from megatron_sphinx.checkpoint.manifest import MANIFEST
 from megatron_sphinx.errors import CheckpointError
 
-MANIFEST = "checkpoint.json"
 _STEP, _REMAINS = re.compile(r"step_\d{8}"), re.compile(r"\.step_\d{8}\.(partial|pruned)")
 
 

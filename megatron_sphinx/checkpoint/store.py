@@ -7,49 +7,37 @@ full disk leaves the checkpoints before it as they were.
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.identity import comparable, inherited, require_same
+from megatron_sphinx.checkpoint.manifest import read_manifest, write_manifest
+from megatron_sphinx.checkpoint.pieces import (
+    WEIGHTS,
+    CheckedReader,
+    LoadPlanner,
+    Piece,
+    SavePlanner,
+    copied,
+    read_tensors,
+    reason_of,
+    weight_shapes,
+)
 from megatron_sphinx.checkpoint.steps import (
-    MANIFEST,
     complete,
     name_of,
     newest_of,
@@ -61,32 +49,12 @@ from megatron_sphinx.checkpoint.steps import (
 )
 from megatron_sphinx.errors import CheckpointError, OtherDataError, SphinxError
 from megatron_sphinx.parallel.progress import Progress
-from megatron_sphinx.paths import is_plain
-from megatron_sphinx.unpickling import load_torch, metadata_of
+from megatron_sphinx.unpickling import metadata_of
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
-    from megatron_sphinx.model.shards import Block
     from megatron_sphinx.parallel.groups import ProcessGroups
 
 _SEEN_SECONDS = 90.0  # a network's file system may show a new file after a minute
-WEIGHTS = "master/"  # begins the names of the whole fp32 weights
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a whole tensor that a rank keeps.
-
-    Attributes:
-        name: of the whole tensor.
-        whole: its shape.
-        block: where the piece lies in it.
-        values: the piece, of the block's shape.
-    """
-
-    name: str
-    whole: tuple[int, ...]
-    block: Block
-    values: Tensor
 
 
 class Chosen(NamedTuple):
@@ -101,88 +69,6 @@ class Chosen(NamedTuple):
     path: Path
     manifest: dict[str, Any]
     faults: list[str]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    """Writes pieces, and small objects by name."""
-
-    def __init__(self, pieces: Iterable[Piece], objects: dict[str, Any]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
-        self.objects = {MetadataIndex(name): value for name, value in objects.items()}
-
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(index=index, type=WriteItemType.BYTE_IO) for index in self.objects]
-        for index, piece in self.pieces.items():
-            data = TensorWriteData(
-                chunk=_chunk(piece),
-                properties=TensorProperties.create_from_tensor(piece.values),
-                size=torch.Size(piece.whole),
-            )
-            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.pieces.get(index)
-        return found.values if found is not None else self.objects[index]
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Fills pieces, and returns small objects by name."""
-
-    def __init__(self, pieces: Iterable[Piece], wanted: Iterable[str], source: str) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
-        self.wanted, self.source = list(wanted), source
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        by_name: dict[str, list[Piece]] = {}
-        for piece in self.pieces.values():
-            by_name.setdefault(piece.name, []).append(piece)
-        plan = super().create_local_plan() if self.wanted else LoadPlan([])
-        items = list(plan.items)
-        for name, pieces in by_name.items():
-            saved = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(saved, TensorStorageMetadata):
-                weight = f"{WEIGHTS}{name.partition('/')[2]}"
-                if weight != name and weight in self.metadata.state_dict_metadata:
-                    raise CheckpointError(
-                        f"{self.source}: holds no {name}, only weights; begin a run with them: give it as model.weights"
-                    )
-                raise CheckpointError(
-                    f"{self.source}: holds no {name}; it is of another model: "
-                    f"use the configuration in its run folder, or start in another run.folder"
-                )
-            if tuple(saved.size) != pieces[0].whole:
-                raise CheckpointError(
-                    f"{self.source}: {name} has shape {list(saved.size)}, this run's has "
-                    f"{list(pieces[0].whole)}; use the configuration in its run folder"
-                )
-            items += create_read_items_for_chunk_list(name, saved, [_chunk(piece) for piece in pieces])
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index].values
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = load_torch(value)
-
-
-class _Reader(FileSystemReader):
-    """Reads a checkpoint by what this package has found in its `.metadata`; torch's own reader would unpickle that."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.metadata = metadata_of(path)
-
-    def read_metadata(self) -> Metadata:  # with **kwargs torch would try other files too
-        return self.metadata
-
-
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(piece.block.offset), sizes=torch.Size(piece.block.shape))
 
 
 class CheckpointStore:
@@ -256,7 +142,7 @@ class CheckpointStore:
         """
         begin = time.perf_counter()
         self.finish()
-        planner = _SavePlanner([_copied(piece) for piece in pieces], self._named(objects))
+        planner = SavePlanner([copied(piece) for piece in pieces], self._named(objects))
         self._saving = self._pool.submit(self._write, step, planner, {"bad_pairs": bad_pairs, "divergence": divergence})
         self.waiting_seconds += time.perf_counter() - begin
 
@@ -278,7 +164,7 @@ class CheckpointStore:
     def _named(self, objects: dict[str, Any]) -> dict[str, Any]:
         return {f"rank {self.groups.seat.rank}/{name}": value for name, value in objects.items()}
 
-    def _write(self, step: int, planner: _SavePlanner, history: dict[str, Any]) -> None:
+    def _write(self, step: int, planner: SavePlanner, history: dict[str, Any]) -> None:
         """Everything that is done in the background; the ranks talk over a group of its own."""
         self._progress.saver = get_ident()
         target = self.folder / name_of(step)
@@ -311,7 +197,7 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _write_pieces(self, writer: FileSystemWriter, planner: _SavePlanner) -> None:
+    def _write_pieces(self, writer: FileSystemWriter, planner: SavePlanner) -> None:
         save({}, storage_writer=writer, planner=planner, process_group=self.groups.storage)
 
     def _begin(self, partial: Path) -> None:
@@ -476,10 +362,10 @@ class CheckpointStore:
         Raises:
             CheckpointError: it lacks a tensor, or has one of another shape, and names it; or it cannot be read.
         """
-        reader = _Reader(path)
+        reader = CheckedReader(path)
         known = reader.metadata.state_dict_metadata
         wanted = {name: None for name in self._named(dict.fromkeys(objects)) if name in known}
-        planner = _LoadPlanner(pieces, wanted, f"{key}={path}")
+        planner = LoadPlanner(pieces, wanted, f"{key}={path}")
         try:
             load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
         except CheckpointException as error:
@@ -500,64 +386,6 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     read_manifest(newest)
     whole = read_tensors(newest, weight_shapes(newest))
     return {name.removeprefix(WEIGHTS): weight for name, weight in whole.items()}
-
-
-def weight_shapes(path: Path) -> dict[str, torch.Size]:
-    """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
-    return {
-        name: about.size
-        for name, about in metadata_of(path).state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
-    }
-
-
-def read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole fp32 tensors of a checkpoint, read by this process alone."""
-    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
-        load(whole, storage_reader=_Reader(path), no_dist=True)
-    return whole
-
-
-def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
-    """What a checkpoint says of itself; its files are there.
-
-    Raises:
-        CheckpointError: it is missing or incomplete, or names a file elsewhere.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{key}={path}: not a complete checkpoint; give a step_... folder") from error
-    for name in manifest["files"]:
-        if not is_plain(name):
-            raise CheckpointError(f"{key}={path}: {MANIFEST} names {name!r}, no file in its folder; give another one")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{key}={path}: {name} is missing; give an earlier one")
-    return manifest
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write what a checkpoint says of itself; its other files are there."""
-    with (path / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _copied(piece: Piece) -> Piece:
-    """The piece in memory of its own on the CPU."""
-    values = piece.values.detach()
-    values = values.to("cpu") if values.is_cuda else values.clone()
-    return Piece(piece.name, piece.whole, piece.block, values)
-
-
-def reason_of(error: BaseException) -> str:
-    """The text of the error that began it, in one line."""
-    if isinstance(error, CheckpointException):
-        return reason_of(next(iter(error.failures.values()))[0])
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is_seen(path: Path, manifest: Mapping[str, Any]) -> bool:

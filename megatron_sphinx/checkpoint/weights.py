@@ -14,8 +14,10 @@ from megatron_sphinx.checkpoint.formats import megatron
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.identity import differences, require_same
 from megatron_sphinx.checkpoint.keymap import Model, Stored
+from megatron_sphinx.checkpoint.manifest import read_manifest
+from megatron_sphinx.checkpoint.pieces import WEIGHTS, Piece
 from megatron_sphinx.checkpoint.steps import newest_of
-from megatron_sphinx.checkpoint.store import WEIGHTS, CheckpointStore, Piece, read_manifest
+from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, boxes_of
 

@@ -47,7 +47,7 @@ class MicroBatch:
     documents: tuple[int, ...]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same with every tensor on a device; copies to it may still be under way."""
+        """Return the micro-batch with every tensor on a device; copies to it may still be under way."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]
 

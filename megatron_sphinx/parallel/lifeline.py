@@ -121,7 +121,7 @@ class Lifeline:
         return 2 * self._beat_seconds + 1
 
     def _announce(self, status: int, reason: str) -> bool:
-        """See `announce`.
+        """Write how the job ends, which may fail; whether no other rank had done so before.
 
         Raises:
             RuntimeError: the store is gone.

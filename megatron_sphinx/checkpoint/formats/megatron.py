@@ -8,8 +8,9 @@ from megatron_sphinx.checkpoint.conversion import Source
 from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
 from megatron_sphinx.checkpoint.keymap import Model, Rule, Stored, stored
-from megatron_sphinx.checkpoint.steps import MANIFEST, newest_of
-from megatron_sphinx.checkpoint.store import WEIGHTS, read_manifest, weight_shapes
+from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_sphinx.checkpoint.pieces import WEIGHTS, weight_shapes
+from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.checkpoint.stream import read_distributed
 from megatron_sphinx.errors import CheckpointError
 
