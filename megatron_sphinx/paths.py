@@ -63,11 +63,14 @@ def files_in(root: Path, endings: Collection[str], *, follow_links: bool = False
         follow_links: whether links in the folder may lead out of it; linked folders are then gone into, each once.
 
     Raises:
-        DataError: such a file, or a folder, is a link that leads out, and links are not followed.
+        DataError: such a file, or a folder, is a link that leads out, and links are not followed; or one to nowhere.
     """
     found = [path for path in _walk(root, follow_links) if path.suffix.lower().removeprefix(".") in endings]
     for path in found:
-        inside(root, str(path.relative_to(root)), follow_links=follow_links)
+        if path.is_symlink():  # folders have been looked at on the way
+            inside(root, str(path.relative_to(root)), follow_links=follow_links)
+            if not path.exists():
+                raise DataError(f"{path}: is a link to nowhere; mend it or remove it")
     return sorted(found)
 
 

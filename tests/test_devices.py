@@ -25,6 +25,7 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state
 from megatron_sphinx.platform import Platform
 
+ASK_ANOTHER = devices._visible_to_another_process
 ROOT = Path(__file__).parents[1]
 FEWER = "start no more ranks on a host than it has GPUs (parallel.encoder=0 needs none for encoders)"
 
@@ -224,11 +225,65 @@ def test_what_torch_sees_is_asked_of_this_process_or_of_another(monkeypatch):
     assert reason
     assert "\n" not in reason
     assert devices._visible_to_another_process() == ([], reason)
-    monkeypatch.setattr(devices, "_MOST_SECONDS", 0.01)
-    assert devices._visible_to_another_process() == ([], "torch took more than 0 s to look for them")
-    monkeypatch.setattr(devices, "_MOST_SECONDS", 60)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert devices._visible_to_another_process() == ([], "looking for them failed: status 1")
+
+
+def test_a_job_does_not_compute_on_cpus_since_a_look_failed(fake_gpus, monkeypatch):
+    fake_gpus("GPU-1")
+    monkeypatch.setattr(devices, "_visible_to_another_process", ASK_ANOTHER)
+    found = []
+    for seconds, program in ((0.01, sys.executable), (60, "/bin/false")):
+        monkeypatch.setattr(devices, "_MOST_SECONDS", seconds)
+        monkeypatch.setattr(sys, "executable", program)
+        found.append(devices.look("auto", is_alone=False))
+    assert [sight.failure for sight in found] == ["torch took more than 0 s", "status 1"]
+    seeing = Sight(host="x", local_rank=0, gpus=["a"])
+    for sight in found:
+        wanted = (
+            rf"^run\.device=auto: rank 1 on host \S+ could not look for GPUs \({sight.failure}\); give run\.device=cuda"
+        )
+        with pytest.raises(ConfigError, match=wanted):
+            assign("auto", [seeing, sight])
+
+
+def test_gpus_that_slurm_has_given_do_not_idle(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert devices.look("auto", is_alone=False).is_given
+    given = [Sight(host="x", local_rank=n, gpus=["a"], is_given=True) for n in range(2)]
+    wanted = (
+        r"^run\.device=auto: 2 ranks on host x share 1 GPU, though Slurm has given the job GPUs; start no more .*=cpu$"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        assign("auto", given)
+    assert assign("cpu", given) == ([None, None], "")
+    assert assign("auto", given[:1]) == ([0], "")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    assert not devices.look("auto", is_alone=False).is_given
+
+
+def test_a_driver_that_does_not_answer_is_said(monkeypatch, tmp_path):
+    (tmp_path / "0000:1b:00.0").mkdir()
+    monkeypatch.setattr(devices, "_DRIVER", tmp_path)
+    assert devices.look("auto", is_alone=False).reason == "", "they are hidden"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    _, note = assign("auto", [devices.look("auto", is_alone=False)])
+    assert "sees no GPU (the driver has some, but does not answer for them), so all ranks compute on the CPU" in note
+
+
+def test_deepspeed_takes_the_device_that_was_chosen(start_ranks, tiny, tmp_path):
+    """As with --gpus-per-task=1, where the fourth rank of a node sees one GPU; DeepSpeed itself takes LOCAL_RANK."""
+    config = tiny.write(tmp_path / "run.yaml", {"training.steps": 1})
+
+    def work() -> int:
+        from deepspeed.accelerator import get_accelerator
+
+        taken = []
+        os.environ["LOCAL_RANK"] = "3"
+        type(get_accelerator()).set_device = lambda _, device: taken.append(device)
+        return main(["train", str(config)]) or int(set(taken) != {0})
+
+    ranks = start_ranks(1, work)
+    assert ranks.wait() == [0], ranks.text()
 
 
 def test_a_rank_alone_asks_in_its_own_process(fake_gpus, monkeypatch):

@@ -124,7 +124,8 @@ class RankObserver:
             self._profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
         recorder = json.loads(_dump_fr_trace_json(True, False))
-        recorded = [entry for entry in recorder["entries"] if entry["time_created_ns"] >= self._profile_begin]
+        entries = recorder.get("entries", [])  # none where no message was sent
+        recorded = [entry for entry in entries if entry["time_created_ns"] >= self._profile_begin]
         seconds = seconds_by_axis(events, recorded, language=self._job.groups.layout.language)
         shares = {axis: value / self._profiled_seconds for axis, value in seconds.items()}
         if self._job.config.parallel.encoder:

@@ -473,7 +473,9 @@ def _finish(
     for path in _companions(first, jobs):
         shutil.copyfile(path, partial / path.name)
     if (first.folder / ENCODERS).is_dir():
-        shutil.copytree(first.folder / ENCODERS, partial / ENCODERS)
+        (partial / ENCODERS).mkdir()
+        for name in (f"{expert}.safetensors" for expert in first.encoders):  # and nothing else that may lie there
+            shutil.copyfile(first.folder / ENCODERS / name, partial / ENCODERS / name)
     if _is_distributed(first):
         shapes = {item.name: item.shape for item in first.source.stored}
         write_metadata(partial, {job.file: (job.name, shapes[job.name], job.entries[0].dtype) for job in jobs})

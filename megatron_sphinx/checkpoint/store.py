@@ -16,6 +16,7 @@ from socket import gethostname
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -105,7 +106,8 @@ class CheckpointStore:
         self.waiting_seconds = 0.0
         self.newest: Path | None = None
         self._chosen: Chosen | None = None
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint", _stay_on, (gpu,))  # a thread would begin on the first GPU
         self._saving: Future[None] | None = None
         self._is_first = groups.seat.rank == 0
 
@@ -386,6 +388,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     read_manifest(newest)
     whole = read_tensors(newest, weight_shapes(newest))
     return {name.removeprefix(WEIGHTS): weight for name, weight in whole.items()}
+
+
+def _stay_on(gpu: int | None) -> None:
+    """Let a thread use this rank's GPU, if it has one."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
 
 
 def _is_seen(path: Path, manifest: Mapping[str, Any]) -> bool:

@@ -239,6 +239,8 @@ class Scan:
     def _read(self, data: Measured) -> None:
         try:
             content = self._memory.recall(data) or self._memory.find(data, self._stop.is_set)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{data.label}: {data.paths[0]} is damaged ({error}); make it again") from error
         except OSError as error:
             raise DataError(
                 f"{data.label}: {error.filename or data.paths[0]} cannot be read ({error.strerror or error}); "

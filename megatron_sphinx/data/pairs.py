@@ -18,6 +18,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -68,7 +69,7 @@ class _Folder:
             self.tokenizer = TokenizerMark(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
             self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
-            self.kind = np.dtype(content["caption_type"])
+            self.kind = _token_type(content["caption_type"])
             self.content = content_in(content)
             self.captions = Mapped(folder / "captions.bin", self.kind)
             self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
@@ -126,6 +127,18 @@ class _Folder:
                 f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {wanted}; "
                 f"copy it again, or {self._remedy}"
             )
+
+
+def _token_type(name: str) -> np.dtype[Any]:
+    """The type of token ids that an index names.
+
+    Raises:
+        TypeError: it is one of something else.
+    """
+    kind = np.dtype(name)
+    if kind.kind not in "iu":
+        raise TypeError(f"caption_type={name}: is no type of whole numbers")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -279,11 +292,12 @@ class ImageReader:
     def name(self, pair: int) -> tuple[str, str]:
         """Shard and key of a pair, as an error should name them; the key is read from the tar's own header."""
         place = self.index.place(pair)
-        try:
-            header = self._files.read(place.path, place.offset - tarfile.BLOCKSIZE, 100)
-        except OSError:
+        header = b""
+        with suppress(OSError):
+            header = self._files.read(place.path, place.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+        if zlib.crc32(header) != place.header:  # it may be any file, which is not for a message to show
             return place.path, f"at byte {place.offset}"
-        return place.path, split_name(header.split(b"\0")[0].decode(errors="replace"))[0]
+        return place.path, split_name(header[:100].split(b"\0")[0].decode(errors="replace"))[0]
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -65,6 +65,8 @@ class TokenFile:
         if self.kind.kind not in "iu":
             raise DataError(f"data.text={prefix}: {idx_path} is an index of {self.kind}, not of tokens; make it again")
         self.documents = int(index.sequence_count)
+        if not self.documents or size % self._item:
+            raise DataError(f"data.text={prefix}: {bin_path} and {idx_path} do not belong together; make them again")
         end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._item
         if size != end:
             raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")

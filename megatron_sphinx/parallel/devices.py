@@ -11,7 +11,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron_sphinx import platform
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.platform import Platform
 
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists them
 _MOST_SECONDS = 120.0  # to import torch and to initialise CUDA
 
 
@@ -33,12 +35,16 @@ class Sight:
         local_rank: which rank of its machine it is.
         gpus: UUIDs of the visible GPUs, in CUDA's order.
         reason: why torch can use none, where it says so.
+        failure: why it is not known which there are; empty where it is.
+        is_given: whether Slurm has given the job GPUs on this machine.
     """
 
     host: str
     local_rank: int
     gpus: Sequence[str] = ()
     reason: str = ""
+    failure: str = ""
+    is_given: bool = False
 
     @property
     def device(self) -> int:
@@ -58,11 +64,21 @@ def assign(asked: str, sights: Sequence[Sight]) -> tuple[list[int | None], str]:
         must be told, empty where there is nothing.
 
     Raises:
-        ConfigError: run.device is cuda, and a rank has no GPU of its own.
+        ConfigError: a rank has no GPU of its own, and run.device is cuda, or Slurm has given the job GPUs: nobody wants
+            those to idle while CPUs compute; or a rank could not find out.
     """
     missing, remedy = ("", "") if asked == "cpu" else _shortage(sights)
-    if asked == "cuda" and missing:
-        raise ConfigError(f"run.device=cuda: {missing}; {remedy}, or use run.device=cpu")
+    if asked == "auto":
+        for rank, sight in enumerate(sights):
+            if sight.failure:
+                raise ConfigError(
+                    f"run.device=auto: rank {rank} on host {sight.host} could not look for GPUs ({sight.failure}); "
+                    f"give run.device=cuda or run.device=cpu"
+                )
+    is_wanted = asked == "cuda" or (asked == "auto" and any(sight.is_given for sight in sights))
+    if is_wanted and missing:
+        given = ", though Slurm has given the job GPUs" if asked == "auto" else ""
+        raise ConfigError(f"run.device={asked}: {missing}{given}; {remedy}, or use run.device=cpu")
     if asked != "cpu" and not missing:
         return [sight.device for sight in sights], ""
     is_news = asked == "auto" and any(sight.gpus or sight.reason for sight in sights)
@@ -129,11 +145,30 @@ def look(asked: str, *, is_alone: bool) -> Sight:
     Where other ranks may yet decide for the CPU, another process asks CUDA: what has been initialised cannot be hidden
     from libraries any more. That takes seconds, and only happens for `auto` where there are GPUs.
     """
-    host, local_rank = socket.gethostname(), platform.local_rank()
-    if asked == "cpu" or (asked == "auto" and not _may_have_gpus()):
-        return Sight(host=host, local_rank=local_rank)
-    gpus, reason = visible() if is_alone or asked == "cuda" else _visible_to_another_process()
-    return Sight(host=host, local_rank=local_rank, gpus=gpus, reason=reason)
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    here = Sight(host=socket.gethostname(), local_rank=platform.local_rank(), is_given=given)
+    if asked == "cpu":
+        return here
+    if asked == "auto" and not _may_have_gpus():
+        return replace(here, reason=_reason_for_none())
+    if is_alone or asked == "cuda":
+        gpus, reason = visible()
+        return replace(here, gpus=gpus, reason=reason)
+    try:
+        gpus, reason = _visible_to_another_process()
+    except _LookError as error:
+        return replace(here, failure=str(error))
+    return replace(here, gpus=gpus, reason=reason)
+
+
+class _LookError(Exception):
+    """It could not be found out which GPUs there are."""
+
+
+def _reason_for_none() -> str:
+    """Why the driver seems to know of no GPU, where it has some that nobody has hidden."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
+    return "" if is_hidden or not any(_DRIVER.glob("*")) else "the driver has some, but does not answer for them"
 
 
 def _may_have_gpus() -> bool:
@@ -153,7 +188,11 @@ def visible() -> tuple[list[str], str]:
 
 
 def _visible_to_another_process() -> tuple[list[str], str]:
-    """The answer of `visible` in a new process."""
+    """The answer of `visible` in a new process.
+
+    Raises:
+        _LookError: there is none.
+    """
     path = os.pathsep.join(place or os.getcwd() for place in sys.path)  # also where a program has added to it
     try:
         done = subprocess.run(
@@ -161,10 +200,10 @@ def _visible_to_another_process() -> tuple[list[str], str]:
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return [], f"torch took more than {_MOST_SECONDS:.0f} s to look for them"
+        raise _LookError(f"torch took more than {_MOST_SECONDS:.0f} s") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return [], f"looking for them failed: {said[-1]}"
+        raise _LookError(said[-1])
     gpus, reason = json.loads(done.stdout.splitlines()[-1])
     return gpus, reason
 

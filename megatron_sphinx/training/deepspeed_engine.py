@@ -97,7 +97,7 @@ class Engine:
             eps=config.epsilon,
             fused=True,
         )
-        self._engine = _initialize(model, self._optimizer, groups, is_cuda=platform.is_cuda, precision=precision)
+        self._engine = _initialize(model, self._optimizer, groups, platform, precision=precision)
         self.held = {"weights": sum(weight.nbytes for weight in model.parameters()), "gradients": 0}
         self.fragments = list(self._fragments(shards))
         named = model.named_parameters()
@@ -322,7 +322,7 @@ class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
 
 
 def _initialize(
-    model: SphinxModel, optimizer: torch.optim.Optimizer, groups: ProcessGroups, *, is_cuda: bool, precision: str
+    model: SphinxModel, optimizer: torch.optim.Optimizer, groups: ProcessGroups, platform: Platform, *, precision: str
 ) -> Any:
     """DeepSpeed's engine."""
     import deepspeed
@@ -331,7 +331,7 @@ def _initialize(
     from deepspeed.utils import groups as deepspeed_groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not is_cuda:
+    if not platform.is_cuda:
         deepspeed.ops.__compatible_ops__ = {}  # none is needed here; looking for them would run a compiler
     experts = [weight for weight in model.parameters() if not getattr(weight, "allreduce", True)]
     for weight in experts:
@@ -351,10 +351,12 @@ def _initialize(
             super()._configure_distributed_model(module)
 
     deepspeed.comm.init_distributed(dist_init_required=False)
-    settings = _deepspeed_config(is_cuda=is_cuda, precision=precision, is_pipeline=groups.layout.config.pipeline > 1)
+    settings = _deepspeed_config(
+        is_cuda=platform.is_cuda, precision=precision, is_pipeline=groups.layout.config.pipeline > 1
+    )
     mpu = _mpu(groups)
     return EngineWithExperts(
-        args=None,
+        args=SimpleNamespace(device_rank=platform.device.index or 0),  # it would take GPU LOCAL_RANK, seen or not
         model=model,
         optimizer=optimizer,
         mpu=mpu,

@@ -140,6 +140,7 @@ class Loop:
                 self.save(step + 1)
             if is_stopping and step + 1 < steps:
                 break
+        self._raise_from_scan()  # it may have ended since
         self.store.finish()
         return step + 1 == steps
 
@@ -154,11 +155,12 @@ class Loop:
             raise error
 
     def _raise_from_scan(self) -> None:
-        """Raise what the first rank's scan ended with, on all language ranks."""
+        """Raise what the first rank's scan has ended with, if it has failed, on all language ranks."""
         found = [self.scan.error if self.scan is not None else None]
         dist.broadcast_object_list(found, src=0, group=self.groups.language)
         [error] = found
-        assert error is not None
+        if error is None:
+            return
         if isinstance(error, SphinxError):
             error.is_shared = True
         raise error
