@@ -4,8 +4,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -74,19 +74,24 @@ class _Enduring(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        return self._try(lambda: self._stream.write(text))
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._divert()
+        return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, work: Callable[[], T]) -> T:
         try:
-            return work()
-        except OSError:  # its reader, its terminal or the room on its disk is gone
-            pass
+            self._stream.flush()
+        except OSError:
+            self._divert()
+
+    def _divert(self) -> None:
+        """Let the file take what the stream has not: its reader, its terminal or the room on its disk is gone."""
         with self._opened() as log:
             os.dup2(log.fileno(), self._stream.fileno())  # for libraries that write to it, too
-        return work()
+        with suppress(OSError):  # the file's disk is full as well; what follows tries again
+            self._stream.flush()
 
     def _opened(self) -> TextIO:
         """The file, told that it is needed; nothing at all where it cannot be written."""

@@ -2,8 +2,8 @@
 
 The lock is a file, made by the one operation that is exclusive on NFS too. Its holder writes a number into it every few
 seconds. Another job knows at once that a holder is gone where both see the same processes, or where Slurm has requeued
-the job; else it watches the number. A holder that was taken for gone, for
-its machine stood still, finds out before it writes a checkpoint, and ends.
+the job; else it watches the number. A holder that was taken for gone, for its machine stood still, finds out within
+seconds, and always before it writes a checkpoint, and ends.
 """
 
 import json
@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from errno import ENOSYS, ENOTSUP, EPERM
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -61,6 +62,15 @@ class Hold:
         if self._lock:
             self._lock.require()
 
+    def look(self) -> None:
+        """Make sure of that as far as the lock has found out by itself; this costs nothing.
+
+        Raises:
+            FolderError: another job has taken the folder.
+        """
+        if self._lock and self._lock.is_lost:
+            self._lock.require()
+
     def give_back(self, status: int) -> None:
         """Say on the first rank how the run ended, and write its exit status down: torchrun makes each failure 1."""
         if self.end and self.is_first:
@@ -85,25 +95,33 @@ class RunLock:
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.path, self._say = folder / NAME, say
-        self._closed = Event()
+        self._closed, self._is_lost = Event(), False
         self._owner = _this_process()
         self._file = self._take()
         self._beats = Thread(target=self._beat, name="lock", daemon=True)
         self._beats.start()
 
     def require(self) -> None:
-        """Make sure that no other job has taken the folder meanwhile.
+        """Make sure that no other job has taken the folder meanwhile; a lock that somebody removed is made again.
 
         Raises:
             FolderError: one has.
         """
         found = _read(self.path)
-        if found is None or found[0].get("token") != self._owner["token"]:
-            who = f"{_named(found[0])} has taken it" if found else f"its {NAME} is gone"
+        if found is None and (file := self._make()) is not None:
+            file, self._file = self._file, file
+            os.close(file)
+        elif found is None or found[0].get("token") != self._owner["token"]:
+            other = _named(found[0] if found else {})
             raise FolderError(
-                f"run.folder={self.path.parent}: {who} while this job stood still; it writes nothing more; "
-                f"see which of them should go on"
+                f"run.folder={self.path.parent}: {other} has taken it while this job stood still; it writes nothing "
+                f"more; see which of them should go on"
             )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the holder has found, when it last looked, that another job has taken the folder."""
+        return self._is_lost
 
     def release(self) -> None:
         """Give the folder free; what another job has taken stays its own."""
@@ -129,18 +147,32 @@ class RunLock:
     def _make(self) -> int | None:
         """The lock's file, if there was none; whoever reads it finds it whole."""
         whole = self.path.with_name(f"{NAME}.{self._owner['token']}")
-        file = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file = self._write(whole)
         try:
-            os.write(file, f"{json.dumps(self._owner)}\n{0:020d}\n".encode())
-            os.fsync(file)
             os.link(whole, self.path)
+        except FileExistsError:
+            is_own = os.fstat(file).st_nlink == 2  # a network's file system may answer a second time
+            if not is_own:
+                os.close(file)
+            return file if is_own else None
         except OSError as error:
             os.close(file)
-            if isinstance(error, FileExistsError):
+            if error.errno not in (EPERM, ENOTSUP, ENOSYS):
+                raise
+            try:  # a file system without links
+                return self._write(self.path)
+            except FileExistsError:
                 return None
-            raise
         finally:
-            whole.unlink()
+            whole.unlink(missing_ok=True)
+        return file
+
+    def _write(self, path: Path) -> int:
+        """A new file that says whose the lock is. Its number in the file system tells it from a copy of it."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._owner["file"] = os.fstat(file).st_ino
+        os.write(file, f"{json.dumps(self._owner)}\n{0:020d}\n".encode())
+        os.fsync(file)
         return file
 
     def _remove_left_behind(self) -> None:
@@ -153,6 +185,10 @@ class RunLock:
         if found is None:
             return
         owner = found[0]
+        with suppress(FileNotFoundError):
+            if owner.get("file", self.path.stat().st_ino) != self.path.stat().st_ino:
+                self.path.unlink()  # it came with a copy of another run folder
+                return
         is_there = _is_there(owner, self._owner)
         if is_there is None and (later := self._listen(found)) != found:
             if later is None or later[0].get("token") != owner.get("token"):
@@ -184,12 +220,14 @@ class RunLock:
         return found
 
     def _beat(self) -> None:
-        count, place = 0, len(json.dumps(self._owner)) + 1
+        count = 0
         while not self._closed.wait(_BEAT_SECONDS):
             count += 1
             with suppress(OSError):  # a full disk or a server that is gone for a while: the next one may pass
-                os.pwrite(self._file, f"{count:020d}".encode(), place)
+                os.pwrite(self._file, f"{count:020d}".encode(), len(json.dumps(self._owner)) + 1)
                 os.fsync(self._file)
+                found = _read(self.path)
+                self._is_lost = found is not None and found[0].get("token") != self._owner["token"]
 
 
 def _this_process() -> dict[str, Any]:
@@ -210,10 +248,21 @@ def _this_process() -> dict[str, Any]:
 def _is_there(owner: dict[str, Any], here: dict[str, Any]) -> bool | None:
     """Whether the process that made a lock is there; None where that cannot be seen from here."""
     if owner.get("boot") == here["boot"] and owner.get("processes") == here["processes"]:
-        return owner.get("begun") is not None and _begun(int(owner["pid"])) == owner["begun"]
+        return _runs(int(owner["pid"]), owner.get("begun"))
     if here["job"] and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]:
         return False  # Slurm begins a job again once nothing of it runs
     return None
+
+
+def _runs(pid: int, begun: str | None) -> bool:
+    """Whether a process is there, and is the one that began then, as far as its beginning can be read."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's, of whom /proc may say nothing
+        pass
+    return (found := _begun(pid)) == begun or found is None
 
 
 def _named(owner: dict[str, Any]) -> str:
@@ -248,8 +297,8 @@ def _processes() -> str:
 
 
 def _begun(pid: int) -> str | None:
-    """When a process began, in ticks of this machine's clock; None where there is none."""
+    """When a process began, in ticks of this machine's clock; nothing of a zombie, None where it cannot be read."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
+        return "" if fields[0] in "ZX" else fields[19]
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sphinx.checkpoint.identity import differences, require_same
+from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
 from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.config import RunConfig
@@ -26,7 +26,6 @@ def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> d
         marks: what identifies the weights of each frozen expert, by its name, in the order of the mixture.
     """
     data = config.data
-    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
     names = (
         "pairs_per_step",
         "conversations_per_step",
@@ -49,11 +48,17 @@ def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> d
     return {
         "run": {"seed": config.run.seed},
         "model": config.model.shape,
-        "vision": {"experts": dict(marks), **{name: getattr(config.vision, name) for name in looks}},
+        "vision": _vision(config, marks),
         "tokenizer": sources.tokenizer.mark.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision, "train": config.training.train},
     }
+
+
+def _vision(config: RunConfig, marks: Mapping[str, str]) -> dict[str, Any]:
+    """The frozen experts, and how they are shown pictures."""
+    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
+    return {"experts": dict(marks), **{name: getattr(config.vision, name) for name in looks}}
 
 
 def about(config: RunConfig, layout: ParallelLayout, marks: Mapping[str, str]) -> dict[str, Any]:
@@ -89,17 +94,17 @@ def keep_config(folder: Path, config: RunConfig) -> str:
     return name
 
 
-def changes(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changes(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
     """List what a run is told otherwise than the one whose checkpoint it goes on from, key by key.
 
     Args:
-        folder: the run folder, whose config.yaml tells it for a checkpoint that does not.
+        checkpoint: where it is; the config.yaml of its run folder tells it for one that does not.
         manifest: what the checkpoint says of itself.
         config: of the run.
     """
-    earlier = manifest.get("config")
-    if earlier is None and (folder / "config.yaml").is_file():
-        earlier = json.loads(json.dumps(yaml.safe_load((folder / "config.yaml").read_text())))
+    earlier, path = manifest.get("config"), checkpoint.parent.parent / "config.yaml"
+    if earlier is None and path.is_file():
+        earlier = json.loads(json.dumps(yaml.safe_load(path.read_text())))
     if earlier is None:
         return []
     return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _known_to(earlier, _plain(config)))]
@@ -113,10 +118,8 @@ def require_trained_as(folder: Path, config: RunConfig, tokenizer: str, marks: M
     """
     path = newest_of(folder)
     made = read_manifest(path)["identity"]
-    here = {"model": config.model.shape, "tokenizer": tokenizer, "vision": {"experts": dict(marks)}}
-    made = {name: made.get(name) for name in ("model", "tokenizer")} | {
-        "vision": {"experts": made.get("vision", {}).get("experts")}
-    }
+    here = {"model": config.model.shape, "tokenizer": tokenizer, "vision": in_order(_vision(config, marks))}
+    made = {**made, "vision": in_order(made.get("vision", {}))}
     require_same(str(path), made, here, "take the configuration in its run folder")
 
 

@@ -44,7 +44,7 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.lifeline import Lifeline
 from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state, seed_rank
-from megatron_sphinx.parallel.stop import StopSignal
+from megatron_sphinx.parallel.stop import STOPPED, StopSignal
 from megatron_sphinx.platform import Platform
 from megatron_sphinx.provenance import about, changes, identity, keep_config, require_trained_as, sizes_of
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
@@ -56,7 +56,7 @@ from megatron_sphinx.training.memory import rank_weights, zero2_bytes
 from megatron_sphinx.training.metrics import Reporter
 from megatron_sphinx.training.optimizer import learning_rate
 
-STOPPED = 75  # EX_TEMPFAIL: resubmit me
+_AGREEMENTS = 3  # of all ranks in _resume
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
@@ -135,6 +135,7 @@ def train(config: RunConfig, stop: StopSignal | None = None, observer: Observer 
     )
     name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
+    stop.has_met()
     try:
         groups = ProcessGroups.create(layout, here.backend, for_steps, for_files)
         job = replace(_open(config, here, groups, progress, hold), stop=stop, hold=hold)
@@ -282,7 +283,7 @@ def _encoder(job: Job, observer: Observer | None) -> bool:
     assert seat.encoder is not None
     encoders = agree(job.encoders)
     _say_start(job, encoders.sha256, language_bytes=0, encoder_bytes=_bytes_of(encoders))
-    for _ in range(2):
+    for _ in range(_AGREEMENTS):
         agree(lambda: None)  # that the language ranks could check and load their checkpoint
     start = _agree_on_start(job, None)
     if _is_stopping(job):
@@ -344,14 +345,15 @@ def _language(job: Job, observer: Observer | None) -> bool:
                 say(f"the configuration of the run before this one is kept as {earlier}")
             (job.folder / "encoders.json").write_text(json.dumps(marks, indent=1))
             reporter = Reporter(
-                job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval
-            )
+                job.folder, start=start, steps=config.training.steps, interval=config.run.print_interval,
+                guard=job.hold.look if job.hold else lambda: None,
+            )  # fmt: skip
     features = _feature_source(job, encoders, start)
     loop = make_loop(job, engine, store, features, reporter, job.stop, watch, bad_pairs, observer)
     how = "failed"
     try:
         is_done = loop.run(start, config.training.steps)
-        how = "done" if is_done else f"stopped by {job.stop.reason}"
+        how = "done" if is_done else f"stopped by {job.stop.wait_for_reason()}"
         return is_done
     finally:
         if reporter:
@@ -362,11 +364,16 @@ def _language(job: Job, observer: Observer | None) -> bool:
 
 def _how_it_ended(job: Job, how: str, store: CheckpointStore, done: int) -> str:
     """The last line of a run: how it ended, why, and where to look."""
-    kept = store.newest or "none"
-    on = "" if how == "done" else "; the same command goes on from it" if store.newest else ""
     plot = job.folder / "loss.png"
     drawn = f", plot {plot}" if plot.is_file() else ""
-    return f"{how} after {done} of {job.config.training.steps} steps; checkpoint {kept}{drawn}{on}"
+    on = _way_on(job) if how.startswith("stopped") else ""
+    return f"{how} after {done} of {job.config.training.steps} steps; checkpoint {store.newest or 'none'}{drawn}{on}"
+
+
+def _way_on(job: Job) -> str:
+    """How to go on with a run that was stopped."""
+    is_same = job.config.checkpoint.resume == "auto"
+    return "; the same command goes on" if is_same else "; go on with checkpoint.resume=auto"
 
 
 def make_loop(
@@ -498,7 +505,7 @@ def _is_stopping(job: Job) -> bool:
     has_come, reason = found[0]
     if has_come and job.hold:
         job.stop.ask(reason)
-        job.hold.end = f"stopped by {reason} before the first step; nothing new to save; the same command goes on"
+        job.hold.end = f"stopped by {reason} before the first step; nothing new to save{_way_on(job)}"
     return has_come
 
 
@@ -542,16 +549,20 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     found = agree(load)
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
-        if job.groups.seat.rank == 0:
-            for line in store.clear_the_way():
-                say(line)
         if isinstance(found, Chosen):
             return _go_on(job, store, engine, found)
         if found is not None:
             _begin_with(job, store, engine, found)
         return 0, 0, None
 
-    return agree(fill)
+    def clear() -> None:
+        if job.groups.seat.rank == 0:
+            for line in store.clear_the_way():
+                say(line)
+
+    begun = agree(fill)
+    agree(clear)  # when nothing can fail any more: until then all stays as it is
+    return begun
 
 
 def _begin_with(job: Job, store: CheckpointStore, engine: Engine, weights: Weights) -> None:
@@ -582,7 +593,7 @@ def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> 
     if job.groups.seat.rank == 0:
         moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
         say(f"resumed after step {step} from {chosen.path}{moved}")
-        for change in changes(job.folder, manifest, job.config):
+        for change in changes(chosen.path, manifest, job.config):
             say(f"  changed: {change}")
     return step, int(manifest["bad_pairs"]), divergence
 

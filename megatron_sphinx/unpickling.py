@@ -5,10 +5,14 @@ unpickle without limits, is read into plain records; torch's own objects are the
 not protect: whoever wrote a file wrote them too. No other module may import pickle or call torch.load.
 """
 
-import copyreg
+import io
 import pickle
+import pickletools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as shortened
+from threading import RLock
 from typing import IO, Any
 
 import torch
@@ -26,6 +30,7 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.paths import is_plain
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_OLDER = "torch.distributed._shard.sharded_tensor.metadata"
 _PLANNER, _MEGATRON = "torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.strategies.torch"
 _RECORDS = {
     *((_METADATA, name) for name in (
@@ -33,11 +38,21 @@ _RECORDS = {
         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )),
     (_FILES, "_StorageInfo"),
+    *((_OLDER, name) for name in ("TensorProperties", "MEM_FORMAT_ENCODING")),
     # What the writer of a checkpoint had planned and where it wrote is read past, it is not needed.
     *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     *((_MEGATRON, name) for name in ("MCoreMetadata", "MCoreSavePlan")),
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }  # fmt: skip
+_OPERATIONS = {  # of pickletools
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "LONG1", "LONG4", "BININT",
+    "BININT1", "BININT2", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "STRING",
+    "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS",
+    "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
+    "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+}  # fmt: skip
+_LOADING = RLock()
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
     ("collections", "OrderedDict"): dict,
@@ -55,7 +70,24 @@ def load_torch(source: Path | IO[bytes], *, device: str = "cpu", is_mapped: bool
     Raises:
         Exception: it is damaged, or names anything but tensors and plain values; torch has many errors for this.
     """
-    return torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
+    with only_tensors():
+        return torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
+
+
+@contextmanager
+def only_tensors() -> Iterator[None]:
+    """Let torch's `weights_only` take tensors and plain values alone, whatever libraries have added to what it takes.
+
+    megatron-core and torch.distributed add classes that do things when they are made. One thread at a time is in here.
+    """
+    with _LOADING:
+        added = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(added)
 
 
 def metadata_of(folder: Path) -> Metadata:
@@ -66,16 +98,16 @@ def metadata_of(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
-            copyreg.clear_extension_cache()  # what is in it would be returned without asking find_class
-            found = _Unpickler(file).load()
+        content = path.read_bytes()
+        _require_plain(content)
+        found = _Unpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
     if not (isinstance(found, _Record) and found.name == "Metadata"):
         raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
     try:
         return _metadata(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # what it holds may be anything
         raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
 
 
@@ -102,6 +134,19 @@ def fault_of(error: BaseException) -> str:
     text = str(error)
     found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
     return " ".join(found.split())[:160] or type(error).__name__
+
+
+def _require_plain(content: bytes) -> None:
+    """Raise UnpicklingError where a pickle holds what no writer of a `.metadata` writes.
+
+    So no object is made by a number of an extension or of the reader, nothing is doubled without being written, and no
+    table is as large as a number says.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name not in _OPERATIONS:
+            raise pickle.UnpicklingError(f"it holds {operation.name}")
+        if operation.name.endswith("PUT") and (argument or 0) > len(content):
+            raise pickle.UnpicklingError(f"it holds {operation.name} {argument}")
 
 
 class _Record:
@@ -154,7 +199,7 @@ def _metadata(record: _Record) -> Metadata:
 def _tensor(about: _Record) -> TensorStorageMetadata:
     dtype = about.get("properties").state[0]
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{dtype!r} is no type of a tensor")
+        raise TypeError(f"{shortened(dtype)} is no type of a tensor")
     chunks = [
         ChunkStorageMetadata(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in about.get("chunks")
     ]
@@ -166,9 +211,10 @@ def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
     for index, info in storage.items():
         offset, file = index.get("offset"), info.get("relative_path")
         if not is_plain(file):
-            raise ValueError(f"{file!r} is no name of a file in it")
+            raise ValueError(f"{shortened(file)} is no name of a file in it")
         if info.get("transform_descriptors"):
-            raise ValueError(f"{file} is transformed by {info.get('transform_descriptors')!r}, which is not known here")
+            how = shortened(info.get("transform_descriptors"))
+            raise ValueError(f"{file} is transformed by {how}, which is not known here")
         start, length = _sizes((info.get("offset"), info.get("length")))
         place = MetadataIndex(str(index.get("fqn")), None if offset is None else _sizes(offset), index.get("index"))
         yield place, _StorageInfo(file, start, length)
@@ -176,5 +222,5 @@ def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
 
 def _sizes(values: Any) -> torch.Size:
     if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
-        raise TypeError(f"{values!r} are no sizes")
+        raise TypeError(f"{shortened(values)} are no sizes")
     return torch.Size(values)

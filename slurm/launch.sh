@@ -16,7 +16,7 @@ nodes=$SLURM_NNODES
 cpus=${SLURM_CPUS_PER_TASK:-1}
 # Ranks that fail end the others themselves, with the status that counts, so srun must not kill them first.
 step=(srun --nodes="$nodes" --distribution=block --kill-on-bad-exit=0 --wait="$SPHINX_END_SECONDS")
-# A rank that is still importing, and torchrun itself, must not die of the signal that asks the ranks to save.
+# A rank that has only just begun, and torchrun itself, must not die of the signal that asks the ranks to save.
 deaf=(bash -c 'trap "" USR1; exec "$@"' rank)
 case $LAUNCHER in
 srun)

@@ -1,8 +1,10 @@
 """Two jobs in one run folder: the second is told of the first, unless that was killed."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from test_faults import ENDLESS, wait_for_steps
 from megatron_sphinx import lock
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.errors import FolderError
-from megatron_sphinx.lock import NAME, RunLock
+from megatron_sphinx.lock import NAME, Hold, RunLock
 
 
 @pytest.fixture
@@ -107,9 +109,75 @@ def test_one_that_stood_still_finds_that_another_has_taken_it(take, tmp_path):
         first.require()
     first.release()
     assert (tmp_path / "run" / NAME).exists(), "it is the other one's"
+
+
+def test_a_lock_that_somebody_removed_is_made_again(take, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
+    first, _ = take()
     (tmp_path / "run" / NAME).unlink()
-    with pytest.raises(FolderError, match=r"its \.lock is gone while this job stood still"):
-        first.require()
+    first.require()
+    with pytest.raises(FolderError, match="is writing it"):
+        take()
+    before = (tmp_path / "run" / NAME).read_text()
+    time.sleep(0.2)
+    now = (tmp_path / "run" / NAME).read_text()
+    assert (before != now, before.partition("\n")[0]) == (True, now.partition("\n")[0]), "the number still changes"
+
+
+def test_a_holder_finds_out_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
+    hold = Hold(tmp_path / "run", rank=0)
+    hold.take()
+    hold.look()
+    write(tmp_path / "run", token="other")
+    time.sleep(0.3)
+    with pytest.raises(FolderError, match=r"process 77 on n7, since .* has taken it while this job stood still"):
+        hold.look()
+    hold.give_back(0)
+    assert not (tmp_path / "run" / "ended.json").exists(), "that is the other one's to write"
+
+
+def test_a_copy_of_a_run_folder_is_not_locked_by_the_first(take, tmp_path):
+    take()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    RunLock(tmp_path / "copy", print).release()
+    assert (tmp_path / "run" / NAME).exists()
+
+
+def test_a_file_system_without_links_has_locks_too(take, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first, _ = take()
+    with pytest.raises(FolderError, match="is writing it"):
+        take()
+    first.require()
+    first.release()
+    take()
+
+
+def test_a_link_that_was_made_though_the_answer_was_lost_counts(take, monkeypatch):
+    link = os.link
+
+    def twice(*paths: Path) -> None:
+        link(*paths)
+        link(*paths)
+
+    monkeypatch.setattr(os, "link", twice)
+    first, _ = take()
+    first.require()
+
+
+def test_a_process_of_another_user_is_there(take, tmp_path, monkeypatch):
+    def hidden(pid: int, _: int) -> None:
+        raise PermissionError(errno.EPERM, str(pid))
+
+    write(tmp_path / "run", begun="1")
+    monkeypatch.setattr(os, "kill", hidden)
+    monkeypatch.setattr(lock, "_begun", lambda _: None)
+    with pytest.raises(FolderError, match=r"process 77 on n7, since .* is writing it"):
+        take()
 
 
 def test_a_holder_says_that_it_lives(take, tmp_path, monkeypatch):

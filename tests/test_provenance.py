@@ -3,14 +3,25 @@
 import json
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_content import ENDLESS, foreign
 
+from megatron_sphinx import config as configuration
+from megatron_sphinx.__main__ import main
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.identity import comparable, differences
+from megatron_sphinx.checkpoint.interpolate import interpolate
 from megatron_sphinx.checkpoint.steps import complete, newest_of
+from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.data.content import Scan
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.provenance import require_trained_as
 
 
 def test_what_was_changed_on_purpose_is_said_and_kept(train):
@@ -60,6 +71,44 @@ def test_weights_of_other_encoders_are_refused_and_other_views_said(train, tiny)
     assert "  changed: vision.views was 1, is 5" in begun
 
 
+def test_a_converted_checkpoint_still_says_what_it_was_trained_with(train, tiny, tmp_path):
+    first = train(1, {"training.steps": 1}, name="first")
+    convert(first.folder, tmp_path / "converted", "megatron", Wanted())
+    begin = {"model.weights": str(tmp_path / "converted"), "training.steps": 1}
+    refused = train(1, begin | {"run.seed": 4}, name="second", status=2).ranks.text()
+    assert "was made with vision.experts.clip_convnext_small=random 3, this run has random 4" in refused
+    train(1, begin, name="third")
+
+
+def test_checkpoints_of_encoders_in_another_order_are_not_mixed(train, tiny, tmp_path):
+    turned = {"vision.experts": tiny.values["vision"]["experts"][::-1]}
+    one, other = train(1, {"training.steps": 1}, name="one"), train(1, {"training.steps": 1} | turned, name="other")
+    with pytest.raises(CheckpointError, match=r"was made with vision\.order=\['dinov2_small', 'clip_convnext_small'\]"):
+        interpolate([one.folder, other.folder], {tmp_path / "mixed": [0.5, 0.5]})
+
+
+def test_weights_are_evaluated_as_they_were_trained(train):
+    folder = train(1, {"training.steps": 1}).folder
+    config = configuration.load(folder / "config.yaml")
+    marks = {"clip_convnext_small": "random 3", "dinov2_small": "random 3"}
+    tokenizer = json.loads((newest_of(folder) / "checkpoint.json").read_text())["identity"]["tokenizer"]
+    require_trained_as(folder, config, tokenizer, marks)
+    others = [
+        (config, "other", marks, r"tokenizer=\w+, this run has other"),
+        (config, tokenizer, marks | {"dinov2_small": "a"}, r"vision\.experts\.dinov2_small=random 3, this run has a"),
+        (config, tokenizer, dict(reversed(marks.items())), r"vision\.order="),
+        (
+            configuration.load(folder / "config.yaml", ["vision.padding=corner"]),
+            tokenizer,
+            marks,
+            r"vision\.padding=centre, this",
+        ),
+    ]
+    for settings, mark, experts, message in others:
+        with pytest.raises(CheckpointError, match=message):
+            require_trained_as(folder, settings, mark, experts)
+
+
 # the data
 
 
@@ -107,6 +156,37 @@ def test_data_may_move(train, tiny, tmp_path):
         shutil.copytree(tiny.folder / name, tmp_path / "there" / name)
     moved = {f"data.{name}": str(tmp_path / "there" / name) for name in ("text", "pairs")}
     assert "resumed after step 3" in train(1, moved | {"training.steps": 4}).ranks.text()
+
+
+def test_other_data_that_is_found_at_the_very_end_is_refused_too(train, start_ranks, tiny, tmp_path):
+    """The scan ends while the last checkpoint is written: neither that nor the run counts."""
+    other = other_tokens(tiny.folder / "text", tmp_path / "text", "000000.bin")
+    forget(other)
+    begun = train(1)
+    config = tiny.write(tmp_path / "run.yaml", {"data.text": str(other), "training.steps": 5})
+
+    def work() -> int:
+        write, read = CheckpointStore._write_pieces, Scan._read
+        is_writing = threading.Event()
+
+        def late(scan: Scan, data: object) -> None:
+            is_writing.wait(60)
+            read(scan, data)
+
+        def slow(store: CheckpointStore, *arguments: object) -> None:
+            if list(store.folder.glob(".step_00000005*")):
+                is_writing.set()
+                time.sleep(2)
+            write(store, *arguments)
+
+        CheckpointStore._write_pieces, Scan._read = slow, late
+        return main(["train", str(config)])
+
+    ranks = start_ranks(2, work)
+    assert ranks.wait() == [2, 2], ranks.text()
+    assert "was made with data.text.fingerprint=" in ranks.text(0)
+    assert complete(begun.folder / "checkpoints")[-1].name == "step_00000003"
+    assert len(list(begun.folder.glob("checkpoints/superseded_1/step_0000000[45]"))) == 2
 
 
 def test_a_checkpoint_keeps_what_is_found_meanwhile(train, tmp_path):

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import HashStore
 from megatron_sphinx import console
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
-from megatron_sphinx.parallel import launch
+from megatron_sphinx.parallel import launch, stop
 from megatron_sphinx.parallel.stop import StopSignal
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
@@ -132,17 +132,43 @@ def test_a_run_saves_and_says_how_it_ended(train, number, told):
     steps = int(saved.name.removeprefix("step_"))
     assert end == [
         f"stopped by {by} after {steps} of 100000 steps; checkpoint {saved}, plot {folder / 'loss.png'}; "
-        f"the same command goes on from it"
+        f"the same command goes on"
     ]
     assert "Traceback" not in ranks.text()
     done = train(2, {"training.steps": steps, "parallel.encoder": 1}).ranks.text(0)
     assert f"done after {steps} of {steps} steps; checkpoint {saved}, plot {folder / 'loss.png'}\n" in done
 
 
+def test_a_run_that_began_anew_says_how_it_goes_on(train):
+    """The same command would begin anew once more."""
+    folder, ranks = train.start(1, ENDLESS | {"checkpoint.resume": "none"})
+    wait_for_steps(folder, 1)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.wait() == [75]
+    assert ranks.text().rstrip().endswith("; go on with checkpoint.resume=auto")
+
+
+def test_a_rank_that_waits_for_others_in_vain_leaves(start_ranks, tiny, tmp_path):
+    config = tiny.write(tmp_path / "run.yaml")
+
+    def work() -> int:
+        os.environ["WORLD_SIZE"] = "2"  # the other one never comes
+        stop._MEETING_SECONDS = 0.5
+        return main(["train", str(config)])
+
+    ranks = start_ranks(1, work)
+    time.sleep(1)
+    begin = time.monotonic()
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.wait() == [75]
+    assert time.monotonic() - begin < 10
+    assert ranks.text() == "stopped by SIGTERM before the ranks had met; nothing new to save\n"
+
+
 def test_a_run_that_fails_says_where_its_state_is(train):
     begun = train(1, {"training.steps": 2})
     failed = train(1, {"training.steps": 9, "optimizer.learning_rate": 1e30, "checkpoint.interval": 100}, status=1)
-    end = r"^failed after \d of 9 steps; checkpoint (\S+), plot \S+/loss\.png; the same command goes on from it$"
+    end = r"^failed after \d of 9 steps; checkpoint (\S+), plot \S+/loss\.png$"
     (kept,) = re.findall(end, failed.ranks.text(), re.MULTILINE)
     assert Path(kept) == complete(begun.folder / "checkpoints")[-1]
 

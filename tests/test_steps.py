@@ -1,14 +1,27 @@
 """What becomes of a run folder's checkpoints: none of the run's own goes, none is mixed with another run's."""
 
+import errno
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from test_training import identical
 
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.interpolate import interpolate
 from megatron_sphinx.checkpoint.manifest import read_manifest
-from megatron_sphinx.checkpoint.steps import complete, name_of, newest_of, off_the_line, prune, set_aside
+from megatron_sphinx.checkpoint.steps import (
+    complete,
+    name_of,
+    newest_of,
+    off_the_line,
+    prune,
+    remove_remains,
+    set_aside,
+)
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.training import metrics
 
@@ -44,7 +57,7 @@ def test_only_step_and_eight_digits_is_a_step(tmp_path):
     (tmp_path / "step_00000008").mkdir()  # not complete
     assert [path.name for path in complete(tmp_path)] == ["step_00000003", "step_00000007"]
     assert newest_of(tmp_path).name == "step_00000007"
-    set_aside(tmp_path, off_the_line(tmp_path, None))
+    set_aside(tmp_path, off_the_line(tmp_path, None, 0))
     assert names(tmp_path) == sorted([*others, "superseded_1"])
     assert names(tmp_path / "superseded_1") == ["step_00000003", "step_00000007", "step_00000008"]
     with pytest.raises(CheckpointError, match=r"holds no complete checkpoint; train first"):
@@ -64,14 +77,56 @@ def test_what_is_pruned_is_older_than_what_is_kept(tmp_path, seed):
     assert names(tmp_path) == sorted([*map(name_of, wanted), "step_best"])
 
 
-def test_a_run_that_begins_elsewhere_comes_from_none_of_the_steps(tmp_path):
+def test_a_run_that_begins_elsewhere_comes_from_none_of_the_steps(tmp_path, monkeypatch):
     (elsewhere,) = make(tmp_path / "other", 4)
     found = make(tmp_path / "run", 2, 4, 6)
-    assert off_the_line(tmp_path / "run", elsewhere) == found
-    assert off_the_line(tmp_path / "run", found[1]) == found[2:]
+    assert off_the_line(tmp_path / "run", elsewhere, 4) == found
+    assert off_the_line(tmp_path / "run", found[1], 4) == found[2:]
     (tmp_path / "link").symlink_to(found[1])
-    assert off_the_line(tmp_path / "run", tmp_path / "link") == found[2:]
-    assert off_the_line(tmp_path / "nowhere", None) == []
+    assert off_the_line(tmp_path / "run", tmp_path / "link", 4) == found[2:]
+    assert off_the_line(tmp_path / "nowhere", None, 0) == []
+    for name in ("step_best", "a_copy"):  # names say nothing
+        (copy,) = make(tmp_path / "run", name)
+        assert off_the_line(tmp_path / "run", copy, 2) == found[1:]
+    monkeypatch.chdir(tmp_path / "run")
+    assert off_the_line(tmp_path / "run", Path("step_00000004"), 4) == found[2:]
+
+
+def test_a_step_that_a_link_leads_to_is_a_step(tmp_path):
+    (archived,) = make(tmp_path / "archive", 4)
+    folder = tmp_path / "run"
+    found = make(folder, 2, 6)
+    link = folder / archived.name
+    link.symlink_to(archived)
+    assert off_the_line(folder, link, 4) == found[1:]
+    (newest,) = make(folder, 8)
+    assert prune(newest, keep=1, protected=[]) == []
+    assert names(folder) == ["step_00000008"]
+    assert (archived / "checkpoint.json").exists()
+
+
+def test_what_cannot_be_removed_is_said_and_hidden(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # as over NFS, where a file is open
+
+    make(tmp_path, 2, 4)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    (line,) = prune(tmp_path / "step_00000004", keep=1, protected=[])
+    assert re.search(r"step_00000002: could not be removed whole \(Directory not empty\); remove it yourself", line)
+    assert [path.name for path in complete(tmp_path)] == ["step_00000004"]
+    remove_remains(tmp_path)
+    assert names(tmp_path) == [".step_00000002.pruned", "step_00000004"]
+    monkeypatch.undo()
+    remove_remains(tmp_path)
+    assert names(tmp_path) == ["step_00000004"]
+
+
+def test_the_newest_is_moved_first(tmp_path, monkeypatch):
+    moved = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (moved.append(path.name), rename(path, to)))
+    set_aside(tmp_path, make(tmp_path, 2, 6, 4))
+    assert moved == ["step_00000006", "step_00000004", "step_00000002"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +188,39 @@ def test_damaged_checkpoints_are_passed_over_and_the_good_one_stays(train, resum
     assert f"resumed after step 4 from {checkpoints}/step_00000004" in said
     assert identical(on.metrics, whole)
     assert [line["step"] for line in metrics.read(on.folder / "metrics.superseded.jsonl")] == [4, 5]
+
+
+def test_nothing_is_moved_before_what_is_to_be_taken_is_taken(train):
+    """Else the next start would begin anew."""
+    run = train(1, {"training.steps": 2})
+    checkpoints = run.folder / "checkpoints"
+    before = names(checkpoints)
+    mixed = run.folder.parent / "mixed"
+    convert(run.folder, mixed, "megatron", Wanted())
+    refused = train(2, {"checkpoint.resume": str(mixed), "training.steps": 3}, status=2).ranks.text(0)
+    assert "holds only weights; begin a run with them: give it as model.weights" in refused
+    assert names(checkpoints) == before
+    shutil.rmtree(mixed)
+    interpolate([run.folder, run.folder], {mixed: [0.5, 0.5]})
+    refused = train(2, {"checkpoint.resume": str(mixed), "training.steps": 3}, status=2).ranks.text(0)
+    assert "only weights; begin a run with them: give it as model.weights" in refused
+    assert names(checkpoints) == before
+    anew = {"checkpoint.resume": "none", "model.weights": str(run.folder), "training.steps": 1}
+    said = train(1, anew).ranks.text()
+    assert f"begins with the weights of {checkpoints}/step_00000002" in said
+    assert names(checkpoints) == ["step_00000001", "superseded_1"]
+
+
+def test_a_copy_of_the_users_is_gone_on_from_by_its_step(train):
+    run = train(1, {"training.steps": 4, "checkpoint.interval": 1, "checkpoint.keep": 4})
+    checkpoints = run.folder / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_best")
+    slower = {"optimizer.learning_rate": 1e-3}
+    train(1, slower | {"checkpoint.resume": str(checkpoints / "step_best"), "training.steps": 3})
+    assert names(checkpoints)[-4:] == ["step_00000002", "step_00000003", "step_best", "superseded_1"]
+    assert names(checkpoints / "superseded_1") == ["step_00000003", "step_00000004"]
+    on = train(1, slower | {"training.steps": 5}).ranks.text()
+    assert "resumed after step 3 from" in on
 
 
 def test_where_all_are_damaged_a_run_does_not_begin_anew(train):

@@ -123,7 +123,7 @@ def convert(
     if verify:
         _check_files(opened)
     opened = replace(opened, encoders=_encoders(encoders)) if encoders else opened
-    opened = select(opened, experts) if experts else opened
+    opened = _selected(opened, experts) if experts else opened
     wanted = replace(wanted, dtype=torch.float32) if form == "megatron" else wanted
     files, companions = _plan(opened, form, wanted, views)
     conversion = Conversion(opened.source, [item for file in files for item in file.tensors])
@@ -147,6 +147,12 @@ def convert(
         ) from error
     tensors = [item for file in files for item in file.tensors]
     return Converted(len(files), len(tensors), sum(torch.Size(item.shape).numel() for item in tensors), differing)
+
+
+def _selected(opened: Opened, experts: Sequence[str]) -> Opened:
+    """A checkpoint with some of its visual experts, which no longer are those that it was trained with."""
+    identity = {name: part for name, part in opened.about.get("identity", {}).items() if name != "vision"}
+    return select(replace(opened, about={**opened.about, "identity": identity}), experts)
 
 
 def _plan(opened: Opened, form: str, wanted: Wanted, views: int) -> tuple[list[File], dict[str, Any]]:
@@ -267,13 +273,15 @@ def _write_companions(
     if form == "torch_dist":
         torch.save({}, partial / "common.pt")
     if form == "megatron":
-        _write_manifest(partial, companions.pop(MANIFEST), digests)
+        _write_manifest(partial, companions.pop(MANIFEST), opened, digests)
     for name, content in companions.items():
         write_json(partial / name, content)
 
 
-def _write_manifest(partial: Path, manifest: dict[str, Any], digests: Mapping[str, str]) -> None:
-    """Write what a checkpoint of ours says of itself."""
+def _write_manifest(partial: Path, manifest: dict[str, Any], opened: Opened, digests: Mapping[str, str]) -> None:
+    """Write what a checkpoint of ours says of itself, and what its source says of the encoders and the tokenizer."""
+    known = opened.about.get("identity", {})
+    manifest["identity"] |= {name: known[name] for name in ("vision", "tokenizer") if name in known}
     if (partial / "tokenizer.model").is_file():
         manifest["identity"]["tokenizer"] = sha256_of(partial / "tokenizer.model")
     write_manifest(partial, manifest | {"files": {".metadata": sha256_of(partial / ".metadata"), **digests}})

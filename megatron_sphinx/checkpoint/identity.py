@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 from megatron_sphinx.errors import CheckpointError
 
-_NESTED = ("vision", "data")
-
 
 class Difference(NamedTuple):
     """A key, with dots, and both of its values; None where there is none."""
@@ -25,15 +23,20 @@ def differences(one: Any, other: Any, key: str = "") -> Iterator[Difference]:
         yield Difference(key, one, other)
 
 
+def in_order(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the order of the experts count when this part of two identities is compared."""
+    return {**vision, "order": list(vision.get("experts") or {})}
+
+
 def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prepare two identities of runs to be compared.
 
     The order of the experts counts, since their features are concatenated in it. The fingerprint of a stream of data
     counts where both are known: an older checkpoint has none, and data of others is read in the background first.
     """
-    one, other = ({**identity, **{name: dict(identity.get(name, {})) for name in _NESTED}} for identity in (made, here))
+    one, other = ({**identity, "vision": in_order(identity.get("vision", {}))} for identity in (made, here))
     for identity in (one, other):
-        identity["vision"]["order"] = list(identity["vision"].get("experts", {}))
+        identity["data"] = dict(identity.get("data", {}))
     for stream in ("pairs", "text"):
         both = [identity["data"].get(stream) or {} for identity in (one, other)]
         if not all(about.get("fingerprint") for about in both):
@@ -44,15 +47,15 @@ def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
 
 
 def inherited(here: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete a run's identity by what the checkpoint that it goes on from knows and the run does not know yet.
+    """Give a run's identity the fingerprints of the checkpoint that it goes on from, as far as that knows them.
 
-    So the fingerprint of data is compared at the latest when the run goes on once more.
+    They are the run's own, or the run ends; a checkpoint that it saves before it knows must not say otherwise.
     """
     data = dict(here.get("data", {}))
     for stream in ("pairs", "text"):
         about, before = data.get(stream), made.get("data", {}).get(stream)
-        if about and before and about.get("fingerprint") is None:
-            data[stream] = {**about, "fingerprint": before.get("fingerprint")}
+        if about and before and before.get("fingerprint"):
+            data[stream] = {**about, "fingerprint": before["fingerprint"]}
     return {**here, "data": data} if data else dict(here)
 
 

@@ -29,7 +29,7 @@ from megatron_sphinx.checkpoint.convert import (
 from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
-from megatron_sphinx.checkpoint.identity import differences
+from megatron_sphinx.checkpoint.identity import differences, in_order
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_sphinx.checkpoint.pieces import reason_of
@@ -177,7 +177,10 @@ def _compare(first: Opened, other: Opened) -> None:
         raise CheckpointError(
             f"{other.folder}: is {other.format}, {first.folder} is {first.format}; convert one of them first"
         )
-    ours, theirs = (one.about.get("identity", {}) for one in (first, other))
+    ours, theirs = (dict(one.about.get("identity", {})) for one in (first, other))
+    for identity in (ours, theirs):
+        if "vision" in identity:
+            identity["vision"] = in_order(identity["vision"])
     for name in ("model", "vision", "tokenizer"):
         if name in ours and name in theirs and ours[name] != theirs[name]:
             where, one, another = next(differences(ours[name], theirs[name], name))

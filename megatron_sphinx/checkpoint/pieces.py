@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.unpickling import load_torch, metadata_of
+from megatron_sphinx.unpickling import load_torch, metadata_of, only_tensors
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.model.shards import Block
@@ -170,25 +170,30 @@ def reason_of(error: BaseException) -> str:
 
 def weight_shapes(path: Path) -> dict[str, torch.Size]:
     """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
-    return {
-        name: about.size
-        for name, about in metadata_of(path).state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
-    }
+    return _shapes(metadata_of(path))
 
 
-def read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole fp32 tensors of a checkpoint, read by this process alone.
+def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Tensor]:
+    """Whole fp32 tensors of a checkpoint, read by this process alone; of no shapes, its weights.
 
     Raises:
         CheckpointError: they cannot be read.
     """
-    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
     reader = CheckedReader(path)
-    with warnings.catch_warnings():
+    wanted = _shapes(reader.metadata) if shapes is None else shapes
+    whole = {name: torch.empty(shape) for name, shape in wanted.items()}
+    with warnings.catch_warnings(), only_tensors():
         warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
         try:
             load(whole, storage_reader=reader, planner=CheckedPlanner(), no_dist=True)
         except CheckpointException as error:
             raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give an earlier one") from error
     return whole
+
+
+def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
+    return {
+        name: about.size
+        for name, about in metadata.state_dict_metadata.items()
+        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
+    }

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -41,23 +42,29 @@ def newest_of(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
 
 
-def off_the_line(folder: Path, start: Path | None) -> list[Path]:
+def off_the_line(folder: Path, start: Path | None, done: int) -> list[Path]:
     """List the steps in a folder that a run does not come from: later ones, or all where it begins elsewhere.
 
     Args:
         folder: the checkpoints of the run.
-        start: the checkpoint that it goes on from; None where it begins anew.
+        start: the checkpoint that it goes on from, whatever it is called and wherever a link puts it; None where it
+            begins anew.
+        done: steps that are done in that checkpoint.
     """
-    if start is None or start.resolve().parent != folder.resolve():
+    here = folder.resolve()
+    if start is None or here not in (start.parent.resolve(), start.resolve().parent):
         return _steps(folder)
-    return [path for path in _steps(folder) if path.name > start.resolve().name]
+    return [path for path in _steps(folder) if path.name > name_of(done) and path.resolve() != start.resolve()]
 
 
 def set_aside(folder: Path, steps: Iterable[Path]) -> Path:
-    """Move steps to a new folder `superseded_<number>` in the folder of checkpoints, which is returned."""
+    """Move steps to a new folder `superseded_<number>` in the folder of checkpoints, which is returned.
+
+    The newest goes first: killed on the way, none is left that is later than those that are gone.
+    """
     aside = next(path for number in count(1) if not (path := folder / f"superseded_{number}").exists())
     aside.mkdir()
-    for path in steps:
+    for path in sorted(steps, reverse=True):
         path.rename(aside / path.name)
     return aside
 
@@ -74,28 +81,45 @@ def publish(partial: Path, target: Path) -> None:
         os.close(directory)
 
 
-def prune(newest: Path, *, keep: int, protected: Collection[Path]) -> None:
+def prune(newest: Path, *, keep: int, protected: Collection[Path]) -> list[str]:
     """Remove the oldest of the checkpoints before one, so that `keep` are left with it.
 
     Args:
         newest: it has been verified; what is later, and so not of the run that wrote it, is left alone.
         keep: how many stay, that one counted.
         protected: checkpoints that stay beside them.
+
+    Returns:
+        A line for each that could not be removed; it stays under a hidden name.
     """
     older = [path for path in complete(newest.parent) if path.name < newest.name]
     safe = {path.resolve() for path in protected}
+    lines = []
     for path in older[: max(0, len(older) - (keep - 1))]:
         if path.resolve() not in safe:
             doomed = path.with_name(f".{path.name}.pruned")  # so that no part of it is taken for a checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                path.rename(doomed)
+                _remove(doomed)
+            except OSError as error:
+                lines.append(f"{path}: could not be removed whole ({error.strerror or error}); remove it yourself")
+    return lines
 
 
 def remove_remains(folder: Path) -> None:
-    """Remove what a process that was killed has left half written, or half removed."""
+    """Remove what a process that was killed has left half written, or half removed, as far as it can be."""
     for path in folder.glob(".step_*"):
         if _REMAINS.fullmatch(path.name):
-            shutil.rmtree(path)
+            with suppress(OSError):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of one that a link leads to, the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _steps(folder: Path) -> list[Path]:

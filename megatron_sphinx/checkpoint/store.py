@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from socket import gethostname
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,6 @@ from megatron_sphinx.checkpoint.pieces import (
     copied,
     read_tensors,
     reason_of,
-    weight_shapes,
 )
 from megatron_sphinx.checkpoint.steps import (
     complete,
@@ -48,13 +47,15 @@ from megatron_sphinx.checkpoint.steps import (
     remove_remains,
     set_aside,
 )
-from megatron_sphinx.errors import CheckpointError, OtherDataError, SphinxError
+from megatron_sphinx.console import say
+from megatron_sphinx.errors import CheckpointError, OtherDataError, SphinxError, writing
 from megatron_sphinx.parallel.progress import Progress
-from megatron_sphinx.unpickling import metadata_of
+from megatron_sphinx.unpickling import metadata_of, only_tensors
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.parallel.groups import ProcessGroups
 
+T = TypeVar("T")
 _SEEN_SECONDS = 90.0  # a network's file system may show a new file after a minute
 
 
@@ -182,7 +183,8 @@ class CheckpointStore:
             publish(partial, target)
             read_manifest(target)
             metadata_of(target)
-            prune(target, keep=self.keep, protected=[self._chosen.path] if self._chosen else [])
+            for line in prune(target, keep=self.keep, protected=[self._chosen.path] if self._chosen else []):
+                say(line)  # the checkpoint itself is there
 
         try:
             self._together(target, lambda: self._begin(partial) if self._is_first else None)
@@ -205,7 +207,20 @@ class CheckpointStore:
     def _begin(self, partial: Path) -> None:
         self._guard()
         remove_remains(self.folder)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+
+    def _agree(self, work: Callable[[], T]) -> T:
+        """Do what may fail on one rank alone, and fail on every language rank then; what follows waits for all."""
+        result, error = None, None
+        try:
+            result = work()
+        except CheckpointError as raised:
+            error = raised
+        errors = [error] * self.groups.layout.language
+        dist.all_gather_object(errors, error, group=self.groups.storage)
+        if first := next(filter(None, errors), None):
+            raise first
+        return cast(T, result)
 
     def _together(self, target: Path, work: Callable[[], Any]) -> list[Any]:
         """Do this rank's part, and fail on every rank where one fails; else what each has returned."""
@@ -256,7 +271,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is of another model or other data.
         """
-        made, here = comparable(chosen.manifest["identity"], self.identity)
+        identity = chosen.manifest["identity"]
+        if self.identity.keys() - identity.keys():  # as a converted one
+            raise CheckpointError(
+                f"checkpoint.resume={chosen.path}: holds only weights; begin a run with them: give it as model.weights"
+            )
+        made, here = comparable(identity, self.identity)
         way_out = "use the configuration and the data in its run folder, or start in another run.folder"
         require_same(f"checkpoint.resume={chosen.path}", made, here, way_out)
 
@@ -339,9 +359,11 @@ class CheckpointStore:
         self.newest = chosen.path if chosen else None
         for fault in chosen.faults if chosen else ():
             yield f"passed over: {fault}"
-        if steps := off_the_line(self.folder, chosen.path if chosen else None):
+        done = int(chosen.manifest["step"]) if chosen else 0
+        if steps := off_the_line(self.folder, chosen.path if chosen else None, done):
             self._guard()
-            aside = set_aside(self.folder, steps)
+            with writing(self.folder.parent):
+                aside = set_aside(self.folder, steps)
             yield f"{', '.join(path.name for path in steps)}: this run does not go on from there, moved to {aside}"
 
     def verify(self, path: Path, manifest: Mapping[str, Any], key: str = "checkpoint.resume") -> None:
@@ -357,19 +379,20 @@ class CheckpointStore:
     def load(
         self, path: Path, pieces: Iterable[Piece], objects: Iterable[str] = (), key: str = "checkpoint.resume"
     ) -> dict[str, Any]:
-        """Fill pieces from a checkpoint that `check` has passed; the objects of this rank that it has, by name.
+        """Fill pieces from a checkpoint that was compared with the run; the objects of this rank that it has, by name.
 
         Every language rank calls this, together.
 
         Raises:
             CheckpointError: it lacks a tensor, or has one of another shape, and names it; or it cannot be read.
         """
-        reader = CheckedReader(path)
+        reader = self._agree(lambda: CheckedReader(path))
         known = reader.metadata.state_dict_metadata
         wanted = {name: None for name in self._named(dict.fromkeys(objects)) if name in known}
         planner = LoadPlanner(pieces, wanted, f"{key}={path}")
         try:
-            load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
+            with only_tensors():
+                load(wanted, storage_reader=reader, planner=planner, process_group=self.groups.storage)
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             if isinstance(first, CheckpointError):
@@ -386,7 +409,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     newest = newest_of(folder)
     read_manifest(newest)
-    whole = read_tensors(newest, weight_shapes(newest))
+    whole = read_tensors(newest)
     return {name.removeprefix(WEIGHTS): weight for name, weight in whole.items()}
 
 

@@ -12,7 +12,7 @@ from megatron_sphinx.checkpoint.convert import open_checkpoint
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import megatron
 from megatron_sphinx.checkpoint.formats.base import Opened
-from megatron_sphinx.checkpoint.identity import differences, require_same
+from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
 from megatron_sphinx.checkpoint.keymap import Model, Stored
 from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.pieces import WEIGHTS, Piece
@@ -78,7 +78,7 @@ class Weights:
         vision = store.identity.get("vision", {})
         if "experts" in seen:
             for known, facts in ((seen, made), (vision, here)):
-                facts["vision"] = {"experts": known["experts"], "order": list(known["experts"])}
+                facts["vision"] = in_order({"experts": known["experts"]})
         way_out = "configure the same model, tokenizer and encoders, or begin with other weights"
         require_same(f"{KEY}={path}", made, here, way_out)
         if opened is None:

@@ -24,10 +24,10 @@ def run_launcher(command: Sequence[str], *, stdout: IO[str], stderr: IO[str]) ->
 
     Raises:
         OSError: there is no such command.
-        SystemExit: SIGTERM, SIGINT or SIGHUP has come, and what was started has ended.
+        SystemExit: SIGTERM, SIGINT, SIGHUP or SIGUSR1 has come, and what was started has ended.
     """
     asked: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
     try:
         launcher = Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)

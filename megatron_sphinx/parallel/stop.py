@@ -3,12 +3,16 @@
 import os
 import signal
 import socket
-from threading import Thread
+from contextlib import suppress
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
 from megatron_sphinx.console import complain
 
+_MEETING_SECONDS = 20.0
+_REASON_SECONDS = 2.0
+STOPPED = os.EX_TEMPFAIL  # the exit status that says: submit me again
 _LEFT_AT_ONCE = 128 + signal.SIGINT
 
 
@@ -19,6 +23,9 @@ class StopSignal:
     between two instructions of its own, and a rank may be in a collective for minutes; a thread hears of the signal
     from the interpreter's C handler all the same.
 
+    Before the ranks have met they cannot agree on anything, and one that waits for others cannot be reached: asked to
+    stop then, it leaves by itself after a while that is enough to import everything and to meet.
+
     Attributes:
         has_come: whether the process was asked to stop.
         reason: by which signal, and where another rank was asked, which; empty before.
@@ -27,6 +34,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.has_come, self.reason = False, ""
         self._interrupts = 0
+        self._met, self._reasoned = Event(), Event()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -56,6 +64,16 @@ class StopSignal:
         """Note that this rank is to stop since another one was asked to; the first reason stands."""
         self.reason = self.reason or reason
         self.has_come = True
+        self._reasoned.set()
+
+    def has_met(self) -> None:
+        """Note that the ranks have met, and hear of each other's signals from now on."""
+        self._met.set()
+
+    def wait_for_reason(self) -> str:
+        """Return why the run stops, which another rank may know a moment before this one."""
+        self._reasoned.wait(_REASON_SECONDS)
+        return self.reason or "a signal"
 
     def _listen(self) -> None:
         """The life of the thread that hears of signals."""
@@ -65,6 +83,8 @@ class StopSignal:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
+        if not self.has_come and not self._met.is_set():
+            Thread(target=self._leave_alone, args=(number.name,), name="stop", daemon=True).start()
         self.ask(number.name)
         if number is not signal.SIGINT:
             return
@@ -72,9 +92,17 @@ class StopSignal:
         is_again = self._interrupts > 1
         if os.environ.get("RANK", "0") == "0":
             now, then = "saves the state at the end of this step", "interrupt again to leave at once, unsaved"
-            complain("interrupted again: leaves at once, unsaved" if is_again else f"interrupted: {now}; {then}")
+            with suppress(OSError):  # nobody hears it
+                complain("interrupted again: leaves at once, unsaved" if is_again else f"interrupted: {now}; {then}")
         if is_again:
             os._exit(_LEFT_AT_ONCE)
+
+    def _leave_alone(self, name: str) -> None:
+        """End this process where it still has met no other one when it should have."""
+        if not self._met.wait(_MEETING_SECONDS):
+            with suppress(OSError):
+                complain(f"stopped by {name} before the ranks had met; nothing new to save")
+            os._exit(STOPPED)
 
 
 def _leave_to_the_thread(_number: int, _frame: object) -> None:

@@ -140,8 +140,8 @@ class Loop:
                 self.save(step + 1)
             if is_stopping and step + 1 < steps:
                 break
-        self._raise_from_scan()  # it may have ended since
         self.store.finish()
+        self._raise_from_scan()  # it may have ended since
         return step + 1 == steps
 
     def _check_bad(self, plan: StepPlan) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ class Reporter:
         start: first step of this process.
         steps: steps of the whole run.
         interval: steps between two progress lines.
+        guard: asked before each step is recorded; raises where the folder is another job's by now.
     """
 
-    def __init__(self, folder: Path, *, start: int, steps: int, interval: int) -> None:
+    def __init__(
+        self, folder: Path, *, start: int, steps: int, interval: int, guard: Callable[[], None] = lambda: None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.steps, self.interval, self.start = folder / "metrics.jsonl", steps, interval, start
-        self._skipped = folder / "skipped.jsonl"
+        self._skipped, self._guard = folder / "skipped.jsonl", guard
         for path in (self.path, self._skipped):
             _cut_back(path, start)
         self._file = self.path.open("a")
@@ -38,8 +42,9 @@ class Reporter:
         """Record one step.
 
         Raises:
-            FolderError: the disk is full.
+            FolderError: the disk is full, or the folder is another job's.
         """
+        self._guard()
         step = line["step"]
         with writing(self.path.parent):
             self._file.write(json.dumps(line) + "\n")
