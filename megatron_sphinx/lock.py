@@ -185,10 +185,9 @@ class RunLock:
         if found is None:
             return
         owner = found[0]
-        with suppress(FileNotFoundError):
-            if owner.get("file", self.path.stat().st_ino) != self.path.stat().st_ino:
-                self.path.unlink()  # it came with a copy of another run folder
-                return
+        if owner.get("boot") == self._owner["boot"] and self._is_copy(owner):
+            self.path.unlink(missing_ok=True)
+            return
         is_there = _is_there(owner, self._owner)
         if is_there is None and (later := self._listen(found)) != found:
             if later is None or later[0].get("token") != owner.get("token"):
@@ -207,7 +206,14 @@ class RunLock:
                 with suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
-        self._say(f"the run folder was left behind by {_named(owner)}, which is gone")
+            self._say(f"the run folder was left behind by {_named(owner)}, which is gone")
+
+    def _is_copy(self, owner: dict[str, Any]) -> bool:
+        """Whether a lock made on this machine came with a copy of another run folder; others may number files anew."""
+        with suppress(FileNotFoundError):
+            number = self.path.stat().st_ino
+            return bool(owner.get("file", number) != number)
+        return False
 
     def _listen(self, found: tuple[dict[str, Any], str]) -> tuple[dict[str, Any], str] | None:
         """What becomes of a lock, as soon as it changes, or after a time in which its holder must have changed it."""
