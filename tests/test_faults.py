@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Ranks, fork_store, kill
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_sphinx import config as configuration
@@ -132,6 +133,13 @@ def watch_store(port: int) -> None:
     Lifeline.connect("rank 0", progress=Progress(timeout=5))
     sys.stdout.write("connected\n")
     time.sleep(1000)
+
+
+def test_a_rank_is_known_from_its_first_moment():
+    store = HashStore()
+    lifeline = Lifeline(store, "language rank 1", rank=1, world=3)
+    assert store.check(["beat/1"]), "a rank that is lost before its watcher looked for the first time is named too"
+    lifeline.close()
 
 
 def test_a_store_that_does_not_answer_ends_the_job(start_ranks):

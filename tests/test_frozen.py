@@ -80,7 +80,9 @@ def test_a_second_stage_begins_with_the_first_and_resumes_exactly(train, train_o
 def test_another_choice_of_what_is_trained_is_another_run(train):
     train(1, {"training.steps": 1}, "run")
     refused = train(1, {"training.train": "language"}, "run", status=2)
-    message = "was made with training.train=all, this run has language; use the configuration in its run folder"
+    message = (
+        "was made with training.train=all, this run has language; use the configuration and the data in its run folder"
+    )
     assert message in refused.ranks.text()
 
 

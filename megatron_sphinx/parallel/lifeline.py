@@ -61,6 +61,8 @@ class Lifeline:
         self._beat_seconds = min(_MOST_BEAT_SECONDS, max(_LOOK_SECONDS, self._progress.timeout / 30))
         self._heard: dict[int, tuple[Beat, float]] = {}
         self._answered, self._blamed_since = time.monotonic(), inf
+        with suppress(RuntimeError):  # the store is gone: the watchers find out
+            self._publish()  # at once: a rank that is lost in its first moment was there
         threads = {"lifeline": self._watch, "lifeline of the store": self._watch_store}
         self._watchers = [Thread(target=work, name=name, daemon=True) for name, work in threads.items()]
         for watcher in self._watchers:
@@ -129,9 +131,17 @@ class Lifeline:
         end = json.dumps({"status": status, "by": self.name, "reason": " ".join(reason.split())[:400]})
         return bool(self._store.compare_set(_ENDED, "", end) == end.encode())
 
+    def _publish(self) -> None:
+        """Say where this rank is.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        self._store.set(f"{_BEAT}/{self._rank}", json.dumps(asdict(self._progress.beat(self.name))))
+
     def _watch(self) -> None:
         """The life of the thread that talks to the store."""
-        published = -1e9
+        published = time.monotonic()
         while not self._closed.wait(_LOOK_SECONDS):
             try:
                 end = _read(self._store)
@@ -140,7 +150,7 @@ class Lifeline:
                     is_due = (now := time.monotonic()) - published >= self._beat_seconds
                     if is_due:
                         published = now
-                        self._store.set(f"{_BEAT}/{self._rank}", json.dumps(asdict(self._progress.beat(self.name))))
+                        self._publish()
                     if self._rank in (0, self._world - 1):
                         is_broken = self._store.check([_BROKEN])
                         if is_due or is_broken:
