@@ -21,7 +21,7 @@ from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
 from megatron_sphinx.data.pair_writer import index_shards, write_shards
-from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, PairIndex
+from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, PairIndex
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.errors import DataError
@@ -481,3 +481,51 @@ def test_a_scan_ends_with_its_run_and_planning_starts_none(train, tiny, tmp_path
     train(1, {"data.text": str(prefix)})
     assert json.loads((tmp_path / "t.content.json").read_text())["content"]["highest"] == VOCABULARY - 1
     assert not (tmp_path / "run" / "content").exists()
+
+
+# indexes of strangers
+
+
+@pytest.mark.parametrize("kind", ["<f4", "?", "<U1", "m8", "O"])
+def test_captions_must_be_of_whole_numbers(tiny, tmp_path, kind):
+    shutil.copytree(tiny.folder / "pairs", tmp_path / "pairs")
+    edit(tmp_path / "pairs" / "index.json", lambda index: index.update(caption_type=kind))
+    with pytest.raises(
+        DataError, match=rf"damaged index \(caption_type={re.escape(kind)}: is no type of whole numbers\)"
+    ):
+        PairIndex([tmp_path / "pairs"])
+
+
+def test_a_token_file_and_an_index_of_other_files_are_refused(tmp_path):
+    IndexedDatasetBuilder(f"{tmp_path}/empty.bin", dtype=np.int32).finalize(f"{tmp_path}/empty.idx")
+    (tmp_path / "empty.bin").write_bytes(bytes(8))
+    with pytest.raises(
+        DataError, match=r"empty\.bin and \S+empty\.idx do not belong together|is not an index of tokens"
+    ):
+        TextIndex([tmp_path / "empty"])
+    foreign(tmp_path / "cut", 3)
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"cut\.bin and \S+cut\.idx do not belong together; make them again"):
+        TextIndex([tmp_path / "cut"])
+
+
+def test_what_a_scan_cannot_make_sense_of_is_one_line(tmp_path, monkeypatch):
+    index = TextIndex([foreign(tmp_path / "odd", 3)])
+
+    def odd(*_: object) -> None:
+        raise ValueError("buffer size must be a multiple of element size")
+
+    monkeypatch.setattr(type(index.parts[0]), "measure", odd)
+    assert re.search(r"odd\.bin is damaged \(buffer size must be a multiple .*\); make it again", refused(index))
+
+
+def test_a_message_shows_nothing_of_a_file_that_is_no_shard(tiny, tmp_path):
+    """An index may name any file for a shard."""
+    shutil.copytree(tiny.folder / "pairs", tmp_path / "pairs")
+    secret = tmp_path / "id_rsa"
+    secret.write_bytes(b"-----BEGIN PRIVATE KEY-----".ljust(4096, b"x"))
+    edit(tmp_path / "pairs" / "index.json", lambda index: [one.update(path="../id_rsa") for one in index["shards"]])
+    reader = ImageReader(PairIndex([tmp_path / "pairs"]))
+    assert reader.name(0) == (str(secret), f"at byte {reader.index.place(0).offset}")
+    with pytest.raises(DataError, match="the shard is not the one its index was made for"):
+        reader.read(0)

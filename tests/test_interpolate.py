@@ -343,8 +343,11 @@ def test_frozen_experts_that_differ_are_refused(tmp_path):
     with_expert(tmp_path / "b", -expert)
     refused(tmp_path, r"b: w of clip is frozen, but differs from that of \S+/a; give checkpoints with the same enc")
     with_expert(tmp_path / "b", expert)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a" / ENCODERS / "more").symlink_to(tmp_path / "secret")  # which is not theirs
     interpolate([tmp_path / "a", tmp_path / "b"], {tmp_path / "mix": (0.5, 0.5)})
     kept = f"{ENCODERS}/clip.safetensors"
+    assert [path.name for path in (tmp_path / "mix" / ENCODERS).iterdir()] == ["clip.safetensors"]
     assert (tmp_path / "mix" / kept).read_bytes() == (tmp_path / "a" / kept).read_bytes()
 
 

@@ -498,3 +498,9 @@ def test_a_manifest_names_files_of_its_folder_alone(tmp_path, name):
         read_manifest(folder)
     with pytest.raises(CheckpointError, match=f"^SOURCE{message}"):
         open_checkpoint(folder)
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"a\.png: is a link to nowhere; mend it or remove it"):
+        files_in(tmp_path, ("png",))
