@@ -353,7 +353,7 @@ def _language(job: Job, observer: Observer | None) -> bool:
     how = "failed"
     try:
         is_done = loop.run(start, config.training.steps)
-        how = "done" if is_done else f"stopped by {job.stop.wait_for_reason()}"
+        how = "done" if is_done else f"stopped by {_why_stopped(job)}"
         return is_done
     finally:
         if reporter:
@@ -368,6 +368,16 @@ def _how_it_ended(job: Job, how: str, store: CheckpointStore, done: int) -> str:
     drawn = f", plot {plot}" if plot.is_file() else ""
     on = _way_on(job) if how.startswith("stopped") else ""
     return f"{how} after {done} of {job.config.training.steps} steps; checkpoint {store.newest or 'none'}{drawn}{on}"
+
+
+def _why_stopped(job: Job) -> str:
+    """Which signal has come, and to which rank if not to the first one; every language rank calls this, together."""
+    seat, mine = job.groups.seat, job.stop.reason
+    if mine and seat.rank:
+        mine = f"{mine} to {seat.role} rank {seat.rank}"
+    reasons = [mine] * job.groups.layout.language
+    dist.all_gather_object(reasons, mine, group=job.groups.language)
+    return next(filter(None, reasons), "a signal")
 
 
 def _way_on(job: Job) -> str:

@@ -120,22 +120,24 @@ def test_nohup_is_obeyed():
 # runs
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, 0), (signal.SIGHUP, 1)])
-def test_a_run_saves_and_says_how_it_ended(train, number, told):
-    folder, ranks = train.start(2, ENDLESS | {"parallel.encoder": 1})
+@pytest.mark.parametrize(
+    ("number", "told", "encoders"), [(signal.SIGINT, 0, 1), (signal.SIGHUP, 1, 1), (signal.SIGUSR1, 1, 0)]
+)
+def test_a_run_saves_and_says_how_it_ended(train, number, told, encoders):
+    folder, ranks = train.start(2, ENDLESS | {"parallel.encoder": encoders})
     wait_for_steps(folder, 2)
     os.kill(ranks.pids[told], number)
     assert ranks.wait() == [75, 75], ranks.text()
     (saved,) = complete(folder / "checkpoints")
     end = [line for line in ranks.text(0).splitlines() if line.startswith("stopped by ")]
-    by = number.name if told == 0 else f"{number.name} to encoder rank 1"
+    by = f"{number.name} to {'encoder' if encoders else 'language'} rank 1" if told else number.name
     steps = int(saved.name.removeprefix("step_"))
     assert end == [
         f"stopped by {by} after {steps} of 100000 steps; checkpoint {saved}, plot {folder / 'loss.png'}; "
         f"the same command goes on"
     ]
     assert "Traceback" not in ranks.text()
-    done = train(2, {"training.steps": steps, "parallel.encoder": 1}).ranks.text(0)
+    done = train(2, {"training.steps": steps, "parallel.encoder": encoders}).ranks.text(0)
     assert f"done after {steps} of {steps} steps; checkpoint {saved}, plot {folder / 'loss.png'}\n" in done
 
 

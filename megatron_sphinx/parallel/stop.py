@@ -11,7 +11,6 @@ from typing import Any
 from megatron_sphinx.console import complain
 
 _MEETING_SECONDS = 20.0
-_REASON_SECONDS = 2.0
 STOPPED = os.EX_TEMPFAIL  # the exit status that says: submit me again
 _LEFT_AT_ONCE = 128 + signal.SIGINT
 
@@ -34,7 +33,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.has_come, self.reason = False, ""
         self._interrupts = 0
-        self._met, self._reasoned = Event(), Event()
+        self._met = Event()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -64,16 +63,10 @@ class StopSignal:
         """Note that this rank is to stop since another one was asked to; the first reason stands."""
         self.reason = self.reason or reason
         self.has_come = True
-        self._reasoned.set()
 
     def has_met(self) -> None:
         """Note that the ranks have met, and hear of each other's signals from now on."""
         self._met.set()
-
-    def wait_for_reason(self) -> str:
-        """Return why the run stops, which another rank may know a moment before this one."""
-        self._reasoned.wait(_REASON_SECONDS)
-        return self.reason or "a signal"
 
     def _listen(self) -> None:
         """The life of the thread that hears of signals."""
