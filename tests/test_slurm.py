@@ -263,7 +263,7 @@ def test_usr1_is_heard_by_ranks_that_only_start_and_restarts_have_a_bound(cluste
     assert not call("scancel", "--batch", "--signal=USR1", job.number).returncode
     assert job.wait() == ("FAILED", 0), job.text()
     assert job.last["ExitCode"] == "75:0"
-    assert 0 < len(lines_of(cluster.folder / "run")) < 500
+    assert len(lines_of(cluster.folder / "run")) < 500
     assert "restarted 0 times, SPHINX_MAX_REQUEUES=0: gives up; submit it again to go on" in job.text()
     assert not call("scontrol", "requeue", job.number).returncode
     assert job.wait() == ("FAILED", 1), job.text()
