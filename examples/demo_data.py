@@ -24,9 +24,9 @@ import timm
 import torch
 from PIL import Image
 
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import write_text
 from megatron_sphinx.unpickling import load_torch
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -19,12 +19,12 @@ from demo_data import CAPTIONS, DIGITS
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import run
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data import images
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.model.views import GLOBAL
+from megatron_sphinx.run import train as run
 from megatron_sphinx.training import metrics
 
 

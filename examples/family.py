@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import run
 from megatron_sphinx.checkpoint.interpolate import interpolate, sweep
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, views_in
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.run import train as run
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -22,10 +22,10 @@ import numpy as np
 from demo_data import CAPTIONS, DIGITS, HELD_OUT, digits
 from PIL import Image
 
-from megatron_sphinx.data import tasks
-from megatron_sphinx.data.conversation_writer import index_conversations
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.prepare import tasks
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
 
 SYNTHETIC = "a black and white image of the number {word} on a white background"
 PLACES = {1: ("",), 2: (" on the left", " on the right"), 3: (" on the left", " in the middle", " on the right")}

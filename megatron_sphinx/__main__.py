@@ -31,7 +31,7 @@ def config(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     """print sizes, the composition of a step, or the layouts that fit a cluster, without starting anything"""
     if args.published:
-        from megatron_sphinx.planning import published
+        from megatron_sphinx.sizing import published
 
         rows = list(published.rows())
         print(json.dumps(rows, indent=1) if args.json else published.table(rows))
@@ -45,12 +45,12 @@ def plan(args: argparse.Namespace) -> int:
     per_node = args.gpus_per_node or args.ranks or config.parallel.smallest_world
     ranks = args.ranks or (args.nodes or 1) * per_node
     if args.calibrate is not None:
-        from megatron_sphinx.planning import calibration
+        from megatron_sphinx.sizing import calibration
 
         calibration.calibrate(config, ranks=ranks, target=args.calibrate)
         return 0
     if not args.dry_run and (args.nodes or args.gpu):
-        from megatron_sphinx.planning import layouts
+        from megatron_sphinx.sizing import layouts
 
         nodes, kind = args.nodes or 1, args.gpu or "a100-80g"
         only = {"is_json": args.json, "is_as_configured": args.as_configured}
@@ -62,18 +62,18 @@ def plan(args: argparse.Namespace) -> int:
 def _plan_layout(args: argparse.Namespace, config: "RunConfig", layout: "ParallelLayout") -> int:
     """Print what a run in the configured layout is."""
     if args.dry_run:
-        from megatron_sphinx.planning import dry_run
+        from megatron_sphinx.sizing import dry_run
 
         counted = dry_run.report(config, layout)
         print(json.dumps(counted, indent=1) if args.json else dry_run.table(counted))
         return 0
     if args.step is not None:
-        from megatron_sphinx.planning import composition
+        from megatron_sphinx.sizing import composition
 
         for line in composition.step(config, layout, args.step):
             print(json.dumps(line))
         return 0
-    from megatron_sphinx.planning import sizes
+    from megatron_sphinx.sizing import sizes
 
     found = sizes.sizes(config, layout)
     print(json.dumps(found, indent=1) if args.json else sizes.table(found))
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, *, is_observed: bool = False) -> int:
     """Run one rank. What must hold from its first moment comes before the imports that take seconds."""
     from megatron_sphinx import console
-    from megatron_sphinx.parallel.stop import StopSignal
+    from megatron_sphinx.liveness.stop import StopSignal
 
     console.reserve_streams()
     with StopSignal() as stop:
@@ -115,7 +115,7 @@ def _train(args: argparse.Namespace, *, is_observed: bool = False) -> int:
 
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
-            from megatron_sphinx import run
+            from megatron_sphinx.run import train as run
 
             if not is_observed:
                 return run.train(config, stop)
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     of[plan].add_argument("--step", type=int, help="a step to print the composition of")
     of[plan].add_argument("--nodes", type=int, help="nodes of a cluster, to print the layouts that fit it")
     of[plan].add_argument("--gpus-per-node", type=int, help="GPUs, or ranks, of each")
-    of[plan].add_argument("--gpu", help="a100-80g, h100-80g, ... of planning/hardware.yaml, or a file")
+    of[plan].add_argument("--gpu", help="a100-80g, h100-80g, ... of sizing/hardware.yaml, or a file")
     of[plan].add_argument("--as-configured", action="store_true", help="only the layout that the file asks for")
     of[plan].add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine, for --gpu FILE")
     of[plan].add_argument("--published", action="store_true", help="predict runs whose speed was published")

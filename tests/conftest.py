@@ -27,13 +27,14 @@ from PIL import Image, ImageDraw
 from torch._C._distributed_c10d import TCPStore
 from torch.utils import tensorboard  # noqa: F401
 
-from megatron_sphinx import platform, run  # noqa: F401
+import megatron_sphinx.device  # noqa: F401
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data.conversation_writer import index_conversations
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import PairIndex
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import write_text
+from megatron_sphinx.run import train as run  # noqa: F401
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: F401

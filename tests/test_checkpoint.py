@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sphinx import run
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint import store
 from megatron_sphinx.checkpoint.pieces import Piece
@@ -22,6 +21,7 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, Shard, _parts
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.run import train as run
 
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")
 MIXTRAL = {

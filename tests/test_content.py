@@ -18,13 +18,13 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.data.content import Memory, Scan
-from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, PairIndex
 from megatron_sphinx.data.text import TextIndex
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import write_text
 
 VOCABULARY = 300  # of the tiny tokenizer; its embedding has 384 rows
 LENGTH = 20  # of a document of `foreign`

@@ -12,8 +12,6 @@ from PIL import Image
 from test_model import CPU, groups, random_shape
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.conversation import SYSTEM, Conversation, parse
-from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
@@ -21,6 +19,8 @@ from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.template import SYSTEM, Conversation, parse
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 ODD = ("é", "e\u0301", "日本", "🙂", "👩\u200d👧", "ﬁ", "Ⅷ", "\u200b", "\ufeff", "\xa0", "  ", "\n", "\t", "###",

@@ -32,7 +32,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_sphinx import run
 from megatron_sphinx.checkpoint.conversion import Conversion, Source
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats import huggingface
@@ -40,6 +39,7 @@ from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.keymap import Model
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.run import train as run
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

@@ -22,18 +22,19 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data import images, index_writer
+from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.plan import Planner
-from megatron_sphinx.data.preparing import in_parallel
 from megatron_sphinx.data.text import TextIndex, TokenFile
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import ExpertConfig, VisionConfig
 from megatron_sphinx.model.views import GLOBAL, View
+from megatron_sphinx.prepare import index as index_writer
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import write_text
+from megatron_sphinx.prepare.workers import in_parallel
 from megatron_sphinx.stage.channel import encode
 
 TOOLS = Path(__file__).parents[1] / "tools"

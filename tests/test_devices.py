@@ -15,15 +15,15 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import platform
+from megatron_sphinx import device
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.config import RunConfig
+from megatron_sphinx.device import Platform, current_platform, use_platform
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.devices import Sight, assign
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state
-from megatron_sphinx.platform import Platform
 
 ASK_ANOTHER = devices._visible_to_another_process
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def fake_gpus(monkeypatch):
 
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-        monkeypatch.setattr(platform, "_chosen", None)
+        monkeypatch.setattr(device, "_chosen", None)
         monkeypatch.setattr(torch.cuda, "device_count", count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count() > 0)
         monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("CUDA was initialised"))
@@ -154,7 +154,7 @@ def test_ranks_agree_over_their_store(run_ranks, fake_gpus, monkeypatch):
     def check(own: bool) -> None:
         rank = int(os.environ["RANK"])
         time.sleep(0.3 * (2 - rank))
-        monkeypatch.setattr(platform, "use", lambda gpu: gpu)
+        monkeypatch.setattr(devices, "use_platform", lambda gpu: gpu)
         if own:
             monkeypatch.setattr(devices, "_visible_to_another_process", lambda: (["abc"[rank]], ""))
         store, *_ = next(rendezvous("env://"))
@@ -184,7 +184,7 @@ def test_on_the_cpu_no_gpu_is_touched_or_asked_for(train, fake_gpus, monkeypatch
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_cuda_without_gpus_is_one_line_and_status_2_on_all_ranks(train, monkeypatch, world):
-    monkeypatch.setattr(platform, "_chosen", None)
+    monkeypatch.setattr(device, "_chosen", None)
     said = train(world, {"run.device": "cuda"}, status=2).ranks.text()
     line = (
         rf"megatron-sphinx train: run\.device=cuda: rank 0 on host {re.escape(socket.gethostname())} sees no GPU "
@@ -302,7 +302,7 @@ def test_a_process_computes_on_one_device_for_good(run_ranks, fake_gpus, monkeyp
 
     def check() -> None:
         took_gpu = devices.choose("auto", HashStore(), 0, 1)
-        assert took_gpu == (platform.current(), "")
+        assert took_gpu == (current_platform(), "")
         assert took_gpu[0] == Platform(torch.device("cuda", 0), "nccl", is_bf16_fast=True)
         assert took == [0]
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -321,7 +321,7 @@ def test_without_a_choice_a_process_takes_a_gpu_that_it_sees(run_ranks, fake_gpu
 
     def check() -> None:
         os.environ["LOCAL_RANK"] = str(local)
-        assert platform.current().device == torch.device("cuda", gpu)
+        assert current_platform().device == torch.device("cuda", gpu)
         assert took == [gpu]
 
     run_ranks(1, check)
@@ -332,11 +332,11 @@ def test_the_cpu_hides_gpus_from_other_libraries(run_ranks, fake_gpus):
 
     def check() -> None:
         assert torch.cuda.is_available()
-        assert platform.use(None) is platform.current()
+        assert use_platform(None) is current_platform()
         assert not torch.cuda.is_available()
         assert os.environ["DS_ACCELERATOR"] == "cpu"
         with pytest.raises(AssertionError, match="this process computes on cpu already"):
-            platform.use(0)
+            use_platform(0)
 
     run_ranks(1, check)
 
@@ -353,7 +353,7 @@ def test_cuda_is_left_alone_until_it_is_asked_for():
 
 def test_generators_of_another_device_are_left_out(run_ranks):
     def check() -> None:
-        platform.use(None)
+        use_platform(None)
         states = random_state()
         assert "cuda" not in states
         of_gpu = {"cpu": states["cpu"], "cuda": torch.zeros(16, dtype=torch.uint8)}

@@ -13,9 +13,10 @@ from conftest import draw, kill
 from matplotlib import pyplot, rc_context
 from PIL import Image
 
-from megatron_sphinx.data import marks as som
-from megatron_sphinx.data.boxes import parse_boxes, to_pixels
-from megatron_sphinx.data.documents import (
+from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.prepare import marks as som
+from megatron_sphinx.prepare.boxes import parse_boxes, to_pixels
+from megatron_sphinx.prepare.documents import (
     FIND_TEXT,
     READ_PAGE,
     Line,
@@ -31,7 +32,7 @@ from megatron_sphinx.data.documents import (
     reading_order,
     write_documents,
 )
-from megatron_sphinx.data.marks import (
+from megatron_sphinx.prepare.marks import (
     COLOURS,
     Mark,
     describe,
@@ -41,8 +42,7 @@ from megatron_sphinx.data.marks import (
     place_of,
     write_marks,
 )
-from megatron_sphinx.data.tasks import PROMPTS
-from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.prepare.tasks import PROMPTS
 
 TOOLS = Path(__file__).parents[1] / "tools"
 LEFT = ["The first column is inter-", "national and goes on", "for three lines."]

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import platform, run
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, Pixels, numbered_rounds, open_sources
+from megatron_sphinx.device import Platform, current_platform
+from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.parallel.progress import Progress
-from megatron_sphinx.planning import dry_run
-from megatron_sphinx.planning.dry_run import Counted
-from megatron_sphinx.planning.recorder import HOST, Recorder
-from megatron_sphinx.platform import Platform
+from megatron_sphinx.run import train as run
+from megatron_sphinx.sizing import dry_run
+from megatron_sphinx.sizing.dry_run import Counted
+from megatron_sphinx.sizing.recorder import HOST, Recorder
 from megatron_sphinx.stage.channel import FeatureSender, shares_of
 from megatron_sphinx.stage.producer import produce
 
@@ -63,7 +63,7 @@ class HostPixels:
 
 def take_real_step(config: configuration.RunConfig, layout: ParallelLayout, target: Path) -> None:
     """A rank's first step in a real world, counted by our counter and by torch's."""
-    here = Platform(platform.current().device, "gloo", is_bf16_fast=True)
+    here = Platform(current_platform().device, "gloo", is_bf16_fast=True)
     dist.init_process_group("gloo")
     groups = ProcessGroups.create(layout, "gloo")
     planner, _ = dry_run.plan_of(config, layout)

@@ -24,11 +24,11 @@ from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import FolderConfig
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources
+from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, DataError
-from megatron_sphinx.parallel.lifeline import Lifeline
-from megatron_sphinx.parallel.progress import Beat, Doing, Progress
-from megatron_sphinx.parallel.stalls import Heard, find_stall, find_stragglers
-from megatron_sphinx.platform import Platform
+from megatron_sphinx.liveness.lifeline import Lifeline
+from megatron_sphinx.liveness.progress import Beat, Doing, Progress
+from megatron_sphinx.liveness.stalls import Heard, find_stall, find_stragglers
 from megatron_sphinx.training import step as training_step
 from megatron_sphinx.training.divergence import DivergenceConfig, Watch
 

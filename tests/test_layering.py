@@ -7,24 +7,24 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "console", "paths", "lock", "unpickling", "platform", "parallel", "model", "data", "stage", "checkpoint",
-    "training", "config", "provenance", "run", "planning", "benchmark", "__main__",
+    "errors", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data", "prepare",
+    "stage", "checkpoint", "training", "config", "run", "sizing", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
-    "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "platform.py"},
+    "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/encoders.py"},
     "transformers": {"model/encoders.py"},
     "fsspec": {"data/files.py"},
-    "pymupdf": {"data/documents.py"},
+    "pymupdf": {"prepare/documents.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
-         "data/packing.py", "data/boxes.py", "data/plan.py", "data/shuffle.py", "data/tasks.py", "stage/dealing.py",
-         "parallel/progress.py", "parallel/stalls.py", "training/divergence.py",
+         "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
+         "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
-         "planning/counts.py", "planning/hardware.py", "planning/memory.py",
-         "planning/search.py", "planning/step_time.py", "planning/work.py", "planning/published.py"]  # fmt: skip
+         "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
+         "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
 

@@ -8,7 +8,6 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_sphinx import run
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
@@ -17,6 +16,7 @@ from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.run import train as run
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sphinx import run
 from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.parallel.lifeline import Lifeline
 from megatron_sphinx.parallel.seeding import generator, random_state, restore_random_state, seed_rank
+from megatron_sphinx.run import train as run
 
 
 @pytest.mark.parametrize(

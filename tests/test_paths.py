@@ -21,16 +21,16 @@ from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.interpolate import interpolate
 from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
-from megatron_sphinx.data.conversation_writer import index_conversations
-from megatron_sphinx.data.documents import find_documents
 from megatron_sphinx.data.images import size_of
-from megatron_sphinx.data.marks import merge_answers
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.pairs import ImageReader, PairIndex
 from megatron_sphinx.data.text import TextIndex
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.errors import CheckpointError, DataError
 from megatron_sphinx.paths import files_in, inside, is_plain, relative
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.documents import find_documents
+from megatron_sphinx.prepare.marks import merge_answers
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import write_text
 
 SECRET = b"nobody else's business"
 TURNS = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A red circle."}]

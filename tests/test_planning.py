@@ -29,11 +29,11 @@ from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning import counts, hardware, memory, published, search
-from megatron_sphinx.planning.counts import Run
-from megatron_sphinx.planning.layouts import job_of, work_of
-from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing import counts, hardware, memory, published, search
+from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.layouts import job_of, work_of
+from megatron_sphinx.sizing.sizes import encoder_cost
+from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.training import loop
 
 MEDIUM = {

@@ -21,7 +21,7 @@ from megatron_sphinx.checkpoint.steps import complete, newest_of
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.content import Scan
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.provenance import require_trained_as
+from megatron_sphinx.run.provenance import require_trained_as
 
 
 def test_what_was_changed_on_purpose_is_said_and_kept(train):

@@ -21,8 +21,9 @@ from torch._C._distributed_c10d import HashStore
 from megatron_sphinx import console
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
-from megatron_sphinx.parallel import launch, stop
-from megatron_sphinx.parallel.stop import StopSignal
+from megatron_sphinx.liveness import stop
+from megatron_sphinx.liveness.stop import StopSignal
+from megatron_sphinx.parallel import launch
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sphinx import run
 from megatron_sphinx.data.packing import Piece
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.run import train as run
 from megatron_sphinx.stage.channel import FeatureReceiver, FeatureSender, shares_of
 from megatron_sphinx.stage.dealing import deal
 

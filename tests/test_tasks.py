@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from megatron_sphinx.data import tasks
-from megatron_sphinx.data.boxes import (
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare import tasks
+from megatron_sphinx.prepare.boxes import (
     clip_box,
     format_box,
     format_boxes,
@@ -16,8 +17,7 @@ from megatron_sphinx.data.boxes import (
     parse_boxes,
     to_pixels,
 )
-from megatron_sphinx.data.tasks import KEY_POINTS, TASKS, conversation, merge
-from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.tasks import KEY_POINTS, TASKS, conversation, merge
 
 # boxes
 

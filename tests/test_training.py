@@ -23,9 +23,9 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import make_planner, open_sources
-from megatron_sphinx.data.pair_writer import index_shards
 from megatron_sphinx.data.pairs import PairIndex
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.prepare.pairs import index_shards
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.optimizer import OptimizerConfig, learning_rate
 

@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.jit.unsupported_tensor_ops import execWrapper
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_sphinx import run
 from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
 from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.pieces import Piece, read_tensors, weight_shapes
@@ -44,6 +43,7 @@ from megatron_sphinx.model.encoders import _read
 from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.run import train as run
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
 ROOT = Path(__file__).parents[1]

@@ -18,9 +18,9 @@ import posixpath
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.preparing import Report, write_lines
-from megatron_sphinx.data.tasks import TASKS, Conversation, build, merge
 from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.prepare.tasks import TASKS, Conversation, build, merge
+from megatron_sphinx.prepare.workers import Report, write_lines
 
 
 def read(path: Path) -> object:

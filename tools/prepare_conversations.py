@@ -17,9 +17,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.conversation_writer import index_conversations
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.prepare.conversations import index_conversations
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.documents import Settings, find_documents, write_documents
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.prepare.documents import Settings, find_documents, write_documents
 
 
 def main() -> int:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from megatron_sphinx.data.files import is_url
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.paths import inside
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
 
 
 def shards_of(source: str, target: Path, args: argparse.Namespace) -> list[str]:

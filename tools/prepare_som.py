@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.marks import MOST_MARKS, merge_answers, write_marks
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.prepare.marks import MOST_MARKS, merge_answers, write_marks
 
 
 def main() -> int:

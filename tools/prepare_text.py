@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sphinx.data.text_writer import write_text
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.prepare.text import write_text
 
 
 def main() -> int:

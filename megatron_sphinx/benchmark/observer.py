@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.data.loader import views_in
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.run import Job
+from megatron_sphinx.run.train import Job
 
 PROFILED = 3  # steps behind the measured ones
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_sphinx.config import RunConfig
-from megatron_sphinx.data.conversation_writer import index_conversations
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.plan import DataSource
-from megatron_sphinx.data.text_writer import TokenWriter
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.prepare.text import TokenWriter
 
 # Sizes of what is made: a picture's shorter side in pixels and most aspect ratio, log-normal lengths in tokens
 # (median, sigma, most), and how many tokens of text.

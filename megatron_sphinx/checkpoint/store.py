@@ -49,7 +49,7 @@ from megatron_sphinx.checkpoint.steps import (
 )
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import CheckpointError, OtherDataError, SphinxError, writing
-from megatron_sphinx.parallel.progress import Progress
+from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.unpickling import metadata_of, only_tensors
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.model.experts import Routing
 
 
@@ -137,7 +137,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=platform.current().device)
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=current_platform().device)
         self.weight = nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

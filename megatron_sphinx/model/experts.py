@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import current_platform
 
 TEXT, IMAGE, PADDING = 0, 1, 2
 _MOST_PADDING = 2.0  # rows with padding over rows without it, up to which batched products pay
@@ -143,7 +143,7 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
-        here, dtype = platform.current().device, config.params_dtype
+        here, dtype = current_platform().device, config.params_dtype
         ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
 
         def matrices(rows: int, columns: int) -> nn.Parameter:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import current_platform, is_imported
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, rotation
 from megatron_sphinx.model.experts import GroupedExperts, RowLayer, RowMoE, RowRouter
@@ -46,7 +46,7 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
         embedding = "none" if self.is_portable else "rope"
         super().__init__(*args, position_embedding_type=embedding, rotary_base=rotary_base, **kwargs)
         width = self.config.kv_channels
-        places = torch.arange(0, width, 2, dtype=torch.float32, device=platform.current().device)
+        places = torch.arange(0, width, 2, dtype=torch.float32, device=current_platform().device)
         self.frequencies = rotary_base ** (-places / width)
         if self.post_process and self.config.sequence_parallel:
             self.output_layer.sequence_parallel = False
@@ -117,7 +117,7 @@ def block_spec(
 
 
 def _has_transformer_engine() -> bool:
-    return platform.current().is_cuda and platform.is_imported("transformer_engine")
+    return current_platform().is_cuda and is_imported("transformer_engine")
 
 
 def build_language(
@@ -152,8 +152,8 @@ def build_language(
         scatter_embedding_sequence_parallel=False,  # pictures are placed among the tokens first
         pg_collection=groups.collection,
     )
-    if platform.current().is_cuda and torch.get_default_device().type != "meta":
-        model.to(platform.current().device)  # megatron-core makes routers on the CPU
+    if current_platform().is_cuda and torch.get_default_device().type != "meta":
+        model.to(current_platform().device)  # megatron-core makes routers on the CPU
     if groups.is_last_stage:
         _hide_padding(model, config, groups)
     _sum_over_sequence(model, groups)
@@ -218,7 +218,7 @@ def _transformer_config(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         sequence_parallel=sizes.sequence,
-        use_cpu_initialization=not platform.current().is_cuda,
+        use_cpu_initialization=not current_platform().is_cuda,
         perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import Platform, chosen_platform, local_rank, use_platform
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.platform import Platform
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists them
 _MOST_SECONDS = 120.0  # to import torch and to initialise CUDA
@@ -126,7 +125,7 @@ def choose(asked: str, store: Store, rank: int, world: int) -> tuple[Platform, s
     Raises:
         ConfigError: a rank has no GPU of its own, on all ranks; or this process computes on another device already.
     """
-    known = platform.chosen() if world == 1 else None  # a program may open several runs, one after the other
+    known = chosen_platform() if world == 1 else None  # a program may open several runs, one after the other
     if known is not None:
         if asked not in ("auto", known.device.type):
             raise ConfigError(
@@ -136,7 +135,7 @@ def choose(asked: str, store: Store, rank: int, world: int) -> tuple[Platform, s
     answer = _answer(asked, look(asked, is_alone=world == 1), store, rank, world)
     if error := answer["error"]:
         raise ConfigError(error)
-    return platform.use(answer["devices"][rank]), answer["note"]
+    return use_platform(answer["devices"][rank]), answer["note"]
 
 
 def look(asked: str, *, is_alone: bool) -> Sight:
@@ -146,7 +145,7 @@ def look(asked: str, *, is_alone: bool) -> Sight:
     from libraries any more. That takes seconds, and only happens for `auto` where there are GPUs.
     """
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
-    here = Sight(host=socket.gethostname(), local_rank=platform.local_rank(), is_given=given)
+    here = Sight(host=socket.gethostname(), local_rank=local_rank(), is_given=given)
     if asked == "cpu":
         return here
     if asked == "auto" and not _may_have_gpus():

@@ -6,7 +6,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.parallel.layout import Seat
 
 
@@ -31,13 +31,13 @@ def seed_rank(seed: int, seat: Seat) -> None:
 def random_state() -> dict[str, Tensor]:
     """The state of every generator that a step may draw from, to be saved."""
     states = {"cpu": torch.get_rng_state()} | dict(get_cuda_rng_tracker().get_states())
-    return states | ({"cuda": torch.cuda.get_rng_state()} if platform.current().is_cuda else {})
+    return states | ({"cuda": torch.cuda.get_rng_state()} if current_platform().is_cuda else {})
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
     """Go on from what `random_state` returned; states of another kind of device's generators are left out."""
     torch.set_rng_state(states["cpu"])
-    if ("cuda" in states) != platform.current().is_cuda:
+    if ("cuda" in states) != current_platform().is_cuda:
         return
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

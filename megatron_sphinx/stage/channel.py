@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sphinx import platform
 from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.data.packing import Row
+from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.platform import Stopwatch
 from megatron_sphinx.stage.dealing import Share, deal
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
@@ -58,7 +57,7 @@ class FeatureReceiver:
     """The language rank's end: receives are posted `lookahead` micro-batches ahead, so that encoders can run ahead."""
 
     def __init__(self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int) -> None:
-        here = platform.current()
+        here = current_platform()
         self.waiting, self.received_bytes = Stopwatch(here), 0
         self._rounds, self._groups, self._values, self._device = rounds, groups, values, here.device
         self._posted: deque[tuple[list[Share], list[Tensor], list[dist.Work]]] = deque()
@@ -124,7 +123,7 @@ class FeatureSender:
     def _wait_for_oldest(self) -> None:
         for work, _ in self._sent.popleft():
             work.wait()
-        platform.current().synchronize()  # NCCL's wait holds back the stream, not this thread
+        current_platform().synchronize()  # NCCL's wait holds back the stream, not this thread
 
 
 def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
@@ -152,7 +151,7 @@ class ColocatedEncoders:
         pixels: PixelLoader | None,
         lookahead: int,
     ) -> None:
-        self.waiting, self.received_bytes = Stopwatch(platform.current()), 0
+        self.waiting, self.received_bytes = Stopwatch(current_platform()), 0
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
         self._reading: deque[tuple[list[Share], PendingPixels | None]] = deque()
         self._ready: deque[Tensor] = deque()

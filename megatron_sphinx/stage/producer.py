@@ -3,11 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from megatron_sphinx import platform
 from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
+from megatron_sphinx.device import Stopwatch, current_platform
+from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
-from megatron_sphinx.parallel.progress import Doing, Progress
-from megatron_sphinx.platform import Stopwatch
 from megatron_sphinx.stage.channel import FeatureSender, Round, encode, shares_of
 from megatron_sphinx.stage.dealing import Share
 
@@ -40,7 +39,7 @@ def produce(
         observe: is told of each micro-batch: its views here, and the seconds so far spent waiting for pixels, encoding,
             and waiting for the language ranks.
     """
-    watches = reads, encodes, sends = [Stopwatch(platform.current()) for _ in range(3)]
+    watches = reads, encodes, sends = [Stopwatch(current_platform()) for _ in range(3)]
     reading: deque[tuple[int, int, list[Share], PendingPixels | None]] = deque()
 
     def read() -> None:

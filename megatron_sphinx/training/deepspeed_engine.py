@@ -17,10 +17,10 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from torch import Tensor
 
 from megatron_sphinx.checkpoint.pieces import Piece
+from megatron_sphinx.device import Platform
 from megatron_sphinx.model.shards import Shard
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.platform import Platform
 from megatron_sphinx.training.memory import REDUCE_BUCKET
 from megatron_sphinx.training.optimizer import EXPERTS, OptimizerConfig, parameter_groups
 

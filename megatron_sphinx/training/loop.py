@@ -14,12 +14,12 @@ from megatron_sphinx.console import say
 from megatron_sphinx.data.content import Scan
 from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
+from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import CheckpointError, DataError, OtherDataError, SphinxError
+from megatron_sphinx.liveness.progress import Doing, Progress
+from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.parallel.progress import Doing, Progress
-from megatron_sphinx.parallel.stop import StopSignal
-from megatron_sphinx.platform import Platform
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch

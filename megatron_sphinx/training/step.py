@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sphinx.data.plan import StepPlan
+from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.sphinx import MicroBatch, routing_of
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
 

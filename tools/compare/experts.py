@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import HashStore
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from megatron_sphinx import platform
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.experts import RowMoE, RowRouter
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -45,7 +45,7 @@ class Loop(SequentialMLP):
 
 def build(config: LanguageConfig) -> dict[str, nn.Module]:
     """The three layers, with the same weights."""
-    here = platform.current()
+    here = current_platform()
     if not dist.is_initialized():
         dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), here.backend)
@@ -95,17 +95,17 @@ def check(layers: dict[str, nn.Module], tokens: Tensor, gradient: Tensor) -> Non
 
 def seconds(work: Callable[[], object]) -> float:
     """How long it takes."""
-    platform.current().synchronize()
+    current_platform().synchronize()
     begin = time.perf_counter()
     work()
-    platform.current().synchronize()
+    current_platform().synchronize()
     return time.perf_counter() - begin
 
 
 def compare(layers: dict[str, nn.Module], count: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
     """Tokens per second of each, forward and backward, medians of steps taken in turn."""
     shape = (count, 1, next(layers["ours"].parameters()).shape[-1])
-    tokens, gradient = (torch.randn(shape, dtype=dtype, device=platform.current().device) for _ in range(2))
+    tokens, gradient = (torch.randn(shape, dtype=dtype, device=current_platform().device) for _ in range(2))
     work = {name: partial(step, layer, tokens.requires_grad_(), gradient) for name, layer in layers.items()}
     times: dict[str, list[float]] = {name: [] for name in layers}
     for repeat in range(repeats + 2):
@@ -128,7 +128,7 @@ def main() -> int:
     config = LanguageConfig(
         layers=1, hidden=args.hidden, ffn=args.ffn, heads=1, groups=1, vocabulary=128, experts=args.experts
     )
-    layers, here = build(config), platform.current().device
+    layers, here = build(config), current_platform().device
     tokens, gradient = (torch.randn(256, 1, args.hidden, device=here) for _ in range(2))
     check(layers, tokens.requires_grad_(), gradient)
     layers = {name: layer.to(dtype) for name, layer in layers.items()}

@@ -44,12 +44,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, rounds, views_in
-from megatron_sphinx.data.pair_writer import index_shards
 from megatron_sphinx.data.plan import DataConfig, DataSource
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, ExpertConfig, LanguageConfig, VisionConfig
 from megatron_sphinx.model.views import GLOBAL
+from megatron_sphinx.prepare.pairs import index_shards
 
 LOOKAHEAD, SHUFFLED, WARM_UP = 4, 1000, 6  # batches we read ahead, samples a peer shuffles among, batches not timed
 WORKERS = (1, 2)

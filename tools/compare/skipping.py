@@ -24,9 +24,9 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.benchmark import sweep
-from megatron_sphinx.data.pair_writer import index_shards, write_shards
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.prepare.pairs import index_shards, write_shards
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES, DIGITS_IN_A_ROW = 480, 3

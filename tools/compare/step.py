@@ -47,7 +47,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import platform, run
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.console import say
@@ -57,12 +56,13 @@ from megatron_sphinx.data.pairs import SAMPLE, PairIndex
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import TokenizerMark
+from megatron_sphinx.device import Stopwatch, current_platform, use_platform
+from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.parallel.stop import StopSignal
-from megatron_sphinx.platform import Stopwatch
+from megatron_sphinx.run import train as run
 from megatron_sphinx.stage.channel import Round
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
@@ -123,7 +123,7 @@ def configured(args: argparse.Namespace, name: str, folder: Path) -> RunConfig:
 
 def opened(config: RunConfig, folder: Path) -> run.Job:
     """A job of all ranks as replicas, on the made data."""
-    here = platform.current()
+    here = current_platform()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
     tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerMark(config.model.vocabulary, "none"))
     sources = Sources(tokenizer, PairIndex([folder / "pairs"]), TextIndex([folder / "text"]))
@@ -462,7 +462,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def work(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """What every rank does."""
-    here = platform.use(None)
+    here = use_platform(None)
     dist.init_process_group(here.backend)
     if dist.get_rank() == 0:
         make_data(folder, min(args.vocabulary, SMALL_VOCABULARY))

@@ -7,8 +7,8 @@ from math import ceil
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.planning.memory import EncoderCost, width_of
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing.memory import EncoderCost, width_of
+from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.training.memory import REDUCE_BUCKET, rank_weights
 
 

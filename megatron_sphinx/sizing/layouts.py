@@ -5,10 +5,10 @@ import json
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data.loader import make_planner, open_sources
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.planning import hardware, search
-from megatron_sphinx.planning.search import Candidate, Job, PlanError, Refusals
-from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing import hardware, search
+from megatron_sphinx.sizing.search import Candidate, Job, PlanError, Refusals
+from megatron_sphinx.sizing.sizes import encoder_cost
+from megatron_sphinx.sizing.work import Work
 
 
 def work_of(config: RunConfig) -> tuple[Work, str]:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 import yaml
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx import platform, run
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.console import say
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.errors import ConfigError, SphinxError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedRows
@@ -30,11 +30,12 @@ from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning.hardware import Flops, Hardware, Shares, load
-from megatron_sphinx.planning.layouts import work_of
-from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.step_time import OPERATIONS
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.run import train as run
+from megatron_sphinx.sizing.hardware import Flops, Hardware, Shares, load
+from megatron_sphinx.sizing.layouts import work_of
+from megatron_sphinx.sizing.sizes import encoder_cost
+from megatron_sphinx.sizing.step_time import OPERATIONS
+from megatron_sphinx.sizing.work import Work
 
 _REPEATS, _LARGE, _SMALL = 5, 4 * 2**20, 16  # numbers of a large and of a small message
 _LAYERS = 4  # that are timed on next to no tokens
@@ -76,7 +77,7 @@ def calibrate(config: RunConfig, *, ranks: int, target: Path) -> Hardware:
 
 def measure(config: RunConfig, groups: ProcessGroups) -> Hardware:
     """What this rank reaches while the others of the process group measure the same; the slowest rank's numbers."""
-    here = platform.current()
+    here = current_platform()
     work, _ = work_of(config)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     positions = max(1, round(min(work.rows, config.data.micro_batch_rows) * work.positions))
@@ -109,14 +110,14 @@ def measure(config: RunConfig, groups: ProcessGroups) -> Hardware:
 
 def _least(value: float) -> float:
     """The least of all ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=platform.current().device)
+    found = torch.tensor(value, dtype=torch.float64, device=current_platform().device)
     dist.all_reduce(found, dist.ReduceOp.MIN)
     return float(found)
 
 
 def _seconds(work: Callable[[], object]) -> float:
     """Median seconds of some work, begun by all ranks at once."""
-    here, found = platform.current(), []
+    here, found = current_platform(), []
     for _ in range(_REPEATS + 1):
         dist.barrier()
         here.synchronize()
@@ -138,7 +139,7 @@ def _shapes(model: LanguageConfig) -> Iterator[tuple[int, int]]:
 
 def _matmul_flops(model: LanguageConfig, positions: int, dtype: torch.dtype) -> float:
     """FLOP/s of a layer's matrix products, forward and backward."""
-    device = platform.current().device
+    device = current_platform().device
     weights = [torch.ones(*shape, dtype=dtype, device=device, requires_grad=True) for shape in _shapes(model)]
     inputs = [torch.ones(positions, w.shape[1], dtype=dtype, device=device, requires_grad=True) for w in weights]
 
@@ -152,7 +153,7 @@ def _matmul_flops(model: LanguageConfig, positions: int, dtype: torch.dtype) -> 
 
 def _attention_flops(model: LanguageConfig, work: Work, dtype: torch.dtype) -> float:
     """FLOP/s of causal attention over documents of the step's mean length, forward and backward."""
-    device, head = platform.current().device, model.hidden // model.heads
+    device, head = current_platform().device, model.hidden // model.heads
     length = max(2, round(2 * work.attended / work.positions))
     documents = max(1, round(work.positions / length))
     shapes = [(documents, heads, length, head) for heads in (model.heads, model.groups, model.groups)]
@@ -169,13 +170,13 @@ def _attention_flops(model: LanguageConfig, work: Work, dtype: torch.dtype) -> f
 
 def _memory_bandwidth() -> float:
     """Bytes/s of adding two large tensors into a third."""
-    a, b, c = (torch.ones(16 * 2**20, device=platform.current().device) for _ in range(3))
+    a, b, c = (torch.ones(16 * 2**20, device=current_platform().device) for _ in range(3))
     return 3 * a.nbytes / _seconds(lambda: torch.add(a, b, out=c))
 
 
 def _kernel_seconds(config: RunConfig, groups: ProcessGroups, dtype: torch.dtype) -> float:
     """Seconds of starting an operation: what a decoder layer takes on next to no tokens, over its operations."""
-    model, device = replace(config.model, experts=0, vocabulary=128), platform.current().device
+    model, device = replace(config.model, experts=0, vocabulary=128), current_platform().device
     seconds = []
     for layers in (1, 1 + _LAYERS):
         decoder = build_language(replace(model, layers=layers), groups, dtype=dtype, sequence_length=_SMALL)
@@ -193,7 +194,7 @@ def _kernel_seconds(config: RunConfig, groups: ProcessGroups, dtype: torch.dtype
 
 def _encoder_flops(config: RunConfig) -> float:
     """FLOP/s of the encoders on one of their batches; weights drawn, as they do not matter here."""
-    here, vision = platform.current(), config.vision
+    here, vision = current_platform(), config.vision
     drawn = replace(vision, experts=tuple(replace(item, weights="random") for item in vision.experts))
     dtype = torch.bfloat16 if here.is_bf16_fast else torch.float32
     encoders = FrozenEncoders(drawn, device=here.device, dtype=dtype, seed=config.run.seed)
@@ -203,7 +204,7 @@ def _encoder_flops(config: RunConfig) -> float:
 
 def _link() -> tuple[float, float]:
     """Latency of a message, and bytes/s between two ranks, from all-reduces of small and large tensors."""
-    ranks, device = dist.get_world_size(), platform.current().device
+    ranks, device = dist.get_world_size(), current_platform().device
     if ranks == 1:
         return 1e-6, 1e12  # nobody to talk to
     small, large = torch.ones(_SMALL, device=device), torch.ones(_LARGE, device=device)

@@ -26,13 +26,13 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_sphinx.data.boxes import Box, clip_box, format_box
 from megatron_sphinx.data.files import remove_partial, renamed, state_of
-from megatron_sphinx.data.preparing import Report, in_parallel, write_json
 from megatron_sphinx.data.shuffle import key_of
-from megatron_sphinx.data.tasks import PROMPTS, Conversation, conversation
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.paths import files_in
+from megatron_sphinx.prepare.boxes import Box, clip_box, format_box
+from megatron_sphinx.prepare.tasks import PROMPTS, Conversation, conversation
+from megatron_sphinx.prepare.workers import Report, in_parallel, write_json
 
 READ_PAGE = "Read the texts of this page in order."
 READ_REGION = "Read the text in the region {box}."

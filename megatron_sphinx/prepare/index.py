@@ -19,9 +19,9 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.content import Gauge
 from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed
 from megatron_sphinx.data.pairs import Shard, split_name
-from megatron_sphinx.data.preparing import Report, in_parallel, write_json
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.workers import Report, in_parallel, write_json
 
 PARTS = ".parts"  # what is done of an index is kept in this folder of it
 

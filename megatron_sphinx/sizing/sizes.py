@@ -10,7 +10,7 @@ from megatron_sphinx.config import RunConfig
 from megatron_sphinx.model.architecture import EXPERTS, VisionConfig
 from megatron_sphinx.model.encoders import build_expert, encoder_work
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.planning.memory import EncoderCost
+from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 

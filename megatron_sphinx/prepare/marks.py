@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_sphinx.data.boxes import Box, clip_box, format_box, format_point, from_coco
 from megatron_sphinx.data.images import decode
-from megatron_sphinx.data.preparing import Report, in_parallel, write_lines
 from megatron_sphinx.data.shuffle import key_of
-from megatron_sphinx.data.tasks import Conversation, conversation
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import inside, relative
+from megatron_sphinx.prepare.boxes import Box, clip_box, format_box, format_point, from_coco
+from megatron_sphinx.prepare.tasks import Conversation, conversation
+from megatron_sphinx.prepare.workers import Report, in_parallel, write_lines
 
 COLOURS = {
     "red": (220, 20, 40), "green": (20, 140, 40), "blue": (20, 60, 220), "yellow": (255, 225, 25),

@@ -116,12 +116,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
-def chosen() -> Platform | None:
+def chosen_platform() -> Platform | None:
     """The platform of this process; None where it has not been chosen yet."""
     return _chosen
 
 
-def use(gpu: int | None) -> Platform:
+def use_platform(gpu: int | None) -> Platform:
     """Let this process compute on a GPU, given by its number among the visible ones, or on the CPU (None), for good.
 
     On the CPU the GPUs are hidden from other libraries, which would take one where they see one.
@@ -135,9 +135,9 @@ def use(gpu: int | None) -> Platform:
     return _chosen
 
 
-def current() -> Platform:
+def current_platform() -> Platform:
     """The platform of this process; where none was chosen, one that suits a process without ranks beside it."""
-    return _chosen or use(local_rank() % torch.cuda.device_count() if torch.cuda.is_available() else None)
+    return _chosen or use_platform(local_rank() % torch.cuda.device_count() if torch.cuda.is_available() else None)
 
 
 def _on_cuda(gpu: int) -> Platform:

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_sphinx.console import complain, say
-from megatron_sphinx.parallel.progress import Beat, Progress
-from megatron_sphinx.parallel.stalls import Heard, find_stall, find_stragglers
-from megatron_sphinx.parallel.stop import StopSignal
+from megatron_sphinx.liveness.progress import Beat, Progress
+from megatron_sphinx.liveness.stalls import Heard, find_stall, find_stragglers
+from megatron_sphinx.liveness.stop import StopSignal
 
 _ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"
 _GRACE_SECONDS = 3.0

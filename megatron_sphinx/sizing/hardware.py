@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sphinx.config import build, read_mapping
 from megatron_sphinx.errors import ConfigError, nearest
 
-KINDS = Path(str(resources.files("megatron_sphinx") / "planning" / "hardware.yaml"))
+KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"))
 
 
 @dataclass(frozen=True, kw_only=True)

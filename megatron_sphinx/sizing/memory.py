@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning.hardware import Hardware
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing.hardware import Hardware
+from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.training.memory import REDUCE_BUCKET, RankWeights, rank_weights
 
 _LARGE_BYTES = 32 * 2**20  # glibc maps larger tensors one by one, and gives them back when they are freed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from math import log2
 
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning.counts import (
+from megatron_sphinx.sizing.counts import (
     Run,
     Share,
     Transfer,
@@ -20,9 +20,9 @@ from megatron_sphinx.planning.counts import (
     reductions,
     tensor_transfers,
 )
-from megatron_sphinx.planning.hardware import Hardware
-from megatron_sphinx.planning.memory import EncoderCost, unlike_stages
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing.hardware import Hardware
+from megatron_sphinx.sizing.memory import EncoderCost, unlike_stages
+from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.training.memory import rank_weights
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_sphinx import platform, run
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import (
@@ -38,7 +37,9 @@ from megatron_sphinx.data.loader import (
 )
 from megatron_sphinx.data.packing import Piece, positions
 from megatron_sphinx.data.plan import PairSizes, Planner, Runs, StepPlan
+from megatron_sphinx.device import Platform, use_platform
 from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.experts import Routing, RowRouter
@@ -46,14 +47,13 @@ from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.parallel.progress import Progress
 from megatron_sphinx.parallel.seeding import seed_rank
-from megatron_sphinx.planning import counts
-from megatron_sphinx.planning.counts import Run
-from megatron_sphinx.planning.recorder import HOST, Recorder
-from megatron_sphinx.planning.sizes import encoder_cost
-from megatron_sphinx.planning.work import Work
-from megatron_sphinx.platform import Platform
+from megatron_sphinx.run import train as run
+from megatron_sphinx.sizing import counts
+from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.recorder import HOST, Recorder
+from megatron_sphinx.sizing.sizes import encoder_cost
+from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -364,7 +364,7 @@ def _work(answer: Any, config: RunConfig, layout: ParallelLayout, rank: int) -> 
 def count(config: RunConfig, layout: ParallelLayout, rank: int) -> Counted:
     """One rank's step in a fake world; to be called in a process that does nothing else."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(layout.world)}
-    cpu = platform.use(None)
+    cpu = use_platform(None)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor", category=UserWarning)
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)

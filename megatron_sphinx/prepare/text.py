@@ -17,10 +17,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_sphinx.data.files import open_file, remove_partial, renamed, state_of
-from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out, write_json
 from megatron_sphinx.data.text import content_of
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.workers import Report, in_parallel, is_held_out, write_json
 
 PART_BYTES = 64 * 2**20
 _COMPRESSED = {".zst": "zstd", ".gz": "gzip"}

@@ -12,12 +12,12 @@ import yaml
 from megatron_sphinx import config as configuration
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning import hardware as machines
-from megatron_sphinx.planning.counts import Run
-from megatron_sphinx.planning.step_time import Timing, step_time
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing import hardware as machines
+from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.step_time import Timing, step_time
+from megatron_sphinx.sizing.work import Work
 
-RUNS = Path(str(resources.files("megatron_sphinx") / "planning" / "published.yaml"))
+RUNS = Path(str(resources.files("megatron_sphinx") / "sizing" / "published.yaml"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[Timing, Wo
     layout = ParallelLayout(world=run.gpus, config=sizes)
     encoders = vision = None
     if run.preset is not None:
-        from megatron_sphinx.planning.sizes import encoder_cost
+        from megatron_sphinx.sizing.sizes import encoder_cost
 
         config = configuration.load(Path(run.preset))
         work, model, vision = Work.expected(config), config.model, config.vision

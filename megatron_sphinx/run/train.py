@@ -31,7 +31,11 @@ from megatron_sphinx.data.loader import (
     rounds,
 )
 from megatron_sphinx.data.plan import Planner, StepPlan
+from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, SphinxError, writing
+from megatron_sphinx.liveness.lifeline import Lifeline
+from megatron_sphinx.liveness.progress import Doing, Progress
+from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -41,12 +45,8 @@ from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.parallel.lifeline import Lifeline
-from megatron_sphinx.parallel.progress import Doing, Progress
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state, seed_rank
-from megatron_sphinx.parallel.stop import STOPPED, StopSignal
-from megatron_sphinx.platform import Platform
-from megatron_sphinx.provenance import about, changes, identity, keep_config, require_trained_as, sizes_of
+from megatron_sphinx.run.provenance import about, changes, identity, keep_config, require_trained_as, sizes_of
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sphinx.data.conversation import Conversation, parse
 from megatron_sphinx.data.files import renamed
-from megatron_sphinx.data.index_writer import (
+from megatron_sphinx.data.pairs import CONVERSATION
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import inside
+from megatron_sphinx.prepare.index import (
     PARTS,
     Image,
     Part,
@@ -24,11 +27,8 @@ from megatron_sphinx.data.index_writer import (
     write_index,
     write_part,
 )
-from megatron_sphinx.data.pairs import CONVERSATION
-from megatron_sphinx.data.preparing import Report, is_held_out
-from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import DataError
-from megatron_sphinx.paths import inside
+from megatron_sphinx.prepare.template import Conversation, parse
+from megatron_sphinx.prepare.workers import Report, is_held_out
 
 _NO_IMAGE = Image(0, 0, 0, 0, 0)
 

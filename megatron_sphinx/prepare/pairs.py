@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.data.files import is_url, renamed, state_of
-from megatron_sphinx.data.index_writer import PARTS, Image, Part, Quarantine, image_of, members, write_index, write_part
 from megatron_sphinx.data.pairs import SAMPLE, split_name
-from megatron_sphinx.data.preparing import Report, in_parallel, is_held_out
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import files_in
+from megatron_sphinx.prepare.index import PARTS, Image, Part, Quarantine, image_of, members, write_index, write_part
+from megatron_sphinx.prepare.workers import Report, in_parallel, is_held_out
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 CAPTION_ENDINGS = ("txt", "caption")

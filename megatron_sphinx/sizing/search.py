@@ -7,11 +7,11 @@ from typing import Any
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.planning.counts import Run
-from megatron_sphinx.planning.hardware import Hardware
-from megatron_sphinx.planning.memory import EncoderCost, heaviest, peak
-from megatron_sphinx.planning.step_time import Timing, step_time
-from megatron_sphinx.planning.work import Work
+from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.hardware import Hardware
+from megatron_sphinx.sizing.memory import EncoderCost, heaviest, peak
+from megatron_sphinx.sizing.step_time import Timing, step_time
+from megatron_sphinx.sizing.work import Work
 
 _MICRO_BATCH_ROWS = (1, 2, 4, 8, 16)
 _CHECKPOINTING = ("none", "selective", "full")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from megatron_sphinx.parallel.progress import Beat
+from megatron_sphinx.liveness.progress import Beat
 
 _NAMED = 3  # ranks of whom a message says where they are
 

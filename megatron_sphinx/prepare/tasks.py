@@ -14,9 +14,9 @@ from math import isfinite
 from string import ascii_uppercase
 from typing import Any
 
-from megatron_sphinx.data.boxes import clip_box, format_box, format_boxes, format_point, from_coco
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import relative
+from megatron_sphinx.prepare.boxes import clip_box, format_box, format_boxes, format_point, from_coco
 
 PROMPTS = {
     # SPHINX, arXiv:2311.07575, Table 1; the lines of options are as in eval_mm/annotations/MMMU_val_single.json, the

@@ -1,0 +1,1 @@
+"""Which ranks are alive, how far each is, and why a run stops."""

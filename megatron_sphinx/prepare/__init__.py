@@ -1,0 +1,1 @@
+"""Data sets made offline from what people have: pairs, text, conversations, tasks."""
