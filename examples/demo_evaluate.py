@@ -19,7 +19,7 @@ from demo_data import CAPTIONS, DIGITS
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data import images
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
@@ -28,7 +28,7 @@ from megatron_sphinx.run import train as run
 from megatron_sphinx.training import metrics
 
 
-def held_out(config: RunConfig) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+def held_out(config: Config) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Pixels of the held-out digits for each input side, and their labels."""
     data = np.load(Path(config.data.tokenizer).parent / "held_out.npz")
     pictures = [Image.fromarray(pixels).convert("RGB") for pixels in data["images"]]
@@ -58,12 +58,12 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
         targets=torch.tensor(targets),
         target_positions=(torch.tensor(targets) >= 0).nonzero().flatten(),
         lengths=tuple(lengths),
-        pair_of_token=torch.zeros(len(tokens), dtype=torch.int64),
+        sample_of_token=torch.zeros(len(tokens), dtype=torch.int64),
         row_of_token=torch.zeros(len(tokens), dtype=torch.int64),
         rows=1,
         view_positions=torch.from_numpy(positions),
         skip_positions=torch.zeros(0, dtype=torch.int64),
-        pair_of_view=torch.arange(len(lengths)),
+        sample_of_view=torch.arange(len(lengths)),
         pairs=tuple(range(len(lengths))),
         documents=(),
     )
@@ -71,7 +71,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
 
 
 @torch.no_grad()
-def accuracy(model: SphinxModel, config: RunConfig, features: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: SphinxModel, config: Config, features: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of the pictures whose own caption is the likeliest of the ten."""
     tokenizer, right, size = Tokenizer(config.data.tokenizer), 0, 60
     for first in range(0, len(labels), size):

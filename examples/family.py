@@ -18,9 +18,9 @@ import torch
 from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.interpolate import interpolate, sweep
 from megatron_sphinx.checkpoint.store import load_weights
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, views_in
-from megatron_sphinx.data.pairs import PairIndex
+from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.plan import DataSource
 from megatron_sphinx.run import train as run
 
@@ -28,7 +28,7 @@ BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
-def losses(config: RunConfig, weights: dict[str, torch.Tensor], folder: Path, key: str) -> tuple[torch.Tensor, ...]:
+def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: str) -> tuple[torch.Tensor, ...]:
     """Loss of each sample of an index, summed over its targets, and how many those are: two of [samples], in nats.
 
     Args:
@@ -37,7 +37,7 @@ def losses(config: RunConfig, weights: dict[str, torch.Tensor], folder: Path, ke
         folder: the index.
         key: what it is of, pairs or conversations.
     """
-    count = len(PairIndex([folder], key))
+    count = len(SampleIndex([folder], key))
     amounts = {"pairs_per_step": 0, "conversations_per_step": 0, "text_tokens_per_step": 0, f"{key}_per_step": count}
     data = replace(config.data, **amounts, **{key: (DataSource(path=str(folder)),)})
     job = run.alone(replace(config, data=data))
@@ -51,12 +51,12 @@ def losses(config: RunConfig, weights: dict[str, torch.Tensor], folder: Path, ke
         seen = torch.stack([known[index.place(pair), view] for pair, view in views_in(rows)])
         out = batch.spread(model.eval()(batch.to(seen.device), seen).double().cpu())
         for number, pair in enumerate(batch.pairs):
-            is_own = batch.pair_of_token == number
+            is_own = batch.sample_of_token == number
             total[pair], targets[pair] = out[is_own].sum(), (batch.targets[is_own] >= 0).sum()
     return total, targets
 
 
-def features(job: run.Job, index: PairIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
+def features(job: run.RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
     """Features of each view of each image of an index, once where several samples share it."""
     asked = {}
     for (rows,) in job.planner.step(0).micro_batches:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_sphinx.errors import SphinxError
 
 if TYPE_CHECKING:  # a rank hears of signals before anything that takes time is imported
-    from megatron_sphinx.config import RunConfig
+    from megatron_sphinx.config import Config
     from megatron_sphinx.parallel.layout import ParallelLayout
 
 
@@ -59,7 +59,7 @@ def plan(args: argparse.Namespace) -> int:
     return _plan_layout(args, config, ParallelLayout(world=ranks, config=config.parallel))
 
 
-def _plan_layout(args: argparse.Namespace, config: "RunConfig", layout: "ParallelLayout") -> int:
+def _plan_layout(args: argparse.Namespace, config: "Config", layout: "ParallelLayout") -> int:
     """Print what a run in the configured layout is."""
     if args.dry_run:
         from megatron_sphinx.sizing import dry_run

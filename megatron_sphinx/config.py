@@ -21,7 +21,7 @@ T = TypeVar("T")  # a dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderConfig:
+class RunConfig:
     """Where a run lives, and what holds for all of it.
 
     Attributes:
@@ -143,10 +143,10 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class Config:
     """Everything a run is made of; each part is described where it is used."""
 
-    run: FolderConfig
+    run: RunConfig
     model: LanguageConfig
     vision: VisionConfig
     data: DataConfig
@@ -202,7 +202,7 @@ class RunConfig:
                         f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
                     )
 
-    def counted(self, samples: int) -> "RunConfig":
+    def counted(self, samples: int) -> "Config":
         """The same with steps where epochs were given, of so many pairs or conversations.
 
         Raises:
@@ -232,7 +232,7 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{key}={value}: unknown value; {nearest(str(value), list(known))}")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file and apply `key.path=value` overrides; values are YAML.
 
     A file may name others, beside it, that it changes: `base: other.yaml`, or a list, the last above the others. Below
@@ -251,7 +251,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if isinstance(chosen, dict) and (found := chosen.get(key)) is not None:
             _one_of(f"{section}.{key}", str(found), presets(folder))
             values = _merge(_read(_PRESETS / folder / f"{found}.yaml"), values)
-    return build(RunConfig, values)
+    return build(Config, values)
 
 
 _PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))

@@ -29,7 +29,7 @@ from torch.utils import tensorboard  # noqa: F401
 
 import megatron_sphinx.device  # noqa: F401
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data.pairs import PairIndex
+from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
@@ -261,7 +261,7 @@ def dialogs(tiny) -> Path:
     return folder
 
 
-def size_of(index: PairIndex, pair: int) -> tuple[int, int]:
+def size_of(index: SampleIndex, pair: int) -> tuple[int, int]:
     """Width and height of a sample's image, as an index has them."""
     found = index.sizes(pair, pair + 1)
     return int(found.width[0]), int(found.height[0])

@@ -17,10 +17,10 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.benchmark import report, sweep, synthetic
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.benchmark.scaling import curves
-from megatron_sphinx.benchmark.summary import Run
+from megatron_sphinx.benchmark.summary import MeasuredRun
 from megatron_sphinx.benchmark.sweep import BenchmarkError, Measurement
 from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources, views_in
-from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.errors import ConfigError, DataError, FolderError
 from megatron_sphinx.model.architecture import EXPERTS
 from megatron_sphinx.model.encoders import encoder_work
@@ -72,7 +72,7 @@ class Runs:
         encoders = config.parallel.encoder
         ranks = [self.rank(rank, lines, work) for rank in range(how.ranks - encoders)]
         ranks += [self.encoder(how.ranks - encoders + n, work["views"] / encoders) for n in range(encoders)]
-        return Run(lines, ranks)
+        return MeasuredRun(lines, ranks)
 
     def rank(self, rank, lines, work):
         names = {"seconds": 1.0, "data_wait_seconds": 0.1, "exposed_encoder_seconds": 0.25 / (rank + 1)}
@@ -425,7 +425,7 @@ def test_synthetic_data_has_the_composition_of_the_step(tiny, tmp_path, kind):
     assert (len(plan.pairs), sum(tokens for _, _, tokens in plan.text)) == (300, 200)
     assert sources.tokenizer.encode("a b c") == [3, 4, 5]
     batch = BatchBuilder(config.data, sources, config.vision).build(plan.rows)
-    assert (int(batch.tokens.max()) < words, len(batch.pairs), len(batch.pair_of_view)) == (True, 300, 300)
+    assert (int(batch.tokens.max()) < words, len(batch.pairs), len(batch.sample_of_view)) == (True, 300, 300)
     reader = ImageReader(sources.pairs)
     for pair in plan.pairs[:2]:
         image = Image.open(io.BytesIO(reader.read(pair)))
@@ -531,7 +531,7 @@ def check_captions(folder: Path, tiny) -> None:
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     digits = load_digits()
     inked = 255 - np.rint(digits.images * (255 / 16))
-    index = PairIndex([folder])
+    index = SampleIndex([folder])
     assert {size_of(index, pair) for pair in range(len(index))} == {(24, 8)}
     for pair in range(12):
         path = folder / "picture.png"

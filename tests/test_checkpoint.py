@@ -18,7 +18,7 @@ from megatron_sphinx.checkpoint.pieces import Piece
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.model.shards import Block, Shard, _parts
+from megatron_sphinx.model.shards import Block, WeightShard, _parts
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
@@ -65,7 +65,7 @@ def test_any_cut_of_a_shard_is_boxes_of_the_whole(seed):
     for rank in range(ranks):
         _, blocks = _parts(shape, dim, stride, ranks, rank)
         local = torch.cat([whole[box(block)].flatten() for block in blocks])
-        shard = Shard("w", whole_shape, tuple(blocks), is_first_copy=True, is_expert=False)
+        shard = WeightShard("w", whole_shape, tuple(blocks), is_first_copy=True, is_expert=False)
         cuts = sorted({0, len(local), *(rng.randint(0, len(local)) for _ in range(3))})
         for start, stop in pairwise(cuts):
             behind = start

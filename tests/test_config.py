@@ -8,7 +8,7 @@ import yaml
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.plan import DataSource
 from megatron_sphinx.errors import ConfigError
 
@@ -118,7 +118,7 @@ def test_a_stream_is_one_path_or_several_with_weights():
     )
     assert several.data.text == (DataSource(path="a"), DataSource(path="b"))
     assert several.data.pairs == (DataSource(path="c", weight=2.0), DataSource(path="d", weight=1.0))
-    assert configuration.build(RunConfig, yaml.safe_load(several.to_yaml())) == several
+    assert configuration.build(Config, yaml.safe_load(several.to_yaml())) == several
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_command_prints_the_configuration_as_a_run_would_take_it(capsys):
     path = ROOT / "examples" / "family_moe.yaml"
     assert main(["config", str(path), "run.seed=7"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert configuration.build(RunConfig, printed) == configuration.load(path, ["run.seed=7"])
+    assert configuration.build(Config, printed) == configuration.load(path, ["run.seed=7"])
     assert printed["run"]["seed"] == 7
 
 

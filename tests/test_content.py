@@ -19,7 +19,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
-from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, PairIndex
+from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, SampleIndex
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.conversations import index_conversations
@@ -43,7 +43,7 @@ def foreign(prefix: Path, documents: int = 400, kind: type = np.int32, bad: dict
     return prefix
 
 
-def scanned(index: TextIndex | PairIndex, memory: Path | None = None) -> TextIndex | PairIndex:
+def scanned(index: TextIndex | SampleIndex, memory: Path | None = None) -> TextIndex | SampleIndex:
     """The index when all of it was read or remembered."""
     scan = Scan(index.parts, VOCABULARY, Memory(memory))
     with scan:
@@ -52,7 +52,7 @@ def scanned(index: TextIndex | PairIndex, memory: Path | None = None) -> TextInd
     return index
 
 
-def refused(index: TextIndex | PairIndex) -> str:
+def refused(index: TextIndex | SampleIndex) -> str:
     """What a scan of it ends with."""
     scan = Scan(index.parts, VOCABULARY, Memory())
     with scan:
@@ -80,8 +80,8 @@ def as_before(folder: Path, target: Path) -> Path:
     return target
 
 
-def opened(folder: Path, kind: str) -> TextIndex | PairIndex:
-    return TextIndex([folder]) if kind == "text" else PairIndex([folder], kind)
+def opened(folder: Path, kind: str) -> TextIndex | SampleIndex:
+    return TextIndex([folder]) if kind == "text" else SampleIndex([folder], kind)
 
 
 def prepared(tiny, dialogs: Path) -> dict[str, Path]:
@@ -260,7 +260,7 @@ def test_one_token_one_size_or_another_order_is_another_fingerprint(tiny, tmp_pa
     samples.tofile(tmp_path / "q" / "samples.bin")
     for name in ("p", "q"):
         edit(tmp_path / name / "index.json", lambda index: index.pop("content"))
-    found = {scanned(PairIndex([tmp_path / name for name in names])).fingerprint for names in ("p", "q", "pq", "qp")}
+    found = {scanned(SampleIndex([tmp_path / name for name in names])).fingerprint for names in ("p", "q", "pq", "qp")}
     assert len(found) == 4
     assert opened(tiny.folder / "pairs", "pairs").fingerprint in found
 
@@ -311,7 +311,7 @@ def test_captions_are_scanned_too(tiny, tmp_path):
     with (folder / "captions.bin").open("r+b") as file:
         file.seek(200)
         file.write(np.uint16(383).tobytes())
-    assert f"data.pairs={folder}: {folder}/captions.bin holds token id 383, but " in refused(PairIndex([folder]))
+    assert f"data.pairs={folder}: {folder}/captions.bin holds token id 383, but " in refused(SampleIndex([folder]))
     assert (folder / "content.json").is_file()
 
 
@@ -328,7 +328,7 @@ def tamper(folder: Path, place: int, token: int) -> None:
         file.write(np.uint16(token).tobytes())
 
 
-def plans(config: configuration.RunConfig, sources: Sources, steps: int) -> list:
+def plans(config: configuration.Config, sources: Sources, steps: int) -> list:
     planner = make_planner(config.data, sources, config.model, config.vision, replicas=1, seed=config.run.seed)
     return [planner.step(step) for step in range(steps)]
 
@@ -493,7 +493,7 @@ def test_captions_must_be_of_whole_numbers(tiny, tmp_path, kind):
     with pytest.raises(
         DataError, match=rf"damaged index \(caption_type={re.escape(kind)}: is no type of whole numbers\)"
     ):
-        PairIndex([tmp_path / "pairs"])
+        SampleIndex([tmp_path / "pairs"])
 
 
 def test_a_token_file_and_an_index_of_other_files_are_refused(tmp_path):
@@ -525,7 +525,7 @@ def test_a_message_shows_nothing_of_a_file_that_is_no_shard(tiny, tmp_path):
     secret = tmp_path / "id_rsa"
     secret.write_bytes(b"-----BEGIN PRIVATE KEY-----".ljust(4096, b"x"))
     edit(tmp_path / "pairs" / "index.json", lambda index: [one.update(path="../id_rsa") for one in index["shards"]])
-    reader = ImageReader(PairIndex([tmp_path / "pairs"]))
+    reader = ImageReader(SampleIndex([tmp_path / "pairs"]))
     assert reader.name(0) == (str(secret), f"at byte {reader.index.place(0).offset}")
     with pytest.raises(DataError, match="the shard is not the one its index was made for"):
         reader.read(0)

@@ -13,7 +13,7 @@ from test_model import CPU, groups, random_shape
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources
-from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -144,7 +144,7 @@ def test_what_can_be_used():
 
 
 def test_an_index_holds_what_went_in(tiny, dialogs):
-    index = PairIndex([dialogs], "conversations")
+    index = SampleIndex([dialogs], "conversations")
     index.check(tiny.tokenizer)
     items = json.loads((tiny.folder / "dialogs.json").read_text())
     assert len(index) == len(items) == 40
@@ -189,14 +189,14 @@ def test_bad_conversations_are_left_out_and_listed(tiny, tmp_path):
                                "turns out of order": 1}  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "c" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["1", "lost", "3", "4"]
-    index = PairIndex([tmp_path / "c"], "conversations")
+    index = SampleIndex([tmp_path / "c"], "conversations")
     assert index.place(0) == index.place(1)  # an image of two conversations is kept once
 
 
 def test_text_alone_needs_no_shard(tiny, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{"conversations": TURNS}] * 3))
     index_conversations([tmp_path / "d.json"], tmp_path / "c", tiny.tokenizer)
-    index = PairIndex([tmp_path / "c"], "conversations")
+    index = SampleIndex([tmp_path / "c"], "conversations")
     index.check(tiny.tokenizer)
     assert [size_of(index, number) for number in range(3)] == [(0, 0)] * 3
 
@@ -209,7 +209,7 @@ def test_an_image_is_held_out_with_all_its_conversations(tiny, tmp_path):
     assert report.taken + report.held_out == 90
     names = []
     for folder in ("c", "c/held_out"):
-        index = PairIndex([tmp_path / folder], "conversations")
+        index = SampleIndex([tmp_path / folder], "conversations")
         names.append({ImageReader(index).name(number)[1] for number in range(len(index))})
     assert names[1]
     assert not names[0] & names[1]
@@ -236,11 +236,11 @@ def test_an_index_of_something_else_is_refused(tiny, dialogs):
     with pytest.raises(
         DataError, match=r"data\.pairs=.*: is an index of conversations; give it as data\.conversations"
     ):
-        PairIndex([dialogs])
+        SampleIndex([dialogs])
     with pytest.raises(DataError, match=r"data\.conversations=.*: is an index of pairs; give it as data\.pairs"):
-        PairIndex([tiny.folder / "pairs"], "conversations")
+        SampleIndex([tiny.folder / "pairs"], "conversations")
     with pytest.raises(DataError, match=r"nowhere.*make the index by tools/prepare_conversations\.py"):
-        PairIndex([tiny.folder / "nowhere"], "conversations")
+        SampleIndex([tiny.folder / "nowhere"], "conversations")
 
 
 def test_the_tool(tiny, tmp_path, run_tool):
@@ -263,7 +263,7 @@ def test_a_long_conversation_loses_whole_turns_from_its_end(tiny, tmp_path, seed
                                 for role in ("human", "gpt")]} for _ in range(12)]  # fmt: skip
     (tmp_path / "d.json").write_text(json.dumps(items))
     index_conversations([tmp_path / "d.json"], tmp_path / "c", tiny.tokenizer)
-    index = PairIndex([tmp_path / "c"], "conversations")
+    index = SampleIndex([tmp_path / "c"], "conversations")
     for number, item in enumerate(items):
         ids, is_answer = parse(item).encode(tiny.tokenizer)
         most = rng.randint(1, len(ids) - 1)
@@ -308,7 +308,7 @@ def check_alone_and_packed(config):
                  for pair, n in views]  # fmt: skip
         features = torch.stack(drawn) if drawn else torch.empty(0, config.vision.feature_values)
         out = batch.spread(model(batch, features).detach())
-        return {pair: float(out[batch.pair_of_token == number].sum()) for number, pair in enumerate(batch.pairs)}
+        return {pair: float(out[batch.sample_of_token == number].sum()) for number, pair in enumerate(batch.pairs)}
 
     pieces = [piece for row in planner.step(0).rows for piece in row]
     assert {bool(piece.views) for piece in pieces} == {True, False}  # with images and without

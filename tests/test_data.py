@@ -24,12 +24,12 @@ from PIL import Image
 from megatron_sphinx import config as configuration
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
-from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.text import TextIndex, TokenFile
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.model.architecture import ExpertConfig, VisionConfig
+from megatron_sphinx.model.architecture import VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.views import GLOBAL, View
 from megatron_sphinx.prepare import index as index_writer
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
@@ -55,7 +55,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-VISION = VisionConfig(experts=(ExpertConfig(name="dinov2_small", weights="random"),), grid=4)
+VISION = VisionConfig(experts=(VisualExpertConfig(name="dinov2_small", weights="random"),), grid=4)
 
 
 # images
@@ -144,7 +144,7 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch):
 # pairs
 
 
-def caption_of(tiny, index: PairIndex, pair: int) -> str:
+def caption_of(tiny, index: SampleIndex, pair: int) -> str:
     return tiny.tokenizer.decode(index.caption(pair).tolist())
 
 
@@ -156,7 +156,7 @@ def quarantined(folder: Path) -> dict[str, str]:
 
 
 def test_an_index_knows_every_pair_without_reading_it(tiny):
-    index = PairIndex([tiny.folder / "pairs"])
+    index = SampleIndex([tiny.folder / "pairs"])
     assert len(index) == 60
     reader = ImageReader(index)
     sizes = index.sizes(20, 60)
@@ -177,7 +177,7 @@ def test_pairs_of_several_indexes_are_numbered_one_behind_the_other(tiny, tmp_pa
     shards = sorted((tiny.folder / "shards").glob("*.tar"))
     index_shards(shards[:1], parts[0], tiny.tokenizer)
     index_shards(shards[1:], parts[1], tiny.tokenizer)
-    joined, whole = PairIndex(parts), PairIndex([tiny.folder / "pairs"])
+    joined, whole = SampleIndex(parts), SampleIndex([tiny.folder / "pairs"])
     assert joined.bounds == [0, 25, 60]
     for first, last in ((0, 60), (20, 30), (30, 31)):
         for name in ("width", "height", "tokens"):
@@ -202,12 +202,12 @@ def test_img2dataset_tars_are_indexed_where_they_are(tiny, tmp_path):
     shard = write_tar(tmp_path / "00000.tar", members)
     report = index_shards([shard], tmp_path / "pairs", tiny.tokenizer)
     assert (report.taken, report.rejected) == (2, {"no caption": 3, "no image": 1, "not an image": 1})
-    index = PairIndex([tmp_path / "pairs"])
+    index = SampleIndex([tmp_path / "pairs"])
     assert sorted(caption_of(tiny, index, n) for n in (0, 1)) == ["from txt", "only json"]
     assert set(quarantined(tmp_path / "pairs")) == {"2", "3", "4", "5", "6"}
     report = index_shards([shard], tmp_path / "by_key", tiny.tokenizer, caption_key="caption")
     assert report.taken == 2
-    index = PairIndex([tmp_path / "by_key"])
+    index = SampleIndex([tmp_path / "by_key"])
     assert sorted(caption_of(tiny, index, n) for n in (0, 1)) == ["from json", "only json"]
 
 
@@ -263,7 +263,7 @@ def test_bad_pairs_are_left_out_and_listed_and_odd_ones_are_used(tiny, tmp_path)
     assert found.pop(None).startswith("not a tar file")
     assert not found
     assert report.taken == len(odd) + 2
-    reader, used = ImageReader(PairIndex([tmp_path / "pairs"])), {}
+    reader, used = ImageReader(SampleIndex([tmp_path / "pairs"])), {}
     for pair in range(report.taken):
         used[reader.name(pair)[1]] = np.asarray(images.decode(reader.read(pair)))
     assert set(used) == {*odd, "twice", "a"}
@@ -281,7 +281,7 @@ def test_a_shard_that_is_cut_short_gives_the_pairs_before(tiny, tmp_path):
         report = index_shards([tmp_path / "cut.tar"], tmp_path / "pairs", tiny.tokenizer)
         assert 0 < report.taken < 25
         assert report.rejected["the shard is cut short"] == 1
-        index = PairIndex([tmp_path / "pairs"])
+        index = SampleIndex([tmp_path / "pairs"])
         for pair in range(report.taken):
             assert images.decode(ImageReader(index).read(pair)).tobytes() == draw(pair)[0].tobytes()
 
@@ -325,7 +325,7 @@ def test_shards_may_be_behind_a_url(tiny, tmp_path):
     for shard in shards:
         store.pipe(f"/bucket/{shard.name}", shard.read_bytes())
     index_shards([f"memory://bucket/{shard.name}" for shard in shards], tmp_path / "pairs", tiny.tokenizer)
-    there, here = PairIndex([tmp_path / "pairs"]), PairIndex([tiny.folder / "pairs"])
+    there, here = SampleIndex([tmp_path / "pairs"]), SampleIndex([tiny.folder / "pairs"])
     there.check(tiny.tokenizer)
     for pair in range(60):
         assert ImageReader(there).read(pair) == ImageReader(here).read(pair)
@@ -339,7 +339,7 @@ def test_a_range_that_a_file_system_cannot_give_is_a_bad_pair_whatever_it_raises
     store = fsspec.filesystem("memory")
     store.pipe("/gone/0.tar", (tiny.folder / "shards" / "000000.tar").read_bytes())
     index_shards(["memory://gone/0.tar"], tmp_path / "pairs", tiny.tokenizer)
-    reader = ImageReader(PairIndex([tmp_path / "pairs"]))
+    reader = ImageReader(SampleIndex([tmp_path / "pairs"]))
 
     def fail(*_args, **_kwargs):
         raise RuntimeError("the service is away")
@@ -353,7 +353,7 @@ def test_a_range_that_a_file_system_cannot_give_is_a_bad_pair_whatever_it_raises
 def test_a_held_out_share_is_chosen_by_key_and_shares_no_pair(tiny, tmp_path):
     shards = sorted((tiny.folder / "shards").glob("*.tar"))
     report = index_shards(shards, tmp_path / "pairs", tiny.tokenizer, held_out=0.3)
-    kept, held_out = PairIndex([tmp_path / "pairs"]), PairIndex([tmp_path / "pairs" / "held_out"])
+    kept, held_out = SampleIndex([tmp_path / "pairs"]), SampleIndex([tmp_path / "pairs" / "held_out"])
     assert (len(kept), len(held_out)) == (report.taken, report.held_out)
     assert len(kept) + len(held_out) == 60
     assert 5 <= len(held_out) <= 35
@@ -365,7 +365,7 @@ def test_a_held_out_share_is_chosen_by_key_and_shares_no_pair(tiny, tmp_path):
             assert caption_of(tiny, index, pair) == draw(int(keys[-1]))[1]
     assert sorted(map(int, keys)) == list(range(60))
     alone = index_shards(shards[1:], tmp_path / "fewer", tiny.tokenizer, held_out=0.3)  # a key decides alone
-    fewer = PairIndex([tmp_path / "fewer" / "held_out"])
+    fewer = SampleIndex([tmp_path / "fewer" / "held_out"])
     assert alone.held_out == sum(int(key) >= 25 for key in keys[report.taken :])
     assert {ImageReader(fewer).name(pair)[1] for pair in range(len(fewer))} <= set(keys[report.taken :])
 
@@ -386,7 +386,7 @@ def copied(tiny, tmp_path):
 
 def test_a_shard_that_is_not_the_indexed_one_is_refused(tiny, copied):
     folder, shard = copied
-    content, index = shard.read_bytes(), PairIndex([folder])
+    content, index = shard.read_bytes(), SampleIndex([folder])
     os.utime(shard, (1, 1))
     index.check(tiny.tokenizer)  # another time, the same content: a copy
     place = index.place(2)
@@ -406,22 +406,22 @@ def test_a_shard_that_is_not_the_indexed_one_is_refused(tiny, copied):
 def test_an_index_that_is_missing_or_damaged_is_refused(tiny, copied, tmp_path):
     folder, _ = copied
     with pytest.raises(DataError, match=r"No such file or directory; make the index by tools/prepare_pairs.py"):
-        PairIndex([tmp_path / "nowhere"])
+        SampleIndex([tmp_path / "nowhere"])
     content = (folder / "samples.bin").read_bytes()
     (folder / "samples.bin").write_bytes(content[:-40])
     with pytest.raises(DataError, match="the files of the index disagree"):
-        PairIndex([folder])
+        SampleIndex([folder])
     (folder / "samples.bin").write_bytes(b"")
     with pytest.raises(DataError, match="damaged index"):
-        PairIndex([folder])
+        SampleIndex([folder])
     (folder / "index.json").write_text("{}")
     with pytest.raises(DataError, match="damaged index"):
-        PairIndex([folder])
+        SampleIndex([folder])
 
 
 def test_a_picture_that_the_encoders_cannot_take_is_quarantined_too(tiny, copied, tmp_path):
     config = configuration.load(tiny.write(tmp_path / "run.yaml"))
-    loader = PixelLoader(PairIndex([copied[0]]), config.vision, workers=1, quarantine=tmp_path / "quarantine.jsonl")
+    loader = PixelLoader(SampleIndex([copied[0]]), config.vision, workers=1, quarantine=tmp_path / "quarantine.jsonl")
 
     def encoders(views: dict[int, torch.Tensor]) -> torch.Tensor:
         features = torch.ones(3, 4, dtype=torch.bfloat16)
@@ -436,7 +436,7 @@ def test_a_picture_that_the_encoders_cannot_take_is_quarantined_too(tiny, copied
 
 def test_a_shard_that_ends_inside_an_image_is_a_bad_sample(copied):
     folder, shard = copied
-    index = PairIndex([folder])
+    index = SampleIndex([folder])
     with shard.open("r+b") as file:
         file.truncate(index.place(5).offset + 10)
     with pytest.raises(DataError, match="the shard ends inside the image"):
@@ -647,7 +647,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tiny, tmp_path):
         DataError, match=r"data\.tokenizer=.*has 300 pieces, but model\.vocabulary=320; set that to 300"
     ):
         open_sources(config.data, configuration.load(tiny.write(tmp_path / "a.yaml", {"model.vocabulary": 320})).model)
-    size = Tokenizer(other).mark.vocabulary
+    size = Tokenizer(other).identity.vocabulary
     changed = configuration.load(
         tiny.write(tmp_path / "b.yaml", {"data.tokenizer": str(other), "model.vocabulary": size})
     )
@@ -667,7 +667,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tiny, tmp_path):
 # micro-batches
 
 
-def opened(tiny, tmp_path, overrides=None) -> tuple[configuration.RunConfig, Planner, BatchBuilder]:
+def opened(tiny, tmp_path, overrides=None) -> tuple[configuration.Config, Planner, BatchBuilder]:
     config = configuration.load(tiny.write(tmp_path / "run.yaml", overrides))
     sources = open_sources(config.data, config.model)
     planner = make_planner(config.data, sources, config.model, config.vision, replicas=2, seed=1)
@@ -685,13 +685,13 @@ def test_a_micro_batch_holds_what_the_plan_says(tiny, tmp_path, isolate):
         assert list(batch.lengths) == sorted(batch.lengths)
         assert sum(batch.lengths) == len(batch.tokens) == len(batch.targets)
         for number, pair in enumerate(batch.pairs):
-            mine = batch.pair_of_token == number
+            mine = batch.sample_of_token == number
             tokens, goal = batch.tokens[mine].tolist(), batch.targets[mine].tolist()
             caption = index.caption(pair).tolist()
             assert tokens == [tokenizer.bos] + [0] * block + caption + [tokenizer.eos]
             assert goal == [-100] * block + caption + [tokenizer.eos, -100]
             first = int(mine.nonzero()[0])
-            views = batch.view_positions.view(-1, block)[batch.pair_of_view == number]
+            views = batch.view_positions.view(-1, block)[batch.sample_of_view == number]
             assert views.tolist() == [list(range(first + 1, first + 1 + block))]
         seen_pairs += batch.pairs
         targets += int((batch.targets >= 0).sum())
@@ -706,7 +706,7 @@ def test_a_pair_that_comes_twice_in_a_step_has_its_views_twice(tiny, tmp_path):
     assert len(set(batch.pairs)) == 60 < len(batch.pairs) == 100
     assert [pair for pair, _ in views_in(rows)] == list(batch.pairs)
     for number in range(100):
-        first = int((batch.pair_of_token == number).nonzero()[0])
+        first = int((batch.sample_of_token == number).nonzero()[0])
         positions = batch.view_positions.view(-1, block)[number]
         assert positions.tolist() == list(range(first + 1, first + 1 + block))
 
@@ -715,7 +715,7 @@ def test_text_predicts_its_next_token_over_cuts(tiny, tmp_path):
     _, planner, builder = opened(tiny, tmp_path)
     whole = all_documents(builder.sources.text)
     for rows in planner.step(0).micro_batches[0]:
-        batch = builder.build([tuple(piece for piece in row if not piece.is_pair) for row in rows])
+        batch = builder.build([tuple(piece for piece in row if not piece.is_sample) for row in rows])
         known = [whole[document] for document in set(batch.documents)]
         follows = {(a, b) for document in known for a, b in pairwise(document)}
         pairs = zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)
@@ -727,12 +727,12 @@ def test_a_replica_without_rows_still_has_one_position(tiny, tmp_path):
     batch = builder.build([])
     assert batch.lengths == (1,)
     assert batch.targets.tolist() == [-100]
-    assert len(batch.view_positions) == len(batch.pair_of_view) == 0
+    assert len(batch.view_positions) == len(batch.sample_of_view) == 0
 
 
 def test_bad_images_are_quarantined_and_counted(tiny, copied, tmp_path):
     folder, shard = copied
-    index = PairIndex([folder])
+    index = SampleIndex([folder])
     place = index.place(2)
     with shard.open("r+b") as file:
         file.seek(place.offset + place.bytes // 2)
@@ -755,7 +755,7 @@ def test_the_tools_end_to_end(tiny, tmp_path, run_tool):
     status, out, _ = run_tool("prepare_pairs.py", tiny.folder / "pictures", tmp_path / "pairs", "--tokenizer", model)
     assert status == 0
     assert re.fullmatch(r".*pairs: 60 pairs in 1 shards, \d+ caption tokens\n", out)
-    PairIndex([tmp_path / "pairs"]).check(tiny.tokenizer)
+    SampleIndex([tmp_path / "pairs"]).check(tiny.tokenizer)
     whole = ["prepare_pairs.py", tiny.folder / "shards", tmp_path / "pairs", "--tokenizer", model, "--held-out", "0.3"]
     status, out, _ = run_tool(*whole)
     assert re.fullmatch(r".*pairs: \d+ pairs in 3 shards, \d+ caption tokens, \d+ more held out\n", out)

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_sphinx import config as configuration
 from megatron_sphinx import device
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.device import Platform, current_platform, use_platform
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel import devices
@@ -414,7 +414,7 @@ def test_the_demo_with_experts_trains_on_the_ranks_of_few_gpus(launched, run_ran
     given = tiny.values | {"model": model, "parallel": {"encoder": 1, "expert": 2}}
     given["run"] = given["run"] | {"folder": str(tmp_path / "run")}
     file = tmp_path / "run.yaml"
-    file.write_text(configuration.build(RunConfig, given).to_yaml())
+    file.write_text(configuration.build(Config, given).to_yaml())
     run_ranks(ranks, lambda: main(["train", str(file), *overrides]))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 

@@ -61,13 +61,13 @@ class HostPixels:
         return SimpleNamespace(wait=pending.wait, result=result)
 
 
-def take_real_step(config: configuration.RunConfig, layout: ParallelLayout, target: Path) -> None:
+def take_real_step(config: configuration.Config, layout: ParallelLayout, target: Path) -> None:
     """A rank's first step in a real world, counted by our counter and by torch's."""
     here = Platform(current_platform().device, "gloo", is_bf16_fast=True)
     dist.init_process_group("gloo")
     groups = ProcessGroups.create(layout, "gloo")
     planner, _ = dry_run.plan_of(config, layout)
-    job = run.Job(config, here, groups, open_sources(config.data, config.model), planner)
+    job = run.RankContext(config, here, groups, open_sources(config.data, config.model), planner)
     seat, lookahead = groups.seat, config.stage.lookahead
     if seat.encoder is not None:
         produce(

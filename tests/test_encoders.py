@@ -32,9 +32,9 @@ from megatron_sphinx.model.architecture import (
     EXPERTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Expert,
-    ExpertConfig,
     VisionConfig,
+    VisualExpert,
+    VisualExpertConfig,
 )
 from megatron_sphinx.model.encoders import (
     FAMILIES,
@@ -63,7 +63,7 @@ PARAMETERS = {
 
 
 def mixture(*names: str, **more) -> VisionConfig:
-    return VisionConfig(experts=tuple(ExpertConfig(name=name, weights="random") for name in names), **more)
+    return VisionConfig(experts=tuple(VisualExpertConfig(name=name, weights="random") for name in names), **more)
 
 
 def encoders(config: VisionConfig, dtype: torch.dtype = torch.float32, seed: int = 5) -> FrozenEncoders:
@@ -172,51 +172,51 @@ def test_random_weights_follow_from_the_seed():
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_weights_come_from_local_files(tmp_path, name, ending):
-    source, _ = load_expert(ExpertConfig(name=name, weights="random"), seed=9)
+    source, _ = load_expert(VisualExpertConfig(name=name, weights="random"), seed=9)
     path = tmp_path / f"w.{ending}"
     state = {key: value.contiguous() for key, value in source.state_dict().items()}
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
-    model, mark = load_expert(ExpertConfig(name=name, weights=str(path)), seed=1)
+    model, mark = load_expert(VisualExpertConfig(name=name, weights=str(path)), seed=1)
     assert mark == hashlib.sha256(path.read_bytes()).hexdigest()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    other, _ = load_expert(ExpertConfig(name="clip_vit_small", weights="random"), seed=1)
+    other, _ = load_expert(VisualExpertConfig(name="clip_vit_small", weights="random"), seed=1)
     torch.save(other.state_dict(), tmp_path / "clip.pth")
     message = (
         r"dinov2_small: .*clip\.pth holds weights of another architecture: by timm's names, tensors \d+ absent "
         r"\(blocks\.\S+\), \d+ unknown \(\S+\), \d+ of another shape \(\S+\); give weights of vit_giant_patch14_dinov2"
     )
     with pytest.raises(ConfigError, match=message):
-        load_expert(ExpertConfig(name="dinov2_small", weights=str(tmp_path / "clip.pth")), seed=1)
+        load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "clip.pth")), seed=1)
     with pytest.raises(ConfigError, match=r"nowhere\.pth: no such file; give a weights file, or random"):
-        load_expert(ExpertConfig(name="dinov2_small", weights=str(tmp_path / "nowhere.pth")), seed=1)
+        load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "nowhere.pth")), seed=1)
     (tmp_path / "bad.pth").write_text("nonsense")
     with pytest.raises(ConfigError, match=r"bad\.pth cannot be read as weights"):
-        load_expert(ExpertConfig(name="dinov2_small", weights=str(tmp_path / "bad.pth")), seed=1)
+        load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "bad.pth")), seed=1)
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ConfigError, match=r"list\.pth holds a list, not tensors by name; give a state dict"):
-        load_expert(ExpertConfig(name="dinov2_small", weights=str(tmp_path / "list.pth")), seed=1)
+        load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "list.pth")), seed=1)
 
 
 # The released layouts. What the other libraries compute is compared with what their files give here.
 
 ODD = {  # widths, depths, heads and grids that are no powers of two
-    "clip": Expert(
+    "clip": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=70, channels=60, grid=5,
         options={"embed_dim": 60, "depth": 3, "num_heads": 5, "img_size": 70},
     ),
-    "convnext": Expert(
+    "convnext": VisualExpert(
         family="convnext", model="convnext_xxlarge", pixels=96, channels=33, grid=3,
         options={"depths": (1, 2, 1, 1), "dims": (9, 15, 21, 33)},
     ),
-    "dinov2": Expert(
+    "dinov2": VisualExpert(
         family="dinov2", model="vit_giant_patch14_dinov2", pixels=70, channels=120, grid=5,
         options={"embed_dim": 120, "depth": 3, "num_heads": 5, "img_size": 70},
     ),
-    "qformer": Expert(
+    "qformer": VisualExpert(
         family="qformer", pixels=42, channels=36, queries=5,
         options={"vision": (60, 3, 3, 100), "qformer": (36, 4, 3, 72)},
     ),
@@ -248,7 +248,7 @@ def randomise(model, seed: int):
     return model.eval()
 
 
-def features_of(expert: Expert, model, views):
+def features_of(expert: VisualExpert, model, views):
     """All tokens of an expert before they are rounded: the global one, then the patches; or the queries."""
     with torch.no_grad():
         if expert.family == "qformer":
@@ -258,7 +258,7 @@ def features_of(expert: Expert, model, views):
 
 
 def load(name: str, path, **more):
-    return load_expert(ExpertConfig(name=name, weights=str(path)), seed=1, **more)[0]
+    return load_expert(VisualExpertConfig(name=name, weights=str(path)), seed=1, **more)[0]
 
 
 def assert_same_features(name: str, path, views, wanted):
@@ -268,11 +268,11 @@ def assert_same_features(name: str, path, views, wanted):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-def normal_views(expert: Expert, count: int = 3):
+def normal_views(expert: VisualExpert, count: int = 3):
     return torch.randn(count, 3, expert.pixels, expert.pixels, generator=torch.Generator().manual_seed(0))
 
 
-def open_clip_model(expert: Expert, seed: int):
+def open_clip_model(expert: VisualExpert, seed: int):
     """A CLIP of open_clip, with its text tower."""
     options = expert.options
     vision = {"image_size": expert.pixels, "patch_size": 14, "width": expert.channels, "layers": options["depth"],
@@ -328,7 +328,7 @@ def renamed(state: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, 
     return out
 
 
-def transformers_convnext(expert: Expert, seed: int, folder: Path):
+def transformers_convnext(expert: VisualExpert, seed: int, folder: Path):
     """A ConvNeXt of transformers, its norms as fine as open_clip's, and its tensors under timm's names."""
     config = ConvNextConfig(depths=expert.options["depths"], hidden_sizes=expert.options["dims"])
     model = randomise(ConvNextModel(config), seed)
@@ -363,7 +363,7 @@ def test_convnext_is_transformers(expert_named, tmp_path):
 
 def test_convnext_is_open_clips(monkeypatch, tmp_path):
     """Its wrapper takes no small shapes, so this is the smallest ConvNeXt of timm; cut as the released code cuts."""
-    atto = Expert(family="convnext", model="convnext_atto", pixels=96, channels=320, grid=3)
+    atto = VisualExpert(family="convnext", model="convnext_atto", pixels=96, channels=320, grid=3)
     monkeypatch.setitem(EXPERTS, "atto", atto)
     source = randomise(TimmModel("convnext_atto", embed_dim=24, image_size=96, pool="", proj="linear"), 4)
     state = {f"visual.{key}": value for key, value in source.state_dict().items()}
@@ -377,7 +377,7 @@ def test_convnext_is_open_clips(monkeypatch, tmp_path):
     assert torch.equal(found[:, 0], patches.mean(1))
 
 
-def transformers_dinov2(expert: Expert, seed: int, folder: Path):
+def transformers_dinov2(expert: VisualExpert, seed: int, folder: Path):
     """A DINOv2 of transformers, saved in a folder, and its tensors under facebookresearch/dinov2's names."""
     config = Dinov2Config(
         hidden_size=expert.channels, num_hidden_layers=expert.options["depth"], image_size=expert.pixels,
@@ -409,7 +409,7 @@ def test_dinov2_is_transformers(expert_named, tmp_path):
     assert_same_features(name, tmp_path / "dinov2_vitg14_pretrain.pth", views, wanted)
 
 
-def transformers_blip2(expert: Expert, seed: int):
+def transformers_blip2(expert: VisualExpert, seed: int):
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     vision = dict(zip(names, expert.options["vision"], strict=True)) | {"image_size": expert.pixels, "patch_size": 14}
     qformer = dict(zip(names, expert.options["qformer"], strict=True))
@@ -484,7 +484,7 @@ def consolidated(states: dict[str, dict[str, torch.Tensor]], *, bare: bool = Fal
 @pytest.mark.parametrize("bare", [False, True])
 def test_all_experts_come_from_one_file_of_llama2_accessory(tmp_path, bare):
     """As accessory/model/LLM/llama_ens.py names them; bit for bit what the experts themselves give."""
-    random = {name: load_expert(ExpertConfig(name=name, weights="random"), seed=7)[0] for name in SMALL}
+    random = {name: load_expert(VisualExpertConfig(name=name, weights="random"), seed=7)[0] for name in SMALL}
     clip, convnext, dinov2, qformer = (randomise(model, 7).state_dict() for model in random.values())
     opened = open_clip_model(EXPERTS["clip_vit_small"], 7)
     visual = opened.visual.state_dict()
@@ -511,7 +511,7 @@ def test_all_experts_come_from_one_file_of_llama2_accessory(tmp_path, bare):
     torch.save(consolidated(states, bare=bare), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for name, source in random.items():
-        model, mark = load_expert(ExpertConfig(name=name, weights=str(path)), seed=1)
+        model, mark = load_expert(VisualExpertConfig(name=name, weights=str(path)), seed=1)
         views = normal_views(EXPERTS[name])
         assert mark == digest
         assert torch.equal(features_of(EXPERTS[name], model, views), features_of(EXPERTS[name], source, views))
@@ -582,7 +582,7 @@ def test_the_released_mixture_is_its_libraries_side_by_side(tmp_path):
     }
     path = tmp_path / "consolidated.01-of-02.model.pth"
     torch.save(consolidated(states), path)
-    named = tuple(ExpertConfig(name=name, weights=str(path)) for name in (SMALL[3], *SMALL[:3]))
+    named = tuple(VisualExpertConfig(name=name, weights=str(path)) for name in (SMALL[3], *SMALL[:3]))
     config = VisionConfig(experts=named, grid=4, batch_views=3, resize="accessory")
     views = pixels(config, 5)
     found = encoders(config)(views)
@@ -644,7 +644,7 @@ def test_keys_of_another_shape_than_queries_are_refused(tmp_path):
 
 
 def test_weights_are_mapped_and_not_copied(tmp_path):
-    source, _ = load_expert(ExpertConfig(name="dinov2_small", weights="random"), seed=1)
+    source, _ = load_expert(VisualExpertConfig(name="dinov2_small", weights="random"), seed=1)
     torch.save(source.state_dict(), tmp_path / "mapped.pth")
     torch.save(source.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     mapped, old = load("dinov2_small", tmp_path / "mapped.pth"), load("dinov2_small", tmp_path / "old.pth")
@@ -656,10 +656,12 @@ def test_weights_are_mapped_and_not_copied(tmp_path):
 def test_a_file_that_changed_has_another_mark(tmp_path):
     marks = set()
     for seed in (1, 2):
-        source, _ = load_expert(ExpertConfig(name="dinov2_small", weights="random"), seed=seed)
+        source, _ = load_expert(VisualExpertConfig(name="dinov2_small", weights="random"), seed=seed)
         save_file(source.state_dict(), tmp_path / "new.safetensors")
         os.replace(tmp_path / "new.safetensors", tmp_path / "w.safetensors")
-        marks.add(load_expert(ExpertConfig(name="dinov2_small", weights=str(tmp_path / "w.safetensors")), seed=1)[1])
+        marks.add(
+            load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "w.safetensors")), seed=1)[1]
+        )
     assert len(marks) == 2
 
 

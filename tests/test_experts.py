@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.model import experts
-from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
+from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, GroupedExperts, Routing
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel, routing_of
@@ -104,7 +104,7 @@ def test_ranks_that_compute_experts_in_different_ways_agree(train, start_ranks, 
 def mixtral(config: LanguageConfig) -> SphinxModel:
     here = groups()
     language = build_language(config, here, dtype=torch.float32, sequence_length=64)
-    expert = (ExpertConfig(name="dinov2_small", weights="random"),)
+    expert = (VisualExpertConfig(name="dinov2_small", weights="random"),)
     vision = VisualProjection(
         VisionConfig(experts=expert, grid=4), config.hidden, dtype=torch.float32, device=torch.device("cpu")
     )

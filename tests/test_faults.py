@@ -21,7 +21,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.pieces import read_tensors
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
-from megatron_sphinx.config import FolderConfig
+from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources
 from megatron_sphinx.device import Platform
@@ -285,7 +285,7 @@ def poison(config: Path, pairs: list[int], factor: float | None) -> int:
 
     def overflow(batch, features):
         features, bad = mask_bad(batch, features)
-        is_hit = torch.tensor([pair in pairs for pair in batch.pairs], dtype=torch.bool)[batch.pair_of_view]
+        is_hit = torch.tensor([pair in pairs for pair in batch.pairs], dtype=torch.bool)[batch.sample_of_view]
         return torch.where(is_hit[:, None], features * 1e38, features), bad
 
     def enlarge(self, batch, losses, *rest):
@@ -487,7 +487,7 @@ def test_impossible_policies_are_refused(values, message):
 )
 def test_impossible_limits_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        FolderConfig(folder="runs/x", **values)
+        RunConfig(folder="runs/x", **values)
 
 
 # full disks

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.model.architecture import ExpertConfig, LanguageConfig, VisionConfig
+from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
@@ -47,7 +47,7 @@ def random_shape(seed: int) -> LanguageConfig:
 def build(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> SphinxModel:
     here = groups()
     language = build_language(config, here, dtype=dtype, sequence_length=64)
-    experts = (ExpertConfig(name="dinov2_small", weights="random"),)
+    experts = (VisualExpertConfig(name="dinov2_small", weights="random"),)
     vision = VisualProjection(VisionConfig(experts=experts, grid=4), config.hidden, dtype=dtype, device=CPU)
     model = SphinxModel(language, vision, here)
     draw_weights(model, config, here, seed=4)
@@ -107,8 +107,8 @@ def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
     return MicroBatch(
         tokens=torch.cat(documents), targets=targets, lengths=tuple(map(len, documents)),
         target_positions=(targets >= 0).nonzero().flatten(),
-        pair_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
-        pair_of_view=none,
+        sample_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
+        sample_of_view=none,
         row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
         pairs=(), documents=tuple(range(len(documents))),
     )  # fmt: skip
@@ -172,9 +172,9 @@ def check_views_stand_behind_bos():
     batch = MicroBatch(
         tokens=tokens.repeat(2), targets=torch.full((2 * len(tokens),), 5), lengths=(len(tokens),) * 2,
         target_positions=torch.arange(2 * len(tokens)),
-        pair_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
+        sample_of_token=torch.tensor([0, 1]).repeat_interleave(len(tokens)),
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
-        skip_positions=torch.zeros(0, dtype=torch.int64), pair_of_view=torch.tensor([0, 1]),
+        skip_positions=torch.zeros(0, dtype=torch.int64), sample_of_view=torch.tensor([0, 1]),
         row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
         pairs=(0, 1), documents=(),
     )  # fmt: skip
@@ -223,7 +223,7 @@ def test_place_views():
 
 
 def test_projection_lays_out_start_queries_tokens_end():
-    experts = tuple(ExpertConfig(name=name, weights="random") for name in ("blip2_qformer_small", "dinov2_small"))
+    experts = tuple(VisualExpertConfig(name=name, weights="random") for name in ("blip2_qformer_small", "dinov2_small"))
     config = VisionConfig(experts=experts, grid=4)
     vision = VisualProjection(config, 12, dtype=torch.float32, device=CPU)
     torch.nn.init.constant_(vision.start_tag, 2.0)

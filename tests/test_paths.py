@@ -22,7 +22,7 @@ from megatron_sphinx.checkpoint.formats.base import Wanted
 from megatron_sphinx.checkpoint.interpolate import interpolate
 from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_sphinx.data.images import size_of
-from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import CheckpointError, DataError
 from megatron_sphinx.paths import files_in, inside, is_plain, relative
@@ -235,7 +235,7 @@ def test_a_conversation_about_a_picture_outside_is_left_out(tiny, place, run_too
     assert status == 0
     if reason == LINK:
         assert names_in(place.made) == [os.path.normpath(attack), "good.png"]
-        assert ImageReader(PairIndex([place.made], "conversations")).read(0) == place.secret.read_bytes()
+        assert ImageReader(SampleIndex([place.made], "conversations")).read(0) == place.secret.read_bytes()
     else:
         assert names_in(place.made) == ["good.png"]
         assert place.keeps_the_secret()
@@ -364,7 +364,7 @@ def test_members_of_a_tar_are_read_from_the_tar_alone(tiny, place):
     before = sorted(place.made.parent.rglob("*"))
     report = index_shards([path], place.made / "index", tiny.tokenizer)
     assert report.taken == 2
-    index = PairIndex([place.made / "index"])
+    index = SampleIndex([place.made / "index"])
     assert [ImageReader(index).name(n)[1] for n in range(2)] == ["../evil", "abs"]
     assert {one for one in place.made.parent.rglob("*") if "index" not in one.parts} == set(before)
     assert not any(SECRET in one.read_bytes() for one in (place.made / "index").iterdir())

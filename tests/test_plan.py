@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data import plan
-from megatron_sphinx.data.plan import DataConfig, DataSource, Mixture, PairSizes, Planner, Runs
+from megatron_sphinx.data.plan import DataConfig, DataSource, Mixture, Planner, Runs, SampleSizes
 from megatron_sphinx.errors import ConfigError
 
 SEEDS = range(12)
@@ -28,7 +28,7 @@ class Pairs:
 
     def sizes(self, first, last):
         tokens = self.captions[first:last]
-        return PairSizes(np.full(last - first, 9), np.full(last - first, 7), tokens, tokens + 1)
+        return SampleSizes(np.full(last - first, 9), np.full(last - first, 7), tokens, tokens + 1)
 
     def cut(self, pair, most):
         return most, most + 1
@@ -86,7 +86,7 @@ def planner_of(seed: int, replicas: int = 1, rows: int | None = None, sources: i
 
 
 def pieces(planner: Planner, step: int, *, of_pairs: bool):
-    return [piece for row in planner.step(step).rows for piece in row if piece.is_pair is of_pairs]
+    return [piece for row in planner.step(step).rows for piece in row if piece.is_sample is of_pairs]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

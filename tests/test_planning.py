@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedRows
@@ -30,8 +30,8 @@ from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing import counts, hardware, memory, published, search
-from megatron_sphinx.sizing.counts import Run
-from megatron_sphinx.sizing.layouts import job_of, work_of
+from megatron_sphinx.sizing.counts import TrainingSetup
+from megatron_sphinx.sizing.layouts import request_of, work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.training import loop
@@ -155,7 +155,7 @@ def random_layout(seed: int) -> tuple[int, dict[str, object]]:
 def test_memory_of_random_layouts(start_ranks, tiny, tmp_path, small_peaks, seed):
     """Predicted within 10 % of what each rank held at most."""
 
-    def peaks(world: int, overrides: dict[str, object], name: str) -> tuple[RunConfig, list[int]]:
+    def peaks(world: int, overrides: dict[str, object], name: str) -> tuple[Config, list[int]]:
         path = tiny.write(tmp_path / f"{name}.yaml", overrides)
         ranks = start_ranks(world, lambda: held(path))
         assert ranks.wait(240) == [0] * world, ranks.text()
@@ -193,7 +193,7 @@ def test_bytes_of_collectives(run_ranks, tiny, tmp_path, monkeypatch, overrides)
     config = configuration.load(path)
     layout = ParallelLayout(world=2, config=config.parallel)
     work, _ = work_of(config)
-    planned = counts.communication(Run.ours(config, is_cuda=False), layout, work)
+    planned = counts.communication(TrainingSetup.ours(config, is_cuda=False), layout, work)
     steps: list[Counter[str]] = []
     train_step = loop.train_step
 
@@ -248,7 +248,7 @@ class CountBytes(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["a100-80g", "h100-80g"])
 def test_the_best_layout_is_the_fastest_of_those_that_fit(kind):
     config = configuration.load(Path("sphinx_7b"))
-    job, origin = job_of(config, nodes=2, ranks_per_node=4, kind=kind)
+    job, origin = request_of(config, nodes=2, ranks_per_node=4, kind=kind)
     assert origin.startswith("expected")
     found, refusals = search.search(job)
     times = [candidate.timing.total for candidate in found]
@@ -266,7 +266,7 @@ def test_more_memory_refuses_less():
     config = configuration.load(Path("sphinx_13b"))
     refused = []
     for kind in ("a100-40g", "a100-80g", "h200-141g"):
-        job, _ = job_of(config, nodes=1, ranks_per_node=8, kind=kind)
+        job, _ = request_of(config, nodes=1, ranks_per_node=8, kind=kind)
         refused.append(search.search(job)[1].counts.get("out of memory", 0))
     assert refused == sorted(refused, reverse=True)
     assert refused[0] > refused[-1]
@@ -372,7 +372,7 @@ def test_flops_are_the_models(tiny, tmp_path):
     work = replace(work_of(config)[0], rows=8)
     sizes = ParallelConfig(tensor=rng.choice([1, 2]), pipeline=rng.choice([1, 2]))
     layout = ParallelLayout(world=4, config=sizes)
-    found = counts.flops(Run.ours(config, is_cuda=True), layout, work)
+    found = counts.flops(TrainingSetup.ours(config, is_cuda=True), layout, work)
     parts = ((part["matrices"], part["logits"], part["attention"] * 3 / 3.5) for part in found.values())
     counted = work.rows * work.language_flops(config.model)
     assert sum(map(sum, parts)) * layout.stage == pytest.approx(counted, rel=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sphinx.data.packing import Piece
+from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
@@ -44,10 +44,10 @@ def rounds_of(seed: int, replicas: int, count: int) -> list:
         micro = []
         for _ in range(replicas):
             views = rng.choice([0, 0, 1, 3, 8])
-            micro.append((tuple(Piece(True, pair + n, 0, 5, 2, 3, (0,)) for n in range(views)),))
+            micro.append((tuple(Segment(True, pair + n, 0, 5, 2, 3, (0,)) for n in range(views)),))
             pair += views
         if rng.random() < 0.3:
-            micro = [((Piece(False, 0, 0, 5, 5, 4),),)] * replicas
+            micro = [((Segment(False, 0, 0, 5, 5, 4),),)] * replicas
         made.append(tuple(micro))
     return made
 
@@ -68,7 +68,7 @@ def exchange(seed: int, tensor: int, encoders: int, lookahead: int, pause: float
         sender = FeatureSender(groups, lookahead)
         for ahead in made:
             shares = [share for share in shares_of(ahead, encoders) if share.encoder == groups.seat.encoder]
-            pairs = [[piece.item for piece in ahead[share.replica][0] if piece.is_pair] for share in shares]
+            pairs = [[piece.item for piece in ahead[share.replica][0] if piece.is_sample] for share in shares]
             parts = [features_of(p[s.first : s.first + s.count]) for p, s in zip(pairs, shares, strict=True)]
             time.sleep(rng.random() * pause)
             if shares:
@@ -79,7 +79,7 @@ def exchange(seed: int, tensor: int, encoders: int, lookahead: int, pause: float
         received = 0
         for ahead in made:
             time.sleep(rng.random() * pause)
-            pairs = [piece.item for piece in ahead[groups.seat.data][0] if piece.is_pair]
+            pairs = [piece.item for piece in ahead[groups.seat.data][0] if piece.is_sample]
             assert torch.equal(source.next(), features_of(pairs))
             received += 2 * VALUES * len(pairs)
         assert source.received_bytes == received
@@ -100,7 +100,7 @@ def run_ahead(lookahead: int) -> None:
     layout = ParallelLayout(world=2, config=ParallelConfig(encoder=1))
     groups = ProcessGroups.create(layout, "gloo")
     store = dist.distributed_c10d._get_default_store()
-    made = [(((Piece(True, n, 0, 5, 2, 3, (0,)),),),) for n in range(20)]
+    made = [(((Segment(True, n, 0, 5, 2, 3, (0,)),),),) for n in range(20)]
     if groups.seat.encoder is not None:
         sender = FeatureSender(groups, lookahead)
         for n, ahead in enumerate(made):

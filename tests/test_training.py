@@ -23,7 +23,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.loader import make_planner, open_sources
-from megatron_sphinx.data.pairs import PairIndex
+from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.pairs import index_shards
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -320,7 +320,7 @@ def spoiled(tiny, tmp_path):
     """The tiny pairs, copied, with some images overwritten inside a shard whose index does not know it yet."""
     shutil.copytree(tiny.folder / "shards", tmp_path / "shards")
     shutil.copytree(tiny.folder / "pairs", tmp_path / "pairs")
-    index = PairIndex([tmp_path / "pairs"])
+    index = SampleIndex([tmp_path / "pairs"])
     bad = [3, 30, 31]
     for pair in bad:
         place = index.place(pair)

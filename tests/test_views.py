@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import BatchBuilder, Sources, views_in
-from megatron_sphinx.data.packing import Piece
+from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.data.plan import DataConfig, DataSource
-from megatron_sphinx.data.tokenizer import TokenizerMark
+from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, ExpertConfig, VisionConfig
+from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def vision_of(*names: str, **more) -> VisionConfig:
-    return VisionConfig(experts=tuple(ExpertConfig(name=name, weights="random") for name in names), **more)
+    return VisionConfig(experts=tuple(VisualExpertConfig(name=name, weights="random") for name in names), **more)
 
 
 def sphinx_x(views: int, **more) -> VisionConfig:
@@ -212,7 +212,7 @@ class Captions:
 
 class Tokens:
     bos, eos = 1, 2
-    mark = TokenizerMark(vocabulary=300, sha256="none")
+    identity = TokenizerIdentity(vocabulary=300, sha256="none")
 
 
 def check_skipping_equals_encoding_and_dropping(seed: int, views: int):
@@ -236,11 +236,11 @@ def check_skipping_equals_encoding_and_dropping(seed: int, views: int):
     for number, (width, height) in enumerate(pictures):
         shown, tokens = encoded_views(width, height, vision), rng.randint(1, 9)
         length = 2 + image_positions(len(shown), vision) + tokens
-        pieces.append(Piece(True, number, 0, length, tokens, tokens + 1, shown))
+        pieces.append(Segment(True, number, 0, length, tokens, tokens + 1, shown))
     builder = BatchBuilder(data, Sources(Tokens(), Captions(), None), vision, multiple=7)
     batch = builder.build([tuple(pieces)])
     asked = views_in([tuple(pieces)])
-    assert len(asked) == len(batch.pair_of_view) == sum(len(piece.views) for piece in pieces)
+    assert len(asked) == len(batch.sample_of_view) == sum(len(piece.views) for piece in pieces)
     assert len(batch.skip_positions) == views * len(pieces) - len(asked)
 
     def encoded(wanted):

@@ -20,7 +20,7 @@ from megatron_sphinx.checkpoint.pieces import Piece
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.model.shards import Block, Shard
+from megatron_sphinx.model.shards import Block, WeightShard
 
 STILL = {
     "training.steps": 1,
@@ -152,7 +152,7 @@ def test_any_pieces_are_the_whole(tmp_path, seed):
     conversion = Conversion(opened.source, list(stored_of(opened.model)))
     for item in stored_of(opened.model):
         memory = torch.full((torch.Size(item.shape).numel(),), torch.nan)
-        shard = Shard(item.name, item.shape, (Block((0,) * len(item.shape), item.shape),), True, False)
+        shard = WeightShard(item.name, item.shape, (Block((0,) * len(item.shape), item.shape),), True, False)
         cuts = sorted({0, len(memory), *(rng.randrange(len(memory)) for _ in range(4))})
         pieces = []
         for start, stop in pairwise(cuts):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sphinx.data.pairs import SAMPLE, PairIndex
+from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
 from megatron_sphinx.data.plan import DataConfig, DataSource, Planner
 from megatron_sphinx.data.text import TextIndex
 
@@ -89,7 +89,7 @@ def main() -> int:
     paths = {name: (DataSource(path=str(args.folder / name)),) for name in ("pairs", "text")}
     config = DataConfig(**paths, tokenizer="simulated")
     before, start = own_megabytes(), time.perf_counter()
-    index, text = PairIndex([args.folder / "pairs"]), TextIndex([args.folder / "text"])
+    index, text = SampleIndex([args.folder / "pairs"]), TextIndex([args.folder / "text"])
     planner = Planner(
         config,
         pairs=index,

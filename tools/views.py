@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.pairs import PairIndex
+from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.model.encoders import encoder_work
@@ -32,7 +32,7 @@ RATIOS = {"1:1": (1, 1), "below 3:2": (1, 1), "3:2 to 2:1": (3, 2), "2:1 to 3:1"
 
 
 def kind_of(folder: Path) -> str:
-    """What an index is of: pairs or conversations; where there is none PairIndex says so."""
+    """What an index is of: pairs or conversations; where there is none SampleIndex says so."""
     try:
         content = json.loads((folder / "index.json").read_text())
     except (OSError, ValueError):
@@ -48,7 +48,7 @@ def sizes_of(folders: Sequence[Path]) -> Sizes:
     """
     found: Sizes = Counter()
     for folder in folders:
-        index = PairIndex([folder], kind_of(folder))
+        index = SampleIndex([folder], kind_of(folder))
         for first in range(0, len(index), SAMPLES_AT_ONCE):
             sizes = index.sizes(first, min(first + SAMPLES_AT_ONCE, len(index)))
             found.update(zip(sizes.width.tolist(), sizes.height.tolist(), strict=True))

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.data.loader import views_in
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.run.train import Job
+from megatron_sphinx.run.train import RankContext
 
 PROFILED = 3  # steps behind the measured ones
 
@@ -40,7 +40,7 @@ class RankObserver:
         self._profiled_seconds = self._profiled_exposed = 0.0
         self._micro_batches: list[tuple[int, float, float, float]] = []
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: RankContext) -> None:
         """See run.Observer; measures the peak of all ranks at once."""
         self._job, here, is_encoder = job, job.platform, job.groups.seat.encoder is not None
         is_bf16 = here.is_bf16_fast if is_encoder else job.config.training.precision == "bf16"

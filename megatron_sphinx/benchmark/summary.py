@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import EXPERTS
 from megatron_sphinx.model.encoders import encoder_work
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """What one run left: the lines of its measured steps, and what each rank found."""
 
     lines: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
 
 
-def summary(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
+def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
     """The runs of a point, summed up: medians over all their measured steps."""
     lines = [line for run in runs for line in run.lines]
     seconds = [line["step_seconds"] for line in lines]

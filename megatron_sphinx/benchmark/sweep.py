@@ -19,8 +19,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.benchmark import synthetic
 from megatron_sphinx.benchmark.environment import environment
 from megatron_sphinx.benchmark.observer import PROFILED
-from megatron_sphinx.benchmark.summary import Run, summary
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.benchmark.summary import MeasuredRun, summary
+from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, FolderError, SphinxError
 from megatron_sphinx.parallel.launch import run_launcher
@@ -76,8 +76,8 @@ class _Point:
 
     name: str
     overrides: Sequence[str]
-    config: RunConfig | None = None
-    runs: list[Run] = field(default_factory=list)
+    config: Config | None = None
+    runs: list[MeasuredRun] = field(default_factory=list)
     error: str = ""
 
     def fail(self, error: SphinxError) -> None:
@@ -200,14 +200,14 @@ def file_name(name: str) -> str:
     return plain if plain == name else f"{plain[:120]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def _config(how: Measurement, own: Sequence[str]) -> RunConfig:
+def _config(how: Measurement, own: Sequence[str]) -> Config:
     """A point's configuration, with synthetic data where that is asked for; checked against the ranks."""
     config = configuration.load(how.config, [*(synthetic.PATHS if how.is_synthetic else ()), *how.overrides, *own])
     ParallelLayout(world=how.ranks, config=config.parallel)
     return synthetic.prepared(config, how.folder / "synthetic") if how.is_synthetic else config
 
 
-def _run(how: Measurement, config: RunConfig, folder: Path) -> Run:
+def _run(how: Measurement, config: Config, folder: Path) -> MeasuredRun:
     """One run of a point in a folder of its own."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -234,7 +234,7 @@ def _run(how: Measurement, config: RunConfig, folder: Path) -> Run:
             f"--launcher={how.launcher}: started {len(ranks)} ranks, not --ranks={how.ranks}; let both agree"
         )
     lines = metrics.read(folder / "metrics.jsonl")[how.warmup : how.warmup + how.steps]
-    return Run(lines, sorted(ranks, key=lambda rank: int(rank["rank"])))
+    return MeasuredRun(lines, sorted(ranks, key=lambda rank: int(rank["rank"])))
 
 
 def _last_words(path: Path) -> str:

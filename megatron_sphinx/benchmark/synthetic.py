@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.plan import DataSource
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError
@@ -37,7 +37,7 @@ ABOUT = (
 )
 
 
-def prepared(config: RunConfig, folder: Path) -> RunConfig:
+def prepared(config: Config, folder: Path) -> Config:
     """The configuration with data that is made up in a folder, unless it is there, and with drawn weights."""
     data, vocabulary = config.data, config.model.vocabulary
     kind = "conversations" if data.conversations_per_step else "pairs"
@@ -107,7 +107,7 @@ def _picture(rng: np.random.Generator) -> bytes:
 
 def _write_samples(folder: Path, kind: str, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
     """An index of pairs, or of conversations of one question and one answer."""
-    pictures, vocabulary = folder / "pictures", tokenizer.mark.vocabulary
+    pictures, vocabulary = folder / "pictures", tokenizer.identity.vocabulary
     pictures.mkdir(exist_ok=True)
     names = [f"{number:06d}" for number in range(PICTURES)]
     captions = list(_sentences(vocabulary, rng))
@@ -131,6 +131,6 @@ def _write_text(prefix: Path, tokenizer: Tokenizer, rng: np.random.Generator) ->
     with TokenWriter(prefix, tokenizer) as writer:
         while tokens > 0:
             (length,) = _lengths(1, DOCUMENT, rng)
-            words = rng.integers(3, tokenizer.mark.vocabulary, size=length).tolist()
+            words = rng.integers(3, tokenizer.identity.vocabulary, size=length).tolist()
             writer.add([tokenizer.bos, *words, tokenizer.eos])
             tokens -= int(length) + 2

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.content import BESIDE, Memory, Scan, bad_id
-from megatron_sphinx.data.packing import Piece, Row
-from megatron_sphinx.data.pairs import ImageReader, PairIndex
+from megatron_sphinx.data.packing import Row, Segment
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.plan import DataConfig, Planner
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class Sources:
     """The opened streams of a run."""
 
     tokenizer: Tokenizer
-    pairs: PairIndex | None
+    pairs: SampleIndex | None
     text: TextIndex | None
 
     def check(self, memory: Memory = BESIDE) -> None:
@@ -42,7 +42,7 @@ class Sources:
     def scan(self, memory: Memory) -> Scan:
         """What will read, in the background, the data whose content nothing knows."""
         parts = [part for source in (self.pairs, self.text) if source is not None for part in source.parts]
-        return Scan(parts, self.tokenizer.mark.vocabulary, memory)
+        return Scan(parts, self.tokenizer.identity.vocabulary, memory)
 
 
 def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
@@ -52,13 +52,13 @@ def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
         DataError: a file is missing or damaged, or a vocabulary differs.
     """
     tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.mark.vocabulary != model.vocabulary:
+    if tokenizer.identity.vocabulary != model.vocabulary:
         raise DataError(
-            f"data.tokenizer={config.tokenizer}: has {tokenizer.mark.vocabulary} pieces, but model.vocabulary="
-            f"{model.vocabulary}; set that to {tokenizer.mark.vocabulary}, or give the model's tokenizer"
+            f"data.tokenizer={config.tokenizer}: has {tokenizer.identity.vocabulary} pieces, but model.vocabulary="
+            f"{model.vocabulary}; set that to {tokenizer.identity.vocabulary}, or give the model's tokenizer"
         )
     key = "conversations" if config.conversations_per_step else "pairs"
-    pairs = PairIndex([source.path for source in config.samples], key) if config.samples_per_step else None
+    pairs = SampleIndex([source.path for source in config.samples], key) if config.samples_per_step else None
     text = TextIndex([source.path for source in config.text]) if config.text_tokens_per_step else None
     return Sources(tokenizer, pairs, text)
 
@@ -116,12 +116,12 @@ class BatchBuilder:
         return self._join(pieces, filled, lengths, row_of_token, len(rows), padding)
 
     def _check_ids(
-        self, pieces: Sequence[Piece], filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+        self, pieces: Sequence[Segment], filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
     ) -> None:
         """Raise DataError where a token, or one that is to be predicted, is none of the model's."""
         if not pieces:
             return
-        vocabulary = self.sources.tokenizer.mark.vocabulary
+        vocabulary = self.sources.tokenizer.identity.vocabulary
         tokens, targets = map(np.concatenate, zip(*filled, strict=True))
         is_bad = tokens.view(np.uint64) >= vocabulary  # as unsigned numbers negative ones are large
         is_target_bad = (targets.view(np.uint64) >= vocabulary) & (targets != -100)
@@ -132,9 +132,9 @@ class BatchBuilder:
         piece = pieces[int(np.searchsorted(ends, at, "right"))]
         raise bad_id(self._name(piece), int((tokens if is_bad[at] else targets)[at]), vocabulary)
 
-    def _name(self, piece: Piece) -> str:
+    def _name(self, piece: Segment) -> str:
         """The document or the pair that a piece is of, as an error should name it."""
-        if not piece.is_pair:
+        if not piece.is_sample:
             assert self.sources.text is not None
             return self.sources.text.name(piece.item)
         assert self.sources.pairs is not None
@@ -144,11 +144,11 @@ class BatchBuilder:
         shard, key = ImageReader(self.sources.pairs).name(piece.item)
         return f"{name} ({key} of {shard})"
 
-    def _fill(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _fill(self, piece: Segment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and targets of one piece."""
-        return self._fill_pair(piece) if piece.is_pair else self._fill_text(piece)
+        return self._fill_pair(piece) if piece.is_sample else self._fill_text(piece)
 
-    def _fill_pair(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _fill_pair(self, piece: Segment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         assert self.sources.pairs is not None
         tokenizer = self.sources.tokenizer
         caption = self.sources.pairs.caption(piece.item, piece.tokens)
@@ -160,7 +160,7 @@ class BatchBuilder:
         targets[-2 - piece.tokens : -1] = np.where(is_target, tokens[-1 - piece.tokens :], -100)
         return tokens, targets  # what stands before a token predicts it, the image's last position the first
 
-    def _fill_text(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _fill_text(self, piece: Segment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         assert self.sources.text is not None
         ahead = self.sources.text.read(piece.item, piece.start, piece.tokens + (piece.targets == piece.tokens))
         targets = np.full(piece.length, -100, np.int64)
@@ -169,7 +169,7 @@ class BatchBuilder:
 
     def _join(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[Segment],
         filled: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
         lengths: list[int],
         row_of_token: NDArray[np.int64],
@@ -184,20 +184,20 @@ class BatchBuilder:
         def padded(parts: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
             return torch.from_numpy(np.concatenate([*parts, np.full(padding, fill, np.int64)]))
 
-        places = sorted((n for n, piece in enumerate(pieces) if piece.is_pair), key=lambda n: pieces[n].item)
+        places = sorted((n for n, piece in enumerate(pieces) if piece.is_sample), key=lambda n: pieces[n].item)
         order = {place: number for number, place in enumerate(places)}
         starts = np.cumsum([0, *(piece.length for piece in pieces)])
         owner = np.full(sum(lengths), -1, np.int64)
         for place, number in order.items():
             owner[starts[place] : starts[place + 1]] = number
-        pair_of_view: list[int] = []
+        sample_of_view: list[int] = []
         begins: list[int] = []
         skipped: list[int] = []
         for place, number in order.items():
             at = int(starts[place]) + 1
             for view in range(self.vision.views if pieces[place].views else 0):
                 if is_encoded := view in pieces[place].views:
-                    pair_of_view.append(number)
+                    sample_of_view.append(number)
                 (begins if is_encoded else skipped).append(at)
                 at += self.vision.tokens_per_view if is_encoded else 1
         block = np.arange(self.vision.tokens_per_view)
@@ -208,14 +208,14 @@ class BatchBuilder:
             targets=targets,
             target_positions=(targets >= 0).nonzero().flatten(),
             lengths=(*lengths, padding) if padding else tuple(lengths),
-            pair_of_token=padded([owner], -1),
+            sample_of_token=padded([owner], -1),
             row_of_token=padded([row_of_token], -1),
             rows=rows,
             view_positions=torch.from_numpy(positions),
             skip_positions=torch.tensor(skipped, dtype=torch.int64),
-            pair_of_view=torch.tensor(pair_of_view, dtype=torch.int64),
+            sample_of_view=torch.tensor(sample_of_view, dtype=torch.int64),
             pairs=tuple(pieces[place].item for place in places),
-            documents=tuple(piece.item for piece in pieces if not piece.is_pair),
+            documents=tuple(piece.item for piece in pieces if not piece.is_sample),
         )
 
 
@@ -255,7 +255,7 @@ class Pixels:
 class PixelLoader:
     """Decodes the images of pairs on a few threads. What cannot be decoded is written to the quarantine file."""
 
-    def __init__(self, index: PairIndex, vision: VisionConfig, *, workers: int, quarantine: Path) -> None:
+    def __init__(self, index: SampleIndex, vision: VisionConfig, *, workers: int, quarantine: Path) -> None:
         self.index, self.vision, self.quarantine = index, vision, quarantine
         self._reader, self._views = ImageReader(index), views_of(vision.parts)
         self._pool = ThreadPoolExecutor(workers, "decode")
@@ -316,7 +316,7 @@ class PendingPixels:
 
 def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
     """The views of a micro-batch as (pair, number of the view), in the order in which its MicroBatch has them."""
-    pieces = sorted((piece.item, piece.views) for row in rows for piece in row if piece.is_pair)
+    pieces = sorted((piece.item, piece.views) for row in rows for piece in row if piece.is_sample)
     return [(pair, view) for pair, views in pieces for view in views]
 
 

@@ -9,11 +9,11 @@ _SLACKS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of a row's cost over 
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """A pair, or a part of a text document: what attention stays inside.
 
     Attributes:
-        is_pair: a pair (or another sample of the first stream), or text.
+        is_sample: a pair (or another sample of the first stream), or text.
         item: number of the pair or the document.
         start: first token of a text document in it.
         length: positions it takes.
@@ -22,7 +22,7 @@ class Piece:
         views: numbers of the views of a pair that are encoded.
     """
 
-    is_pair: bool
+    is_sample: bool
     item: int
     start: int
     length: int
@@ -31,7 +31,7 @@ class Piece:
     views: tuple[int, ...] = ()
 
 
-Row = tuple[Piece, ...]
+Row = tuple[Segment, ...]
 
 
 def positions(rows: Sequence[Row]) -> int:
@@ -50,7 +50,7 @@ class Packer:
     def __init__(self, size: int, cost: Callable[[int, int], float]) -> None:
         self.size, self.cost, self.least = size, cost, min(_LEAST_PIECE, size)
 
-    def rows(self, pieces: Sequence[Piece], multiple: int) -> tuple[Row, ...]:
+    def rows(self, pieces: Sequence[Segment], multiple: int) -> tuple[Row, ...]:
         """As few rows as there can be, rounded up to a multiple, of as equal cost as there can be.
 
         Source of the search for the least bound on a row's cost: MULTIFIT (Coffman, Garey, Johnson 1978).
@@ -72,7 +72,9 @@ class Packer:
                 found, high = even, middle
         return tuple(row for row in found if row)
 
-    def _fill(self, whole: Sequence[Piece], long: Sequence[Piece], rows: int, bound: float | None) -> list[Row] | None:
+    def _fill(
+        self, whole: Sequence[Segment], long: Sequence[Segment], rows: int, bound: float | None
+    ) -> list[Row] | None:
         """Best fit by decreasing length, then the long pieces into what is left.
 
         Without a bound on the cost of a row there are as many rows as it takes; with one, None where they do not do.
@@ -118,7 +120,7 @@ class _Filling:
     def __init__(self, size: int, rows: int, bound: float | None, cost_of_one: float) -> None:
         self.size, self.bound, self.cost_of_one = size, bound, cost_of_one
         self.limit = float("inf") if bound is None else bound
-        self.filled: list[list[Piece]] = []
+        self.filled: list[list[Segment]] = []
         self.left: list[int] = []
         self.spent: list[float] = []
         self._room: list[tuple[float, int]] = []  # (no more positions than these fit, row), ascending
@@ -150,7 +152,7 @@ class _Filling:
             self._add()
         return self._room.pop()[1]
 
-    def put(self, piece: Piece, cost: float, row: int) -> None:
+    def put(self, piece: Segment, cost: float, row: int) -> None:
         """Put a piece into a row that has been taken out, and put that back."""
         self.filled[row].append(piece)
         self.left[row] -= piece.length
@@ -160,7 +162,7 @@ class _Filling:
             insort(self._room, (most, row))
 
 
-def _cut(piece: Piece, tokens: int) -> tuple[Piece, Piece | None]:
+def _cut(piece: Segment, tokens: int) -> tuple[Segment, Segment | None]:
     """The first tokens of a piece of text, and what is left of it."""
     if tokens == piece.tokens:
         return piece, None

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from megatron_sphinx.data.content import BESIDE, Content, Memory, check_known, content_in, fingerprint, measure
 from megatron_sphinx.data.files import Mapped, RangeReader, is_url
-from megatron_sphinx.data.plan import PairSizes
-from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
+from megatron_sphinx.data.plan import SampleSizes
+from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
 
 SAMPLE = np.dtype(
@@ -66,7 +66,7 @@ class _Folder:
             content = json.loads((folder / "index.json").read_text())
             if (found := content.get("of", "pairs")) != key:
                 raise DataError(f"data.{key}={folder}: is an index of {found}; give it as data.{found}")
-            self.tokenizer = TokenizerMark(**content["tokenizer"])
+            self.tokenizer = TokenizerIdentity(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
             self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
             self.kind = _token_type(content["caption_type"])
@@ -151,7 +151,7 @@ class Place:
     header: int
 
 
-class PairIndex:
+class SampleIndex:
     """Sizes, places and tokens of all samples of some indexes; nothing of a shard is read through it.
 
     They are called pairs here, whether they are pairs or conversations, and numbered one index behind the other, as
@@ -193,11 +193,11 @@ class PairIndex:
         with ThreadPoolExecutor(16, "check") as pool:
             for folder in self.parts:
                 check_tokenizer(folder.label, folder.tokenizer, tokenizer)
-                check_known(folder, memory, tokenizer.mark.vocabulary)
+                check_known(folder, memory, tokenizer.identity.vocabulary)
                 for _ in pool.map(folder.check, range(len(folder.shards))):
                     pass
 
-    def sizes(self, first: int, last: int) -> PairSizes:
+    def sizes(self, first: int, last: int) -> SampleSizes:
         """Sizes of neighbouring pairs."""
         found = []
         while first < last:
@@ -205,9 +205,9 @@ class PairIndex:
             begin, stop = self.bounds[source], min(last, self.bounds[source + 1])
             samples = self.parts[source].samples.read(first - begin, stop - begin)
             targets = samples["tokens"] + 1 if self.parts[source].answers is None else samples["targets"]
-            found.append(PairSizes(samples["width"], samples["height"], samples["tokens"], targets))
+            found.append(SampleSizes(samples["width"], samples["height"], samples["tokens"], targets))
             first = stop
-        return PairSizes.joined(found)
+        return SampleSizes.joined(found)
 
     def caption(self, pair: int, most: int | None = None) -> NDArray[np.int64]:
         """Tokens of a pair's caption, at most so many."""
@@ -269,7 +269,7 @@ class PairIndex:
 class ImageReader:
     """Encoded images by pair number. Threads may share it."""
 
-    def __init__(self, index: PairIndex) -> None:
+    def __init__(self, index: SampleIndex) -> None:
         self.index = index
         self._files = RangeReader()
 

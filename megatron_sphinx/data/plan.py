@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sphinx.data.packing import Packer, Piece, Row, positions
+from megatron_sphinx.data.packing import Packer, Row, Segment, positions
 from megatron_sphinx.data.shuffle import Numbers, Shuffle, Window, key_of
 from megatron_sphinx.errors import ConfigError
 
@@ -142,7 +142,7 @@ class _Columns:
 
 
 @dataclass(frozen=True)
-class PairSizes(_Columns):
+class SampleSizes(_Columns):
     """Sizes of some pairs: of the image (0 without one), tokens, and positions with a target; integers [pairs]."""
 
     width: NDArray[Any]
@@ -151,14 +151,14 @@ class PairSizes(_Columns):
     targets: NDArray[Any]
 
 
-class PairSource(Protocol):
+class SampleSource(Protocol):
     """What planning asks of the pairs of all sources, which are numbered one source behind the other."""
 
     @property
     def bounds(self) -> Sequence[int]:
         """First pair of each source, and how many there are."""
 
-    def sizes(self, first: int, last: int) -> PairSizes:
+    def sizes(self, first: int, last: int) -> SampleSizes:
         """Sizes of neighbouring pairs."""
 
     def cut(self, pair: int, most: int) -> tuple[int, int]:
@@ -211,16 +211,16 @@ class StepPlan:
     @cached_property
     def pairs(self) -> list[int]:
         """Ids of the step's pairs, in ascending order."""
-        return sorted(piece.item for row in self.rows for piece in row if piece.is_pair)
+        return sorted(piece.item for row in self.rows for piece in row if piece.is_sample)
 
     @cached_property
     def text(self) -> list[tuple[int, int, int]]:
         """(document, first token, tokens) of the step's text, in ascending order."""
-        return sorted((p.item, p.start, p.tokens) for row in self.rows for p in row if not p.is_pair)
+        return sorted((p.item, p.start, p.tokens) for row in self.rows for p in row if not p.is_sample)
 
     def targets(self, *, of_pairs: bool) -> int:
         """Positions of the step with a target, in one of the streams."""
-        return sum(piece.targets for row in self.rows for piece in row if piece.is_pair is of_pairs)
+        return sum(piece.targets for row in self.rows for piece in row if piece.is_sample is of_pairs)
 
     @cached_property
     def positions(self) -> int:
@@ -288,17 +288,17 @@ class _Stream(ABC):
         return list(zip(begins.tolist(), (begins + window.sizes).tolist(), strict=True))
 
 
-class PairStream(_Stream):
+class SampleStream(_Stream):
     """An endless stream of the pairs of one source."""
 
-    def __init__(self, pairs: PairSource, span: tuple[int, int], key: int) -> None:
+    def __init__(self, pairs: SampleSource, span: tuple[int, int], key: int) -> None:
         self._pairs = pairs
         super().__init__(span[0], Shuffle(span[1] - span[0], block=PAIR_BLOCK, window=PAIR_WINDOW, key=key))
 
-    def _read(self, epoch: int, number: int) -> tuple[Window, PairSizes]:
+    def _read(self, epoch: int, number: int) -> tuple[Window, SampleSizes]:
         """A window, and the sizes of its pairs."""
         window = self._shuffle.open(epoch, number)
-        return window, PairSizes.joined([self._pairs.sizes(begin, end) for begin, end in self._blocks(window)])
+        return window, SampleSizes.joined([self._pairs.sizes(begin, end) for begin, end in self._blocks(window)])
 
     def take(self, start: int, count: int) -> Iterator[tuple[int, int, int, int, int]]:
         """(pair, width, height, tokens, targets) of pairs `start` to `start + count` of the stream."""
@@ -328,7 +328,7 @@ class TextStream(_Stream):
         runs = runs[window.order(len(runs.document))]
         return runs, np.cumsum(runs.length)
 
-    def pieces(self, start: int, count: int) -> Iterator[Piece]:
+    def pieces(self, start: int, count: int) -> Iterator[Segment]:
         """Tokens `start` to `start + count` of the stream, document by document.
 
         The last token of a piece predicts the document's next token, which may stand in another piece; only a
@@ -342,7 +342,7 @@ class TextStream(_Stream):
                 skipped = max(first - (end - length), 0)
                 begin, stop = int(runs.start[at]) + skipped, int(runs.start[at]) + length - max(end - last, 0)
                 tokens, is_end = stop - begin, bool(runs.is_end[at]) and end <= last
-                yield Piece(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end)
+                yield Segment(False, int(runs.document[at]), begin, tokens, tokens, tokens - is_end)
 
 
 class Planner:
@@ -364,7 +364,7 @@ class Planner:
         self,
         config: DataConfig,
         *,
-        pairs: PairSource | None,
+        pairs: SampleSource | None,
         text: TextSource | None,
         tokens_of_views: Callable[[int, int], tuple[int, tuple[int, ...]]],
         cost: Callable[[Sequence[int], int], float],
@@ -383,7 +383,7 @@ class Planner:
             name = "conversations_per_step" if config.conversations_per_step else "pairs_per_step"
             self._pair_mixture = Mixture(pairs.bounds, weights, config.samples_per_step, name)
             self._pair_streams = [
-                PairStream(pairs, span, key_of(seed, "pairs", source))
+                SampleStream(pairs, span, key_of(seed, "pairs", source))
                 for source, span in enumerate(self._pair_mixture.spans)
             ]
         self._text_streams: list[TextStream] = []
@@ -416,7 +416,7 @@ class Planner:
             / (padding + sum(used)),
         )
 
-    def _plan_pairs(self, step: int) -> tuple[list[Piece], int]:
+    def _plan_pairs(self, step: int) -> tuple[list[Segment], int]:
         """The step's pairs, and how many captions were cut to fit a row."""
         if self._pairs is None:
             return [], 0
@@ -430,10 +430,10 @@ class Planner:
             if tokens > most:
                 tokens, targets = self._pairs.cut(pair, most)
                 cut += 1
-            pieces.append(Piece(True, pair, 0, 2 + view_tokens + tokens, tokens, targets, views))
+            pieces.append(Segment(True, pair, 0, 2 + view_tokens + tokens, tokens, targets, views))
         return pieces, cut
 
-    def _plan_text(self, step: int) -> Iterator[Piece]:
+    def _plan_text(self, step: int) -> Iterator[Segment]:
         """The step's text tokens."""
         if self._text_streams:
             for source, start, count in self._text_mixture.parts(step):

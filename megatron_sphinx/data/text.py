@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_sphinx.data.content import BESIDE, Content, Memory, check_known, content_in, fingerprint, measure
 from megatron_sphinx.data.plan import Runs
-from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerMark, check_tokenizer
+from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import is_plain
 
@@ -152,7 +152,7 @@ class TextIndex:
         for source, mark in self._marks:
             check_tokenizer(f"data.text={source}", mark, tokenizer)
         with ThreadPoolExecutor(16, "check") as pool:
-            for _ in pool.map(lambda part: self._check(part, memory, tokenizer.mark.vocabulary), self.parts):
+            for _ in pool.map(lambda part: self._check(part, memory, tokenizer.identity.vocabulary), self.parts):
                 pass
 
     def _check(self, part: _Part, memory: Memory, vocabulary: int) -> None:
@@ -190,14 +190,14 @@ def content_of(prefix: Path, is_stopped: Callable[[], bool] = lambda: False) -> 
     return measure({tokens: TokenFile(prefix).kind, index: None}, is_stopped)
 
 
-def _open_source(source: Path) -> tuple[list[_Part], TokenizerMark | None]:
+def _open_source(source: Path) -> tuple[list[_Part], TokenizerIdentity | None]:
     """The token files of a source, and the tokenizer that made them where it is known."""
     if not source.is_dir():
         file = TokenFile(source)
         return [_Part(str(source), source, file.documents, file.tokens)], None
     try:
         content = json.loads((source / "index.json").read_text())
-        mark = TokenizerMark(**content["tokenizer"])
+        mark = TokenizerIdentity(**content["tokenizer"])
         parts = [
             _Part(str(source), _prefix(source, part["name"]), part["documents"], part["tokens"], content_in(part))
             for part in content["files"]

@@ -10,7 +10,7 @@ from megatron_sphinx.errors import DataError
 
 
 @dataclass(frozen=True)
-class TokenizerMark:
+class TokenizerIdentity:
     """What identifies a tokenizer: written beside data that was made with it."""
 
     vocabulary: int
@@ -36,7 +36,7 @@ class Tokenizer:
         self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
         if min(self.bos, self.eos) < 0:
             raise DataError(f"data.tokenizer={path}: has no BOS or no EOS piece; train it with both")
-        self.mark = TokenizerMark(self._model.vocab_size(), hashlib.sha256(content).hexdigest())
+        self.identity = TokenizerIdentity(self._model.vocab_size(), hashlib.sha256(content).hexdigest())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
@@ -57,11 +57,11 @@ class Tokenizer:
         return text
 
 
-def check_tokenizer(source: str, mark: TokenizerMark | None, tokenizer: Tokenizer) -> None:
+def check_tokenizer(source: str, mark: TokenizerIdentity | None, tokenizer: Tokenizer) -> None:
     """Raise DataError where data was made with another tokenizer."""
-    if mark is not None and mark != tokenizer.mark:
+    if mark is not None and mark != tokenizer.identity:
         raise DataError(
             f"{source}: was made with a tokenizer of {mark.vocabulary} pieces ({mark.sha256[:12]}), "
-            f"data.tokenizer has {tokenizer.mark.vocabulary} ({tokenizer.mark.sha256[:12]}); "
+            f"data.tokenizer has {tokenizer.identity.vocabulary} ({tokenizer.identity.sha256[:12]}); "
             f"give the same one, or prepare the data again"
         )

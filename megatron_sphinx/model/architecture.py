@@ -131,7 +131,7 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
+class VisualExpert:
     """A frozen visual expert: how it is built and what comes out of it.
 
     Attributes:
@@ -163,36 +163,38 @@ def _vit(width: int, depth: int, heads: int, pixels: int, **more: object) -> dic
 
 
 # Source: SPHINX, arXiv:2311.07575, section 3.2; shapes as in the released accessory/model/LLM/llama_ens.py.
-EXPERTS: dict[str, Expert] = {
-    "clip_vit_l14": Expert(
+EXPERTS: dict[str, VisualExpert] = {
+    "clip_vit_l14": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=224, channels=1024, grid=16
     ),
-    "clip_convnext_xxl": Expert(
+    "clip_convnext_xxl": VisualExpert(
         family="convnext", model="convnext_xxlarge", pixels=256, channels=3072, grid=8, nearest_from=224
     ),
-    "clip_convnext_xxl_512": Expert(family="convnext", model="convnext_xxlarge", pixels=512, channels=3072, grid=16),
-    "dinov2_vitg14": Expert(
+    "clip_convnext_xxl_512": VisualExpert(
+        family="convnext", model="convnext_xxlarge", pixels=512, channels=3072, grid=16
+    ),
+    "dinov2_vitg14": VisualExpert(
         family="dinov2", model="vit_giant_patch14_dinov2", pixels=224, channels=1536, grid=16,
         mean=IMAGENET_MEAN, std=IMAGENET_STD, options={"img_size": 224},
     ),
-    "blip2_qformer": Expert(family="qformer", pixels=224, channels=768, queries=32),
-    "efficientnet_lite0": Expert(
+    "blip2_qformer": VisualExpert(family="qformer", pixels=224, channels=768, queries=32),
+    "efficientnet_lite0": VisualExpert(
         family="cnn", model="tf_efficientnet_lite0", pixels=112, channels=1280, grid=4, mean=HALF, std=HALF
     ),
     # The same architectures, small: for tests and for a laptop.
-    "clip_vit_small": Expert(
+    "clip_vit_small": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=56, channels=64, grid=4,
         options=_vit(64, 2, 2, 56),
     ),
-    "clip_convnext_small": Expert(
+    "clip_convnext_small": VisualExpert(
         family="convnext", model="convnext_xxlarge", pixels=64, channels=96, grid=2, nearest_from=56,
         options={"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96)},
     ),
-    "dinov2_small": Expert(
+    "dinov2_small": VisualExpert(
         family="dinov2", model="vit_giant_patch14_dinov2", pixels=56, channels=96, grid=4,
         mean=IMAGENET_MEAN, std=IMAGENET_STD, options=_vit(96, 3, 3, 56),
     ),
-    "blip2_qformer_small": Expert(
+    "blip2_qformer_small": VisualExpert(
         family="qformer", pixels=56, channels=48, queries=8,
         options={"vision": (64, 2, 2, 128), "qformer": (48, 2, 2, 96)},
     ),
@@ -200,7 +202,7 @@ EXPERTS: dict[str, Expert] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertConfig:
+class VisualExpertConfig:
     """One expert of a mixture.
 
     Attributes:
@@ -216,7 +218,7 @@ class ExpertConfig:
             raise ConfigError(f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(EXPERTS))}")
 
     @property
-    def expert(self) -> Expert:
+    def expert(self) -> VisualExpert:
         """What the name stands for."""
         return EXPERTS[self.name]
 
@@ -235,7 +237,7 @@ class VisionConfig:
         batch_views: views encoded at once. The shape is always full, so that a feature's bits never depend on it.
     """
 
-    experts: tuple[ExpertConfig, ...]
+    experts: tuple[VisualExpertConfig, ...]
     grid: int = 16
     views: int = 1
     padding: str = "centre"
@@ -272,7 +274,7 @@ class VisionConfig:
         return sum(item.expert.channels for item in self.experts if item.expert.grid)
 
     @property
-    def qformer(self) -> Expert | None:
+    def qformer(self) -> VisualExpert | None:
         """The Q-Former of the mixture, if it has one."""
         return next((item.expert for item in self.experts if item.expert.family == "qformer"), None)
 

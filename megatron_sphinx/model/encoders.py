@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.model.architecture import Expert, ExpertConfig, VisionConfig
+from megatron_sphinx.model.architecture import VisionConfig, VisualExpert, VisualExpertConfig
 from megatron_sphinx.parallel.seeding import stream_seed
 from megatron_sphinx.unpickling import load_torch
 
@@ -27,7 +27,7 @@ class QFormer(nn.Module):
     Source: BLIP-2, arXiv:2301.12597; transformers' Blip2Model.get_qformer_features.
     """
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: VisualExpert) -> None:
         super().__init__()
         try:
             from transformers import (
@@ -232,7 +232,7 @@ class FrozenEncoders(nn.Module):
         return repeated
 
 
-def build_expert(expert: Expert) -> nn.Module:
+def build_expert(expert: VisualExpert) -> nn.Module:
     """The module of an expert, its weights as its library draws them."""
     if expert.family == "qformer":
         return QFormer(expert)
@@ -240,7 +240,7 @@ def build_expert(expert: Expert) -> nn.Module:
     return model
 
 
-def encoder_work(expert: Expert) -> tuple[int, int]:
+def encoder_work(expert: VisualExpert) -> tuple[int, int]:
     """What one view takes; needs no memory.
 
     Returns:
@@ -269,7 +269,7 @@ def encoder_work(expert: Expert) -> tuple[int, int]:
     return total, most
 
 
-def load_expert(config: ExpertConfig, seed: int, resize: str = "antialiased") -> tuple[nn.Module, str]:
+def load_expert(config: VisualExpertConfig, seed: int, resize: str = "antialiased") -> tuple[nn.Module, str]:
     """An expert with its weights, and what identifies them.
 
     The file may be timm's, or transformers' for the Q-Former; or of one of LAYOUTS; or a checkpoint of

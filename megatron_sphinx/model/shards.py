@@ -45,7 +45,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WeightShard:
     """A rank's part of a weight.
 
     Attributes:
@@ -95,14 +95,14 @@ def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tu
         yield from boxes_of(shape, start + rows * inner, stop)
 
 
-def shards_of(model: nn.Module, config: LanguageConfig, groups: "ProcessGroups") -> dict[str, Shard]:
+def shards_of(model: nn.Module, config: LanguageConfig, groups: "ProcessGroups") -> dict[str, WeightShard]:
     """The shard of every weight of a rank's model, by the weight's name there."""
     sizes = groups.layout.config
     first_layer = sum(sizes.stage_layers(config.layers)[: groups.seat.pipeline])
     return {name: _shard(name, weight, config, groups, first_layer) for name, weight in model.named_parameters()}
 
 
-def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: "ProcessGroups", first_layer: int) -> Shard:
+def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: "ProcessGroups", first_layer: int) -> WeightShard:
     sizes, seat = groups.layout.config, groups.seat
     suffix, shape = ".".join(name.split(".")[-2:]), tuple(weight.shape)
     whole_name = whole_weight(name, first_layer)
@@ -114,12 +114,12 @@ def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: "ProcessGr
             blocks = [Block((first, *parts[0].offset), (here, *parts[0].shape))]
         else:
             blocks = [Block((first + e, *p.offset), (1, *p.shape)) for e in range(here) for p in parts]
-        return Shard(whole_name, (config.experts, *matrix), tuple(blocks), is_first_copy=True, is_expert=True)
+        return WeightShard(whole_name, (config.experts, *matrix), tuple(blocks), is_first_copy=True, is_expert=True)
     if suffix in SHARDED:
         whole, parts = _parts(shape, *SHARDED[suffix], sizes.tensor, seat.tensor)
-        return Shard(whole_name, whole, tuple(parts), is_first_copy=True, is_expert=False)
+        return WeightShard(whole_name, whole, tuple(parts), is_first_copy=True, is_expert=False)
     block = Block((0,) * len(shape), shape)
-    return Shard(whole_name, shape, (block,), is_first_copy=seat.tensor == 0, is_expert=False)
+    return WeightShard(whole_name, shape, (block,), is_first_copy=seat.tensor == 0, is_expert=False)
 
 
 def whole_weight(name: str, first_layer: int) -> str:

@@ -23,12 +23,12 @@ class MicroBatch:
         targets: int64 [tokens], -100 where no loss is taken.
         target_positions: int64 [targets], where loss is taken, ascending: with it no device must be asked how many.
         lengths: length of each document or pair, ascending; attention stays inside it.
-        pair_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
+        sample_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
         row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
         rows: how many planned rows are here.
         view_positions: int64 [views * tokens_per_view], of the encoded views, view by view.
         skip_positions: int64 [views that are skipped].
-        pair_of_view: int64 [views], index into `pairs`.
+        sample_of_view: int64 [views], index into `pairs`.
         pairs: ids of the pairs, in the order in which their views come.
         documents: ids of the text documents.
     """
@@ -37,12 +37,12 @@ class MicroBatch:
     targets: Tensor
     target_positions: Tensor
     lengths: tuple[int, ...]
-    pair_of_token: Tensor
+    sample_of_token: Tensor
     row_of_token: Tensor
     rows: int
     view_positions: Tensor
     skip_positions: Tensor
-    pair_of_view: Tensor
+    sample_of_view: Tensor
     pairs: tuple[int, ...]
     documents: tuple[int, ...]
 

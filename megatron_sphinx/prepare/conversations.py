@@ -144,7 +144,7 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, opt
     """Copy the images of a unit to a shard, and index its conversations, if that is not done yet."""
     state = unit.source.stat()
     settings = (unit.number, unit.first, unit.end, str(unit.source), state.st_size, state.st_mtime_ns, str(root))
-    name = hashlib.sha256(repr((settings, options, tokenizer.mark)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((settings, options, tokenizer.identity)).encode()).hexdigest()[:24]
     part, shard = folder / PARTS / f"{name}.npz", folder / "shards" / f"{unit.number:06d}.tar"
     if part.is_file():
         return _part(shard, part)

@@ -128,7 +128,7 @@ def write_part(
 
 
 def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
-    kind: np.dtype[Any] = np.dtype(DType.optimal_dtype(tokenizer.mark.vocabulary))
+    kind: np.dtype[Any] = np.dtype(DType.optimal_dtype(tokenizer.identity.vocabulary))
     return kind
 
 
@@ -162,7 +162,7 @@ def _join(done: Sequence[Part], folder: Path, tokenizer: Tokenizer, of: str, *, 
                 quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(part.file))
     content = {
         "of": of,
-        "tokenizer": asdict(tokenizer.mark),
+        "tokenizer": asdict(tokenizer.identity),
         "caption_type": _token_type(tokenizer).str,
         "shards": [asdict(shard) for shard in shards],
         "content": asdict(gauge.content()),

@@ -108,7 +108,7 @@ def index_shards(
         DataError: a shard is missing, or there is no pair in any of them.
     """
     paths = [str(shard) if is_url(str(shard)) else os.path.abspath(shard) for shard in shards]
-    settings = (caption_key, held_out, tokenizer.mark)
+    settings = (caption_key, held_out, tokenizer.identity)
     work = partial(_index_shard, parts=folder / PARTS, tokenizer=tokenizer, settings=settings)
     return write_index(
         work, paths, folder, tokenizer,

@@ -34,7 +34,7 @@ class TokenWriter:
         self._partial = prefix.with_name(f".{prefix.name}.{os.getpid()}.partial")
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._builder = IndexedDatasetBuilder(
-            f"{self._partial}.bin", dtype=DType.optimal_dtype(tokenizer.mark.vocabulary)
+            f"{self._partial}.bin", dtype=DType.optimal_dtype(tokenizer.identity.vocabulary)
         )
 
     def __enter__(self) -> "TokenWriter":
@@ -100,7 +100,7 @@ def write_text(
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = list(_parts(paths, key, part_bytes))
-    marks = [_mark(part, (key, held_out, part_bytes, tokenizer.mark)) for part in parts]
+    marks = [_mark(part, (key, held_out, part_bytes, tokenizer.identity)) for part in parts]
     work = partial(_write_part, folder=folder, tokenizer=tokenizer, key=key, held_out=held_out)
     targets = [folder, *([folder / "held_out"] if held_out else [])]
     for target in (folder, folder / "held_out"):
@@ -137,7 +137,7 @@ def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, A
         if re.fullmatch(r"\d{6}\.(bin|idx|json|content\.json)", path.name) and path.name[:6] not in known:
             path.unlink()
     if any(entry["documents"] for entry in files):
-        write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.mark), "files": files})
+        write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.identity), "files": files})
 
 
 def _parts(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[_Part]:

@@ -12,12 +12,12 @@ import yaml
 from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
 from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import newest_of
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.loader import Sources
 from megatron_sphinx.parallel.layout import ParallelLayout
 
 
-def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> dict[str, Any]:
+def identity(config: Config, sources: Sources, marks: Mapping[str, str]) -> dict[str, Any]:
     """Tell what a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state.
 
     Args:
@@ -49,19 +49,19 @@ def identity(config: RunConfig, sources: Sources, marks: Mapping[str, str]) -> d
         "run": {"seed": config.run.seed},
         "model": config.model.shape,
         "vision": _vision(config, marks),
-        "tokenizer": sources.tokenizer.mark.sha256,
+        "tokenizer": sources.tokenizer.identity.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision, "train": config.training.train},
     }
 
 
-def _vision(config: RunConfig, marks: Mapping[str, str]) -> dict[str, Any]:
+def _vision(config: Config, marks: Mapping[str, str]) -> dict[str, Any]:
     """The frozen experts, and how they are shown pictures."""
     looks = ("grid", "views", "padding", "skip_padding_views", "resize")
     return {"experts": dict(marks), **{name: getattr(config.vision, name) for name in looks}}
 
 
-def about(config: RunConfig, layout: ParallelLayout, marks: Mapping[str, str]) -> dict[str, Any]:
+def about(config: Config, layout: ParallelLayout, marks: Mapping[str, str]) -> dict[str, Any]:
     """Tell what else a checkpoint says of the run that wrote it.
 
     `layout` is how the run was divided, `encoders` where the frozen weights were, which no checkpoint holds, `config`
@@ -74,13 +74,13 @@ def about(config: RunConfig, layout: ParallelLayout, marks: Mapping[str, str]) -
     }
 
 
-def sizes_of(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+def sizes_of(config: Config, layout: ParallelLayout) -> dict[str, Any]:
     """Tell how a run is divided, as plain values."""
     sizes = asdict(config.parallel) | {"world": layout.world}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
 
 
-def keep_config(folder: Path, config: RunConfig) -> str:
+def keep_config(folder: Path, config: Config) -> str:
     """Write a run's `config.yaml`; an earlier one that differs stays beside it as `config.<number>.yaml`.
 
     Returns:
@@ -94,7 +94,7 @@ def keep_config(folder: Path, config: RunConfig) -> str:
     return name
 
 
-def changes(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changes(checkpoint: Path, manifest: Mapping[str, Any], config: Config) -> list[str]:
     """List what a run is told otherwise than the one whose checkpoint it goes on from, key by key.
 
     Args:
@@ -110,7 +110,7 @@ def changes(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig) ->
     return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _known_to(earlier, _plain(config)))]
 
 
-def require_trained_as(folder: Path, config: RunConfig, tokenizer: str, marks: Mapping[str, str]) -> None:
+def require_trained_as(folder: Path, config: Config, tokenizer: str, marks: Mapping[str, str]) -> None:
     """Make sure that the newest checkpoint in a folder is of a model, a tokenizer and encoders.
 
     Raises:
@@ -130,7 +130,7 @@ def _known_to(earlier: Any, values: Any) -> Any:
     return {key: _known_to(earlier[key], value) for key, value in values.items() if key in earlier}
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def _plain(config: Config) -> dict[str, Any]:
     """A configuration as JSON has it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain

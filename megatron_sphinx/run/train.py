@@ -17,7 +17,7 @@ from megatron_sphinx.checkpoint.keymap import Model
 from megatron_sphinx.checkpoint.pieces import WEIGHTS
 from megatron_sphinx.checkpoint.store import CheckpointStore, Chosen, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain, say, say_of_ranks
 from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.loader import (
@@ -61,10 +61,10 @@ _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives 
 
 
 @dataclass(frozen=True)
-class Job:
+class RankContext:
     """What every rank of a running job has."""
 
-    config: RunConfig
+    config: Config
     platform: Platform
     groups: ProcessGroups
     sources: Sources
@@ -96,7 +96,7 @@ class Job:
 class Observer(Protocol):
     """Watches one rank of a run. Such a run begins anew and keeps no checkpoint."""
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: RankContext) -> None:
         """Called on all ranks together, before the first step."""
 
     def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
@@ -109,7 +109,7 @@ class Observer(Protocol):
         """Called after the last step."""
 
 
-def train(config: RunConfig, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
+def train(config: Config, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
     """Train on this rank; the exit status of the process.
 
     Args:
@@ -166,7 +166,7 @@ def train(config: RunConfig, stop: StopSignal | None = None, observer: Observer 
     return 0
 
 
-def alone(config: RunConfig) -> Job:
+def alone(config: Config) -> RankContext:
     """A job of this one process, to evaluate in: the data opened, nothing trained."""
     os.environ["WORLD_SIZE"] = "1"
     _, world = _place()
@@ -175,7 +175,7 @@ def alone(config: RunConfig) -> Job:
     return _open(config, here, ProcessGroups.create(layout, here.backend), Progress())
 
 
-def newest_weights(job: Job, encoders: FrozenEncoders) -> dict[str, torch.Tensor]:
+def newest_weights(job: RankContext, encoders: FrozenEncoders) -> dict[str, torch.Tensor]:
     """The trained fp32 weights of the newest checkpoint of the run folder, saved in any layout.
 
     Args:
@@ -185,7 +185,7 @@ def newest_weights(job: Job, encoders: FrozenEncoders) -> dict[str, torch.Tensor
     Raises:
         CheckpointError: there is none, or it was trained with another model, tokenizer or other encoders.
     """
-    require_trained_as(job.folder, job.config, job.sources.tokenizer.mark.sha256, encoders.sha256)
+    require_trained_as(job.folder, job.config, job.sources.tokenizer.identity.sha256, encoders.sha256)
     return load_weights(job.folder / "checkpoints")
 
 
@@ -254,11 +254,11 @@ def _is_of_connection(error: Exception) -> bool:
 
 
 def _open(
-    config: RunConfig, here: Platform, groups: ProcessGroups, progress: Progress, hold: Hold | None = None
-) -> Job:
+    config: Config, here: Platform, groups: ProcessGroups, progress: Progress, hold: Hold | None = None
+) -> RankContext:
     """Take the run folder and open the data; the first rank also compares the files with their indexes."""
 
-    def work() -> Job:
+    def work() -> RankContext:
         if hold:
             hold.take()
         sources = open_sources(config.data, config.model)
@@ -272,12 +272,12 @@ def _open(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return Job(counted, here, groups, sources, planner, progress, scan=scan)
+        return RankContext(counted, here, groups, sources, planner, progress, scan=scan)
 
     return agree(work)
 
 
-def _encoder(job: Job, observer: Observer | None) -> bool:
+def _encoder(job: RankContext, observer: Observer | None) -> bool:
     """The whole life of an encoder rank; whether it began its steps: how they end it hears from the language ranks."""
     config, seat = job.config, job.groups.seat
     assert seat.encoder is not None
@@ -305,7 +305,7 @@ def _encoder(job: Job, observer: Observer | None) -> bool:
     return True
 
 
-def _language(job: Job, observer: Observer | None) -> bool:
+def _language(job: RankContext, observer: Observer | None) -> bool:
     """The whole life of a language rank; whether it did all steps."""
     config, groups, here = job.config, job.groups, job.platform
     encoders = agree(lambda: None if config.parallel.encoder else job.encoders())
@@ -362,7 +362,7 @@ def _language(job: Job, observer: Observer | None) -> bool:
             job.hold.end = _how_it_ended(job, how, store, loop.done)
 
 
-def _how_it_ended(job: Job, how: str, store: CheckpointStore, done: int) -> str:
+def _how_it_ended(job: RankContext, how: str, store: CheckpointStore, done: int) -> str:
     """The last line of a run: how it ended, why, and where to look."""
     plot = job.folder / "loss.png"
     drawn = f", plot {plot}" if plot.is_file() else ""
@@ -370,7 +370,7 @@ def _how_it_ended(job: Job, how: str, store: CheckpointStore, done: int) -> str:
     return f"{how} after {done} of {job.config.training.steps} steps; checkpoint {store.newest or 'none'}{drawn}{on}"
 
 
-def _why_stopped(job: Job) -> str:
+def _why_stopped(job: RankContext) -> str:
     """Which signal has come, and to which rank if not to the first one; every language rank calls this, together."""
     seat, mine = job.groups.seat, job.stop.reason
     if mine and seat.rank:
@@ -380,14 +380,14 @@ def _why_stopped(job: Job) -> str:
     return next(filter(None, reasons), "a signal")
 
 
-def _way_on(job: Job) -> str:
+def _way_on(job: RankContext) -> str:
     """How to go on with a run that was stopped."""
     is_same = job.config.checkpoint.resume == "auto"
     return "; the same command goes on" if is_same else "; go on with checkpoint.resume=auto"
 
 
 def make_loop(
-    job: Job,
+    job: RankContext,
     engine: Engine,
     store: CheckpointStore,
     features: FeatureSource | None,
@@ -439,7 +439,7 @@ def make_loop(
     return loop
 
 
-def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> SphinxModel:
+def build_model(config: Config, groups: ProcessGroups, here: Platform) -> SphinxModel:
     """This rank's shard of the trainable model, its weights drawn from the run's seed."""
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     language = build_language(
@@ -459,7 +459,7 @@ def build_model(config: RunConfig, groups: ProcessGroups, here: Platform) -> Sph
     return model
 
 
-def _feature_source(job: Job, encoders: FrozenEncoders | None, start: int) -> FeatureSource | None:
+def _feature_source(job: RankContext, encoders: FrozenEncoders | None, start: int) -> FeatureSource | None:
     """Where this language rank's features come from; None where it needs none and encodes none."""
     config, ahead = job.config, rounds(job.planner, start, job.config.training.steps)
     if encoders is not None:
@@ -478,7 +478,7 @@ def _bytes_of(module: torch.nn.Module | None) -> int:
     return sum(weight.nbytes for weight in module.parameters()) if module else 0
 
 
-def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_bytes: int) -> dict[str, str]:
+def _say_start(job: RankContext, marks: dict[str, str], *, language_bytes: int, encoder_bytes: int) -> dict[str, str]:
     """Check that each role holds its own weights only, print what every rank holds; the marks of the encoders."""
     config, seat = job.config, job.groups.seat
     assert seat.encoder is None or not language_bytes, "an encoder rank holds language weights"
@@ -508,7 +508,7 @@ def _say_start(job: Job, marks: dict[str, str], *, language_bytes: int, encoder_
     return marks
 
 
-def _is_stopping(job: Job) -> bool:
+def _is_stopping(job: RankContext) -> bool:
     """Whether the first rank was asked to stop, or has heard that another one was, before the first step."""
     found = [(job.stop.has_come, job.stop.reason)]
     dist.broadcast_object_list(found, src=0)
@@ -519,7 +519,7 @@ def _is_stopping(job: Job) -> bool:
     return has_come
 
 
-def _agree_on_start(job: Job, start: int | None) -> int:
+def _agree_on_start(job: RankContext, start: int | None) -> int:
     """The step to begin at, as the first language rank found it."""
     found = [start]
     dist.broadcast_object_list(found, src=0)
@@ -527,7 +527,7 @@ def _agree_on_start(job: Job, start: int | None) -> int:
     return found[0]
 
 
-def _say_memory(job: Job, engine: Engine) -> None:
+def _say_memory(job: RankContext, engine: Engine) -> None:
     """Print what each language rank holds for weights, gradients and optimizer beside what ZeRO-2 needs at least."""
     config, groups = job.config, job.groups
     needed = zero2_bytes(
@@ -543,7 +543,7 @@ def _say_memory(job: Job, engine: Engine) -> None:
         say_of_ranks([f"bytes of {', '.join(part)}" for part in parts])
 
 
-def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int, dict[str, Any] | None]:
+def _resume(job: RankContext, store: CheckpointStore, engine: Engine) -> tuple[int, int, dict[str, Any] | None]:
     """Load the checkpoint to go on from, if there is one, or else the weights to begin with.
 
     Returns:
@@ -575,7 +575,7 @@ def _resume(job: Job, store: CheckpointStore, engine: Engine) -> tuple[int, int,
     return begun
 
 
-def _begin_with(job: Job, store: CheckpointStore, engine: Engine, weights: Weights) -> None:
+def _begin_with(job: RankContext, store: CheckpointStore, engine: Engine, weights: Weights) -> None:
     """Take the weights of a checkpoint, and nothing else of it."""
     engine.prepare_state(0)
     pieces = engine.pieces(of_copies=True)
@@ -588,7 +588,9 @@ def _begin_with(job: Job, store: CheckpointStore, engine: Engine, weights: Weigh
             say(f"  changed: {change}")
 
 
-def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> tuple[int, int, dict[str, Any] | None]:
+def _go_on(
+    job: RankContext, store: CheckpointStore, engine: Engine, chosen: Chosen
+) -> tuple[int, int, dict[str, Any] | None]:
     """Take the whole state of a checkpoint; what `_resume` returns."""
     manifest = chosen.manifest
     step, divergence = int(manifest["step"]), manifest.get("divergence")
@@ -608,14 +610,14 @@ def _go_on(job: Job, store: CheckpointStore, engine: Engine, chosen: Chosen) -> 
     return step, int(manifest["bad_pairs"]), divergence
 
 
-def _model(config: RunConfig) -> Model:
+def _model(config: Config) -> Model:
     """What the weights of this run are of."""
     vision = config.vision
     queries = vision.qformer.channels if vision.qformer else 0
     return Model(config.model, vision.channels, queries, has_skip_token=vision.has_skip_token)
 
 
-def _peak_flops(job: Job) -> float:
+def _peak_flops(job: RankContext) -> float:
     """FLOP/s that the language ranks reach together on a large matrix product."""
     dtype = torch.bfloat16 if job.config.training.precision == "bf16" else torch.float32
     peak = torch.tensor(job.platform.measure_peak_flops(dtype), dtype=torch.float64, device=job.platform.device)

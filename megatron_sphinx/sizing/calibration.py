@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
 from megatron_sphinx.device import current_platform
 from megatron_sphinx.errors import ConfigError, SphinxError
@@ -31,7 +31,7 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
-from megatron_sphinx.sizing.hardware import Flops, Hardware, Shares, load
+from megatron_sphinx.sizing.hardware import Efficiency, Flops, Hardware, load
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.step_time import OPERATIONS
@@ -47,7 +47,7 @@ class CalibrationError(SphinxError):
     exit_status = 1
 
 
-def calibrate(config: RunConfig, *, ranks: int, target: Path) -> Hardware:
+def calibrate(config: Config, *, ranks: int, target: Path) -> Hardware:
     """Measure with `ranks` processes on this machine, write the hardware file `target`, say what was found.
 
     Raises:
@@ -75,7 +75,7 @@ def calibrate(config: RunConfig, *, ranks: int, target: Path) -> Hardware:
     return found
 
 
-def measure(config: RunConfig, groups: ProcessGroups) -> Hardware:
+def measure(config: Config, groups: ProcessGroups) -> Hardware:
     """What this rank reaches while the others of the process group measure the same; the slowest rank's numbers."""
     here = current_platform()
     work, _ = work_of(config)
@@ -103,7 +103,7 @@ def measure(config: RunConfig, groups: ProcessGroups) -> Hardware:
         latency_seconds=latency,
         kernel_seconds=kernel,
         flops=Flops(bf16=products["bf16"], fp32=products["fp32"]),
-        shares=Shares(attention=attention, encoders=encoding),
+        shares=Efficiency(attention=attention, encoders=encoding),
         is_cuda=here.is_cuda,
     )
 
@@ -174,7 +174,7 @@ def _memory_bandwidth() -> float:
     return 3 * a.nbytes / _seconds(lambda: torch.add(a, b, out=c))
 
 
-def _kernel_seconds(config: RunConfig, groups: ProcessGroups, dtype: torch.dtype) -> float:
+def _kernel_seconds(config: Config, groups: ProcessGroups, dtype: torch.dtype) -> float:
     """Seconds of starting an operation: what a decoder layer takes on next to no tokens, over its operations."""
     model, device = replace(config.model, experts=0, vocabulary=128), current_platform().device
     seconds = []
@@ -192,7 +192,7 @@ def _kernel_seconds(config: RunConfig, groups: ProcessGroups, dtype: torch.dtype
     return max(0.0, seconds[1] - seconds[0]) / _LAYERS / (3 * (OPERATIONS["layer"] + OPERATIONS["document"]))
 
 
-def _encoder_flops(config: RunConfig) -> float:
+def _encoder_flops(config: Config) -> float:
     """FLOP/s of the encoders on one of their batches; weights drawn, as they do not matter here."""
     here, vision = current_platform(), config.vision
     drawn = replace(vision, experts=tuple(replace(item, weights="random") for item in vision.experts))

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.loader import make_planner, open_sources, views_in
-from megatron_sphinx.data.packing import Piece, positions
+from megatron_sphinx.data.packing import Segment, positions
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
 
-def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
+def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
     """The composition of one step, read from the indexes: first the whole, then a line per micro-batch and replica."""
     sources = open_sources(config.data, config.model)
     planner = make_planner(
@@ -47,7 +47,7 @@ def step(config: RunConfig, layout: ParallelLayout, number: int) -> Iterator[dic
             }
 
 
-def _name(piece: Piece) -> str:
-    if piece.is_pair:
+def _name(piece: Segment) -> str:
+    if piece.is_sample:
         return f"pair {piece.item}"
     return f"text {piece.item}[{piece.start}:{piece.start + piece.tokens}]"

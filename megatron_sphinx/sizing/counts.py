@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost, width_of
@@ -13,7 +13,7 @@ from megatron_sphinx.training.memory import REDUCE_BUCKET, rank_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingSetup:
     """A training run, ours or a published one: the model, and how the software goes about it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Run:
     is_fused: bool = True
 
     @classmethod
-    def ours(cls, config: RunConfig, *, is_cuda: bool) -> "Run":
+    def ours(cls, config: Config, *, is_cuda: bool) -> "TrainingSetup":
         """As training/deepspeed_engine.py does it."""
         training = config.training
         return cls(
@@ -104,7 +104,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class ReplicaWork:
     """A replica's micro-batches: how many, and what is in one on average."""
 
     micro_batches: int
@@ -115,7 +115,7 @@ class Share:
     documents: float
 
     @classmethod
-    def of(cls, work: Work, layout: ParallelLayout, micro_batch_rows: int) -> "Share":
+    def of(cls, work: Work, layout: ParallelLayout, micro_batch_rows: int) -> "ReplicaWork":
         """Of the replica that has most rows."""
         mine = -(-work.rows // layout.data)
         count = -(-mine // micro_batch_rows)
@@ -130,7 +130,7 @@ class Share:
         )
 
 
-def recomputed(run: Run, layers: int) -> float:
+def recomputed(run: TrainingSetup, layers: int) -> float:
     """Forwards of a stage's layers that backward does again, in layers."""
     if run.recompute != "full":
         return 0.0
@@ -138,7 +138,7 @@ def recomputed(run: Run, layers: int) -> float:
 
 
 def flops(
-    run: Run, layout: ParallelLayout, work: Work, encoders: EncoderCost | None = None
+    run: TrainingSetup, layout: ParallelLayout, work: Work, encoders: EncoderCost | None = None
 ) -> dict[str, dict[str, float]]:
     """FLOPs of a rank of each role in a step, by what they are for.
 
@@ -147,7 +147,7 @@ def flops(
         products and attention only, two FLOPs a multiply-add; attention's backward is counted as 2.5 times its forward.
     """
     found = {}
-    share = Share.of(work, layout, run.micro_batch_rows)
+    share = ReplicaWork.of(work, layout, run.micro_batch_rows)
     for stage in range(layout.config.pipeline):
         once = forward_flops(run, layout, share, stage)
         backward = 1.0 if run.train == "projections" else 2.0
@@ -168,7 +168,7 @@ def flops(
     return found
 
 
-def forward_flops(run: Run, layout: ParallelLayout, share: Share, stage: int) -> dict[str, float]:
+def forward_flops(run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int) -> dict[str, float]:
     """FLOPs of one micro-batch's forward on a stage; `again` is what backward does of it once more."""
     model, sizes = run.model, layout.config
     layers = sizes.stage_layers(model.layers)[stage]
@@ -194,13 +194,13 @@ def forward_flops(run: Run, layout: ParallelLayout, share: Share, stage: int) ->
     }
 
 
-def communication(run: Run, layout: ParallelLayout, work: Work) -> dict[str, list[Transfer]]:
+def communication(run: TrainingSetup, layout: ParallelLayout, work: Work) -> dict[str, list[Transfer]]:
     """What a rank of each role communicates in a step, groups of one rank left out.
 
     Returns:
         For `language stage 0` ... and `encoder`, in the order in which it first happens.
     """
-    share = Share.of(work, layout, run.micro_batch_rows)
+    share = ReplicaWork.of(work, layout, run.micro_batch_rows)
     found = {}
     for stage in range(layout.config.pipeline):
         parts = [
@@ -219,7 +219,7 @@ def communication(run: Run, layout: ParallelLayout, work: Work) -> dict[str, lis
     return found
 
 
-def feature_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int) -> Iterator[Transfer]:
+def feature_transfers(run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int) -> Iterator[Transfer]:
     """Spreading of features inside a replica: over its tensor group, or over all its ranks where they encode."""
     sizes = layout.config
     if run.vision is None:
@@ -233,7 +233,7 @@ def feature_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int
         )
 
 
-def tensor_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int) -> Iterator[Transfer]:
+def tensor_transfers(run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int) -> Iterator[Transfer]:
     """Sums and gathers of hidden states over the tensor group, as megatron-core's linear layers do them."""
     model, sizes = run.model, layout.config
     if sizes.tensor == 1:
@@ -271,7 +271,7 @@ def tensor_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int)
         )  # fmt: skip
 
 
-def expert_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int) -> Iterator[Transfer]:
+def expert_transfers(run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int) -> Iterator[Transfer]:
     """Tokens to the ranks that have their experts and back, in forward and backward."""
     model, sizes = run.model, layout.config
     if not model.experts:
@@ -290,7 +290,9 @@ def expert_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int)
         yield Transfer(group="expert_tensor", kind="reduce_scatter", purpose="tokens", count=m * times, bytes=whole)
 
 
-def pipeline_transfers(run: Run, layout: ParallelLayout, share: Share, stage: int) -> Iterator[Transfer]:
+def pipeline_transfers(
+    run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int
+) -> Iterator[Transfer]:
     """Hidden states to the next stage, their gradients to the one before."""
     sizes = layout.config
     if sizes.pipeline == 1:
@@ -302,7 +304,7 @@ def pipeline_transfers(run: Run, layout: ParallelLayout, share: Share, stage: in
     yield Transfer(group="pipeline", kind="send", purpose="hidden states", count=count, bytes=count * hidden)
 
 
-def reductions(run: Run, layout: ParallelLayout, share: Share, stage: int) -> Iterator[Transfer]:
+def reductions(run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int) -> Iterator[Transfer]:
     """Gradients over the replicas, and the updated weights back to them."""
     weights = rank_weights(run.model, run.vision, layout, stage, run.train)
     times = share.micro_batches if run.reduces_each_micro_batch else 1

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data import images
 from megatron_sphinx.data.loader import (
     BatchBuilder,
@@ -35,8 +35,8 @@ from megatron_sphinx.data.loader import (
     open_sources,
     rounds,
 )
-from megatron_sphinx.data.packing import Piece, positions
-from megatron_sphinx.data.plan import PairSizes, Planner, Runs, StepPlan
+from megatron_sphinx.data.packing import Segment, positions
+from megatron_sphinx.data.plan import Planner, Runs, SampleSizes, StepPlan
 from megatron_sphinx.device import Platform, use_platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.progress import Progress
@@ -50,7 +50,7 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import seed_rank
 from megatron_sphinx.run import train as run
 from megatron_sphinx.sizing import counts
-from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.recorder import HOST, Recorder
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
@@ -152,7 +152,7 @@ class BalancedRouter(RowRouter):
 class BlankBatches(BatchBuilder):
     """Micro-batches with everything but the tokens themselves: nothing is read."""
 
-    def _fill(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _fill(self, piece: Segment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         targets = np.full(piece.length, -100, np.int64)
         last = max(piece.length - 1, piece.targets)  # behind the last target; a text that goes on has one at each token
         targets[last - piece.targets : last] = 0
@@ -163,18 +163,18 @@ class BlankBatches(BatchBuilder):
 
 
 @dataclass(frozen=True)
-class MadeUpPairs:
+class MadeUpSamples:
     """Square pictures with captions of one length."""
 
     caption_tokens: int
     bounds: Sequence[int] = (0, 2**20)
 
-    def sizes(self, first: int, last: int) -> PairSizes:
-        """See PairSource."""
-        return PairSizes(*(np.full(last - first, n) for n in (1, 1, self.caption_tokens, self.caption_tokens + 1)))
+    def sizes(self, first: int, last: int) -> SampleSizes:
+        """See SampleSource."""
+        return SampleSizes(*(np.full(last - first, n) for n in (1, 1, self.caption_tokens, self.caption_tokens + 1)))
 
     def cut(self, _pair: int, most: int) -> tuple[int, int]:
-        """See PairSource."""
+        """See SampleSource."""
         return most, most + 1
 
 
@@ -203,13 +203,13 @@ class BlankPixels:
         return SimpleNamespace(wait=lambda: None, result=lambda: Pixels(pixels, ()))
 
 
-def plan_of(config: RunConfig, layout: ParallelLayout) -> tuple[Planner, str]:
+def plan_of(config: Config, layout: ParallelLayout) -> tuple[Planner, str]:
     """The planner of the run's data, or where it is not there, of data that is made up; and which of both it is."""
     data = config.data
     paths = [data.tokenizer, *(source.path for source in (*data.samples, *data.text))]
     absent = [path for path in paths if not (Path(path).exists() or Path(f"{path}.idx").exists())]
     if absent:
-        pairs = MadeUpPairs(CAPTION_TOKENS) if data.samples_per_step else None
+        pairs = MadeUpSamples(CAPTION_TOKENS) if data.samples_per_step else None
         text = MadeUpText() if data.text_tokens_per_step else None
         sources = cast(Sources, SimpleNamespace(pairs=pairs, text=text))
         parts = [f"{data.samples_per_step} samples with all views and {CAPTION_TOKENS} tokens each"] if pairs else []
@@ -272,13 +272,13 @@ class Counted:
         return found
 
 
-def formulas(config: RunConfig, layout: ParallelLayout, planner: Planner, rank: int) -> dict[str, float]:
+def formulas(config: Config, layout: ParallelLayout, planner: Planner, rank: int) -> dict[str, float]:
     """What arithmetic says of a rank's step, under the names that `Counted.rows` gives; of fewer numbers.
 
     Work and messages are those that step times are predicted from: of rows as they are on average, on a replica that
     has most of them.
     """
-    seat, ours = layout.seat(rank), Run.ours(config, is_cuda=False)
+    seat, ours = layout.seat(rank), TrainingSetup.ours(config, is_cuda=False)
     role = "encoder" if seat.encoder is not None else f"language stage {seat.pipeline}"
     work = Work.of_plan(planner.step(0), planner.lengths)
     found = {"FLOPs": sum(counts.flops(ours, layout, work, encoder_cost(config.vision))[role].values())}
@@ -294,7 +294,7 @@ def formulas(config: RunConfig, layout: ParallelLayout, planner: Planner, rank: 
     return found | {"parameters": parameters} | {f"bytes held: {part}": nbytes for part, nbytes in held.items()}
 
 
-def report(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+def report(config: Config, layout: ParallelLayout) -> dict[str, Any]:
     """Take the step of each role in a process of its own; what was counted, and what arithmetic says.
 
     Raises:
@@ -352,7 +352,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _work(answer: Any, config: RunConfig, layout: ParallelLayout, rank: int) -> None:
+def _work(answer: Any, config: Config, layout: ParallelLayout, rank: int) -> None:
     """The whole life of a process that takes a rank's step."""
     torch.set_num_threads(1)  # nothing is computed; and a pool of threads does not survive the fork
     try:
@@ -361,7 +361,7 @@ def _work(answer: Any, config: RunConfig, layout: ParallelLayout, rank: int) -> 
         answer.send(error)
 
 
-def count(config: RunConfig, layout: ParallelLayout, rank: int) -> Counted:
+def count(config: Config, layout: ParallelLayout, rank: int) -> Counted:
     """One rank's step in a fake world; to be called in a process that does nothing else."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(layout.world)}
     cpu = use_platform(None)
@@ -383,7 +383,7 @@ def count(config: RunConfig, layout: ParallelLayout, rank: int) -> Counted:
 
 
 def language_step(
-    config: RunConfig,
+    config: Config,
     groups: ProcessGroups,
     here: Platform,
     planner: Planner,
@@ -443,7 +443,7 @@ def language_step(
 class BlankEncoders(FrozenEncoders):
     """FrozenEncoders with weights of the right shapes. Every batch is alike, so the first one is run for all."""
 
-    def __init__(self, recorder: Recorder, config: RunConfig, here: Platform) -> None:
+    def __init__(self, recorder: Recorder, config: Config, here: Platform) -> None:
         dtype = torch.bfloat16 if here.is_bf16_fast else torch.float32
         drawn = tuple(replace(item, weights="random") for item in config.vision.experts)
         with unset_fake_temporarily(), torch.device("meta"):
@@ -475,7 +475,7 @@ class BlankEncoders(FrozenEncoders):
 
 
 def _encoder_step(
-    config: RunConfig, groups: ProcessGroups, here: Platform, planner: Planner, recorder: Recorder, pixels: PixelLoader
+    config: Config, groups: ProcessGroups, here: Platform, planner: Planner, recorder: Recorder, pixels: PixelLoader
 ) -> Counted:
     """Steps of an encoder rank: FLOPs and messages of step 0; memory when it is as far ahead as it may be."""
     number, lookahead = groups.seat.encoder, config.stage.lookahead

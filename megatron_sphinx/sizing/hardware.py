@@ -22,7 +22,7 @@ class Flops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shares:
+class Efficiency:
     """What a training step reaches of the peaks, from 0 to 1.
 
     Attributes:
@@ -70,7 +70,7 @@ class Hardware:
     node_bandwidth: float
     network_bandwidth: float
     flops: Flops
-    shares: Shares
+    shares: Efficiency
     process_bytes: float = 2.5e9
     latency_seconds: float = 10.0e-6
     kernel_seconds: float = 0.0

@@ -2,16 +2,16 @@
 
 import json
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.loader import make_planner, open_sources
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.sizing import hardware, search
-from megatron_sphinx.sizing.search import Candidate, Job, PlanError, Refusals
+from megatron_sphinx.sizing.search import Candidate, PlanError, Refusals, SizingRequest
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
 
 
-def work_of(config: RunConfig) -> tuple[Work, str]:
+def work_of(config: Config) -> tuple[Work, str]:
     """The rows of the first step: planned where the data is there, else expected; and which of both."""
     try:
         sources = open_sources(config.data, config.model)
@@ -24,24 +24,24 @@ def work_of(config: RunConfig) -> tuple[Work, str]:
     return Work.of_plan(planner.step(0), planner.lengths), "planned: step 0 of the data"
 
 
-def job_of(config: RunConfig, *, nodes: int, ranks_per_node: int, kind: str) -> tuple[Job, str]:
+def request_of(config: Config, *, nodes: int, ranks_per_node: int, kind: str) -> tuple[SizingRequest, str]:
     """What is to be planned, and where its work comes from."""
     work, origin = work_of(config)
     machine = hardware.load(kind)
     encoders = encoder_cost(config.vision)
-    job = Job(config=config, nodes=nodes, ranks_per_node=ranks_per_node, hardware=machine, work=work, encoders=encoders)
+    job = SizingRequest(
+        config=config, nodes=nodes, ranks_per_node=ranks_per_node, hardware=machine, work=work, encoders=encoders
+    )
     return job, origin
 
 
-def plan(
-    config: RunConfig, *, nodes: int, ranks_per_node: int, kind: str, is_json: bool, is_as_configured: bool
-) -> str:
+def plan(config: Config, *, nodes: int, ranks_per_node: int, kind: str, is_json: bool, is_as_configured: bool) -> str:
     """The best layouts, or the configured one, as a table or as JSON.
 
     Raises:
         PlanError: none can be run, or not the configured one.
     """
-    job, origin = job_of(config, nodes=nodes, ranks_per_node=ranks_per_node, kind=kind)
+    job, origin = request_of(config, nodes=nodes, ranks_per_node=ranks_per_node, kind=kind)
     found: list[Candidate]
     if is_as_configured:
         found, refusals = [search.evaluate(job, config)], Refusals()

@@ -7,7 +7,7 @@ sets it up.
 
 from dataclasses import dataclass
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing.hardware import Hardware
@@ -94,7 +94,7 @@ def layer_bytes(model: LanguageConfig, sizes: ParallelConfig, precision: str, re
     return width * part, whole
 
 
-def kept_layers(config: RunConfig, layers: int) -> tuple[int, int]:
+def kept_layers(config: Config, layers: int) -> tuple[int, int]:
     """Layers of a stage that keep their activations, and those that are computed again from their inputs."""
     if config.training.activation_checkpointing != "full":
         return layers, 0
@@ -102,9 +102,7 @@ def kept_layers(config: RunConfig, layers: int) -> tuple[int, int]:
     return layers - again, again
 
 
-def activation_bytes(
-    config: RunConfig, layout: ParallelLayout, stage: int, size: MicroBatchSize, in_flight: int
-) -> float:
+def activation_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize, in_flight: int) -> float:
     """Bytes of activations of a stage at the start of backward, those of a layer being computed again included."""
     model, sizes, recompute = config.model, layout.config, config.training.activation_checkpointing
     width, precision = width_of(config.training.precision), config.training.precision
@@ -131,7 +129,7 @@ def activation_bytes(
     return total
 
 
-def logit_bytes(config: RunConfig, layout: ParallelLayout, size: MicroBatchSize) -> float:
+def logit_bytes(config: Config, layout: ParallelLayout, size: MicroBatchSize) -> float:
     """Bytes of logits, where most are held: their own, with the padded ones hidden, and the fp32 softmax."""
     model, width = config.model, width_of(config.training.precision)
     vocabulary = model.padded_vocabulary / layout.config.tensor
@@ -198,7 +196,7 @@ def _largest_weight(model: LanguageConfig, sizes: ParallelConfig, stage: int) ->
 
 
 def language_rank(
-    config: RunConfig, layout: ParallelLayout, stage: int, work: Work, hardware: Hardware, encoders: EncoderCost
+    config: Config, layout: ParallelLayout, stage: int, work: Work, hardware: Hardware, encoders: EncoderCost
 ) -> dict[str, float]:
     """Bytes on a language rank of a pipeline stage at the moment when most are held, by what holds them, and `total`.
 
@@ -266,7 +264,7 @@ NAMES = (
 
 
 def encoder_rank(
-    config: RunConfig, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
+    config: Config, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
 ) -> dict[str, float]:
     """Bytes on an encoder rank, by what holds them, and `total`."""
     rows, _ = rows_at_once(work, layout, config.data.micro_batch_rows)
@@ -282,7 +280,7 @@ def encoder_rank(
     return found | {"total": sum(found.values())}
 
 
-def _feature_bytes(config: RunConfig, layout: ParallelLayout, stage: int, size: MicroBatchSize) -> float:
+def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize) -> float:
     """Buffers of features that are received ahead, the micro-batch being computed and its masked copy included."""
     if stage:
         return 0.0
@@ -290,13 +288,13 @@ def _feature_bytes(config: RunConfig, layout: ParallelLayout, stage: int, size: 
     return 2.0 * config.vision.feature_values * size.views * (ahead + 2)
 
 
-def _pixel_bytes(config: RunConfig) -> float:
+def _pixel_bytes(config: Config) -> float:
     """Of one view, in all sizes; bytes, or fp32 where the released code's resizing is asked for."""
     width = 4 if config.vision.resize == "accessory" else 1
     return width * 3.0 * sum(side * side for side in config.vision.sides)
 
 
-def _encoder_bytes(config: RunConfig, encoders: EncoderCost, size: MicroBatchSize, hardware: Hardware) -> float:
+def _encoder_bytes(config: Config, encoders: EncoderCost, size: MicroBatchSize, hardware: Hardware) -> float:
     """Weights of the experts, activations of a batch of views and its pixels in fp32; bf16 where there is a GPU."""
     width = width_of(hardware.encoder_precision)
     views = config.vision.batch_views
@@ -304,7 +302,7 @@ def _encoder_bytes(config: RunConfig, encoders: EncoderCost, size: MicroBatchSiz
 
 
 def peak(
-    config: RunConfig, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
+    config: Config, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
 ) -> dict[str, dict[str, float]]:
     """Bytes of every role, `language stage 0` ... and `encoder`, by what holds them, and `total`.
 

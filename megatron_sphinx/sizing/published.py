@@ -13,7 +13,7 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing import hardware as machines
-from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.step_time import Timing, step_time
 from megatron_sphinx.sizing.work import Work
 
@@ -39,7 +39,7 @@ class PublishedRun:
         tensor, pipeline, virtual_stages, expert: the layout; data is what is left.
         tokens_per_second: published, of a GPU; or
         seconds: published, of a step.
-        software: keys of Run.
+        software: keys of TrainingSetup.
         is_fitted: whether a number of hardware.yaml is from it.
         assumed: what the source does not say.
     """
@@ -99,7 +99,7 @@ def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[Timing, Wo
     else:
         work = _of_text(run)
     assert model is not None
-    software = Run(
+    software = TrainingSetup(
         model=model, vision=vision, micro_batch_rows=run.micro_batch_rows, virtual_stages=run.virtual_stages,
         **run.software,
     )  # fmt: skip

@@ -68,7 +68,7 @@ COLLECTIVES = {
 
 
 @dataclass
-class Block:
+class Allocation:
     """Memory that tensors share.
 
     Attributes:
@@ -105,8 +105,8 @@ class Recorder(TorchDispatchMode):
         self.collectives: dict[tuple[str, str], tuple[int, int]] = {}
         self._names = {group.group_name: name for name, group in groups.items() if group is not None}
         self._clock = self._start = 0
-        self._blocks: list[Block] = []
-        self._live: dict[int, Block] = {}
+        self._blocks: list[Allocation] = []
+        self._live: dict[int, Allocation] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -210,7 +210,7 @@ class Recorder(TorchDispatchMode):
         if key in self._live or tensor.device.type == "meta":  # that is a shape, also in a real run
             return
         self._clock += 1
-        block = Block(storage.nbytes(), self.part, self._clock)
+        block = Allocation(storage.nbytes(), self.part, self._clock)
         self._live[key] = block
         self._blocks.append(block)
         finalize(storage, self._free, key)

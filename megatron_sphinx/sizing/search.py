@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.sizing.counts import Run
+from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.memory import EncoderCost, heaviest, peak
 from megatron_sphinx.sizing.step_time import Timing, step_time
@@ -22,7 +22,7 @@ class PlanError(ConfigError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SizingRequest:
     """What is to be planned.
 
     Attributes:
@@ -34,7 +34,7 @@ class Job:
         encoders: what it takes to encode.
     """
 
-    config: RunConfig
+    config: Config
     nodes: int
     ranks_per_node: int
     hardware: Hardware
@@ -58,7 +58,7 @@ class Candidate:
         timing: of a step.
     """
 
-    config: RunConfig
+    config: Config
     layout: ParallelLayout
     memory: dict[str, dict[str, float]]
     timing: Timing
@@ -86,7 +86,7 @@ class Refusals:
         self.examples.setdefault(reason, example)
 
 
-def evaluate(job: Job, config: RunConfig) -> Candidate:
+def evaluate(job: SizingRequest, config: Config) -> Candidate:
     """The memory and time of one layout.
 
     Raises:
@@ -108,12 +108,12 @@ def evaluate(job: Job, config: RunConfig) -> Candidate:
             f"{layout}: {role} needs {most / 1e9:.1f} GB of {job.hardware.usable_bytes / 1e9:.1f} GB ({held}); divide "
             f"the model further, or compute fewer rows at once or activations again"
         )
-    run = Run.ours(config, is_cuda=job.hardware.is_cuda)
+    run = TrainingSetup.ours(config, is_cuda=job.hardware.is_cuda)
     timing = step_time(run, layout, job.work, job.hardware, ranks_per_node=job.ranks_per_node, encoders=job.encoders)
     return Candidate(config, layout, found, timing)
 
 
-def search(job: Job) -> tuple[list[Candidate], Refusals]:
+def search(job: SizingRequest) -> tuple[list[Candidate], Refusals]:
     """All layouts that can be run, the fastest first, and why the others cannot."""
     refusals, found = Refusals(), []
     for parallel in layouts(job, refusals):
@@ -134,7 +134,7 @@ def search(job: Job) -> tuple[list[Candidate], Refusals]:
     return sorted(found, key=lambda candidate: candidate.timing.total), refusals
 
 
-def layouts(job: Job, refusals: Refusals) -> Iterator[ParallelConfig]:
+def layouts(job: SizingRequest, refusals: Refusals) -> Iterator[ParallelConfig]:
     """Sizes of all axes that divide the job and the model; the rest is counted as refused."""
     model, per_node = job.config.model, job.ranks_per_node
     for encoder in _encoder_counts(job):
@@ -160,7 +160,7 @@ def layouts(job: Job, refusals: Refusals) -> Iterator[ParallelConfig]:
                         )  # fmt: skip
 
 
-def _unfit(config: RunConfig, tensor: int) -> str | None:
+def _unfit(config: Config, tensor: int) -> str | None:
     """Why so many tensor ranks do not divide the model, if they do not."""
     sizes = ParallelConfig(tensor=tensor, sequence=tensor > 1)
     try:
@@ -170,7 +170,7 @@ def _unfit(config: RunConfig, tensor: int) -> str | None:
     return None
 
 
-def _encoder_counts(job: Job) -> list[int]:
+def _encoder_counts(job: SizingRequest) -> list[int]:
     """Encoder ranks worth trying: none, and up to twice their share of the work, every count or every node's."""
     views = job.work.views * job.work.rows
     if not views or job.world == 1:
@@ -201,7 +201,7 @@ def _reason(error: ConfigError) -> str:
     return "out of memory" if " needs " in text else "a replica without rows"
 
 
-def summary(job: Job, candidate: Candidate) -> dict[str, Any]:
+def summary(job: SizingRequest, candidate: Candidate) -> dict[str, Any]:
     """A layout in plain values."""
     timing, work = candidate.timing, job.work
     _, most = heaviest(candidate.memory)
@@ -221,7 +221,7 @@ def summary(job: Job, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def table(job: Job, found: list[Candidate], refusals: Refusals, *, shown: int = 8) -> str:
+def table(job: SizingRequest, found: list[Candidate], refusals: Refusals, *, shown: int = 8) -> str:
     """The best layouts, one a line, and the reasons of the others."""
     head = (
         f"{'T':>3}{'S':>2}{'P':>4}{'E':>3}{'ET':>3}{'data':>5}{'enc':>4}{'rows':>5} {'recompute':9} {'s/step':>8}"
@@ -252,7 +252,7 @@ def table(job: Job, found: list[Candidate], refusals: Refusals, *, shown: int = 
     return "\n".join(lines)
 
 
-def report(job: Job, found: list[Candidate], refusals: Refusals, *, shown: int = 8) -> dict[str, Any]:
+def report(job: SizingRequest, found: list[Candidate], refusals: Refusals, *, shown: int = 8) -> dict[str, Any]:
     """The same as plain values."""
     return {
         "ranks": job.world,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import EXPERTS, VisionConfig
 from megatron_sphinx.model.encoders import build_expert, encoder_work
 from megatron_sphinx.parallel.layout import ParallelLayout
@@ -14,7 +14,7 @@ from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 
-def sizes(config: RunConfig, layout: ParallelLayout) -> dict[str, Any]:
+def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
     """Parameters, tokens, work and memory of a run. Builds the experts without memory, opens no data."""
     vision, model, data = config.vision, config.model, config.data
     found = {item.name: expert_cost(item.name) for item in vision.experts}

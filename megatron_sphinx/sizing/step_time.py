@@ -8,8 +8,8 @@ from math import log2
 
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing.counts import (
-    Run,
-    Share,
+    ReplicaWork,
+    TrainingSetup,
     Transfer,
     communication,
     expert_transfers,
@@ -133,7 +133,7 @@ class Timing:
         return self.language + self.features
 
 
-def elementwise_bytes(run: Run, sizes: ParallelConfig) -> float:
+def elementwise_bytes(run: TrainingSetup, sizes: ParallelConfig) -> float:
     """Bytes that the layers' element-wise operations of a forward read and write, for each position.
 
     Fused: two norms and two residual sums read and write the hidden states, rotary embeddings the queries and keys,
@@ -161,7 +161,7 @@ OPERATIONS = {"layer": 60, "experts": 60, "document": 8, "step": 400, "weight": 
 
 
 def step_time(
-    run: Run,
+    run: TrainingSetup,
     layout: ParallelLayout,
     work: Work,
     hardware: Hardware,
@@ -173,7 +173,7 @@ def step_time(
 
     The slowest stage works through all its micro-batches; the other stages' part of one micro-batch is the bubble.
     """
-    share = Share.of(work, layout, run.micro_batch_rows)
+    share = ReplicaWork.of(work, layout, run.micro_batch_rows)
     counts = unlike_stages(layout, run.model.layers)
     stages = {stage: _stage(run, layout, share, stage, hardware, ranks_per_node) for stage in counts}
     totals = {stage: sum(parts.values()) for stage, parts in stages.items()}
@@ -190,7 +190,7 @@ def step_time(
 
 
 def _stage(
-    run: Run, layout: ParallelLayout, share: Share, stage: int, hardware: Hardware, ranks_per_node: int
+    run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int, hardware: Hardware, ranks_per_node: int
 ) -> dict[str, float]:
     """Seconds of one micro-batch on a stage, forward and backward."""
     model, sizes = run.model, layout.config
@@ -235,9 +235,9 @@ def _stage(
 
 
 def _exposed(
-    run: Run,
+    run: TrainingSetup,
     layout: ParallelLayout,
-    share: Share,
+    share: ReplicaWork,
     stage: int,
     hardware: Hardware,
     ranks_per_node: int,
@@ -266,10 +266,10 @@ def _exposed(
 
 
 def _encoding(
-    run: Run,
+    run: TrainingSetup,
     layout: ParallelLayout,
     work: Work,
-    share: Share,
+    share: ReplicaWork,
     hardware: Hardware,
     ranks_per_node: int,
     encoders: EncoderCost | None,

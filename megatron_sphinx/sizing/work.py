@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.model.architecture import LanguageConfig
@@ -66,7 +66,7 @@ class Work:
         )
 
     @classmethod
-    def expected(cls, config: RunConfig) -> "Work":
+    def expected(cls, config: Config) -> "Work":
         """The work of a step whose data is not there.
 
         Every view is encoded; captions have 20 tokens, conversations 200, of which half are learned; text comes in

@@ -18,12 +18,12 @@ from megatron_sphinx.data.packing import Row
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.stage.dealing import Share, deal
+from megatron_sphinx.stage.dealing import DealtViews, deal
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
 
 
-def shares_of(rounds: Round, encoders: int) -> list[Share]:
+def shares_of(rounds: Round, encoders: int) -> list[DealtViews]:
     """Who encodes what of the next micro-batches of all replicas. All views of a run look alike to its encoders."""
     return deal([[1.0] * len(views_in(rows)) for rows in rounds], encoders)
 
@@ -60,7 +60,7 @@ class FeatureReceiver:
         here = current_platform()
         self.waiting, self.received_bytes = Stopwatch(here), 0
         self._rounds, self._groups, self._values, self._device = rounds, groups, values, here.device
-        self._posted: deque[tuple[list[Share], list[Tensor], list[dist.Work]]] = deque()
+        self._posted: deque[tuple[list[DealtViews], list[Tensor], list[dist.Work]]] = deque()
         for _ in range(lookahead):
             self._post()
 
@@ -103,7 +103,7 @@ class FeatureSender:
         self._layout, self._lookahead = groups.layout, lookahead
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
-    def send(self, shares: Sequence[Share], features: Sequence[Tensor]) -> None:
+    def send(self, shares: Sequence[DealtViews], features: Sequence[Tensor]) -> None:
         """Send the shares of one micro-batch; waits while too many earlier ones are not taken."""
         while len(self._sent) >= self._lookahead:
             self._wait_for_oldest()
@@ -153,7 +153,7 @@ class ColocatedEncoders:
     ) -> None:
         self.waiting, self.received_bytes = Stopwatch(current_platform()), 0
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
-        self._reading: deque[tuple[list[Share], PendingPixels | None]] = deque()
+        self._reading: deque[tuple[list[DealtViews], PendingPixels | None]] = deque()
         self._ready: deque[Tensor] = deque()
         self._size, self._place = dist.get_world_size(groups.model), dist.get_rank(groups.model)
         for _ in range(lookahead):

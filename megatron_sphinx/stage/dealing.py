@@ -22,7 +22,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Share:
+class DealtViews:
     """Neighbouring views of one replica that one encoder takes.
 
     Attributes:
@@ -38,7 +38,7 @@ class Share:
     count: int
 
 
-def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[Share]:
+def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[DealtViews]:
     """Cut the views of all replicas, laid one behind the other, into neighbouring parts of equal cost.
 
     A view goes to the encoder in whose part its middle lies, so no encoder is more than one view from its fair share,
@@ -52,7 +52,7 @@ def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[Share]:
         Shares in the order of replicas and views; no view is left out, none is empty.
     """
     total = sum(map(sum, costs))
-    shares: list[Share] = []
+    shares: list[DealtViews] = []
     behind = 0.0
     for replica, views in enumerate(costs):
         for number, cost in enumerate(views):
@@ -60,7 +60,7 @@ def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[Share]:
             behind += cost
             last = shares[-1] if shares else None
             if last is not None and (last.encoder, last.replica) == (encoder, replica):
-                shares[-1] = Share(encoder, replica, last.first, last.count + 1)
+                shares[-1] = DealtViews(encoder, replica, last.first, last.count + 1)
             else:
-                shares.append(Share(encoder, replica, number, 1))
+                shares.append(DealtViews(encoder, replica, number, 1))
     return shares

@@ -8,7 +8,7 @@ from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.stage.channel import FeatureSender, Round, encode, shares_of
-from megatron_sphinx.stage.dealing import Share
+from megatron_sphinx.stage.dealing import DealtViews
 
 
 def produce(
@@ -40,7 +40,7 @@ def produce(
             and waiting for the language ranks.
     """
     watches = reads, encodes, sends = [Stopwatch(current_platform()) for _ in range(3)]
-    reading: deque[tuple[int, int, list[Share], PendingPixels | None]] = deque()
+    reading: deque[tuple[int, int, list[DealtViews], PendingPixels | None]] = deque()
 
     def read() -> None:
         if (found := next(rounds, None)) is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_sphinx.checkpoint.pieces import Piece
 from megatron_sphinx.device import Platform
-from megatron_sphinx.model.shards import Shard
+from megatron_sphinx.model.shards import WeightShard
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.training.memory import REDUCE_BUCKET
@@ -39,7 +39,7 @@ class Fragment:
         at: where it begins in this rank's flat partition of the group.
     """
 
-    shard: Shard
+    shard: WeightShard
     start: int
     count: int
     group: int
@@ -57,7 +57,7 @@ class FrozenWeight:
         master: fp32 values of those, on the CPU.
     """
 
-    shard: Shard
+    shard: WeightShard
     weight: Tensor
     start: int
     master: Tensor
@@ -79,7 +79,7 @@ class Engine:
     def __init__(
         self,
         model: SphinxModel,
-        shards: dict[str, Shard],
+        shards: dict[str, WeightShard],
         groups: ProcessGroups,
         platform: Platform,
         config: OptimizerConfig,
@@ -104,14 +104,14 @@ class Engine:
         self.frozen = [self._freeze(shards[name], weight) for name, weight in named if not weight.requires_grad]
         self._loaded: list[Tensor] = []  # of each frozen weight, all of this rank's part
 
-    def _fragments(self, shards: dict[str, Shard]) -> Iterator[Fragment]:
+    def _fragments(self, shards: dict[str, WeightShard]) -> Iterator[Fragment]:
         names = {weight: name for name, weight in self.model.named_parameters()}
         for group, weights in enumerate(self._engine.optimizer.params_in_partition):
             for weight in weights:
                 here, flat = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.hp_fragment_address
                 yield Fragment(shards[names[weight]], here.start, here.numel, group, flat.start)
 
-    def _freeze(self, shard: Shard, weight: Tensor) -> FrozenWeight:
+    def _freeze(self, shard: WeightShard, weight: Tensor) -> FrozenWeight:
         copies = self._groups.expert_data if shard.is_expert else self._groups.data
         place, size = dist.get_rank(copies), dist.get_world_size(copies)
         start, stop = (weight.numel() * part // size for part in (place, place + 1))
@@ -290,7 +290,7 @@ class Engine:
         self._loaded = []
 
 
-def _pieces(state: str, shard: Shard, start: int, values: Tensor) -> Iterator[Piece]:
+def _pieces(state: str, shard: WeightShard, start: int, values: Tensor) -> Iterator[Piece]:
     """A run of elements of a rank's part of a weight, as parts of the whole one."""
     for block, at in shard.boxes(start, len(values)):
         part = values.narrow(0, at - start, prod(block.shape)).view(block.shape)

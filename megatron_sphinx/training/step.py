@@ -87,7 +87,7 @@ def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor]:
     """
     bad_views = features[:, 0].isnan()
     counts = torch.zeros(len(batch.pairs), dtype=torch.int32, device=features.device)
-    bad_pairs = counts.index_add(0, batch.pair_of_view, bad_views.int()) > 0
+    bad_pairs = counts.index_add(0, batch.sample_of_view, bad_views.int()) > 0
     return features.masked_fill(bad_views[:, None], 0.0), bad_pairs
 
 
@@ -151,7 +151,7 @@ class Forward:
 
     def _loss(self, batch: MicroBatch, losses: Tensor, bad: Tensor) -> Tensor:
         is_bad = torch.cat([bad, bad.new_zeros(1)])  # text points at the last, never bad
-        pair = batch.pair_of_token[batch.target_positions]
+        pair = batch.sample_of_token[batch.target_positions]
         of_pairs, of_text = (pair >= 0) & ~is_bad[pair], pair < 0
         pairs, text = losses.where(of_pairs, 0.0).sum(), losses.where(of_text, 0.0).sum()
         counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad.sum()]

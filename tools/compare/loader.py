@@ -47,13 +47,13 @@ from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner,
 from megatron_sphinx.data.plan import DataConfig, DataSource
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, ExpertConfig, LanguageConfig, VisionConfig
+from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.views import GLOBAL
 from megatron_sphinx.prepare.pairs import index_shards
 
 LOOKAHEAD, SHUFFLED, WARM_UP = 4, 1000, 6  # batches we read ahead, samples a peer shuffles among, batches not timed
 WORKERS = (1, 2)
-VISION = VisionConfig(experts=(ExpertConfig(name="clip_vit_l14", weights="random"),))
+VISION = VisionConfig(experts=(VisualExpertConfig(name="clip_vit_l14", weights="random"),))
 (SIDE,) = VISION.sides
 MEAN, STD = (torch.tensor(channels).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD))
 
@@ -74,7 +74,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def ours(folder: Path, model: Path, size: int, workers: int, *, is_normalised: bool = False) -> Iterator[Batch]:
     """Batches of an encoder rank and a language rank. All that this program knows of our loader, but for its index."""
-    vocabulary = Tokenizer(model).mark.vocabulary
+    vocabulary = Tokenizer(model).identity.vocabulary
     language = LanguageConfig(layers=1, hidden=64, ffn=64, heads=1, groups=1, vocabulary=vocabulary)
     config = DataConfig(
         pairs=(DataSource(path=str(folder)),),

@@ -48,14 +48,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.store import CheckpointStore
-from megatron_sphinx.config import RunConfig
+from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
 from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, rounds, views_in
 from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pairs import SAMPLE, PairIndex
+from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.text import TextIndex
-from megatron_sphinx.data.tokenizer import TokenizerMark
+from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.device import Stopwatch, current_platform, use_platform
 from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.model.shards import shards_of
@@ -97,7 +97,7 @@ def make_data(folder: Path, vocabulary: int) -> None:
     builder.finalize(str(folder / "text.idx"))
 
 
-def configured(args: argparse.Namespace, name: str, folder: Path) -> RunConfig:
+def configured(args: argparse.Namespace, name: str, folder: Path) -> Config:
     """The configuration of our run of a comparison, on the data in a folder."""
     has_pairs, has_text = name != "transformers_text", name in ("bare", "transformers_text")
     vocabulary = SMALL_VOCABULARY if name.endswith("small_vocabulary") else args.vocabulary
@@ -118,25 +118,25 @@ def configured(args: argparse.Namespace, name: str, folder: Path) -> RunConfig:
         "optimizer": {"learning_rate": 1e-4, "minimum_learning_rate": 1e-4, "warmup_steps": 0},
         "training": {"steps": args.warmup + args.rounds + 1, "precision": args.precision},
     }  # fmt: skip
-    return configuration.build(RunConfig, values)
+    return configuration.build(Config, values)
 
 
-def opened(config: RunConfig, folder: Path) -> run.Job:
+def opened(config: Config, folder: Path) -> run.RankContext:
     """A job of all ranks as replicas, on the made data."""
     here = current_platform()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerMark(config.model.vocabulary, "none"))
-    sources = Sources(tokenizer, PairIndex([folder / "pairs"]), TextIndex([folder / "text"]))
+    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerIdentity(config.model.vocabulary, "none"))
+    sources = Sources(tokenizer, SampleIndex([folder / "pairs"]), TextIndex([folder / "text"]))
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
     )
-    return run.Job(config, here, groups, sources, planner)
+    return run.RankContext(config, here, groups, sources, planner)
 
 
 class Features:
     """What the frozen encoders have made of the pictures: a source for our loop, and features for the others."""
 
-    def __init__(self, job: run.Job) -> None:
+    def __init__(self, job: run.RankContext) -> None:
         self.waiting, self.received_bytes = Stopwatch(job.platform), 0
         values = job.config.vision.feature_values
         self.bank = torch.randn(PICTURES, values, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -168,7 +168,7 @@ class Side(Protocol):
 class Ours:
     """Our training loop, one step at a time."""
 
-    def __init__(self, job: run.Job) -> None:
+    def __init__(self, job: run.RankContext) -> None:
         config, groups = job.config, job.groups
         model = run.build_model(config, groups, job.platform)
         engine = Engine(
@@ -207,7 +207,7 @@ class WithDeepSpeed:
 
     def __init__(
         self,
-        job: run.Job,
+        job: run.RankContext,
         model: nn.Module,
         batches: Sequence[Sequence[tuple[Any, ...]]],
         targets: Sequence[int],
@@ -268,7 +268,7 @@ class Summed(nn.Module):
         return self.model(batch, features).sum()
 
 
-def bare(job: run.Job, plans: Sequence[StepPlan]) -> WithDeepSpeed:
+def bare(job: run.RankContext, plans: Sequence[StepPlan]) -> WithDeepSpeed:
     """Our model and our micro-batches without our loop."""
     builder, features = BatchBuilder(job.config.data, job.sources, job.config.vision), Features(job)
     mine = [[replicas[job.groups.seat.data] for replicas in plan.micro_batches] for plan in plans]
@@ -286,7 +286,7 @@ def targets_of(plan: StepPlan) -> int:
 class Llama(nn.Module):
     """transformers' LLaMA with the same projections before it, as LLaVA has them, and the same weights as ours."""
 
-    def __init__(self, ours: SphinxModel, config: RunConfig) -> None:
+    def __init__(self, ours: SphinxModel, config: Config) -> None:
         super().__init__()
         shape = config.model
         self.llama = LlamaForCausalLM(
@@ -314,7 +314,7 @@ class Llama(nn.Module):
         return loss
 
 
-def llama_weights(ours: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+def llama_weights(ours: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Our weights under Hugging Face's names."""
     shape, state = config.model, {}
     for layer in range(shape.layers):
@@ -340,7 +340,7 @@ def llama_weights(ours: dict[str, Tensor], config: RunConfig) -> dict[str, Tenso
     }
 
 
-def padded_batches(job: run.Job, plan: StepPlan, size: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def padded_batches(job: run.RankContext, plan: StepPlan, size: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """A peer's micro-batches of a step on this rank: its samples in the plan's order, `size` at a time, padded."""
     builder, features = BatchBuilder(job.config.data, job.sources, job.config.vision), Features(job)
     pieces = sorted((piece for row in plan.rows for piece in row), key=lambda piece: (piece.item, piece.start))
@@ -355,7 +355,9 @@ def padded_batches(job: run.Job, plan: StepPlan, size: int) -> list[tuple[Tensor
     return batches
 
 
-def transformers(job: run.Job, plans: Sequence[StepPlan], size: int, communication: str | None) -> WithDeepSpeed:
+def transformers(
+    job: run.RankContext, plans: Sequence[StepPlan], size: int, communication: str | None
+) -> WithDeepSpeed:
     """The peer with micro-batches of so many samples; `communication` is DeepSpeed's type for it, None its default."""
     model = Llama(run.build_model(job.config, job.groups, job.platform), job.config)
     batches = [padded_batches(job, plan, size) for plan in plans]
