@@ -22,7 +22,7 @@ from megatron_sphinx.benchmark.sweep import BenchmarkError, Measurement
 from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources, views_in
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.errors import ConfigError, DataError, FolderError
-from megatron_sphinx.model.architecture import EXPERTS
+from megatron_sphinx.model.architecture import VISUAL_EXPERTS
 from megatron_sphinx.model.encoders import encoder_work
 from megatron_sphinx.model.views import place, views_of
 
@@ -185,7 +185,7 @@ def test_what_roles_and_ranks_do(runs, how):
     points = sweep.compare(how(ranks=3), variants)
     stage, colocated = points["stage"], points["colocated"]
     names = [item.name for item in configuration.load(how().config).vision.experts]
-    view_flops = sum(encoder_work(EXPERTS[name])[0] for name in names)
+    view_flops = sum(encoder_work(VISUAL_EXPERTS[name])[0] for name in names)
     views = stage["work"]["views"]
     assert views == 6
     assert (stage["hosts"], list(stage["roles"])) == ({"n0": 2, "n1": 1}, ["language", "encoder"])

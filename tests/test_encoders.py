@@ -29,7 +29,7 @@ from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import (
     CLIP_MEAN,
     CLIP_STD,
-    EXPERTS,
+    VISUAL_EXPERTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     VisionConfig,
@@ -80,7 +80,7 @@ def pixels(config: VisionConfig, count: int, seed: int = 0) -> dict[int, torch.T
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_experts_at_full_size_keep_their_contract(name):
-    expert = EXPERTS[name]
+    expert = VISUAL_EXPERTS[name]
     with torch.device("meta"):
         model = build_expert(expert).eval()
         views = torch.empty(2, 3, expert.pixels, expert.pixels)
@@ -226,12 +226,12 @@ ODD = {  # widths, depths, heads and grids that are no powers of two
 @pytest.fixture(params=["small", "odd"])
 def expert_named(request, monkeypatch):
     """The name of a family's expert, small or odd."""
-    small = {EXPERTS[name].family: name for name in SMALL}
+    small = {VISUAL_EXPERTS[name].family: name for name in SMALL}
 
     def name_of(family: str) -> str:
         if request.param == "small":
             return small[family]
-        monkeypatch.setitem(EXPERTS, f"odd {family}", ODD[family])
+        monkeypatch.setitem(VISUAL_EXPERTS, f"odd {family}", ODD[family])
         return f"odd {family}"
 
     return name_of
@@ -263,7 +263,7 @@ def load(name: str, path, **more):
 
 def assert_same_features(name: str, path, views, wanted):
     """Equal to what another library computes, within 1e-5."""
-    found = features_of(EXPERTS[name], load(name, path), views)
+    found = features_of(VISUAL_EXPERTS[name], load(name, path), views)
     assert wanted.std() > 0.1
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
@@ -289,7 +289,7 @@ def open_clip_features(model, views):
 
 
 def test_clip_is_open_clips(expert_named, tmp_path):
-    expert = EXPERTS[name := expert_named("clip")]
+    expert = VISUAL_EXPERTS[name := expert_named("clip")]
     source = open_clip_model(expert, 1)
     torch.save(source.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     views = normal_views(expert)
@@ -297,7 +297,7 @@ def test_clip_is_open_clips(expert_named, tmp_path):
 
 
 def test_clip_is_transformers(expert_named, tmp_path):
-    expert = EXPERTS[name := expert_named("clip")]
+    expert = VISUAL_EXPERTS[name := expert_named("clip")]
     vision = CLIPVisionConfig(
         hidden_size=expert.channels, intermediate_size=4 * expert.channels, patch_size=14, image_size=expert.pixels,
         num_hidden_layers=expert.options["depth"], num_attention_heads=expert.options["num_heads"],
@@ -353,7 +353,7 @@ def transformers_convnext_features(model, views):
 
 
 def test_convnext_is_transformers(expert_named, tmp_path):
-    expert = EXPERTS[name := expert_named("convnext")]
+    expert = VISUAL_EXPERTS[name := expert_named("convnext")]
     source, state = transformers_convnext(expert, 3, tmp_path)
     beside = {"visual.head.proj.weight": torch.zeros(2, expert.channels), "token_embedding.weight": torch.zeros(3, 2)}
     torch.save({f"visual.trunk.{key}": value for key, value in state.items()} | beside, tmp_path / "w.bin")
@@ -364,7 +364,7 @@ def test_convnext_is_transformers(expert_named, tmp_path):
 def test_convnext_is_open_clips(monkeypatch, tmp_path):
     """Its wrapper takes no small shapes, so this is the smallest ConvNeXt of timm; cut as the released code cuts."""
     atto = VisualExpert(family="convnext", model="convnext_atto", pixels=96, channels=320, grid=3)
-    monkeypatch.setitem(EXPERTS, "atto", atto)
+    monkeypatch.setitem(VISUAL_EXPERTS, "atto", atto)
     source = randomise(TimmModel("convnext_atto", embed_dim=24, image_size=96, pool="", proj="linear"), 4)
     state = {f"visual.{key}": value for key, value in source.state_dict().items()}
     torch.save(state | {"positional_embedding": torch.zeros(7, 16)}, tmp_path / "open_clip_pytorch_model.bin")
@@ -398,7 +398,7 @@ def transformers_dinov2(expert: VisualExpert, seed: int, folder: Path):
 
 
 def test_dinov2_is_transformers(expert_named, tmp_path):
-    expert = EXPERTS[name := expert_named("dinov2")]
+    expert = VISUAL_EXPERTS[name := expert_named("dinov2")]
     source, state = transformers_dinov2(expert, 5, tmp_path)
     torch.save(state, tmp_path / "dinov2_vitg14_pretrain.pth")
     views = normal_views(expert)
@@ -423,7 +423,7 @@ def transformers_blip2(expert: VisualExpert, seed: int):
 
 
 def test_the_qformer_is_transformers(expert_named, tmp_path):
-    expert = EXPERTS[name := expert_named("qformer")]
+    expert = VISUAL_EXPERTS[name := expert_named("qformer")]
     source = transformers_blip2(expert, 6)
     source.save_pretrained(tmp_path)
     views = normal_views(expert)
@@ -456,12 +456,12 @@ def dinov2_vitg14() -> dict[str, torch.Tensor]:
 def test_released_files_have_the_names_and_shapes_of_full_size(name):
     released = {"clip_vit_l14": "ViT-L-14", "clip_convnext_xxl": "convnext_xxlarge"}
     with torch.device("meta"):
-        wanted = shapes(build_expert(EXPERTS[name]).state_dict())
+        wanted = shapes(build_expert(VISUAL_EXPERTS[name]).state_dict())
         if name in released:
             state = open_clip.create_model(released[name], pretrained=None, device="meta").state_dict()
         else:
             state = dinov2_vitg14()
-    found = shapes(translate(state, EXPERTS[name].family)[0])
+    found = shapes(translate(state, VISUAL_EXPERTS[name].family)[0])
     found.pop("mask_token", None)
     if name == "dinov2_vitg14":
         assert found.pop("pos_embed") == (1, 1 + 37 * 37, 1536)
@@ -486,7 +486,7 @@ def test_all_experts_come_from_one_file_of_llama2_accessory(tmp_path, bare):
     """As accessory/model/LLM/llama_ens.py names them; bit for bit what the experts themselves give."""
     random = {name: load_expert(VisualExpertConfig(name=name, weights="random"), seed=7)[0] for name in SMALL}
     clip, convnext, dinov2, qformer = (randomise(model, 7).state_dict() for model in random.values())
-    opened = open_clip_model(EXPERTS["clip_vit_small"], 7)
+    opened = open_clip_model(VISUAL_EXPERTS["clip_vit_small"], 7)
     visual = opened.visual.state_dict()
     for block in range(2):
         there, here = f"transformer.resblocks.{block}", f"blocks.{block}"
@@ -512,9 +512,9 @@ def test_all_experts_come_from_one_file_of_llama2_accessory(tmp_path, bare):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for name, source in random.items():
         model, mark = load_expert(VisualExpertConfig(name=name, weights=str(path)), seed=1)
-        views = normal_views(EXPERTS[name])
+        views = normal_views(VISUAL_EXPERTS[name])
         assert mark == digest
-        assert torch.equal(features_of(EXPERTS[name], model, views), features_of(EXPERTS[name], source, views))
+        assert torch.equal(features_of(VISUAL_EXPERTS[name], model, views), features_of(VISUAL_EXPERTS[name], source, views))
 
 
 def cubic_positions(saved: torch.Tensor, side: int) -> torch.Tensor:
@@ -536,9 +536,9 @@ def cubic_positions(saved: torch.Tensor, side: int) -> torch.Tensor:
 @pytest.mark.parametrize("side", [4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dinov2_positions_of_518_pixels_are_fitted_as_its_own_code_fits_them(tmp_path, monkeypatch, side, dtype):
-    expert = replace(EXPERTS["dinov2_small"], pixels=14 * side, grid=side,
-                     options=EXPERTS["dinov2_small"].options | {"img_size": 14 * side})  # fmt: skip
-    monkeypatch.setitem(EXPERTS, "fitted", expert)
+    expert = replace(VISUAL_EXPERTS["dinov2_small"], pixels=14 * side, grid=side,
+                     options=VISUAL_EXPERTS["dinov2_small"].options | {"img_size": 14 * side})  # fmt: skip
+    monkeypatch.setitem(VISUAL_EXPERTS, "fitted", expert)
     big = replace(expert, options=expert.options | {"img_size": 518})
     state = {key: value.to(dtype) for key, value in randomise(build_expert(big), 8).state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
@@ -556,9 +556,9 @@ def test_dinov2_positions_of_518_pixels_are_fitted_as_its_own_code_fits_them(tmp
 
 
 def test_only_dinov2_has_a_fitting_of_its_own(tmp_path, monkeypatch):
-    small = EXPERTS["clip_vit_small"]
-    monkeypatch.setitem(EXPERTS, "big", replace(small, pixels=84, grid=6, options=small.options | {"img_size": 84}))
-    torch.save(build_expert(EXPERTS["big"]).state_dict(), tmp_path / "w.pth")
+    small = VISUAL_EXPERTS["clip_vit_small"]
+    monkeypatch.setitem(VISUAL_EXPERTS, "big", replace(small, pixels=84, grid=6, options=small.options | {"img_size": 84}))
+    torch.save(build_expert(VISUAL_EXPERTS["big"]).state_dict(), tmp_path / "w.pth")
     one = load("clip_vit_small", tmp_path / "w.pth").state_dict()
     other = load("clip_vit_small", tmp_path / "w.pth", resize="accessory").state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -566,7 +566,7 @@ def test_only_dinov2_has_a_fitting_of_its_own(tmp_path, monkeypatch):
 
 def test_the_released_mixture_is_its_libraries_side_by_side(tmp_path):
     """Four models of other libraries, joined as encode_image of llama_ens.py joins them, from one released file."""
-    clip, convnext, dinov2, qformer = (EXPERTS[name] for name in SMALL)
+    clip, convnext, dinov2, qformer = (VISUAL_EXPERTS[name] for name in SMALL)
     opened = open_clip_model(clip, 11)
     convolutions, convnext_state = transformers_convnext(convnext, 12, tmp_path)
     dino, dino_state = transformers_dinov2(dinov2, 13, tmp_path)
@@ -616,7 +616,7 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_released_weights_that_do_not_fit_are_refused(tmp_path, kind):
     damage, message = BROKEN[kind]
-    state = dict(open_clip_model(EXPERTS["clip_vit_small"], 1).state_dict())
+    state = dict(open_clip_model(VISUAL_EXPERTS["clip_vit_small"], 1).state_dict())
     damage(state)
     torch.save(state, tmp_path / "clip.bin")
     with pytest.raises(ConfigError, match="by open_clip's names, " + message):
@@ -634,7 +634,7 @@ def test_an_expert_that_the_file_does_not_hold_is_refused(tmp_path):
 
 
 def test_keys_of_another_shape_than_queries_are_refused(tmp_path):
-    source, _ = transformers_dinov2(EXPERTS["dinov2_small"], 1, tmp_path)
+    source, _ = transformers_dinov2(VISUAL_EXPERTS["dinov2_small"], 1, tmp_path)
     state = saved_by(source, tmp_path)
     state["encoder.layer.0.attention.attention.key.weight"] = torch.zeros(96, 95)
     save_file(state, tmp_path / "w.safetensors")
@@ -677,4 +677,4 @@ GFLOPS = {
 
 @pytest.mark.parametrize("name", GFLOPS)
 def test_the_work_of_a_view_is_counted(name):
-    assert encoder_work(EXPERTS[name])[0] == pytest.approx(1e9 * GFLOPS[name], rel=0.01)
+    assert encoder_work(VISUAL_EXPERTS[name])[0] == pytest.approx(1e9 * GFLOPS[name], rel=0.01)

@@ -23,7 +23,7 @@ LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/arch
          "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
-         "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
+         "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
          "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 

@@ -29,7 +29,7 @@ from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.sizing import counts, hardware, memory, published, search
+from megatron_sphinx.sizing import activations, counts, hardware, memory, published, search
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.layouts import request_of, work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
@@ -95,7 +95,7 @@ def test_activations_are_what_autograd_keeps(run_ranks, precision):
         for recompute in ("none", "selective", "full"):
             measured = [kept_bytes(n, dtype, recompute, lengths, **shape) for n in (1, 2)]
             model = LanguageConfig(layers=2, vocabulary=300, **shape)
-            planned, _ = memory.layer_bytes(model, ParallelConfig(), precision, recompute)
+            planned, _ = activations.layer_bytes(model, ParallelConfig(), precision, recompute)
             assert planned == pytest.approx(measured[1] - measured[0], rel=0.01), (recompute, shape)
 
     run_ranks(1, check)
@@ -107,7 +107,7 @@ def test_activations_of_experts(run_ranks):
     def check() -> None:
         measured = [kept_bytes(n, torch.bfloat16, "none", [200, 200], experts=4) for n in (1, 2)]
         model = LanguageConfig(layers=2, hidden=96, ffn=208, heads=6, groups=3, vocabulary=300, experts=4)
-        planned, _ = memory.layer_bytes(model, ParallelConfig(), "bf16", "none")
+        planned, _ = activations.layer_bytes(model, ParallelConfig(), "bf16", "none")
         assert measured[1] - measured[0] < planned < 1.35 * (measured[1] - measured[0])
 
     run_ranks(1, check)
@@ -251,13 +251,13 @@ def test_the_best_layout_is_the_fastest_of_those_that_fit(kind):
     job, origin = request_of(config, nodes=2, ranks_per_node=4, kind=kind)
     assert origin.startswith("expected")
     found, refusals = search.search(job)
-    times = [candidate.timing.total for candidate in found]
+    times = [candidate.seconds.total for candidate in found]
     assert times == sorted(times)
     assert len(found) > 20
     for candidate in found:
         assert memory.heaviest(candidate.memory)[1] <= job.hardware.usable_bytes
         again = search.evaluate(job, candidate.config)  # as the command line would build it
-        assert again.timing == candidate.timing
+        assert again.seconds == candidate.seconds
     assert refusals.counts["out of memory"] > 0
     assert "GB of 72.0 GB" in refusals.examples["out of memory"]
 

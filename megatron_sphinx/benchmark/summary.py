@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.model.architecture import EXPERTS
+from megatron_sphinx.model.architecture import VISUAL_EXPERTS
 from megatron_sphinx.model.encoders import encoder_work
 
 
@@ -62,7 +62,7 @@ def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
 
 @cache
 def _expert_flops(name: str) -> int:
-    return encoder_work(EXPERTS[name])[0]
+    return encoder_work(VISUAL_EXPERTS[name])[0]
 
 
 def _rank(found: Sequence[Mapping[str, Any]], flops: float, step_seconds: float) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _vit(width: int, depth: int, heads: int, pixels: int, **more: object) -> dic
 
 
 # Source: SPHINX, arXiv:2311.07575, section 3.2; shapes as in the released accessory/model/LLM/llama_ens.py.
-EXPERTS: dict[str, VisualExpert] = {
+VISUAL_EXPERTS: dict[str, VisualExpert] = {
     "clip_vit_l14": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=224, channels=1024, grid=16
     ),
@@ -206,7 +206,7 @@ class VisualExpertConfig:
     """One expert of a mixture.
 
     Attributes:
-        name: a name of EXPERTS.
+        name: a name of VISUAL_EXPERTS.
         weights: a local .safetensors or torch file, or `random`: drawn from the run's seed.
     """
 
@@ -214,13 +214,15 @@ class VisualExpertConfig:
     weights: str
 
     def __post_init__(self) -> None:
-        if self.name not in EXPERTS:
-            raise ConfigError(f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(EXPERTS))}")
+        if self.name not in VISUAL_EXPERTS:
+            raise ConfigError(
+                f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(VISUAL_EXPERTS))}"
+            )
 
     @property
     def expert(self) -> VisualExpert:
         """What the name stands for."""
-        return EXPERTS[self.name]
+        return VISUAL_EXPERTS[self.name]
 
 
 @dataclass(frozen=True, kw_only=True)

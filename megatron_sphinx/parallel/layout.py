@@ -131,22 +131,22 @@ class ParallelLayout:
                 f"parallel.encoder={encoder}: leaves no language rank of the {self.world} in the job; "
                 f"use 0 to {self.world - 1}, or start more ranks"
             )
-        of_job = f"({self.world} in the job, {encoder} of them encoders)"
+        job_ranks = f"({self.world} in the job, {encoder} of them encoders)"
         if self.language % sizes.pipeline:
             raise ConfigError(
-                f"parallel.pipeline={sizes.pipeline}: must divide the {self.language} language ranks {of_job}; "
-                f"use one of {_divisors(self.language)}, or another number of ranks"
+                f"parallel.pipeline={sizes.pipeline}: must divide the {self.language} language ranks {job_ranks}; "
+                f"use one of {divisors(self.language)}, or another number of ranks"
             )
         if self.stage % sizes.tensor:
             raise ConfigError(
                 f"parallel.tensor={sizes.tensor}: must divide the {self.stage} language ranks of a pipeline stage "
-                f"{of_job}; use one of {_divisors(self.stage)}, or another number of ranks"
+                f"{job_ranks}; use one of {divisors(self.stage)}, or another number of ranks"
             )
         if self.stage % (sizes.expert * sizes.expert_tensor):
             raise ConfigError(
                 f"parallel.expert={sizes.expert}: times parallel.expert_tensor={sizes.expert_tensor} must divide the "
-                f"{self.stage} language ranks of a pipeline stage {of_job}; use for both together one of "
-                f"{_divisors(self.stage)}, or another number of ranks"
+                f"{self.stage} language ranks of a pipeline stage {job_ranks}; use for both together one of "
+                f"{divisors(self.stage)}, or another number of ranks"
             )
 
     @property
@@ -202,5 +202,6 @@ class ParallelLayout:
         return " x ".join(parts) + (f" [{inside}]" if inside else "") + f" + encoder {sizes.encoder}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """List the whole numbers that divide `number`, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
