@@ -21,7 +21,7 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.device import Platform, current_platform, use_platform
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel import devices
-from megatron_sphinx.parallel.devices import Sight, assign
+from megatron_sphinx.parallel.devices import VisibleDevices, assign
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import random_state, restore_random_state
 
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 FEWER = "start no more ranks on a host than it has GPUs (parallel.encoder=0 needs none for encoders)"
 
 
-def sights(*ranks: tuple[str, int, str]) -> list[Sight]:
+def sights(*ranks: tuple[str, int, str]) -> list[VisibleDevices]:
     """Of each rank: host, local rank, and a letter for each GPU that it sees."""
-    return [Sight(host=host, local_rank=local, gpus=[*gpus]) for host, local, gpus in ranks]
+    return [VisibleDevices(host=host, local_rank=local, gpus=[*gpus]) for host, local, gpus in ranks]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_ranks_without_a_gpu_of_their_own_are_refused_or_all_take_the_cpu(ranks,
 
 
 def test_a_job_without_gpus_takes_the_cpu_and_says_nothing_of_it_unless_they_should_be_there():
-    blind = [Sight(host="x", local_rank=0), Sight(host="x", local_rank=1)]
+    blind = [VisibleDevices(host="x", local_rank=0), VisibleDevices(host="x", local_rank=1)]
     assert assign("auto", blind) == ([None, None], "")
-    old = [Sight(host="x", local_rank=0, reason="The driver is too old (found version 11040)")]
+    old = [VisibleDevices(host="x", local_rank=0, reason="The driver is too old (found version 11040)")]
     devices_of_ranks, note = assign("auto", old)
     assert devices_of_ranks == [None]
     assert "rank 0 on host x sees no GPU (The driver is too old (found version 11040)), so all ranks" in note
@@ -109,7 +109,7 @@ def test_no_two_ranks_ever_share_a_gpu(seed):
             "own": [gpus[own * n : own * (n + 1)] for n in range(count)],
             "some": [rng.sample(gpus, rng.randint(0, len(gpus))) for _ in range(count)],
         }[rng.choice(["all", "own", "some"])]
-        ranks += [Sight(host=str(host), local_rank=n, gpus=view) for n, view in enumerate(views)]
+        ranks += [VisibleDevices(host=str(host), local_rank=n, gpus=view) for n, view in enumerate(views)]
     taken = [sight.gpus[sight.local_rank % len(sight.gpus)] if sight.gpus else None for sight in ranks]
     is_enough = None not in taken and len(set(taken)) == len(taken)
     found, note = assign("auto", ranks)
@@ -236,7 +236,7 @@ def test_a_job_does_not_compute_on_cpus_since_a_look_failed(fake_gpus, monkeypat
         monkeypatch.setattr(sys, "executable", program)
         found.append(devices.look("auto", is_alone=False))
     assert [sight.failure for sight in found] == ["torch took more than 0 s", "status 1"]
-    seeing = Sight(host="x", local_rank=0, gpus=["a"])
+    seeing = VisibleDevices(host="x", local_rank=0, gpus=["a"])
     for sight in found:
         wanted = (
             rf"^run\.device=auto: rank 1 on host \S+ could not look for GPUs \({sight.failure}\); give run\.device=cuda"
@@ -248,7 +248,7 @@ def test_a_job_does_not_compute_on_cpus_since_a_look_failed(fake_gpus, monkeypat
 def test_gpus_that_slurm_has_given_do_not_idle(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     assert devices.look("auto", is_alone=False).is_given
-    given = [Sight(host="x", local_rank=n, gpus=["a"], is_given=True) for n in range(2)]
+    given = [VisibleDevices(host="x", local_rank=n, gpus=["a"], is_given=True) for n in range(2)]
     wanted = (
         r"^run\.device=auto: 2 ranks on host x share 1 GPU, though Slurm has given the job GPUs; start no more .*=cpu$"
     )
@@ -291,9 +291,11 @@ def test_a_rank_alone_asks_in_its_own_process(fake_gpus, monkeypatch):
     monkeypatch.setattr(devices, "visible", lambda: (["GPU-1"], ""))
     monkeypatch.setattr(devices, "_visible_to_another_process", None)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert devices.look("auto", is_alone=True) == Sight(host=socket.gethostname(), local_rank=3, gpus=["GPU-1"])
+    assert devices.look("auto", is_alone=True) == VisibleDevices(
+        host=socket.gethostname(), local_rank=3, gpus=["GPU-1"]
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.look("auto", is_alone=True) == Sight(host=socket.gethostname(), local_rank=3)
+    assert devices.look("auto", is_alone=True) == VisibleDevices(host=socket.gethostname(), local_rank=3)
 
 
 def test_a_process_computes_on_one_device_for_good(run_ranks, fake_gpus, monkeypatch):

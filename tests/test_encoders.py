@@ -514,7 +514,9 @@ def test_all_experts_come_from_one_file_of_llama2_accessory(tmp_path, bare):
         model, mark = load_expert(VisualExpertConfig(name=name, weights=str(path)), seed=1)
         views = normal_views(VISUAL_EXPERTS[name])
         assert mark == digest
-        assert torch.equal(features_of(VISUAL_EXPERTS[name], model, views), features_of(VISUAL_EXPERTS[name], source, views))
+        assert torch.equal(
+            features_of(VISUAL_EXPERTS[name], model, views), features_of(VISUAL_EXPERTS[name], source, views)
+        )
 
 
 def cubic_positions(saved: torch.Tensor, side: int) -> torch.Tensor:
@@ -557,7 +559,9 @@ def test_dinov2_positions_of_518_pixels_are_fitted_as_its_own_code_fits_them(tmp
 
 def test_only_dinov2_has_a_fitting_of_its_own(tmp_path, monkeypatch):
     small = VISUAL_EXPERTS["clip_vit_small"]
-    monkeypatch.setitem(VISUAL_EXPERTS, "big", replace(small, pixels=84, grid=6, options=small.options | {"img_size": 84}))
+    monkeypatch.setitem(
+        VISUAL_EXPERTS, "big", replace(small, pixels=84, grid=6, options=small.options | {"img_size": 84})
+    )
     torch.save(build_expert(VISUAL_EXPERTS["big"]).state_dict(), tmp_path / "w.pth")
     one = load("clip_vit_small", tmp_path / "w.pth").state_dict()
     other = load("clip_vit_small", tmp_path / "w.pth", resize="accessory").state_dict()
