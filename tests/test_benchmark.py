@@ -23,8 +23,8 @@ from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.errors import ConfigError, DataError, FolderError
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.encoders import encoder_work
 from megatron_sphinx.model.views import place, views_of
+from megatron_sphinx.model.visual_experts import encoder_work
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

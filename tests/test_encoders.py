@@ -29,21 +29,16 @@ from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import (
     CLIP_MEAN,
     CLIP_STD,
-    VISUAL_EXPERTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    VISUAL_EXPERTS,
     VisionConfig,
     VisualExpert,
     VisualExpertConfig,
 )
-from megatron_sphinx.model.encoders import (
-    FAMILIES,
-    FrozenEncoders,
-    build_expert,
-    encoder_work,
-    load_expert,
-    translate,
-)
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.expert_files import load_expert, translate
+from megatron_sphinx.model.visual_experts import FAMILIES, build_expert, encoder_work
 
 SMALL = ["clip_vit_small", "clip_convnext_small", "dinov2_small", "blip2_qformer_small"]
 MIXTURES = [

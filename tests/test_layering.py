@@ -14,8 +14,8 @@ OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
-    "timm": {"model/encoders.py"},
-    "transformers": {"model/encoders.py"},
+    "timm": {"model/visual_experts.py", "model/expert_files.py"},
+    "transformers": {"model/visual_experts.py"},
     "fsspec": {"data/files.py"},
     "pymupdf": {"prepare/documents.py"},
 }

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.encoders import encoder_work
+from megatron_sphinx.model.visual_experts import encoder_work
 
 
 @dataclass(frozen=True)

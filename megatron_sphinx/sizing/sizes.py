@@ -8,7 +8,7 @@ import torch
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS, VisionConfig
-from megatron_sphinx.model.encoders import build_expert, encoder_work
+from megatron_sphinx.model.visual_experts import build_expert, encoder_work
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
