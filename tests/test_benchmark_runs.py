@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.benchmark import report, synthetic
+from megatron_sphinx.benchmark import report, sweep, synthetic
 from megatron_sphinx.data.loader import BatchBuilder, open_sources, views_in
 from megatron_sphinx.data.pairs import ImageReader
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.parallel.launch import run_launcher
 
 # synthetic data
 
@@ -85,14 +87,28 @@ def test_every_rank_tells_what_it_did(tiny, tmp_path, run_ranks, sizes, world, a
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_real_sweep(tiny, tmp_path, capsys):
-    """The whole command, on gloo ranks that torchrun starts, with data that is made up."""
+def test_a_real_sweep(start_ranks, tiny, tmp_path, capsys, monkeypatch):
+    """The whole command, on gloo ranks, with data that is made up.
+
+    torchrun starts the ranks of the first point; those of the second are forked, which saves importing everything anew.
+    """
+    commands = []
+
+    def launch(command, **streams):
+        commands.append(command)
+        if len(commands) == 1:
+            return run_launcher(command, **streams)
+        return max(start_ranks(2, lambda: main(command[command.index("measure") :])).wait())
+
+    monkeypatch.setattr(sweep, "run_launcher", launch)
     config = tiny.write(tmp_path / "c.yaml", {"data.tokenizer": "no_such_file", "data.pairs": "no_such_folder"})
     options = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--repeats", "1", "--output", str(tmp_path / "out")]
     assert main(["benchmark", str(config), *options, "--synthetic", "--sweep", "parallel.encoder=1,0"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found["ratios"]) == ["parallel.encoder=0"]
     assert min(found["tokens_per_second"].values()) > 0
+    assert len(commands) == 2
+    assert [torchrun[:3] for torchrun in commands] == [[sys.executable, "-m", "torch.distributed.run"]] * 2
     stage, colocated = report.read([tmp_path / "out"])[::-1]
     assert [rank["role"] for rank in stage["per_rank"]] == ["language", "encoder"]
     assert [rank["role"] for rank in colocated["per_rank"]] == ["language", "language"]

@@ -131,11 +131,13 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate [tokens, heads, head width] by the angles of `rotation`."""
         ctx.save_for_backward(cos, sin)
         return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Rotate the gradients back."""
         cos, sin = ctx.saved_tensors
         return _rotated(gradients[0], cos, -sin), None, None
 
@@ -175,6 +177,7 @@ class _NormOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Norm over the last dimension of [..., hidden], computed in fp32 and returned in the type of `x`."""
         wide = x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -183,6 +186,7 @@ class _NormOnCpu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Compute the gradients of `x` and the weight in fp32, and return them in their types."""
         x, weight, scale = ctx.saved_tensors
         wide, of_out = (part.flatten(0, -2).float() for part in (x, gradients[0]))
         scale, product = scale.flatten(0, -2), wide * of_out

@@ -187,6 +187,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Do `work(*inputs)` in a graph of its own."""
         with torch.enable_grad():
             ctx.inputs = [value.detach().requires_grad_() for value in inputs]
             ctx.out = work(*ctx.inputs)
@@ -195,6 +196,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Go back through that graph at once."""
         of_inputs = torch.autograd.grad(ctx.out, ctx.inputs, gradients)
         del ctx.out, ctx.inputs
         return None, *of_inputs

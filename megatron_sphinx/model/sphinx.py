@@ -24,8 +24,8 @@ class MicroBatch:
         target_positions: int64 [targets], where loss is taken, ascending: with it no device must be asked how many.
         lengths: length of each document or pair, ascending; attention stays inside it.
         sample_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
-        row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
-        rows: how many planned rows are here.
+        row_of_token: int64 [tokens], number of the planned row among those of the micro-batch, -1 for padding.
+        rows: how many planned rows the micro-batch has.
         view_positions: int64 [views * tokens_per_view], of the encoded views, view by view.
         skip_positions: int64 [views that are skipped].
         sample_of_view: int64 [views], index into `pairs`.

@@ -74,6 +74,7 @@ _ALL = {views: tuple(range(views)) for views in PARTS}
 
 @lru_cache(maxsize=4096)
 def _encoded_views(width: int, height: int, parts: int, padding: str) -> tuple[int, ...]:
+    """List the numbers of the views that hold a pixel of the picture, remembered for the next one of this size."""
     views = views_of(parts)
     return tuple(number for number, view in enumerate(views) if is_shown(view, width, height, padding))
 

@@ -11,7 +11,7 @@ from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing.work import Work
 
-_FP32_BYTES = 4
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def rows_at_once(work: Work, layout: ParallelLayout, micro_batch_rows: int) -> t
 
 def number_bytes(precision: str) -> int:
     """Bytes of one number of a weight or an activation in this precision (fp32, bf16 or fp8)."""
-    return _FP32_BYTES if precision == "fp32" else 2
+    return FP32_BYTES if precision == "fp32" else 2
 
 
 def feed_forward_values(model: LanguageConfig, sizes: ParallelConfig) -> float:
@@ -76,12 +76,12 @@ def layer_bytes(model: LanguageConfig, sizes: ParallelConfig, precision: str, re
     token_ranks = tensor if sizes.sequence else 1  # ranks that share the tokens between the matrices
     own_hidden = hidden / token_ranks
     keys = model.groups * (hidden // model.heads)
-    norms = 2 * (own_hidden * 2 * width + _FP32_BYTES / token_ranks)
+    norms = 2 * (own_hidden * 2 * width + FP32_BYTES / token_ranks)
     attention = width * (4 * hidden + 3 * keys) / tensor  # queries, keys, values; turned queries and keys; output twice
-    attention += _FP32_BYTES * model.heads / tensor  # softmax's sums
+    attention += FP32_BYTES * model.heads / tensor  # softmax's sums
     router = 0.0
     if model.experts:
-        fp32_input = _FP32_BYTES * own_hidden if width == 2 else 0.0  # the router computes in fp32
+        fp32_input = FP32_BYTES * own_hidden if width == 2 else 0.0  # the router computes in fp32
         router = fp32_input + (10 * model.experts + 50) / token_ranks
     feed_forward = width * feed_forward_values(model, sizes)
     everything = norms + attention + router + feed_forward
@@ -126,7 +126,7 @@ def activation_bytes(config: Config, layout: ParallelLayout, stage: int, size: M
         total += 2 * width * model.hidden
     total *= size.positions
     if stage == 0:
-        fp32_features = _FP32_BYTES * config.vision.feature_values if width == _FP32_BYTES else 0
+        fp32_features = FP32_BYTES * config.vision.feature_values if width == FP32_BYTES else 0
         projected = 2 * width * config.vision.tokens_per_view * model.hidden
         embeddings = 2 * width * model.hidden * size.positions
         total += (size.views * (fp32_features + projected) + embeddings) * in_flight
@@ -145,5 +145,5 @@ def logit_bytes(config: Config, layout: ParallelLayout, size: MicroBatchSize) ->
       (Without padding fp32 holds one tensor only, until backward makes the gradient; both are counted.)
     """
     own_vocabulary = config.model.padded_vocabulary / layout.config.tensor
-    logits, softmax = number_bytes(config.training.precision), _FP32_BYTES
+    logits, softmax = number_bytes(config.training.precision), FP32_BYTES
     return size.targets * own_vocabulary * (logits + softmax)

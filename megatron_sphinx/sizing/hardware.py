@@ -140,6 +140,11 @@ def load(kind: str) -> Hardware:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a YAML file of hardware, ours or the user's, as it stands.
+
+    Raises:
+        ConfigError: no such file, or one that holds no keys.
+    """
     known = f"give one of {', '.join(kinds())}" if path != KINDS else ""
     return read_mapping(path, f"--gpu={path}", otherwise=known, holds="keys such as memory_bytes and flops")
 

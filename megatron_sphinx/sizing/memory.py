@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_sphinx.config import Config
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.activations import (
+    FP32_BYTES,
     MicroBatchSize,
     activation_bytes,
     logit_bytes,
@@ -21,7 +22,6 @@ from megatron_sphinx.training.memory import REDUCE_BUCKET, RankWeights, rank_wei
 
 _LARGE_BYTES = 32 * 2**20  # glibc maps larger tensors one by one, and gives them back when they are freed
 _OPTIMIZER_BYTES = 12  # for each trained number: its fp32 value and AdamW's two moments
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def _gradient_bytes(
     partition = float(-(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data))
     is_pipeline = layout.config.pipeline > 1
     bucket = float(max(min(REDUCE_BUCKET, trained), largest))
-    if width == _FP32_BYTES:
+    if width == FP32_BYTES:
         partition = min(partition + largest, trained)
     is_reduced_again = micro_batches > 1 and not is_pipeline
     return GradientBytes(
         whole=width * trained if is_pipeline else 0.0,
-        partition=_FP32_BYTES * partition,
-        earlier=_FP32_BYTES * partition if is_reduced_again else 0.0,
+        partition=FP32_BYTES * partition,
+        earlier=FP32_BYTES * partition if is_reduced_again else 0.0,
         buckets=width * (2.0 * REDUCE_BUCKET if is_cuda else bucket),
-        reducing=bucket * (width + (_FP32_BYTES if width == 2 else 0)),
+        reducing=bucket * (width + (FP32_BYTES if width == 2 else 0)),
     )
 
 
@@ -130,7 +130,7 @@ def language_rank(
     rows, micro_batches = rows_at_once(work, layout, config.data.micro_batch_rows)
     size = MicroBatchSize.of_rows(work, rows)
     partition = -(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data)
-    frozen_masters = 0.0 if hardware.is_cuda else _FP32_BYTES * -(-weights.frozen // layout.data)
+    frozen_masters = 0.0 if hardware.is_cuda else FP32_BYTES * -(-weights.frozen // layout.data)
     always = {
         "process": hardware.process_bytes,
         "weights": float(width * (trained + weights.frozen)),
@@ -180,7 +180,7 @@ def _moments(
         "gradients": gradients.partition + (gradients.earlier if is_fp32 else 0.0) + gradients.whole,
         "buckets": gradients.buckets + reducing,
     }
-    update = {"gradients": gradients.partition + (float(_FP32_BYTES * partition) if is_fp32 else 0.0)}
+    update = {"gradients": gradients.partition + (float(FP32_BYTES * partition) if is_fp32 else 0.0)}
     gather = {"temporaries": 0.0 if is_cuda or layout.data == 1 else float(width * trained)}
     save = {"temporaries": 0.0 if is_cuda else float(_OPTIMIZER_BYTES * partition)}
     moments = [backward_begins, backward_ends, update, gather, save]
@@ -226,7 +226,7 @@ def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: Mic
 
 def _pixel_bytes(config: Config) -> float:
     """Bytes of one view's pixels in all input sizes: a byte each, or fp32 with the released code's resizing."""
-    width = _FP32_BYTES if config.vision.resize == "accessory" else 1
+    width = FP32_BYTES if config.vision.resize == "accessory" else 1
     return width * 3.0 * sum(side * side for side in config.vision.sides)
 
 
@@ -234,7 +234,7 @@ def _encoder_bytes(config: Config, encoders: EncoderCost, hardware: Hardware) ->
     """Bytes of the experts' weights, and of the activations and fp32 pixels of one batch of views."""
     width = number_bytes(hardware.encoder_precision)
     views = config.vision.batch_views
-    return width * (encoders.weights + views * encoders.values) + _FP32_BYTES * _pixel_bytes(config) * views
+    return width * (encoders.weights + views * encoders.values) + FP32_BYTES * _pixel_bytes(config) * views
 
 
 def peak(

@@ -201,6 +201,7 @@ def _encoder_counts(request: SizingRequest) -> list[int]:
 
 
 def _expert_sizes(experts: int, stage: int) -> list[tuple[int, int]]:
+    """List the sizes of the expert and the expert-tensor axis that divide the ranks of a stage and the experts."""
     if not experts:
         return [(1, 1)]
     sizes = [(expert, inner) for expert in divisors(experts) for inner in _EXPERT_TENSOR_SIZES]
