@@ -28,7 +28,7 @@ from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Beat, Doing, Progress
-from megatron_sphinx.liveness.stalls import Heard, find_stall, find_stragglers
+from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
 from megatron_sphinx.training import step as training_step
 from megatron_sphinx.training.divergence import DivergenceConfig, Watch
 
@@ -194,8 +194,10 @@ def test_a_long_save_is_no_stall_until_it_takes_longer_than_files_may(start_rank
 # the judge
 
 
-def heard(who: str, doing: Doing, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False) -> Heard:
-    return Heard(Beat(1, who, "n0", doing.name, step, None, seconds, waits or doing.is_waiting, "", None), silent)
+def heard(
+    who: str, doing: Doing, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False
+) -> LastBeat:
+    return LastBeat(Beat(1, who, "n0", doing.name, step, None, seconds, waits or doing.is_waiting, "", None), silent)
 
 
 JUDGE = {"timeout": 60.0, "storage_timeout": 600.0, "silence": 60.0}

@@ -22,8 +22,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.model.architecture import VisionConfig
-from megatron_sphinx.model.encoders import encoder_work
 from megatron_sphinx.model.views import encoded_views, image_positions
+from megatron_sphinx.model.visual_experts import encoder_work
 
 Sizes = Counter[tuple[int, int]]  # how many pictures have a width and height
 SAMPLES_AT_ONCE = 2**20

@@ -53,15 +53,13 @@ from megatron_sphinx.sizing import counts
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.recorder import HOST, Recorder
 from megatron_sphinx.sizing.sizes import encoder_cost
-from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.sizing.work import CAPTION_TOKENS, Work
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
 from megatron_sphinx.training.step import train_step
-
-CAPTION_TOKENS = 25  # of a pair that is made up where there is no data
 
 
 def axes(groups: ProcessGroups) -> dict[str, Any]:
