@@ -22,7 +22,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.config import Config
 from megatron_sphinx.data import images
 from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.micro_batch import MicroBatch
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.views import GLOBAL
 from megatron_sphinx.run import train as run
 from megatron_sphinx.training import metrics

@@ -19,8 +19,10 @@ from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.benchmark.scaling import curves
 from megatron_sphinx.benchmark.summary import MeasuredRun
 from megatron_sphinx.benchmark.sweep import BenchmarkError, Measurement
-from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources, views_in
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import ConfigError, DataError, FolderError
 from megatron_sphinx.model.architecture import EXPERTS
 from megatron_sphinx.model.encoders import encoder_work
@@ -67,7 +69,7 @@ class Runs:
         ][how.warmup :]
         plan = planner_of(config).step(0)
         text_tokens, views = sum(tokens for _, _, tokens in plan.text), len(views_in(plan.rows))
-        work = {"positions": plan.positions, "pairs": len(plan.pairs), "text_tokens": text_tokens, "views": views}
+        work = {"positions": plan.positions, "pairs": len(plan.samples), "text_tokens": text_tokens, "views": views}
         work["language_flops"] = 8e9
         encoders = config.parallel.encoder
         ranks = [self.rank(rank, lines, work) for rank in range(how.ranks - encoders)]
@@ -422,14 +424,14 @@ def test_synthetic_data_has_the_composition_of_the_step(tiny, tmp_path, kind):
     sources = open_sources(config.data, config.model)
     sources.check()
     plan = planner_of(config).step(3)
-    assert (len(plan.pairs), sum(tokens for _, _, tokens in plan.text)) == (300, 200)
+    assert (len(plan.samples), sum(tokens for _, _, tokens in plan.text)) == (300, 200)
     assert sources.tokenizer.encode("a b c") == [3, 4, 5]
     batch = BatchBuilder(config.data, sources, config.vision).build(plan.rows)
-    assert (int(batch.tokens.max()) < words, len(batch.pairs), len(batch.sample_of_view)) == (True, 300, 300)
-    reader = ImageReader(sources.pairs)
-    for pair in plan.pairs[:2]:
+    assert (int(batch.tokens.max()) < words, len(batch.samples), len(batch.sample_of_view)) == (True, 300, 300)
+    reader = ImageReader(sources.samples)
+    for pair in plan.samples[:2]:
         image = Image.open(io.BytesIO(reader.read(pair)))
-        assert image.size == size_of(sources.pairs, pair)
+        assert image.size == size_of(sources.samples, pair)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "made").rglob("*")}
     assert synthetic.prepared(configuration.load(path, given), tmp_path / "made") == config
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "made").rglob("*")}

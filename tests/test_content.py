@@ -17,9 +17,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.content import Memory, Scan
-from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
 from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, SampleIndex
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.conversations import index_conversations
@@ -45,7 +46,7 @@ def foreign(prefix: Path, documents: int = 400, kind: type = np.int32, bad: dict
 
 def scanned(index: TextIndex | SampleIndex, memory: Path | None = None) -> TextIndex | SampleIndex:
     """The index when all of it was read or remembered."""
-    scan = Scan(index.parts, VOCABULARY, Memory(memory))
+    scan = Scan(index.content_sources, VOCABULARY, Memory(memory))
     with scan:
         scan._thread.join()
     assert scan.error is None
@@ -54,7 +55,7 @@ def scanned(index: TextIndex | SampleIndex, memory: Path | None = None) -> TextI
 
 def refused(index: TextIndex | SampleIndex) -> str:
     """What a scan of it ends with."""
-    scan = Scan(index.parts, VOCABULARY, Memory())
+    scan = Scan(index.content_sources, VOCABULARY, Memory())
     with scan:
         scan._thread.join()
     assert isinstance(scan.error, DataError)
@@ -96,14 +97,14 @@ def test_prepared_data_says_what_it_holds_and_a_scan_of_it_says_the_same(tiny, d
     folder = prepared(tiny, dialogs)[kind]
     known = opened(folder, kind)
     tokens = np.fromfile(folder / ("000000.bin" if kind == "text" else "captions.bin"), np.uint16)
-    (content,) = [part.content for part in known.parts]
+    (content,) = [part.content for part in known.content_sources]
     assert (content.lowest, content.highest) == (tokens.min(), tokens.max())
     assert not list(folder.glob("*content.json"))
     old = opened(as_before(folder, tmp_path / "old"), kind)
     old.check(tiny.tokenizer) if kind == "text" else None  # shards are elsewhere now
-    assert [part.content for part in old.parts] == [None]
+    assert [part.content for part in old.content_sources] == [None]
     assert old.fingerprint is None
-    assert [part.content for part in scanned(old).parts] == [content]
+    assert [part.content for part in scanned(old).content_sources] == [content]
     assert old.fingerprint == known.fingerprint is not None
 
 
@@ -111,9 +112,11 @@ def test_every_part_of_text_says_what_it_holds_and_so_does_the_held_out_share(ti
     write_text([tiny.folder / "text.jsonl"], tmp_path / "out", tiny.tokenizer, held_out=0.2, part_bytes=900, workers=2)
     for folder in (tmp_path / "out", tmp_path / "out" / "held_out"):
         index = TextIndex([folder])
-        assert len(index.parts) > 2
-        found = [part.content for part in index.parts]
-        assert [part.content for part in scanned(TextIndex([part.prefix for part in index.parts])).parts] == found
+        assert len(index.content_sources) > 2
+        found = [part.content for part in index.content_sources]
+        assert [
+            part.content for part in scanned(TextIndex([part.prefix for part in index.content_sources])).content_sources
+        ] == found
         empty = [part for part in json.loads((folder / "index.json").read_text())["files"] if not part["tokens"]]
         assert all("content" not in part for part in empty)
 
@@ -138,12 +141,12 @@ def test_what_a_scan_has_found_is_remembered_beside_the_data(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.bin", "t.content.json", "t.idx"]
     edit(memory, lambda found: found["content"].update(sha256="of nothing that was read"))
     written = memory.stat().st_mtime_ns
-    (part,) = scanned(TextIndex([prefix])).parts  # the second run reads that, not the data
+    (part,) = scanned(TextIndex([prefix])).content_sources  # the second run reads that, not the data
     assert part.content.sha256 == "of nothing that was read"
     assert memory.stat().st_mtime_ns == written
     for path in (tmp_path / "t.bin", tmp_path / "t.idx"):
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-        (part,) = scanned(TextIndex([prefix])).parts
+        (part,) = scanned(TextIndex([prefix])).content_sources
         assert part.content.sha256 != "of nothing that was read"
         edit(memory, lambda found: found["content"].update(sha256="of nothing that was read"))
 
@@ -152,11 +155,11 @@ def test_what_a_scan_has_found_is_remembered_beside_the_data(tmp_path):
 def test_a_memory_that_is_not_ours_is_written_again(tmp_path, nonsense):
     prefix = foreign(tmp_path / "t")
     (tmp_path / "t.content.json").write_text(nonsense)
-    (part,) = scanned(TextIndex([prefix])).parts
+    (part,) = scanned(TextIndex([prefix])).content_sources
     assert (part.content.lowest, part.content.highest) == (3, VOCABULARY - 1)
     assert json.loads((tmp_path / "t.content.json").read_text())["content"]["sha256"] == part.content.sha256
     edit(tmp_path / "t.content.json", lambda found: found["content"].update(lowest="3"))
-    assert scanned(TextIndex([prefix])).parts == [part]
+    assert scanned(TextIndex([prefix])).content_sources == [part]
 
 
 def test_where_nothing_can_be_written_beside_the_data_the_run_remembers(tmp_path):
@@ -165,22 +168,22 @@ def test_where_nothing_can_be_written_beside_the_data_the_run_remembers(tmp_path
     scanned(TextIndex([prefix]), tmp_path / "run" / "content")
     (memory,) = (tmp_path / "run" / "content").iterdir()
     edit(memory, lambda found: found["content"].update(sha256="remembered"))
-    (part,) = scanned(TextIndex([prefix]), tmp_path / "run" / "content").parts
+    (part,) = scanned(TextIndex([prefix]), tmp_path / "run" / "content").content_sources
     assert part.content.sha256 == "remembered"
     (tmp_path / "file").touch()
-    (part,) = scanned(TextIndex([prefix]), tmp_path / "file" / "content").parts  # nowhere, and no error
+    (part,) = scanned(TextIndex([prefix]), tmp_path / "file" / "content").content_sources  # nowhere, and no error
     assert part.content.sha256 != "remembered"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_runs_that_scan_the_same_file_at_once_do_not_hurt_each_other(tmp_path, run_ranks):
     prefix = foreign(tmp_path / "t")
-    (part,) = scanned(TextIndex([prefix])).parts
+    (part,) = scanned(TextIndex([prefix])).content_sources
 
     def scan() -> int:
         for _ in range(60):
             (tmp_path / "t.content.json").unlink(missing_ok=True)
-            assert scanned(TextIndex([prefix])).parts == [part]
+            assert scanned(TextIndex([prefix])).content_sources == [part]
         return 0
 
     run_ranks(3, scan)
@@ -195,7 +198,7 @@ def test_a_scan_stops_when_its_run_ends_and_remembers_nothing_half_read(tmp_path
     os.truncate(tmp_path / "t.bin", 4 * tokens)  # which needs no space
     text = TextIndex([prefix])
     began = time.monotonic()
-    with Scan(text.parts, VOCABULARY, Memory()) as scan:
+    with Scan(text.content_sources, VOCABULARY, Memory()) as scan:
         pass
     assert time.monotonic() - began < 1  # it takes several seconds to read
     assert not scan._thread.is_alive()
@@ -515,7 +518,7 @@ def test_what_a_scan_cannot_make_sense_of_is_one_line(tmp_path, monkeypatch):
     def odd(*_: object) -> None:
         raise ValueError("buffer size must be a multiple of element size")
 
-    monkeypatch.setattr(type(index.parts[0]), "measure", odd)
+    monkeypatch.setattr(type(index.content_sources[0]), "measure", odd)
     assert re.search(r"odd\.bin is damaged \(buffer size must be a multiple .*\); make it again", refused(index))
 
 
@@ -526,6 +529,6 @@ def test_a_message_shows_nothing_of_a_file_that_is_no_shard(tiny, tmp_path):
     secret.write_bytes(b"-----BEGIN PRIVATE KEY-----".ljust(4096, b"x"))
     edit(tmp_path / "pairs" / "index.json", lambda index: [one.update(path="../id_rsa") for one in index["shards"]])
     reader = ImageReader(SampleIndex([tmp_path / "pairs"]))
-    assert reader.name(0) == (str(secret), f"at byte {reader.index.place(0).offset}")
+    assert reader.name(0) == (str(secret), f"at byte {reader.index.location(0).offset}")
     with pytest.raises(DataError, match="the shard is not the one its index was made for"):
         reader.read(0)

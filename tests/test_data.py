@@ -23,9 +23,11 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, views_in
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
+from megatron_sphinx.data.pixels import PixelLoader, views_in
 from megatron_sphinx.data.plan import Planner
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.text import TextIndex, TokenFile
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
@@ -347,7 +349,7 @@ def test_a_range_that_a_file_system_cannot_give_is_a_bad_pair_whatever_it_raises
     monkeypatch.setattr(type(store), "cat_file", fail)
     with pytest.raises(OSError, match="RuntimeError: the service is away"):
         reader.read(0)
-    assert reader.name(0) == ("memory://gone/0.tar", f"at byte {reader.index.place(0).offset}")
+    assert reader.name(0) == ("memory://gone/0.tar", f"at byte {reader.index.location(0).offset}")
 
 
 def test_a_held_out_share_is_chosen_by_key_and_shares_no_pair(tiny, tmp_path):
@@ -389,12 +391,12 @@ def test_a_shard_that_is_not_the_indexed_one_is_refused(tiny, copied):
     content, index = shard.read_bytes(), SampleIndex([folder])
     os.utime(shard, (1, 1))
     index.check(tiny.tokenizer)  # another time, the same content: a copy
-    place = index.place(2)
+    place = index.location(2)
     shard.write_bytes(content[: place.offset - 512] + b"other" + content[place.offset - 507 :])
     index.check(tiny.tokenizer)
     with pytest.raises(DataError, match="the shard is not the one its index was made for"):
         ImageReader(index).read(2)
-    assert ImageReader(index).read(3) == content[index.place(3).offset :][: index.place(3).bytes]
+    assert ImageReader(index).read(3) == content[index.location(3).offset :][: index.location(3).bytes]
     shard.write_bytes(content[:-512])
     with pytest.raises(DataError, match=rf"has {len(content) - 512} bytes, its index was made for {len(content)}"):
         index.check(tiny.tokenizer)
@@ -438,7 +440,7 @@ def test_a_shard_that_ends_inside_an_image_is_a_bad_sample(copied):
     folder, shard = copied
     index = SampleIndex([folder])
     with shard.open("r+b") as file:
-        file.truncate(index.place(5).offset + 10)
+        file.truncate(index.location(5).offset + 10)
     with pytest.raises(DataError, match="the shard ends inside the image"):
         ImageReader(index).read(5)
 
@@ -451,9 +453,9 @@ def jsonl(*texts: str) -> bytes:
 
 
 def all_documents(index: TextIndex) -> list[list[int]]:
-    runs = index.runs(0, index.bounds[-1])
-    assert runs.is_end.all()
-    return [index.read(n, 0, int(length)).tolist() for n, length in zip(runs.document, runs.length, strict=True)]
+    spans = index.spans(0, index.bounds[-1])
+    assert spans.is_end.all()
+    return [index.read(n, 0, int(length)).tolist() for n, length in zip(spans.document, spans.length, strict=True)]
 
 
 def test_text_is_megatrons_own_format(tiny, tmp_path):
@@ -489,15 +491,15 @@ def test_token_files_that_megatron_wrote_are_read_as_they_are(tiny, tmp_path):
         first, last = sorted(int(n) for n in rng.integers(0, len(tokens) + 1, 2))
         if first == last:
             continue
-        runs = index.runs(first, last)
+        spans = index.spans(first, last)
         found = [
             token
-            for document, start, length in zip(runs.document, runs.start, runs.length, strict=True)
+            for document, start, length in zip(spans.document, spans.start, spans.length, strict=True)
             for token in index.read(document, int(start), int(length)).tolist()
         ]
         assert found == tokens[first:last]
-        ends = runs.start + runs.length == np.array([len(whole[n]) for n in runs.document])
-        assert np.array_equal(ends, runs.is_end)
+        ends = spans.start + spans.length == np.array([len(whole[n]) for n in spans.document])
+        assert np.array_equal(ends, spans.is_end)
 
 
 def test_large_files_are_divided_and_nothing_is_lost(tiny, tmp_path):
@@ -652,7 +654,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tiny, tmp_path):
         tiny.write(tmp_path / "b.yaml", {"data.tokenizer": str(other), "model.vocabulary": size})
     )
     sources = open_sources(changed.data, changed.model)
-    for source, name in ((sources.text, "text"), (sources.pairs, "pairs")):
+    for source, name in ((sources.text, "text"), (sources.samples, "pairs")):
         with pytest.raises(DataError, match=rf"data\.{name}=.*: was made with a tokenizer of 300 pieces \("):
             source.check(sources.tokenizer)
     with pytest.raises(DataError, match="was made with a tokenizer"):
@@ -678,13 +680,13 @@ def opened(tiny, tmp_path, overrides=None) -> tuple[configuration.Config, Planne
 def test_a_micro_batch_holds_what_the_plan_says(tiny, tmp_path, isolate):
     config, planner, builder = opened(tiny, tmp_path, {"data.isolate_documents": isolate})
     tokenizer, block = tiny.tokenizer, config.vision.tokens_per_view
-    index, plan = builder.sources.pairs, planner.step(2)
+    index, plan = builder.sources.samples, planner.step(2)
     seen_pairs, targets = [], 0
     for rows in (rows for replicas in plan.micro_batches for rows in replicas):
         batch = builder.build(rows)
         assert list(batch.lengths) == sorted(batch.lengths)
         assert sum(batch.lengths) == len(batch.tokens) == len(batch.targets)
-        for number, pair in enumerate(batch.pairs):
+        for number, pair in enumerate(batch.samples):
             mine = batch.sample_of_token == number
             tokens, goal = batch.tokens[mine].tolist(), batch.targets[mine].tolist()
             caption = index.caption(pair).tolist()
@@ -693,18 +695,18 @@ def test_a_micro_batch_holds_what_the_plan_says(tiny, tmp_path, isolate):
             first = int(mine.nonzero()[0])
             views = batch.view_positions.view(-1, block)[batch.sample_of_view == number]
             assert views.tolist() == [list(range(first + 1, first + 1 + block))]
-        seen_pairs += batch.pairs
+        seen_pairs += batch.samples
         targets += int((batch.targets >= 0).sum())
-    assert sorted(seen_pairs) == plan.pairs
-    assert targets == plan.targets(of_pairs=True) + plan.targets(of_pairs=False)
+    assert sorted(seen_pairs) == plan.samples
+    assert targets == plan.targets(of_samples=True) + plan.targets(of_samples=False)
 
 
 def test_a_pair_that_comes_twice_in_a_step_has_its_views_twice(tiny, tmp_path):
     config, planner, builder = opened(tiny, tmp_path, {"data.pairs_per_step": 100, "data.micro_batch_rows": 200})
     block, rows = config.vision.tokens_per_view, planner.step(0).rows
     batch = builder.build(rows)
-    assert len(set(batch.pairs)) == 60 < len(batch.pairs) == 100
-    assert [pair for pair, _ in views_in(rows)] == list(batch.pairs)
+    assert len(set(batch.samples)) == 60 < len(batch.samples) == 100
+    assert [pair for pair, _ in views_in(rows)] == list(batch.samples)
     for number in range(100):
         first = int((batch.sample_of_token == number).nonzero()[0])
         positions = batch.view_positions.view(-1, block)[number]
@@ -715,7 +717,7 @@ def test_text_predicts_its_next_token_over_cuts(tiny, tmp_path):
     _, planner, builder = opened(tiny, tmp_path)
     whole = all_documents(builder.sources.text)
     for rows in planner.step(0).micro_batches[0]:
-        batch = builder.build([tuple(piece for piece in row if not piece.is_sample) for row in rows])
+        batch = builder.build([tuple(segment for segment in row if not segment.is_sample) for row in rows])
         known = [whole[document] for document in set(batch.documents)]
         follows = {(a, b) for document in known for a, b in pairwise(document)}
         pairs = zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)
@@ -733,7 +735,7 @@ def test_a_replica_without_rows_still_has_one_position(tiny, tmp_path):
 def test_bad_images_are_quarantined_and_counted(tiny, copied, tmp_path):
     folder, shard = copied
     index = SampleIndex([folder])
-    place = index.place(2)
+    place = index.location(2)
     with shard.open("r+b") as file:
         file.seek(place.offset + place.bytes // 2)
         file.write(b"\0" * (place.bytes // 2))

@@ -20,7 +20,8 @@ OWNERS = {
     "pymupdf": {"prepare/documents.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
-         "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
+         "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
+         "prepare/boxes.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
          "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",

@@ -12,7 +12,8 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
 from megatron_sphinx.model.language import build_language, draw_weights
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
+from megatron_sphinx.model.micro_batch import MicroBatch
+from megatron_sphinx.model.sphinx import SphinxModel, place_views
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout

@@ -12,9 +12,11 @@ from test_model import groups, llama_of, random_shape
 from torch.nn import functional as F
 
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, Sources, views_in
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.config import DataConfig, DataSource
 from megatron_sphinx.data.packing import Segment
-from megatron_sphinx.data.plan import DataConfig, DataSource
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, VisionConfig, VisualExpertConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.loader import make_planner, open_sources
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import SphinxError
 
 

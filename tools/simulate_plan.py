@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_sphinx.data.config import DataConfig, DataSource
 from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
-from megatron_sphinx.data.plan import DataConfig, DataSource, Planner
+from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.text import TextIndex
 
 PAIRS_PER_SHARD = 10_000
@@ -92,7 +93,7 @@ def main() -> int:
     index, text = SampleIndex([args.folder / "pairs"]), TextIndex([args.folder / "text"])
     planner = Planner(
         config,
-        pairs=index,
+        samples=index,
         text=text,
         tokens_of_views=lambda width, height: (291, (0,)),
         cost=lambda lengths, _: sum(4e10 * n + 8e5 * n * n for n in lengths),

@@ -18,10 +18,10 @@ BACKGROUND = tuple(int(255 * channel) for channel in CLIP_MEAN)
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height from the header of an encoded image; nothing is decoded.
+    """Return width and height from the header of an encoded image; nothing is decoded.
 
     Raises:
-        DataError: it is not an image that Pillow knows.
+        DataError: the content is not an image that Pillow knows.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -41,10 +41,10 @@ def check_size(width: int, height: int) -> None:
 
 
 def decode(content: bytes) -> Image.Image:
-    """The RGB image; transparent pixels become white.
+    """Decode an image to RGB; transparent pixels become white.
 
     Raises:
-        DataError: it does not decode, is truncated, or has a size that `check_size` refuses.
+        DataError: the image does not decode, is truncated, or has a size that `check_size` refuses.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -62,12 +62,12 @@ def decode(content: bytes) -> Image.Image:
         raise DataError(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"not an image: {error}") from error
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow's plugins raise what they meet in damaged bytes
         raise DataError(f"does not decode: {error}") from error
 
 
 def to_square(image: Image.Image, padding: str) -> Image.Image:
-    """The image on a square of the mean colour, in its centre or its top left corner."""
+    """Return the image on a square of the mean colour, in its centre or its top left corner."""
     width, height = image.size
     side = max(width, height)
     if width == height:
@@ -91,23 +91,26 @@ class Canvas:
         self._nearest = {item.expert.pixels: item.expert.nearest_from for item in vision.experts}
 
     def cut(self, view: View, side: int) -> NDArray[np.uint8] | NDArray[np.float32]:
-        """A view at `side` pixels: [3, side, side].
+        """Return the pixels of a view, [3, side, side].
 
-        Antialiased: uint8, the whole square resized bicubic by torch (the same to 2 of 255 as Pillow's, in half the
-        time), then cut. Accessory: float32 from 0 to 255, with what bicubic overshoots.
+        Where `vision.resize` is antialiased they are uint8: torch resizes the whole square bicubic (which agrees with
+        Pillow to 2 of 255, in half the time), then the view is cut. Where it is accessory they are float32 from 0 to
+        255, and beyond where bicubic overshoots.
 
         Source of the latter: T_padded_resize of the released accessory/data/transform.py, then encode_image of
         accessory/model/LLM/llama_ens*.py; in fp32, where those resize in fp16.
         """
         is_released = self._vision.resize == "accessory"
-        own = (self._nearest[side] if is_released else 0) or side
-        left, top = view.column * own, view.row * own
-        part = self._whole(own * view.parts, is_released)[:, top : top + own, left : left + own]
-        if own != side:
-            part = interpolate(part[None], (side, side), mode="nearest")[0]
-        return part.numpy()
+        cut_side = (self._nearest[side] if is_released else 0) or side
+        left, top = view.column * cut_side, view.row * cut_side
+        whole = self._whole(cut_side * view.parts, is_released)
+        pixels = whole[:, top : top + cut_side, left : left + cut_side]
+        if cut_side != side:
+            pixels = interpolate(pixels[None], (side, side), mode="nearest")[0]
+        return pixels.numpy()
 
     def _whole(self, side: int, is_released: bool) -> Tensor:
+        """Return the whole square resized to `side` pixels, [3, side, side]."""
         if side not in self._resized:
             size = self._vision.released_pixels
             square = self._square.resize((size, size), Image.Resampling.BICUBIC) if is_released else self._square
@@ -120,5 +123,5 @@ class Canvas:
 
 
 def pixel_type(vision: VisionConfig) -> type[np.uint8] | type[np.float32]:
-    """What a view's pixels are."""
+    """Return the type of a view's pixels, which follows from how they are resized."""
     return np.uint8 if vision.resize == "antialiased" else np.float32

@@ -21,7 +21,7 @@ from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import inside, relative
 from megatron_sphinx.prepare.boxes import Box, clip_box, format_box, format_point, from_coco
-from megatron_sphinx.prepare.tasks import Conversation, conversation
+from megatron_sphinx.prepare.tasks import ConversationJson, conversation
 from megatron_sphinx.prepare.workers import Report, in_parallel, write_lines
 
 COLOURS = {
@@ -228,7 +228,7 @@ def mentioned(text: str) -> set[int]:
     return {int(number) for found in _MENTIONED.findall(text) for number in re.findall(r"\d+", " ".join(found))}
 
 
-def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> Conversation:
+def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> ConversationJson:
     """The conversation of a prompt and its answer.
 
     Raises:

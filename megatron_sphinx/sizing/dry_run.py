@@ -25,26 +25,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import (
-    BatchBuilder,
-    PixelLoader,
-    Pixels,
-    Sources,
-    make_planner,
-    numbered_rounds,
-    open_sources,
-    rounds,
-)
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.packing import Segment, positions
-from megatron_sphinx.data.plan import Planner, Runs, SampleSizes, StepPlan
+from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.plan import Planner, StepPlan, numbered_rounds, rounds
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
+from megatron_sphinx.data.streams import SampleSizes, TextSpans
 from megatron_sphinx.device import Platform, use_platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.experts import Routing, RowRouter
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import shards_of
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import seed_rank
@@ -184,9 +179,9 @@ class MadeUpText:
 
     bounds: Sequence[int] = (0, 2**30)
 
-    def runs(self, first: int, last: int) -> Runs:
+    def spans(self, first: int, last: int) -> TextSpans:
         """See TextSource."""
-        return Runs(np.array([0]), np.array([first]), np.array([last - first]), np.array([False]))
+        return TextSpans(np.array([0]), np.array([first]), np.array([last - first]), np.array([False]))
 
 
 class BlankPixels:

@@ -43,8 +43,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, rounds, views_in
-from megatron_sphinx.data.plan import DataConfig, DataSource
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.config import DataConfig, DataSource
+from megatron_sphinx.data.pixels import PixelLoader, views_in
+from megatron_sphinx.data.plan import rounds
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, LanguageConfig, VisionConfig, VisualExpertConfig
@@ -86,7 +89,7 @@ def ours(folder: Path, model: Path, size: int, workers: int, *, is_normalised: b
     sources = open_sources(config, language)
     planner = make_planner(config, sources, language, VISION, replicas=1, seed=1)
     builder = BatchBuilder(config, sources, VISION)
-    pixels = PixelLoader(sources.pairs, VISION, workers=workers, quarantine=folder / "quarantine.jsonl")
+    pixels = PixelLoader(sources.samples, VISION, workers=workers, quarantine=folder / "quarantine.jsonl")
     ahead: deque[Any] = deque()
     try:
         for (rows,) in rounds(planner, 0, sys.maxsize):
