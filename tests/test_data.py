@@ -820,8 +820,8 @@ def test_a_worker_that_is_killed_is_one_line(tiny, tmp_path):
         return number
 
     with pytest.raises(DataError, match=r"a worker was killed, .* run this again with fewer --workers"):
-        list(in_parallel(die, range(8), workers=2, what="part"))
-    assert list(in_parallel(lambda number: number * 2, range(8), workers=3, what="part")) == list(range(0, 16, 2))
+        list(in_parallel(die, range(8), workers=2, unit_name="part"))
+    assert list(in_parallel(lambda number: number * 2, range(8), workers=3, unit_name="part")) == list(range(0, 16, 2))
 
 
 def test_webdataset_reads_our_shards(tiny):

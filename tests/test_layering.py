@@ -17,11 +17,11 @@ OWNERS = {
     "timm": {"model/encoders.py"},
     "transformers": {"model/encoders.py"},
     "fsspec": {"data/files.py"},
-    "pymupdf": {"prepare/documents.py"},
+    "pymupdf": {"prepare/pdf.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
          "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
-         "prepare/boxes.py", "prepare/tasks.py",
+         "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
          "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",

@@ -1,4 +1,8 @@
-"""Records from files of COCO's form: captions, instances, key points, and phrases of regions."""
+"""Records from files of COCO's form: captions, instances, key points, and phrases of regions.
+
+Each function makes the records of one kind of task; `leave_out` is told the reason for each annotation that cannot be
+used.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,11 @@ class Coco:
 
 
 def read_coco(content: Record) -> Coco:
+    """Return the pictures, categories and annotations of a file of COCO's form.
+
+    Raises:
+        DataError: one of them is no list of JSON objects.
+    """
     lists = {key: content.get(key, []) for key in ("images", "annotations", "categories")}
     for key, values in lists.items():
         if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
@@ -45,7 +54,7 @@ def _id(entry: Record, key: str) -> int | str | None:
 
 
 def _with_pictures(coco: Coco, leave_out: LeaveOut) -> Iterator[tuple[Record, Record]]:
-    """Each annotation with its picture."""
+    """Yield each annotation behind its picture."""
     for annotation in coco.annotations:
         picture = coco.pictures.get(_id(annotation, "image_id"))
         if picture is None:
@@ -59,7 +68,7 @@ def _with_pictures(coco: Coco, leave_out: LeaveOut) -> Iterator[tuple[Record, Re
 
 
 def _with_boxes(coco: Coco, leave_out: LeaveOut) -> Iterator[tuple[Record, dict[str, Any]]]:
-    """Each annotation with its picture, and its box as records have it."""
+    """Yield each annotation behind its picture; its `box` is left, top, right, bottom, as records have it."""
     for picture, annotation in _with_pictures(coco, leave_out):
         try:
             box = clip_box(from_coco(annotation.get("bbox", ())), *picture_size(picture))
@@ -69,16 +78,18 @@ def _with_boxes(coco: Coco, leave_out: LeaveOut) -> Iterator[tuple[Record, dict[
             yield picture, {**annotation, "box": box}
 
 
-def _grouped(found: Iterable[tuple[Record, Record]], key: str) -> Iterator[Record]:
-    """Pictures, in the order in which they come, each with a list of all that was found in it."""
+def _grouped(pairs: Iterable[tuple[Record, Record]], key: str) -> Iterator[Record]:
+    """Yield each picture once, with the list of all that was paired with it under a key."""
     groups: dict[Any, tuple[Record, list[Record]]] = {}
-    for picture, item in found:
+    for picture, item in pairs:
         groups.setdefault(picture["image"], (picture, []))[1].append(item)
     for picture, items in groups.values():
         yield {**picture, key: items}
 
 
 def objects(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
+    """Yield a record for each picture, with all `objects` on it: name and box of each."""
+
     def named() -> Iterator[tuple[Record, Record]]:
         for picture, item in _with_boxes(coco, leave_out):
             name = coco.names.get(_id(item, "category_id"))
@@ -91,15 +102,18 @@ def objects(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
 
 
 def categories(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
+    """Yield a record for each category on each picture: `name`, and the `boxes` of all its objects."""
     for picture in objects(coco, leave_out):
         boxes: dict[str, list[Any]] = {}
         for item in picture["objects"]:
             boxes.setdefault(item["name"], []).append(item["box"])
-        for name, of_name in boxes.items():
-            yield {**picture, "name": name, "boxes": of_name}
+        for name, boxes_of_name in boxes.items():
+            yield {**picture, "name": name, "boxes": boxes_of_name}
 
 
 def people(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
+    """Yield a record for each picture, with all `people` on it: box and key points of each."""
+
     def posed() -> Iterator[tuple[Record, Record]]:
         for picture, person in _with_boxes(coco, leave_out):
             try:
@@ -113,15 +127,17 @@ def people(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
 
 
 def phrases(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
+    """Yield a record for each phrase of each region: `phrase` and `box`."""
     for picture, item in _with_boxes(coco, leave_out):
-        phrases = item.get("phrases")
-        if not isinstance(phrases, list) or not phrases:
+        texts = item.get("phrases")
+        if not isinstance(texts, list) or not texts:
             leave_out("no phrases")
             continue
-        for phrase in phrases:
+        for phrase in texts:
             yield {**picture, "phrase": phrase, "box": item["box"]}
 
 
 def captions(coco: Coco, leave_out: LeaveOut) -> Iterator[Record]:
+    """Yield a record for each caption of each picture."""
     for picture, annotation in _with_pictures(coco, leave_out):
         yield {**picture, "caption": annotation.get("caption")}

@@ -23,6 +23,11 @@ Record = Mapping[str, Any]
 
 
 def text_of(record: Record, key: str) -> str:
+    """Return the text under a key, without spaces around it.
+
+    Raises:
+        DataError: there is none.
+    """
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"no {key}: {value!r} is no text; give every annotation its {key}")
@@ -30,10 +35,16 @@ def text_of(record: Record, key: str) -> str:
 
 
 def image_of(record: Record) -> str | None:
+    """Return the path of a record's picture; None where the record is about text only."""
     return text_of(record, "image") if "image" in record else None
 
 
 def list_of(record: Record, key: str) -> list[Any]:
+    """Return the list under a key.
+
+    Raises:
+        DataError: there is none, or it is empty.
+    """
     values = record.get(key)
     if not isinstance(values, list) or not values:
         raise DataError(f"no {key}: {values!r} is no list of any; give every annotation its {key}")
@@ -41,10 +52,12 @@ def list_of(record: Record, key: str) -> list[Any]:
 
 
 def texts_of(record: Record, key: str) -> list[str]:
+    """Return the list of texts under a key; raise DataError where there is none, or one of them is no text."""
     return [text_of({key: value}, key) for value in list_of(record, key)]
 
 
 def items_of(record: Record, key: str) -> list[Record]:
+    """Return the list of JSON objects under a key; raise DataError where there is none, or one of them is no object."""
     values = list_of(record, key)
     if not all(isinstance(value, Mapping) for value in values):
         raise DataError(f"no {key}: {values!r} holds what is no JSON object; give each of {key} its keys")
@@ -52,7 +65,7 @@ def items_of(record: Record, key: str) -> list[Record]:
 
 
 def picture_size(record: Record) -> tuple[int, int]:
-    """Width and height of a record's picture."""
+    """Return width and height of a record's picture in pixels; raise DataError where they are not given."""
     width, height = record.get("width"), record.get("height")
     if not all(isinstance(side, int) and side > 0 for side in (width, height)):
         raise DataError(f"no size of the picture: {width!r} x {height!r} is none; give width and height in pixels")
@@ -60,18 +73,28 @@ def picture_size(record: Record) -> tuple[int, int]:
 
 
 def box_text(item: Record, record: Record, padding: str) -> str:
-    """The box of a part of a record, as text."""
+    """Return the box of a part of a record as text.
+
+    Args:
+        item: the part of the record that has the box; it may be the record itself.
+        record: with the size of the picture.
+        padding: where pictures are in their squares, `centre` or `corner`.
+    """
     return format_box(item.get("box", ()), *picture_size(record), padding)
 
 
 def object_text(record: Record, key: str, padding: str) -> str:
-    """A named object of a record with its box, as text."""
+    """Return the name of an object under a key of a record, with its box behind it, as text."""
     [item] = items_of({key: [record.get(key)]}, key)
     return text_of(item, "name") + box_text(item, record, padding)
 
 
 def visible_points(person: Record) -> list[tuple[str, list[float]]]:
-    """Names and places of a person's key points that are seen."""
+    """Return names and places of those of a person's key points that can be seen.
+
+    Raises:
+        DataError: `keypoints` is not what COCO has there.
+    """
     values = person.get("keypoints")
     if not isinstance(values, list) or len(values) != 3 * len(KEY_POINTS):
         raise DataError(f"no keypoints: {values!r} is not {len(KEY_POINTS)} times x, y, visibility; give them as COCO")

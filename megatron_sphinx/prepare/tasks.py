@@ -1,8 +1,8 @@
 """Tasks of instruction tuning: from annotations of a picture to a conversation about it.
 
-A record is what one conversation is made of: a JSON object whose keys depend on the task (see TASKS), with `image`, the
-path of the picture, and where there are boxes its `width` and `height`. Boxes in records are left, top, right, bottom
-in pixels; in conversations they are text, in fractions of the padded square (see `boxes.py`).
+A record is what one conversation is made of: a JSON object whose keys depend on the task (see TASKS and `records.py`).
+Boxes in records are left, top, right, bottom in pixels; in conversations they are text, in fractions of the padded
+square (see `boxes.py`).
 
 A conversation is `{"image": path, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`,
 without `image` where it is of text only.
@@ -10,13 +10,26 @@ without `image` where it is of text only.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from string import ascii_uppercase
 from typing import Any
 
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import relative
-from megatron_sphinx.prepare.boxes import clip_box, format_box, format_boxes, format_point, from_coco
+from megatron_sphinx.prepare import coco
+from megatron_sphinx.prepare.boxes import format_boxes, format_point
+from megatron_sphinx.prepare.coco import Coco, LeaveOut
+from megatron_sphinx.prepare.records import (
+    Record,
+    box_text,
+    image_of,
+    items_of,
+    list_of,
+    object_text,
+    picture_size,
+    text_of,
+    texts_of,
+    visible_points,
+)
 
 PROMPTS = {
     # SPHINX, arXiv:2311.07575, Table 1; the lines of options are as in eval_mm/annotations/MMMU_val_single.json, the
@@ -47,7 +60,11 @@ ConversationJson = dict[str, Any]
 
 
 def conversation(image: str | None, turns: Sequence[tuple[str, str]]) -> ConversationJson:
-    """A conversation of questions and their answers, in the form of the released code.
+    """Return a conversation of questions and their answers, in the form of the released code.
+
+    Args:
+        image: path of the picture that it is about; None where it is of text only.
+        turns: (question, answer).
 
     Source: accessory/data/conversation/dataset.py of LLaMA2-Accessory.
     """
@@ -58,7 +75,7 @@ def conversation(image: str | None, turns: Sequence[tuple[str, str]]) -> Convers
 
 
 def merge(conversations: Sequence[ConversationJson], turns: int) -> list[ConversationJson]:
-    """Join conversations about the same picture to dialogs of several turns; those of text only stay as they are.
+    """Join conversations about one picture to dialogs of several turns; those of text only stay as they are.
 
     Args:
         conversations: of any pictures, in any order; each dialog is where its first one was.
@@ -68,28 +85,29 @@ def merge(conversations: Sequence[ConversationJson], turns: int) -> list[Convers
     """
     dialogs: list[ConversationJson] = []
     latest: dict[str, ConversationJson] = {}
-    for one in conversations:
-        values, dialog = one["conversations"], latest.get(one.get("image", ""))
+    for each in conversations:
+        values, dialog = each["conversations"], latest.get(each.get("image", ""))
         if dialog and len(dialog["conversations"]) + len(values) <= 2 * turns:
             dialog["conversations"] += values
             continue
-        dialogs.append(one | {"conversations": [*values]})
-        if "image" in one:
-            latest[one["image"]] = dialogs[-1]
+        dialogs.append(each | {"conversations": [*values]})
+        if "image" in each:
+            latest[each["image"]] = dialogs[-1]
     return dialogs
 
 
-# one builder a task: Raises DataError where a record lacks a key or holds what cannot be used
+# One builder for each task: it makes the conversation of a record, for pictures that are padded at `centre` or
+# `corner`, and raises DataError where the record lacks a key or holds what cannot be used.
 
 
 def vqa(record: Record, padding: str) -> ConversationJson:
-    """A question with a short answer."""
+    """Ask a question with a short answer."""
     question = PROMPTS["vqa"].format(question=text_of(record, "question"))
     return conversation(image_of(record), [(question, text_of(record, "answer"))])
 
 
 def vqa_unanswerable(record: Record, padding: str) -> ConversationJson:
-    """A question that the picture may not answer: then `answer` is null or unanswerable."""
+    """Ask a question that the picture may not answer; `answer` is then null or unanswerable."""
     question = PROMPTS["vqa_unanswerable"].format(question=text_of(record, "question"))
     answer = "Unanswerable" if record.get("answer", "") is None else text_of(record, "answer")
     if answer.lower() == "unanswerable":
@@ -98,7 +116,7 @@ def vqa_unanswerable(record: Record, padding: str) -> ConversationJson:
 
 
 def choice(record: Record, padding: str) -> ConversationJson:
-    """A question with options, answered by a letter."""
+    """Ask a question with options, which is answered by a letter."""
     question, options, answer = text_of(record, "question"), texts_of(record, "options"), record.get("answer")
     if len(options) > len(ascii_uppercase):
         raise DataError(f"too many options: there are {len(options)}; give at most {len(ascii_uppercase)}")
@@ -110,7 +128,7 @@ def choice(record: Record, padding: str) -> ConversationJson:
 
 
 def text_vqa(record: Record, padding: str) -> ConversationJson:
-    """A question about text in the picture, with what an OCR program read; without that it is as any other."""
+    """Ask about text in the picture, and give what an OCR program has read; where that is nothing, ask like `vqa`."""
     if record.get("tokens") == []:
         return vqa(record, padding)
     tokens = ", ".join(texts_of(record, "tokens"))
@@ -119,12 +137,12 @@ def text_vqa(record: Record, padding: str) -> ConversationJson:
 
 
 def caption(record: Record, padding: str) -> ConversationJson:
-    """A caption of the whole picture."""
+    """Ask for a caption of the whole picture."""
     return conversation(text_of(record, "image"), [(PROMPTS["caption"], text_of(record, "caption"))])
 
 
 def grounded_caption(record: Record, padding: str) -> ConversationJson:
-    """A caption with boxes behind its phrases, which are given in the order of the caption."""
+    """Ask for a caption with boxes behind its phrases, which the record has in the order of the caption."""
     answer, end = text_of(record, "caption"), 0
     for item in items_of(record, "phrases"):
         phrase = text_of(item, "phrase")
@@ -139,36 +157,36 @@ def grounded_caption(record: Record, padding: str) -> ConversationJson:
 
 
 def locate(record: Record, padding: str) -> ConversationJson:
-    """From a description of a region to its box (REC)."""
+    """Ask for the box of a region that is described (referring expression comprehension)."""
     question = PROMPTS["locate"].format(phrase=text_of(record, "phrase"))
     return conversation(text_of(record, "image"), [(question, box_text(record, record, padding))])
 
 
 def describe(record: Record, padding: str) -> ConversationJson:
-    """From the box of a region to a description (REG)."""
+    """Ask for a description of the region in a box (referring expression generation)."""
     question = PROMPTS["describe"].format(box=box_text(record, record, padding))
     return conversation(text_of(record, "image"), [(question, text_of(record, "phrase"))])
 
 
 def detect(record: Record, padding: str) -> ConversationJson:
-    """All objects: each name, in the order in which they come, with its boxes."""
+    """Ask for all objects; the answer has each name, in the order in which they come, with its boxes behind it."""
     boxes: dict[str, list[Any]] = {}
     for item in items_of(record, "objects"):
         boxes.setdefault(text_of(item, "name"), []).append(item.get("box", ()))
     size = picture_size(record)
-    answer = " ".join(name + format_boxes(of_name, *size, padding) for name, of_name in boxes.items())
+    answer = " ".join(name + format_boxes(named, *size, padding) for name, named in boxes.items())
     return conversation(text_of(record, "image"), [(PROMPTS["detect"], answer)])
 
 
 def detect_category(record: Record, padding: str) -> ConversationJson:
-    """All objects of one name."""
+    """Ask for all objects of one name."""
     name = text_of(record, "name")
     answer = name + format_boxes(list_of(record, "boxes"), *picture_size(record), padding)
     return conversation(text_of(record, "image"), [(PROMPTS["detect_category"].format(name=name), answer)])
 
 
 def pose(record: Record, padding: str) -> ConversationJson:
-    """All people; then for each who has any the key points that are visible, which are in COCO's order."""
+    """Ask for all people, then for the visible key points of each person who has any, in COCO's order."""
     people, size = items_of(record, "people"), picture_size(record)
     boxes = format_boxes([person.get("box", ()) for person in people], *size, padding)
     turns = [(PROMPTS["pose"], f"person{boxes}")]
@@ -180,31 +198,31 @@ def pose(record: Record, padding: str) -> ConversationJson:
 
 
 def ocr(record: Record, padding: str) -> ConversationJson:
-    """All texts, or all parts of a page: what each reads, or is, with its box."""
+    """Ask for all texts, or all parts of a page; the answer says what each reads or is, with its box behind it."""
     answer = " ".join(text_of(item, "text") + box_text(item, record, padding) for item in items_of(record, "texts"))
     return conversation(text_of(record, "image"), [(PROMPTS["ocr"], answer)])
 
 
 def relation(record: Record, padding: str) -> ConversationJson:
-    """How an object is related to another."""
+    """Ask how an object is related to another."""
     subject, other = object_text(record, "subject", padding), object_text(record, "object", padding)
     question = PROMPTS["relation"].format(subject=subject, object=other)
     return conversation(text_of(record, "image"), [(question, text_of(record, "relation"))])
 
 
 def classify(record: Record, padding: str) -> ConversationJson:
-    """The class of the picture."""
+    """Ask for the class of the picture."""
     return conversation(text_of(record, "image"), [(PROMPTS["classify"], f"This is a {text_of(record, 'class')}")])
 
 
 @dataclass(frozen=True)
 class Task:
-    """How conversations of a task are made.
+    """How the conversations of a task are made.
 
     Attributes:
-        build: makes one of a record and the padding of pictures.
-        keys: of a record.
-        coco: makes records of a file of COCO's form, where the task has one.
+        build: makes a conversation from a record and the padding of pictures.
+        keys: of a record, as --help lists them.
+        coco: makes records from a file of COCO's form; None where that form has nothing for the task.
     """
 
     build: Callable[[Record, str], ConversationJson]
@@ -232,7 +250,7 @@ TASKS = {
 
 
 def build(task: str, content: object, padding: str, leave_out: LeaveOut) -> Iterator[ConversationJson]:
-    """The conversations of a file, in its order; paths of images are normalised, and none leads out of their folder.
+    """Yield the conversations of a file, in its order; paths of images are normalised, and none leads out of a folder.
 
     Args:
         task: a name in TASKS.
@@ -248,10 +266,10 @@ def build(task: str, content: object, padding: str, leave_out: LeaveOut) -> Iter
         records = content
     elif not isinstance(content, Mapping) or not {"images", "annotations"} <= content.keys():
         raise DataError("annotations: neither a list nor of COCO's form; give images and annotations, or JSON lines")
-    elif (coco := TASKS[task].coco) is None:
+    elif (from_coco := TASKS[task].coco) is None:
         raise DataError(f"annotations: COCO's form has nothing for {task}; give a list of objects")
     else:
-        records = coco(coco.read_coco(content), leave_out)
+        records = from_coco(coco.read_coco(content), leave_out)
     for record in records:
         if not isinstance(record, Mapping):
             leave_out("no JSON object")
