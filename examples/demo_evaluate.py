@@ -65,7 +65,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
         view_positions=torch.from_numpy(positions),
         skip_positions=torch.zeros(0, dtype=torch.int64),
         sample_of_view=torch.arange(len(lengths)),
-        pairs=tuple(range(len(lengths))),
+        samples=tuple(range(len(lengths))),
         documents=(),
     )
     return batch, torch.tensor(numbers)

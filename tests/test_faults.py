@@ -102,12 +102,12 @@ def hang(config: Path, doomed: int, where: type, name: str) -> int:
 @pytest.mark.parametrize(
     ("doomed", "where", "name", "place"),
     [
-        (1, BatchBuilder, "build", r"language rank 1 .* step \d+, reading data \(loader.py:\d+ in step\)"),
+        (1, BatchBuilder, "build", r"language rank 1 .* step \d+, reading data \(batches.py:\d+ in step\)"),
         (
             2,
             PixelLoader,
             "_read",
-            r"encoder rank 2 .* step \d+, micro-batch \d, reading data \(loader.py:\d+ in wait\)",
+            r"encoder rank 2 .* step \d+, micro-batch \d, reading data \(pixels.py:\d+ in wait\)",
         ),
         (1, training_step.Forward, "_loss", r"language rank 1 .* step \d+, micro-batch \d, forward and backward \("),
     ],

@@ -111,7 +111,7 @@ def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
         sample_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
         sample_of_view=none,
         row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
-        pairs=(), documents=tuple(range(len(documents))),
+        samples=(), documents=tuple(range(len(documents))),
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def check_views_stand_behind_bos():
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
         skip_positions=torch.zeros(0, dtype=torch.int64), sample_of_view=torch.tensor([0, 1]),
         row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
-        pairs=(0, 1), documents=(),
+        samples=(0, 1), documents=(),
     )  # fmt: skip
     both = model(batch, features)
     swapped = model(batch, features.flip(0))

@@ -1,23 +1,9 @@
-"""Image-text pairs and conversations: shards of images, and an index beside them that knows every sample unread.
+"""Image-text pairs and conversations of all indexes of a run: their sizes, their tokens, and their images by number."""
 
-An index is a folder:
-
-* `index.json`: which kind of samples it has, the tokenizer's identity, the shards with their sizes, the type of tokens,
-  and the content (see `content.py`);
-* `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
-* `captions.bin`: the tokens of all captions, memory-mapped;
-* `quarantine.jsonl`: what was left out, and why.
-
-In an index of conversations `captions.bin` holds their tokens, `samples.bin` a CONVERSATION for each, and `answers.bin`
-says for each token whether it belongs to an answer.
-"""
-
-import json
-import os
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,145 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sphinx.data.content import (
-    BESIDE,
-    Content,
-    ContentSource,
-    Memory,
-    check_known,
-    content_in,
-    fingerprint,
-    measure,
-)
-from megatron_sphinx.data.files import Mapped, RangeReader, is_url
+from megatron_sphinx.data.content import BESIDE, ContentSource, Memory, check_known, fingerprint
+from megatron_sphinx.data.files import RangeReader
+from megatron_sphinx.data.index import IndexFolder
 from megatron_sphinx.data.streams import SampleSizes
-from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
+from megatron_sphinx.data.tokenizer import Tokenizer, check_tokenizer
 from megatron_sphinx.errors import DataError
-
-SAMPLE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("offset", "<u8"),  # of the image in the shard
-        ("bytes", "<u4"),  # of the image
-        ("header", "<u4"),  # CRC-32 of the 512 bytes before it: of the tar's header, so of its name, size and time
-        ("width", "<u4"),
-        ("height", "<u4"),
-        ("caption", "<u8"),  # first token in captions.bin
-        ("tokens", "<u4"),  # of the caption
-    ]
-)
-CONVERSATION = np.dtype([*SAMPLE.descr, ("targets", "<u4")])  # positions with a target; without an image `bytes` is 0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file as it was when it was indexed.
-
-    Attributes:
-        path: relative to the folder of the index, or a URL.
-        bytes: size of the file; 0 where there is no file, since no sample has an image.
-        samples: how many samples have their image in it.
-    """
-
-    path: str
-    bytes: int
-    samples: int
-
-
-class _IndexFolder:
-    """One index, opened; a ContentSource.
-
-    Attributes:
-        folder: of the index.
-        key: what the index has, and what the configuration calls it: pairs or conversations.
-        tokenizer: identity of the one that the index was made with.
-        shards: the tar files of images.
-        samples: a SAMPLE or CONVERSATION for each sample.
-        token_type: of the records of `captions`.
-        content: what the files hold; None while that is not known.
-        captions: token ids of all samples, one behind the other.
-        answers: for each token whether it belongs to an answer; None of pairs.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
-        try:
-            content = json.loads((folder / "index.json").read_text())
-            if (kind := content.get("of", "pairs")) != key:
-                raise DataError(f"data.{key}={folder}: is an index of {kind}; give it as data.{kind}")
-            self.tokenizer = TokenizerIdentity(**content["tokenizer"])
-            self.shards = [Shard(**shard) for shard in content["shards"]]
-            self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
-            self.token_type = _token_type(content["caption_type"])
-            self.content = content_in(content)
-            self.captions = Mapped(folder / "captions.bin", self.token_type)
-            self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
-        except OSError as error:
-            raise DataError(
-                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_{key}.py"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
-        [last] = self.samples.read(self.samples.size - 1, self.samples.size)
-        tokens = int(last["caption"]) + int(last["tokens"])
-        sizes = (self.samples.size, self.captions.size, self.answers.size if self.answers is not None else tokens)
-        if sizes != (sum(shard.samples for shard in self.shards), tokens, tokens):
-            raise DataError(f"data.{key}={folder}: the files of the index disagree; {self._remedy}")
-
-    @property
-    def _remedy(self) -> str:
-        return f"run tools/prepare_{self.key}.py again"
-
-    @property
-    def label(self) -> str:
-        return f"data.{self.key}={self.folder}"
-
-    @property
-    def paths(self) -> list[Path]:
-        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (self.answers is not None)
-        return [self.folder / name for name in names]
-
-    @property
-    def memory_file(self) -> Path:
-        return self.folder / "content.json"
-
-    def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
-        captions, *others = self.paths
-        return measure({captions: self.token_type, **dict.fromkeys(others)}, is_stopped)
-
-    def path(self, shard: int) -> str:
-        """Return the absolute path or the URL of a shard."""
-        path = self.shards[shard].path
-        return path if is_url(path) else os.path.abspath(self.folder / path)
-
-    def check(self, shard: int) -> None:
-        """Raise DataError where a shard on a disk is missing or of another size."""
-        path, known_size = self.path(shard), self.shards[shard].bytes
-        if is_url(path) or not known_size:  # without images there is no shard
-            return
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise DataError(
-                f"data.{self.key}={self.folder}: shard {path} is missing ({error.strerror}); {self._remedy}"
-            ) from error
-        if size != known_size:
-            raise DataError(
-                f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {known_size}; "
-                f"copy it again, or {self._remedy}"
-            )
-
-
-def _token_type(name: str) -> np.dtype[Any]:
-    """Return the type of token ids that an index names.
-
-    Raises:
-        TypeError: the name is that of no type of whole numbers.
-    """
-    kind = np.dtype(name)
-    if kind.kind not in "iu":
-        raise TypeError(f"caption_type={name}: is no type of whole numbers")
-    return kind
 
 
 @dataclass(frozen=True)
@@ -204,7 +57,7 @@ class SampleIndex:
     """
 
     def __init__(self, folders: Sequence[str | Path], key: str = "pairs") -> None:
-        self.folders = [_IndexFolder(Path(folder), key) for folder in folders]
+        self.folders = [IndexFolder(Path(folder), key) for folder in folders]
         self.bounds = [0, *accumulate(folder.samples.size for folder in self.folders)]
 
     def __len__(self) -> int:
@@ -298,7 +151,7 @@ class SampleIndex:
         folder = self.folders[source]
         return f"{folder.label}: {folder.key.removesuffix('s')} {sample - self.bounds[source]}"
 
-    def _record(self, sample: int) -> tuple[_IndexFolder, Any]:
+    def _record(self, sample: int) -> tuple[IndexFolder, Any]:
         """Return the index that has a sample, and the sample's record there."""
         source = bisect_right(self.bounds, sample) - 1
         folder = self.folders[source]

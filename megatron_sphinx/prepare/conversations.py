@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.data.files import renamed
-from megatron_sphinx.data.pairs import CONVERSATION
+from megatron_sphinx.data.index import CONVERSATION
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import inside

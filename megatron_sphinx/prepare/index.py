@@ -1,4 +1,4 @@
-"""Write an index of samples (`data/pairs.py` says what is in one): unit by unit in parallel, joined at the end."""
+"""Write an index of samples (`data/index.py` says what is in one): unit by unit in parallel, joined at the end."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from megatron_sphinx.data import images
 from megatron_sphinx.data.content import Gauge
 from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed
-from megatron_sphinx.data.pairs import Shard, split_name
+from megatron_sphinx.data.index import Shard
+from megatron_sphinx.data.pairs import split_name
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.workers import Report, in_parallel, write_json

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.data.files import is_url, renamed, state_of
-from megatron_sphinx.data.pairs import SAMPLE, split_name
+from megatron_sphinx.data.index import SAMPLE
+from megatron_sphinx.data.pairs import split_name
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import files_in

@@ -206,7 +206,7 @@ def plan_of(config: Config, layout: ParallelLayout) -> tuple[Planner, str]:
     if absent:
         pairs = MadeUpSamples(CAPTION_TOKENS) if data.samples_per_step else None
         text = MadeUpText() if data.text_tokens_per_step else None
-        sources = cast(Sources, SimpleNamespace(pairs=pairs, text=text))
+        sources = cast(Sources, SimpleNamespace(samples=pairs, text=text))
         parts = [f"{data.samples_per_step} samples with all views and {CAPTION_TOKENS} tokens each"] if pairs else []
         parts += [f"{data.text_tokens_per_step:,} tokens of one text without an end"] if text else []
         said = f"made up, for {absent[0]} is not there: {', '.join(parts)}"
