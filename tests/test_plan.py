@@ -109,7 +109,7 @@ def plan_length(row) -> int:
 def test_an_epoch_has_every_pair_and_every_token_once(seed, monkeypatch):
     """Whatever the blocks and windows of the shuffle are, and wherever steps and epochs meet."""
     rng = random.Random(seed)
-    for name, most in (("PAIR_BLOCK", 9), ("PAIR_WINDOW", 4), ("TEXT_BLOCK", 500), ("TEXT_WINDOW", 4)):
+    for name, most in (("SAMPLE_BLOCK", 9), ("SAMPLE_WINDOW", 4), ("TEXT_BLOCK", 500), ("TEXT_WINDOW", 4)):
         monkeypatch.setattr(streams, name, rng.randint(1, most))
     planner, steps = planner_of(seed), 40
     config, count, total = planner.config, len(planner._samples.captions), planner._text_streams[0]._shuffle.items

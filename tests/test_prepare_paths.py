@@ -94,7 +94,7 @@ def coco(names: list[str]) -> dict:
 def test_marks_are_drawn_on_pictures_of_the_folder_only(place, run_tool, attack, reason):
     source = place.secret.parent / "coco.json"
     source.write_text(json.dumps(coco([place.name(attack), "./good.png"])))
-    command = ["prepare_som.py", "mark", source, place.pictures, place.made]
+    command = ["prepare_som.py", "mark", source, place.pictures, place.made, "--workers", "1"]
     status, out, _ = run_tool(*command)
     assert (status, out.splitlines()[1:]) == (0, [f"  left out: 1 ({reason})"])
     assert place.keeps_the_secret()

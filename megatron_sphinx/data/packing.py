@@ -10,7 +10,7 @@ _SLACKS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of a row's cost over 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What stands in a row of a sample or of a text document; attention stays inside it.
+    """The part of a sample or of a text document that stands in a row; attention stays inside it.
 
     Attributes:
         is_sample: whether it belongs to a sample (a pair or a conversation), or else to a text document.

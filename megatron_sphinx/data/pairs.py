@@ -65,7 +65,7 @@ class SampleIndex:
 
     @property
     def content_sources(self) -> Sequence[ContentSource]:
-        """Whatever decides the content of samples: the indexes."""
+        """The indexes, as data whose content is scanned and compared."""
         return self.folders
 
     @property

@@ -66,7 +66,7 @@ class StepPlan:
 
 
 class Planner:
-    """Plans any step of a run, in any order, without a step before it.
+    """Plans any step of a run by itself: what a step holds follows from no step before it.
 
     Args:
         config: the streams and their shares.

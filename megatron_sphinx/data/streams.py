@@ -18,8 +18,8 @@ from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.data.shuffle import Numbers, Shuffle, Window
 from megatron_sphinx.errors import ConfigError
 
-PAIR_BLOCK, PAIR_WINDOW = 1024, 64  # pairs come from 64 runs of up to 1,024 neighbours at a time
-TEXT_BLOCK, TEXT_WINDOW = 2**20, 16  # text from 16 runs of up to 1,048,576 tokens
+SAMPLE_BLOCK, SAMPLE_WINDOW = 1024, 64  # samples come from 64 blocks of up to 1,024 neighbours at a time
+TEXT_BLOCK, TEXT_WINDOW = 2**20, 16  # text comes from 16 blocks of up to 1,048,576 tokens
 
 
 class _Columns:
@@ -164,7 +164,7 @@ class SampleStream(_Stream):
 
     def __init__(self, samples: SampleSource, span: tuple[int, int], key: int) -> None:
         self._samples = samples
-        super().__init__(span[0], Shuffle(span[1] - span[0], block=PAIR_BLOCK, window=PAIR_WINDOW, key=key))
+        super().__init__(span[0], Shuffle(span[1] - span[0], block=SAMPLE_BLOCK, window=SAMPLE_WINDOW, key=key))
 
     def _read(self, epoch: int, number: int) -> tuple[Window, SampleSizes]:
         """Return a window, and the sizes of its samples in the order of its blocks."""

@@ -163,7 +163,7 @@ class TextIndex:
 
     @property
     def content_sources(self) -> Sequence[ContentSource]:
-        """Whatever decides the content of samples: the token files."""
+        """The token files, as data whose content is scanned and compared."""
         return self.files
 
     @property

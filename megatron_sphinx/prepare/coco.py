@@ -17,7 +17,7 @@ LeaveOut = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Coco:
-    """What a file of COCO's form has.
+    """The content of a file that has COCO's form.
 
     Attributes:
         pictures: `image`, `width` and `height` of each, by id.

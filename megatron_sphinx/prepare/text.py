@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+import numpy as np
 
 from megatron_sphinx.data.files import open_file, remove_partial, renamed, state_of
 from megatron_sphinx.data.text import content_of
@@ -41,7 +41,7 @@ class TokenWriter:
 
     def add(self, tokens: list[int]) -> None:
         """Append one document, given by its token ids."""
-        self._builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
+        self._builder.add_document(np.array(tokens, np.int64), [len(tokens)])  # its type says tensor, but it takes whatever numpy copies
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
