@@ -6,14 +6,25 @@ from pathlib import Path
 
 from test_layering import MODULES, PACKAGE, imports
 
+ENGINES = {"deepspeed", "megatron", "timm", "transformers"}
+
+
+def imported_by(modules: str, libraries: set[str]) -> str:
+    """Which of some libraries a process has imported once it has imported these modules."""
+    code = f"import sys; from megatron_sphinx.{modules}; print(sorted({libraries} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    return done.stdout
+
 
 def test_reading_data_imports_no_engine():
     """Each would cost seconds at the start of every process that only reads."""
-    read = "batches, config, pixels, plan, sources"
-    engines = {"deepspeed", "megatron", "timm", "transformers"}
-    code = f"import sys; from megatron_sphinx.data import {read}; print({engines} & {{*sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert imported_by("data import batches, config, pixels, plan, sources", ENGINES) == "[]\n"
+
+
+def test_what_prepares_data_imports_nothing_that_is_slow():
+    """So that its commands answer to --help at once."""
+    rooms = "prepare import conversations, documents, marks, pairs, tasks, text"
+    assert imported_by(rooms, ENGINES | {"pyarrow", "pymupdf", "torch", "webdataset"}) == "[]\n"
 
 
 def reached_from(start: set[Path]) -> set[Path]:

@@ -9,6 +9,7 @@ from PIL import Image
 from test_pairs import png
 
 from megatron_sphinx.data import images
+from megatron_sphinx.data.canvas import Canvas, to_square
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.views import GLOBAL, View
@@ -19,7 +20,7 @@ VISION = VisionConfig(experts=(VisualExpertConfig(name="dinov2_small", weights="
 def test_a_picture_is_padded_at_centre_or_corner():
     image = Image.new("RGB", (20, 10), "red")
     for padding, top in (("centre", 5), ("corner", 0)):
-        square = np.asarray(images.to_square(image, padding))
+        square = np.asarray(to_square(image, padding))
         assert square.shape == (20, 20, 3)
         assert (square[top : top + 10] == (255, 0, 0)).all()
         rest = np.delete(square, range(top, top + 10), axis=0)
@@ -29,7 +30,7 @@ def test_a_picture_is_padded_at_centre_or_corner():
 def test_a_view_is_resized_with_antialiasing():
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    view = images.Canvas(Image.fromarray(stripes), VISION).cut(GLOBAL, 32)
+    view = Canvas(Image.fromarray(stripes), VISION).cut(GLOBAL, 32)
     assert view.shape == (3, 32, 32)
     assert abs(view[:, 4:-4, 4:-4].astype(int) - 127).max() <= 2  # aliasing would keep stripes
 
@@ -39,7 +40,7 @@ def test_a_view_is_pillows_to_two_levels(size):
     """Pillow's resize is the one that released models were trained with."""
     noise = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
     square = Image.fromarray(noise)
-    canvas = images.Canvas(square, VISION)
+    canvas = Canvas(square, VISION)
     for side in (64, 224):
         wanted = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         assert abs(canvas.cut(GLOBAL, side).astype(int) - wanted).max() <= 2

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sphinx.data import images
+from megatron_sphinx.data.canvas import Canvas, pixel_type
 from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.errors import DataError, writing
@@ -59,7 +60,7 @@ class PixelLoader:
 
     def submit(self, views: Sequence[tuple[int, int]]) -> "PendingPixels":
         """Begin to read views, given as (sample, number of the view)."""
-        kind = images.pixel_type(self.vision)
+        kind = pixel_type(self.vision)
         arrays = {side: np.zeros((len(views), 3, side, side), kind) for side in self.vision.sides}
         wanted: dict[int, list[tuple[int, int]]] = {}
         for index, (sample, view) in enumerate(views):
@@ -79,7 +80,7 @@ class PixelLoader:
             False where the image cannot be read.
         """
         try:
-            canvas = images.Canvas(images.decode(self._reader.read(sample)), self.vision)
+            canvas = Canvas(images.decode(self._reader.read(sample)), self.vision)
         except (DataError, OSError) as error:
             self.report(sample, str(error))
             return False

@@ -41,7 +41,9 @@ class TokenWriter:
 
     def add(self, tokens: list[int]) -> None:
         """Append one document, given by its token ids."""
-        self._builder.add_document(np.array(tokens, np.int64), [len(tokens)])  # its type says tensor, but it takes whatever numpy copies
+        self._builder.add_document(
+            np.array(tokens, np.int64), [len(tokens)]
+        )  # its type says tensor, but it takes whatever numpy copies
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

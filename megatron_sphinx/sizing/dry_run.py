@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data import images
 from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.canvas import pixel_type
 from megatron_sphinx.data.packing import Segment, positions
 from megatron_sphinx.data.pixels import PixelLoader, Pixels
 from megatron_sphinx.data.plan import Planner, StepPlan, numbered_rounds, rounds
@@ -192,7 +192,7 @@ class BlankPixels:
 
     def submit(self, views: Sequence[tuple[int, int]]) -> SimpleNamespace:
         """See PixelLoader; what `result` gives is in the CPU's memory."""
-        kind = torch.from_numpy(np.zeros(0, images.pixel_type(self.vision))).dtype
+        kind = torch.from_numpy(np.zeros(0, pixel_type(self.vision))).dtype
         with self.recorder.memory_for(HOST):
             pixels = {side: torch.empty(len(views), 3, side, side).to(kind) for side in self.vision.sides}
         return SimpleNamespace(wait=lambda: None, result=lambda: Pixels(pixels, ()))

@@ -2,7 +2,7 @@
 
     tools/compare/loader.py SHARDS... --tokenizer MODEL [--batch 64] [--samples 512] [--rounds 9]
 
-Each shuffles, decodes, pads to a square and resizes by the same functions (data/images.py: antialiased bicubic, 224
+Each shuffles, decodes, pads to a square and resizes by the same functions (data/canvas.py: antialiased bicubic, 224
 pixels) and gives batches of as many pairs, by 1 and by 2 workers. The peers do what their users do: worker processes
 normalise to float32, tokenise, and pad captions to the longest of the batch. Ours does what an encoder rank
 and a language rank do for the same pairs: threads give uint8 pixels, which the encoder normalises where it runs, and
@@ -44,6 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.canvas import Canvas
 from megatron_sphinx.data.config import DataConfig, DataSource
 from megatron_sphinx.data.pixels import PixelLoader, views_in
 from megatron_sphinx.data.plan import rounds
@@ -119,7 +120,7 @@ class Peer:
 
     def picture(self, content: bytes) -> Tensor:
         """Return pixels for the encoder, float32 [3, side, side]."""
-        view = images.Canvas(images.decode(content), VISION).cut(GLOBAL, SIDE)
+        view = Canvas(images.decode(content), VISION).cut(GLOBAL, SIDE)
         return normalised(torch.from_numpy(np.ascontiguousarray(view)))
 
     def caption(self, content: bytes) -> Tensor:
