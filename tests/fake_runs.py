@@ -5,7 +5,8 @@ import pytest
 from megatron_sphinx.benchmark import sweep
 from megatron_sphinx.benchmark.summary import MeasuredRun
 from megatron_sphinx.benchmark.sweep import BenchmarkError, Measurement
-from megatron_sphinx.data.loader import make_planner, open_sources, views_in
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import make_planner, open_sources
 
 
 def planner_of(config):
@@ -46,7 +47,7 @@ class FakeRuns:
         ][how.warmup :]
         plan = planner_of(config).step(0)
         text_tokens, views = sum(tokens for _, _, tokens in plan.text), len(views_in(plan.rows))
-        work = {"positions": plan.positions, "pairs": len(plan.pairs), "text_tokens": text_tokens, "views": views}
+        work = {"positions": plan.positions, "pairs": len(plan.samples), "text_tokens": text_tokens, "views": views}
         work["language_flops"] = 8e9
         encoders = config.parallel.encoder
         ranks = [self.rank(rank, lines, work) for rank in range(how.ranks - encoders)]

@@ -13,8 +13,10 @@ from PIL import Image
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.benchmark import report, sweep, synthetic
-from megatron_sphinx.data.loader import BatchBuilder, open_sources, views_in
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pairs import ImageReader
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.launch import run_launcher
 
@@ -32,14 +34,14 @@ def test_synthetic_data_has_the_composition_of_the_step(tiny, tmp_path, kind):
     sources = open_sources(config.data, config.model)
     sources.check()
     plan = planner_of(config).step(3)
-    assert (len(plan.pairs), sum(tokens for _, _, tokens in plan.text)) == (300, 200)
+    assert (len(plan.samples), sum(tokens for _, _, tokens in plan.text)) == (300, 200)
     assert sources.tokenizer.encode("a b c") == [3, 4, 5]
     batch = BatchBuilder(config.data, sources, config.vision).build(plan.rows)
-    assert (int(batch.tokens.max()) < words, len(batch.pairs), len(batch.sample_of_view)) == (True, 300, 300)
-    reader = ImageReader(sources.pairs)
-    for pair in plan.pairs[:2]:
+    assert (int(batch.tokens.max()) < words, len(batch.samples), len(batch.sample_of_view)) == (True, 300, 300)
+    reader = ImageReader(sources.samples)
+    for pair in plan.samples[:2]:
         image = Image.open(io.BytesIO(reader.read(pair)))
-        assert image.size == size_of(sources.pairs, pair)
+        assert image.size == size_of(sources.samples, pair)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "made").rglob("*")}
     assert synthetic.prepared(configuration.load(path, given), tmp_path / "made") == config
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "made").rglob("*")}

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from megatron_sphinx.errors import DataError, SphinxError
-from megatron_sphinx.prepare.tasks import TASKS, Conversation, build, merge
+from megatron_sphinx.prepare.tasks import TASKS, ConversationJson, build, merge
 from megatron_sphinx.prepare.workers import Report, write_lines
 
 
@@ -51,7 +51,7 @@ def parse(content: bytes, what: str) -> object:
         raise DataError(f"{what}: not JSON ({error}); give a .json, or a .jsonl with one object a line") from error
 
 
-def write(path: Path, conversations: list[Conversation]) -> None:
+def write(path: Path, conversations: list[ConversationJson]) -> None:
     """Write JSON lines under their final name when they are whole.
 
     Raises:

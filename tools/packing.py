@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.loader import make_planner, open_sources
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import SphinxError
 
 
@@ -42,11 +42,11 @@ def main() -> int:
             planner = make_planner(data, sources, config.model, config.vision, replicas=replicas, seed=config.run.seed)
             steps = [planner.step(step) for step in range(args.steps)]
             fill = fmean(step.fill for step in steps)
-            most = fmean(step.positions / length / -(-step.positions // length) for step in steps)
+            most_fill = fmean(step.positions / length / -(-step.positions // length) for step in steps)
             rows = fmean(len(step.rows) for step in steps)
             imbalance = [step.imbalance for step in steps]
             print(
-                f"{length:15}{replicas:10}{replicas:14}{rows:6.0f}{fill:8.1%}{most:9.1%}{fmean(imbalance):11.4f}{max(imbalance):8.4f}"
+                f"{length:15}{replicas:10}{replicas:14}{rows:6.0f}{fill:8.1%}{most_fill:9.1%}{fmean(imbalance):11.4f}{max(imbalance):8.4f}"
             )
     return 0
 

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.prepare.documents import Settings, find_documents, write_documents
+from megatron_sphinx.prepare.documents import find_documents, write_documents
+from megatron_sphinx.prepare.pdf import DocumentSettings as Settings
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.prepare.marks import MOST_MARKS, merge_answers, write_marks
+from megatron_sphinx.prepare.drawing import MOST_MARKS
+from megatron_sphinx.prepare.marks import merge_answers, write_marks
 
 
 def main() -> int:

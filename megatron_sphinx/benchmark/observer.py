@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
 from megatron_sphinx.benchmark.communication import seconds_by_axis
-from megatron_sphinx.data.loader import views_in
+from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.run.train import RankContext
 
@@ -102,9 +102,9 @@ class RankObserver:
         count = len(self._plans)
         work = {
             "positions": sum(plan.positions for plan in self._plans) / count,
-            "pairs": sum(len(plan.pairs) for plan in self._plans) / count,
+            "pairs": sum(len(plan.samples) for plan in self._plans) / count,
             "text_tokens": sum(tokens for plan in self._plans for _, _, tokens in plan.text) / count,
-            "targets": sum(plan.targets(of_pairs=side) for plan in self._plans for side in (True, False)) / count,
+            "targets": sum(plan.targets(of_samples=side) for plan in self._plans for side in (True, False)) / count,
             "views": sum(len(views_in(plan.rows)) for plan in self._plans) / count,
             "language_flops": sum(self._context.planner.cost(row) for plan in self._plans for row in plan.rows) / count,
         }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.data.config import DataSource
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.conversations import index_conversations

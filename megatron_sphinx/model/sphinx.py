@@ -1,7 +1,5 @@
 """SPHINX: features of pictures placed among the token embeddings of a language model."""
 
-from dataclasses import dataclass, replace
-
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
@@ -10,50 +8,9 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.attention import PackedRows
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, Routing
 from megatron_sphinx.model.language import TargetGPT
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What one replica computes at once: documents and pairs, one behind the other, sorted by length, then padding.
-
-    Attributes:
-        tokens: int64 [tokens]; 0 at the positions of views.
-        targets: int64 [tokens], -100 where no loss is taken.
-        target_positions: int64 [targets], where loss is taken, ascending: with it no device must be asked how many.
-        lengths: length of each document or pair, ascending; attention stays inside it.
-        sample_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
-        row_of_token: int64 [tokens], number of the planned row among those of the micro-batch, -1 for padding.
-        rows: how many planned rows the micro-batch has.
-        view_positions: int64 [views * tokens_per_view], of the encoded views, view by view.
-        skip_positions: int64 [views that are skipped].
-        sample_of_view: int64 [views], index into `pairs`.
-        pairs: ids of the pairs, in the order in which their views come.
-        documents: ids of the text documents.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    target_positions: Tensor
-    lengths: tuple[int, ...]
-    sample_of_token: Tensor
-    row_of_token: Tensor
-    rows: int
-    view_positions: Tensor
-    skip_positions: Tensor
-    sample_of_view: Tensor
-    pairs: tuple[int, ...]
-    documents: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro-batch with every tensor on a device; copies to it may still be under way."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]
-
-    def spread(self, losses: Tensor) -> Tensor:
-        """Losses of the targets laid out over all positions: [targets] to [tokens], 0 where no loss is taken."""
-        return losses.new_zeros(self.tokens.shape).index_copy(0, self.target_positions, losses)
 
 
 class SphinxModel(nn.Module):

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import make_planner, open_sources, views_in
 from megatron_sphinx.data.packing import Segment, positions
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
@@ -28,10 +29,10 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
     yield {
         "step": number,
         "sample_ids": plan.digest,
-        "pairs": plan.pairs,
+        "pairs": plan.samples,
         "text": plan.text,
-        "target_tokens_pairs": plan.targets(of_pairs=True),
-        "target_tokens_text": plan.targets(of_pairs=False),
+        "target_tokens_pairs": plan.targets(of_samples=True),
+        "target_tokens_text": plan.targets(of_samples=False),
         "captions_cut": plan.captions_cut,
         "positions_of_rows": [positions([row]) for row in plan.rows],
         "fill": plan.fill,

@@ -3,7 +3,7 @@
 import json
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import make_planner, open_sources
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.sizing import hardware, search
 from megatron_sphinx.sizing.search import Candidate, PlanError, RefusedLayouts, SizingRequest
