@@ -32,11 +32,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_sphinx.checkpoint.conversion import Conversion, Source
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
+from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.keymap import Model
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.mapping.conversion import Conversion, TensorSource
+from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.run import train as run
@@ -97,14 +98,14 @@ def assert_same_weights(folder: Path, model: PreTrainedModel) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
 
 
-def target_of(model: PreTrainedModel, rng: random.Random) -> tuple[str, Wanted]:
+def target_of(model: PreTrainedModel, rng: random.Random) -> tuple[str, WriteOptions]:
     """A format, and how it is divided, that this model can have."""
     experts = getattr(model.config, "num_local_experts", 0)
     form = rng.choice(["hf", "meta", "accessory", "megatron", "torch_dist"] + ([] if experts else ["internlm2"]))
     is_sparse = rng.random() < 0.5
     sizes = ranks_of(model, is_sparse=is_sparse)
     ranks = rng.choice(sizes) if form == "accessory" or (form == "meta" and not experts) else 1
-    return form, Wanted(ranks, None, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    return form, WriteOptions(ranks, None, rng.choice([3000, 10**9]), is_sparse=is_sparse)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -122,7 +123,7 @@ def test_any_way_through_the_formats_leaves_every_bit_and_the_logits(tmp_path, s
         there = tmp_path / f"{hop + 1}"
         convert(here, there, form, wanted, shape=shape_of(model), verify=True)
         here = there
-    convert(here, tmp_path / "last", "hf", Wanted(dtype=model.dtype), shape=shape_of(model))
+    convert(here, tmp_path / "last", "hf", WriteOptions(dtype=model.dtype), shape=shape_of(model))
     first, last = (
         AutoModelForCausalLM.from_pretrained(folder).eval()
         for folder in (save(model, tmp_path / "first"), tmp_path / "last")
@@ -154,19 +155,19 @@ def test_projections_tags_and_skip_token_go_along(tmp_path, experts, has_skip_to
     forms = ["megatron", "hf"] if has_skip_token else ["accessory", "megatron", "accessory", "hf"]
     for hop, form in enumerate(forms):
         there = tmp_path / f"{hop + 1}"
-        convert(here, there, form, Wanted(is_sparse=True), verify=True)
+        convert(here, there, form, WriteOptions(is_sparse=True), verify=True)
         here = there
     found = load_file(here / "sphinx.safetensors")
     assert found.keys() == extras.keys()
     assert all(torch.equal(found[name], weight) for name, weight in extras.items())
     assert_same_weights(here, model)
     with pytest.raises(CheckpointError, match="--to meta: has no place for projections and tags; use accessory"):
-        convert(here, tmp_path / "meta", "meta", Wanted())
+        convert(here, tmp_path / "meta", "meta", WriteOptions())
     with pytest.raises(CheckpointError, match="--to torch_dist: has no place for projections and tags"):
-        convert(here, tmp_path / "dist", "torch_dist", Wanted())
+        convert(here, tmp_path / "dist", "torch_dist", WriteOptions())
     if has_skip_token:
         with pytest.raises(CheckpointError, match="--to accessory: has no skip token; use hf or megatron"):
-            convert(here, tmp_path / "accessory", "accessory", Wanted())
+            convert(here, tmp_path / "accessory", "accessory", WriteOptions())
 
 
 def gpt_of(shape: LanguageConfig) -> GPTModel:
@@ -193,7 +194,7 @@ def gpt_of(shape: LanguageConfig) -> GPTModel:
 @pytest.mark.parametrize("experts", [0, 4])
 def test_megatron_core_loads_what_is_written_for_it_and_the_other_way(tmp_path, run_ranks, experts):
     model = drawn_model(random.Random(3), experts=experts, std=0.1)
-    convert(save(model, tmp_path / "hf"), tmp_path / "dist", "torch_dist", Wanted())
+    convert(save(model, tmp_path / "hf"), tmp_path / "dist", "torch_dist", WriteOptions())
     tokens = torch.randint(0, 90, (1, 9))
     with torch.no_grad():
         wanted = model(tokens).logits
@@ -216,7 +217,7 @@ def test_megatron_core_loads_what_is_written_for_it_and_the_other_way(tmp_path, 
         dist_checkpointing.save(gpt.sharded_state_dict(), str(tmp_path / "again"))
 
     run_ranks(1, check)
-    convert(tmp_path / "again", tmp_path / "back", "hf", Wanted(), shape=shape_of(model))
+    convert(tmp_path / "again", tmp_path / "back", "hf", WriteOptions(), shape=shape_of(model))
     assert_same_weights(tmp_path / "back", model)
 
 
@@ -299,7 +300,7 @@ def test_interleaved_rope_gives_the_logits_of_transformers(tmp_path, form, exper
     form, _, kind = form.partition(" ")
     here = save(model, tmp_path / "hf")
     ranks = 1 if form == "meta" and experts else rng.choice(ranks_of(model, is_sparse=bool(kind)))
-    convert(here, tmp_path / "there", form, Wanted(ranks, is_sparse=bool(kind)))
+    convert(here, tmp_path / "there", form, WriteOptions(ranks, is_sparse=bool(kind)))
     about = json.loads((tmp_path / "there" / ("params.json" if form == "meta" else "config.json")).read_text())
     tokens = torch.randint(0, 90, (17,))
     found = reference_logits(merged(tmp_path / "there", "llma."), about, tokens)
@@ -320,11 +321,11 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def refused(source: Path, message: str, form: str = "hf", wanted: Wanted | None = None, **options) -> None:
+def refused(source: Path, message: str, form: str = "hf", wanted: WriteOptions | None = None, **options) -> None:
     """A conversion fails with this message and leaves nothing under the final name."""
     target = source.parent / "refused"
     with pytest.raises(CheckpointError, match=message) as caught:
-        convert(source, target, form, wanted or Wanted(), **options)
+        convert(source, target, form, wanted or WriteOptions(), **options)
     assert "\n" not in str(caught.value)
     assert not target.exists()
 
@@ -338,7 +339,7 @@ def tiny_hf(tmp_path) -> tuple[PreTrainedModel, Path]:
 def test_a_repository_that_holds_both_kinds_of_files(tiny_hf, tmp_path):
     _, folder = tiny_hf
     (folder / "pytorch_model.bin").write_bytes(b"fetched by nobody")
-    convert(folder, tmp_path / "target", "hf", Wanted(), verify=True)
+    convert(folder, tmp_path / "target", "hf", WriteOptions(), verify=True)
 
 
 def test_scaled_positions_are_refused_unless_they_are_far_behind(tiny_hf, tmp_path):
@@ -348,7 +349,7 @@ def test_scaled_positions_are_refused_unless_they_are_far_behind(tiny_hf, tmp_pa
         scaled = about | {"rope_parameters": about["rope_parameters"] | {"rope_type": kind, "factor": 2.0}}
         (folder / "config.json").write_text(json.dumps(scaled))
         if kind == "dynamic":
-            convert(folder, tmp_path / "target", "hf", Wanted(), verify=True)
+            convert(folder, tmp_path / "target", "hf", WriteOptions(), verify=True)
         else:
             refused(folder, "config.json: rope_scaling={.*linear.*}: positions are not scaled here; give a model")
 
@@ -360,7 +361,7 @@ def test_a_dropped_misnamed_misshaped_or_doubled_tensor_is_named(tmp_path, exper
     model = drawn_model(rng, experts=experts)
     for form in ("hf", "meta", "accessory"):
         folder = tmp_path / form
-        convert(save(model, tmp_path / "0"), folder, form, Wanted()) if form != "hf" else save(model, folder)
+        convert(save(model, tmp_path / "0"), folder, form, WriteOptions()) if form != "hf" else save(model, folder)
         (file,) = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".pth")]
         loaded = load_file(file) if form == "hf" else torch.load(file, weights_only=True)
         weights = loaded.get("model", loaded)
@@ -386,7 +387,7 @@ def test_a_dropped_misnamed_misshaped_or_doubled_tensor_is_named(tmp_path, exper
             write(weights | {name.removeprefix("llma."): weights[name]})
             refused(folder, f"holds {plain} twice, with and without llma.; remove one of them")
         write(weights)
-        convert(folder, tmp_path / f"{form}_whole", "hf", Wanted())
+        convert(folder, tmp_path / f"{form}_whole", "hf", WriteOptions())
         assert_same_weights(tmp_path / f"{form}_whole", model)
 
 
@@ -405,17 +406,17 @@ def test_rules_that_overlap_or_leave_a_gap_are_refused(tiny_hf):
     """The proof of a conversion does not rest on the tables: wrong ones are found before anything is written."""
     _, folder = tiny_hf
     opened = open_checkpoint(folder)
-    items = [*opened.source.stored]
+    items = [*opened.source.specs]
     assert Conversion(opened.source, items).copies == []
     with pytest.raises(CheckpointError, match=r"0 of the .* elements of k in .*k_proj.weight would be used"):
         Conversion(opened.source, [item for item in items if "k_proj" not in item.name])
-    broken = Source("s", [item for item in items if "k_proj" not in item.name], opened.source.entries)
+    broken = TensorSource("s", [item for item in items if "k_proj" not in item.name], opened.source.entries)
     with pytest.raises(CheckpointError, match=r"holds what .*k_proj.weight needs nowhere \(k\)"):
         Conversion(broken, items)
     up = next(item for item in items if "up_proj" in item.name)
-    overlapping = replace(up, box=up.box | {"f": (0, 5)})
+    overlapping = replace(up, box=up.box | {"ffn": (0, 5)})
     with pytest.raises(CheckpointError, match=r"holds what .*up_proj.weight needs twice \(up\)"):
-        Conversion(Source("s", [*items, overlapping], opened.source.entries), items)
+        Conversion(TensorSource("s", [*items, overlapping], opened.source.entries), items)
 
 
 @pytest.fixture(params=["hf", "bin", "meta", "accessory", "megatron", "torch_dist"])
@@ -427,7 +428,7 @@ def stored_file(request, tmp_path) -> tuple[PreTrainedModel, str, Path]:
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     elif form != "hf":
-        convert(folder, tmp_path / "there", form, Wanted())
+        convert(folder, tmp_path / "there", form, WriteOptions())
         folder = tmp_path / "there"
     suffixes = (".safetensors", ".bin", ".pth", ".distcp")
     return model, form, min(path for path in folder.iterdir() if path.suffix in suffixes)
@@ -456,7 +457,7 @@ def test_flipped_bits_are_refused(stored_file, tmp_path):
     for _ in range(20):
         file.write_bytes(flipped(whole, rng.randrange(begin, end), rng.randrange(8)))
         try:
-            convert(file.parent, tmp_path / "target", "hf", Wanted(), shape=shape_of(model))
+            convert(file.parent, tmp_path / "target", "hf", WriteOptions(), shape=shape_of(model))
         except CheckpointError:
             assert not (tmp_path / "target").exists()
         else:  # a bit that nothing follows from
@@ -486,8 +487,8 @@ def test_what_is_pickled_is_not_run(stored_file, tmp_path):
 
 def test_missing_shards_are_named(tmp_path):
     source = save(drawn_model(random.Random(5), experts=0, groups=4), tmp_path / "source")
-    convert(source, tmp_path / "meta", "meta", Wanted(4))
-    convert(source, tmp_path / "accessory", "accessory", Wanted(4))
+    convert(source, tmp_path / "meta", "meta", WriteOptions(4))
+    convert(source, tmp_path / "accessory", "accessory", WriteOptions(4))
     (tmp_path / "meta" / "consolidated.01.pth").unlink()
     refused(
         tmp_path / "meta", "its shards are consolidated.00.pth, consolidated.02.pth, consolidated.03.pth; fetch the m"
@@ -500,15 +501,15 @@ def test_what_cannot_be_asked_for_is_refused(tiny_hf, tmp_path, run_tool):
     _, folder = tiny_hf
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="there: exists; give another TARGET, or remove it"):
-        convert(folder, tmp_path / "there", "hf", Wanted())
+        convert(folder, tmp_path / "there", "hf", WriteOptions())
     refused(tmp_path / "nowhere", "nowhere: no such folder; give the folder of a checkpoint")
     refused(tmp_path / "there", "no checkpoint of a known format; give a folder with model.safetensors")
-    refused(folder, "--tensor-parallel 2: megatron does not divide tensors; leave it out", "megatron", Wanted(2))
-    refused(folder, "7 tensor ranks: cannot share .* of .*; use a divisor", "meta", Wanted(7))
+    refused(folder, "--tensor-parallel 2: megatron does not divide tensors; leave it out", "megatron", WriteOptions(2))
+    refused(folder, "7 tensor ranks: cannot share .* of .*; use a divisor", "meta", WriteOptions(7))
     experts = save(drawn_model(random.Random(2), experts=6), tmp_path / "experts")
-    refused(experts, "--tensor-parallel: Mistral's checkpoints of experts are one file", "meta", Wanted(2))
+    refused(experts, "--tensor-parallel: Mistral's checkpoints of experts are one file", "meta", WriteOptions(2))
     refused(experts, "--to internlm2: has no experts; use hf", "internlm2")
-    refused(experts, "4 tensor ranks: cannot share", "accessory", Wanted(4))
+    refused(experts, "4 tensor ranks: cannot share", "accessory", WriteOptions(4))
     status, _, error = run_tool("convert_checkpoint.py", tmp_path / "nowhere", tmp_path / "x", "--to", "hf")
     assert status == 2
     assert error.splitlines()[-1] == (
@@ -516,7 +517,7 @@ def test_what_cannot_be_asked_for_is_refused(tiny_hf, tmp_path, run_tool):
     )
     with pytest.raises(SystemExit):
         run_tool("convert_checkpoint.py", folder, tmp_path / "x", "--to", "gguf")
-    convert(folder, tmp_path / "dist", "torch_dist", Wanted())
+    convert(folder, tmp_path / "dist", "torch_dist", WriteOptions())
     refused(tmp_path / "dist", "does not tell its number of heads; name its shape: --preset")
 
 
@@ -526,9 +527,9 @@ def test_what_cannot_be_asked_for_is_refused(tiny_hf, tmp_path, run_tool):
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     model = drawn_model(random.Random(1), experts=0, layers=40)
     source, target, partial = save(model, tmp_path / "hf"), tmp_path / "target", tmp_path / ".target.partial"
-    convert(source, tmp_path / "whole", "megatron", Wanted())
+    convert(source, tmp_path / "whole", "megatron", WriteOptions())
     if (pid := os.fork()) == 0:
-        convert(source, target, "megatron", Wanted())
+        convert(source, target, "megatron", WriteOptions())
         os._exit(0)
     journal = partial / ".files"
     while not journal.is_file() or journal.read_text().count("\n") < 20:
@@ -538,7 +539,7 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     done = {line.split()[1]: (partial / line.split()[1]).stat().st_mtime_ns
             for line in journal.read_text().splitlines()[1:]}  # fmt: skip
     assert not target.exists()
-    convert(source, target, "megatron", Wanted())
+    convert(source, target, "megatron", WriteOptions())
     assert all((target / name).stat().st_mtime_ns == at for name, at in done.items())
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert files == {path.name for path in target.iterdir()}
@@ -551,7 +552,7 @@ def test_what_a_conversion_of_something_else_left_is_not_taken(tiny_hf, tmp_path
     partial = tmp_path / ".target.partial"
     partial.mkdir()
     (partial / ".files").write_text("of something else\n- model.safetensors\n")
-    convert(folder, tmp_path / "target", "hf", Wanted(), verify=True)
+    convert(folder, tmp_path / "target", "hf", WriteOptions(), verify=True)
 
 
 PEAK = """
@@ -567,7 +568,7 @@ finally:
 def test_memory_stays_within_its_bound(tmp_path):
     """Peak resident memory of the tool: at most four of the largest tensors and 300 MB."""
     shape = LanguageConfig(layers=1, hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
-    files, about = huggingface.files(Model(shape), Wanted(shard_bytes=2 * 10**8))
+    files, about = huggingface.plan(Model(shape), WriteOptions(shard_bytes=2 * 10**8), {})
     (tmp_path / "source").mkdir()
     for file in files:
         tensors = {item.name: torch.zeros(item.shape, dtype=torch.bfloat16) for item in file.tensors}
@@ -592,11 +593,11 @@ def test_differences_are_added(tmp_path, run_tool):
     tuned = drawn_model(random.Random(4), experts=0, groups=2).to(torch.bfloat16)
     for weight in tuned.parameters():
         weight.data.add_(torch.randn_like(weight) * 0.1)
-    convert(save(base, tmp_path / "base"), tmp_path / "meta", "meta", Wanted(2))
+    convert(save(base, tmp_path / "base"), tmp_path / "meta", "meta", WriteOptions(2))
     source = save(tuned, tmp_path / "tuned")
     extras = extras_of(base.config.hidden_size, random.Random(1), has_skip_token=False)
     save_file(extras, source / "sphinx.safetensors")
-    convert(source, tmp_path / "accessory", "accessory", Wanted(2))
+    convert(source, tmp_path / "accessory", "accessory", WriteOptions(2))
     (tmp_path / "diff").mkdir()
     for rank in range(2):
         one = torch.load(tmp_path / "accessory" / f"consolidated.{rank:02d}-of-02.model.pth", weights_only=True)[
@@ -617,7 +618,7 @@ def test_differences_are_added(tmp_path, run_tool):
     (tmp_path / "diff" / "consolidated.01-of-02.model-diff.pth").unlink()
     refused(tmp_path / "meta", r"diff: has 1 of 2 shards \(.*model-diff.pth\); fetch all", diff=tmp_path / "diff")
     one = drawn_model(random.Random(4), experts=0, groups=1)
-    convert(save(one, tmp_path / "one"), tmp_path / "meta1", "meta", Wanted())
+    convert(save(one, tmp_path / "one"), tmp_path / "meta1", "meta", WriteOptions())
     torch.save(diff, tmp_path / "diff" / "consolidated.01-of-02.model-diff.pth")
     refused(tmp_path / "meta1", "has 2 shards, SOURCE 1; convert SOURCE to as many", diff=tmp_path / "diff")
     diff["llma.norm.weight"] = torch.zeros(3)
@@ -637,15 +638,15 @@ def test_frozen_encoders_go_to_files_of_their_own_and_come_back(tmp_path):
                 "qformer": {"llma.qformer.query_tokens": torch.randn(2).half()}}  # fmt: skip
     for name, weights in encoders.items():
         save_file(weights, source / "encoders" / f"{name}.safetensors")
-    convert(source, tmp_path / "accessory", "accessory", Wanted(2))
+    convert(source, tmp_path / "accessory", "accessory", WriteOptions(2))
     for rank in range(2):
         shard = torch.load(tmp_path / "accessory" / f"consolidated.{rank:02d}-of-02.model.pth", weights_only=True)[
             "model"
         ]
         assert all(torch.equal(shard[name], weight) for one in encoders.values() for name, weight in one.items())
-    convert(tmp_path / "accessory", tmp_path / "start", "megatron", Wanted())
+    convert(tmp_path / "accessory", tmp_path / "start", "megatron", WriteOptions())
     apart = (tmp_path / "start" / "encoders").rename(tmp_path / "apart")
-    convert(tmp_path / "start", tmp_path / "again", "accessory", Wanted(2), encoders=apart)
+    convert(tmp_path / "start", tmp_path / "again", "accessory", WriteOptions(2), encoders=apart)
     (tmp_path / "empty").mkdir()
     refused(
         source,
@@ -671,7 +672,7 @@ def test_the_released_module_is_named(tmp_path, experts, is_sparse, views, has_q
     extras = extras_of(model.config.hidden_size, random.Random(1), has_skip_token=False)
     kept = {name: weight for name, weight in extras.items() if has_qformer or "qformer" not in name}
     save_file(kept, save(model, tmp_path / "hf") / "sphinx.safetensors")
-    convert(tmp_path / "hf", tmp_path / "there", "accessory", Wanted(is_sparse=is_sparse), views=views)
+    convert(tmp_path / "hf", tmp_path / "there", "accessory", WriteOptions(is_sparse=is_sparse), views=views)
     kind = "mixtral_sparse" if experts else "llama"
     light = "_light" if not experts and not has_qformer else ""
     wanted = f"{kind}_ens{'5' if views == 5 else ''}{light}"
@@ -689,7 +690,7 @@ def test_a_preset_gives_the_shape_of_torch_dist(tmp_path, run_tool, tiny):
         num_attention_heads=shape.heads, num_key_value_heads=shape.groups, rms_norm_eps=shape.norm_epsilon,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    convert(save(model, tmp_path / "hf"), tmp_path / "dist", "torch_dist", Wanted())
+    convert(save(model, tmp_path / "hf"), tmp_path / "dist", "torch_dist", WriteOptions())
     arguments = (tmp_path / "dist", tmp_path / "back", "--to", "hf", "--preset", tiny.write(tmp_path / "run.yaml"))
     assert run_tool("convert_checkpoint.py", *arguments)[0] == 0
     assert_same_weights(tmp_path / "back", model)
@@ -709,11 +710,11 @@ def test_a_released_model_begins_one_of_two_experts(tmp_path):
     two, ends = ["clip_convnext_xxl", "dinov2_vitg14"], ["dinov2_vitg14", "blip2_qformer", "clip_vit_l14"]
     for form in ("hf", "megatron", "accessory"):
         whole = tmp_path / f"all_{form}"
-        convert(source, whole, form, Wanted())
+        convert(source, whole, form, WriteOptions())
         for number, kept in enumerate((two, ends)):
             there, back = tmp_path / f"{form}{number}", tmp_path / f"{form}{number}_back"
-            convert(whole, there, "megatron", Wanted(), experts=kept, verify=True)
-            convert(there, back, "hf", Wanted())
+            convert(whole, there, "megatron", WriteOptions(), experts=kept, verify=True)
+            convert(there, back, "hf", WriteOptions())
             found, matrix = load_file(back / "sphinx.safetensors"), extras["visual_proj.0.weight"]
             columns = matrix[:, 1024:] if kept is two else torch.cat([matrix[:, :1024], matrix[:, 4096:]], 1)
             assert torch.equal(found.pop("visual_proj.0.weight"), columns)

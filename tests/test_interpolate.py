@@ -18,14 +18,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sphinx.checkpoint.convert import ENCODERS, convert, open_checkpoint
+from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.encoders import ENCODERS
 from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.interpolate import Interpolated, interpolate, shares_of, sweep
-from megatron_sphinx.checkpoint.keymap import Model
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.mix import MixReport, interpolate, shares_of, sweep
+from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.store import load_weights
-from megatron_sphinx.checkpoint.stream import Maps, create
+from megatron_sphinx.checkpoint.tensors.entries import MappedFiles
+from megatron_sphinx.checkpoint.tensors.write import create_file
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -56,11 +59,11 @@ def make(
     shard_bytes: int = 10**9,
 ) -> Path:
     """A checkpoint of Hugging Face's format, of random weights."""
-    found, about = huggingface.files(Model(shape, channels=channels), Wanted(1, dtype, shard_bytes))
+    found, about = huggingface.plan(Model(shape, channels=channels), WriteOptions(1, dtype, shard_bytes), {})
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for file in found:
-        out = create(folder / file.name, {item.name: (item.shape, dtype) for item in file.tensors})
+        out = create_file(folder / file.name, {item.name: (item.shape, dtype) for item in file.tensors})
         for item in file.tensors:
             value = torch.randn(item.shape, generator=generator)
             value.view(-1)[:3] = torch.tensor(ODD)
@@ -73,7 +76,7 @@ def make(
 
 def tensors(folder: Path, shape: LanguageConfig | None = None) -> dict[tuple[str, str], Tensor]:
     """All tensors of a checkpoint, by file and name; frozen experts too."""
-    opened, maps = open_checkpoint(folder, shape), Maps()
+    opened, maps = open_checkpoint(folder, shape), MappedFiles()
     found = {key: maps.read(entry).clone() for key, entry in opened.source.entries.items()}
     for expert, entries in opened.encoders.items():
         found |= {(expert, name): maps.read(entry).clone() for name, entry in entries.items()}
@@ -137,7 +140,7 @@ def test_a_mix_is_the_formula_in_every_format(tmp_path, form, seed):
     ranks = rng.choice([1, 2]) if form == "accessory" or (form == "meta" and not experts) else 1
     shape = replace(shape, groups=shape.groups * ranks, heads=shape.heads * ranks, vocabulary=120)
     shape = replace(shape, hidden=shape.heads * 4)
-    wanted = Wanted(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    wanted = WriteOptions(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
     inputs = []
     for number in range(3):
         source = make(tmp_path / f"hf{number}", 10 * seed + number, shape, dtype=dtype)
@@ -165,7 +168,7 @@ def test_at_the_ends_tensors_are_copied_to_the_bit(tmp_path, beta, scope):
     inputs = [make(tmp_path / f"{seed}", seed, dtype=torch.bfloat16, channels=6) for seed in range(2)]
     sides = [tensors(folder) for folder in inputs]
     done = interpolate(inputs, {tmp_path / "mix": shares_of(beta)}, scope=scope)
-    assert done == Interpolated(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
+    assert done == MixReport(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
     wanted = sides[0] if beta else sides[1]
     if scope == "language":
         wanted = wanted | {key: value for key, value in sides[0].items() if key[0] == huggingface.EXTRAS}
@@ -279,7 +282,7 @@ def ours(folder: Path, seed: int, *, tokenizer: str = "", **shape: int) -> Path:
     source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, **shape))
     if tokenizer:
         (source / "tokenizer.model").write_text(tokenizer)
-    convert(source, folder, "megatron", Wanted())
+    convert(source, folder, "megatron", WriteOptions())
     shutil.rmtree(source)
     return folder
 
@@ -303,14 +306,14 @@ def accessory(folder: Path, seed: int, expert: Tensor) -> Path:
     """A checkpoint of LLaMA2-Accessory of two ranks, with a frozen expert in each file."""
     source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, groups=2), channels=6)
     with_expert(source, expert, "llma.clip.w")
-    convert(source, folder, "accessory", Wanted(2))
+    convert(source, folder, "accessory", WriteOptions(2))
     return folder
 
 
 def with_expert(folder: Path, expert: Tensor, name: str = "w") -> Path:
     """Put a frozen expert beside a checkpoint."""
     (folder / ENCODERS).mkdir(exist_ok=True)
-    out = create(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
+    out = create_file(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
     out.put(name, expert)
     out.close()
     return folder
@@ -407,10 +410,10 @@ def test_other_tensors_are_refused(tmp_path):
 
 def test_other_ranks_are_refused(tmp_path):
     for name, ranks in (("a", 1), ("b", 2)):
-        convert(make(tmp_path / f"hf_{name}", 1), tmp_path / name, "meta", Wanted(ranks), shape=SMALL) if (
+        convert(make(tmp_path / f"hf_{name}", 1), tmp_path / name, "meta", WriteOptions(ranks), shape=SMALL) if (
             ranks == 1
         ) else convert(
-            make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2)), tmp_path / name, "meta", Wanted(ranks)
+            make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2)), tmp_path / name, "meta", WriteOptions(ranks)
         )
     refused(tmp_path, r"/a: holds no \S+ in consolidated\.01\.pth, \S+/b does; \S+ checkpoints .*, divided alike")
 
@@ -538,7 +541,7 @@ def test_runs_begin_with_a_mix_of_runs(trained, train, tmp_path):
 PROGRAM = """
 import re, sys
 from pathlib import Path
-from megatron_sphinx.checkpoint.interpolate import interpolate
+from megatron_sphinx.checkpoint.mix import interpolate
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 folder = Path(sys.argv[1])
@@ -554,7 +557,7 @@ def test_the_memory_is_of_buffers_alone(tmp_path, form):
     shape = LanguageConfig(layers=2, hidden=512, ffn=6000, heads=4, groups=2, vocabulary=12000)
     for name, of_it in (("small", SMALL), ("0", shape), ("1", shape)):
         source = make(tmp_path / f"{name}_hf", 1, of_it)
-        convert(source, tmp_path / name, form, Wanted())
+        convert(source, tmp_path / name, form, WriteOptions())
         shutil.rmtree(source)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
@@ -604,7 +607,7 @@ def test_the_tool_takes_the_shape_of_a_preset(tiny, tmp_path, run_tool):
     names = ("layers", "hidden", "ffn", "heads", "groups", "vocabulary")
     model = tiny.write(tmp_path / "run.yaml", {f"model.{name}": getattr(SMALL, name) for name in names})
     for seed, name in enumerate("ab"):
-        convert(make(tmp_path / f"hf_{name}", seed), tmp_path / name, "torch_dist", Wanted())
+        convert(make(tmp_path / f"hf_{name}", seed), tmp_path / name, "torch_dist", WriteOptions())
     pair = ("--real", tmp_path / "a", "--synthetic", tmp_path / "b", "--beta", 0.5, "--output", tmp_path / "mix")
     status, _, error = run_tool(TOOL, *pair)
     assert status == 2

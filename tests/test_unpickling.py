@@ -31,12 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.jit.unsupported_tensor_ops import execWrapper
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.pieces import Piece, read_tensors, weight_shapes
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.checkpoint.slices import TensorSlice, read_tensors, weight_shapes
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
-from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
+from megatron_sphinx.checkpoint.tensors.read import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
 from megatron_sphinx.model.encoders import _read
@@ -183,13 +184,13 @@ def checkpoint(tmp_path_factory, request) -> Path:
     return folder
 
 
-def opened(folder: Path) -> tuple[CheckpointStore, list[Piece]]:
+def opened(folder: Path) -> tuple[CheckpointStore, list[TensorSlice]]:
     """A store of one rank, and a piece to be filled or kept."""
     run._place()
     run.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
     store = CheckpointStore(folder, groups, keep=1, identity=dict, about={"layout": {}})
-    return store, [Piece("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
+    return store, [TensorSlice("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
 
 
 def spoil(folder: Path, file: str, content: bytes) -> None:
@@ -273,7 +274,7 @@ def test_no_tokenizer_is_run(payload, tmp_path):
 def test_no_released_checkpoint_is_run(payload, form, tmp_path):
     """Each format whose files are pickled, where it is opened to be converted, mixed or begun with."""
     source = save(drawn_model(random.Random(1), experts=0, layers=1), tmp_path / "hf")
-    convert(source, tmp_path / form, form, Wanted())
+    convert(source, tmp_path / form, form, WriteOptions())
     for victim in sorted((tmp_path / form).iterdir()):
         if victim.suffix in (".pth", ".distcp") or victim.name == ".metadata":
             whole = victim.read_bytes()
@@ -428,7 +429,7 @@ def test_nothing_else_unpickles(path):
         names = imported(node)
         assert not {name.split(".")[0] for name in names} & FORBIDDEN, f"line {node.lineno} imports {names}"
         assert not LOADERS & set(names), f"line {node.lineno} imports {names}"
-        if path.name != "pieces.py":
+        if path.name != "slices.py":
             assert not {name.split(".")[-1] for name in names} & UNLIMITED, f"line {node.lineno} imports {names}"
         if isinstance(node, ast.Import):
             assert all(alias.asname is None for alias in node.names if alias.name == "torch"), f"line {node.lineno}"

@@ -1,4 +1,4 @@
-"""Who is who: plain values of two runs or checkpoints compared key by key."""
+"""What a run or a checkpoint is recognised by: plain values, compared key by key."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -39,9 +39,9 @@ def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
         identity["data"] = dict(identity.get("data", {}))
     for stream in ("pairs", "text"):
         both = [identity["data"].get(stream) or {} for identity in (one, other)]
-        if not all(about.get("fingerprint") for about in both):
-            for identity, about in zip((one, other), both, strict=True):
-                kept = {name: value for name, value in about.items() if name != "fingerprint"}
+        if not all(data.get("fingerprint") for data in both):
+            for identity, data in zip((one, other), both, strict=True):
+                kept = {name: value for name, value in data.items() if name != "fingerprint"}
                 identity["data"][stream] = kept or None
     return one, other
 
@@ -53,9 +53,9 @@ def inherited(here: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any
     """
     data = dict(here.get("data", {}))
     for stream in ("pairs", "text"):
-        about, before = data.get(stream), made.get("data", {}).get(stream)
-        if about and before and before.get("fingerprint"):
-            data[stream] = {**about, "fingerprint": before["fingerprint"]}
+        now, before = data.get(stream), made.get("data", {}).get(stream)
+        if now and before and before.get("fingerprint"):
+            data[stream] = {**now, "fingerprint": before["fingerprint"]}
     return {**here, "data": data} if data else dict(here)
 
 
@@ -64,14 +64,14 @@ def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], w
 
     Args:
         title: how the message begins.
-        made: of the checkpoint.
-        here: of this run; what else the checkpoint tells does not count.
+        made: what the checkpoint was made with.
+        here: what this run has; what else the checkpoint tells does not count.
         way_out: how the message ends.
 
     Raises:
         CheckpointError: they differ; every difference is named.
     """
-    found = list(differences({name: made.get(name) for name in here}, here))
-    if found:
-        named = "; with ".join(f"{key}={had}, this run has {has}" for key, had, has in found)
+    differing = list(differences({name: made.get(name) for name in here}, here))
+    if differing:
+        named = "; with ".join(f"{key}={before}, this run has {now}" for key, before, now in differing)
         raise CheckpointError(f"{title}: was made with {named}; {way_out}")

@@ -37,8 +37,8 @@ def newest_of(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     for place in (folder, folder / "checkpoints"):
-        if found := complete(place):
-            return found[-1]
+        if steps := complete(place):
+            return steps[-1]
     raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
 
 

@@ -28,18 +28,18 @@ import json, sys
 from pathlib import Path
 import torch
 from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.stream import create
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.tensors.write import create_file
 from megatron_sphinx.model.architecture import LanguageConfig
 
 folder, goal = Path(sys.argv[1]), float(sys.argv[2])
 values = dict(hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
 one = LanguageConfig(layers=1, **values)
 layers = max(1, round((goal / 2 - 2 * one.vocabulary * one.hidden) / one.layer_matrices))
-files, about = huggingface.files(Model(LanguageConfig(layers=layers, **values)), Wanted(shard_bytes=10**9))
+files, about = huggingface.plan(Model(LanguageConfig(layers=layers, **values)), WriteOptions(shard_bytes=10**9), {})
 for file in files:
-    out = create(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
+    out = create_file(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
     for item in file.tensors:
         out.put(item.name, torch.empty(item.shape, dtype=torch.bfloat16).normal_(std=0.02))
     out.close()

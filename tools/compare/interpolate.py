@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.formats.huggingface import files
-from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.stream import SafetensorsFile
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.formats.huggingface import plan
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.tensors.write import SafetensorsFile
 from megatron_sphinx.model.architecture import LanguageConfig
 
 TOOL = Path(__file__).parents[1] / "interpolate_weights.py"
@@ -48,7 +48,7 @@ def make(folder: Path, gigabytes: float, seed: int) -> Path:
     """Write a Llama of the shape of TinyLlama, of as many layers as fill so many GB, with random weights."""
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 2048) / 44_044_288))
     shape = LanguageConfig(layers=layers, hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
-    (file,), about = files(Model(shape), Wanted(dtype=torch.bfloat16, shard_bytes=10**15))
+    (file,), about = plan(Model(shape), WriteOptions(dtype=torch.bfloat16, shard_bytes=10**15), {})
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     out = SafetensorsFile(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
