@@ -524,6 +524,19 @@ def test_what_cannot_be_asked_for_is_refused(tiny_hf, tmp_path, run_tool):
 # how it is done
 
 
+def test_copies_that_differ_between_ranks_are_told_and_no_fault_of_what_is_written(tmp_path):
+    """The ranks of meta hold the norms alike; the first one's are taken, by --verify too."""
+    model = drawn_model(random.Random(5), experts=0, groups=4)
+    convert(save(model, tmp_path / "hf"), tmp_path / "meta", "meta", WriteOptions(2))
+    file = tmp_path / "meta" / "consolidated.01.pth"
+    weights = torch.load(file, weights_only=True)
+    torch.save(weights | {"norm.weight": weights["norm.weight"] + 0.5}, file)
+    done = convert(tmp_path / "meta", tmp_path / "back", "hf", WriteOptions(), verify=True)
+    assert [name for name, _ in done.differing] == ["norm.weight"]
+    assert done.differing[0][1] == pytest.approx(0.5, rel=1e-5)
+    assert_same_weights(tmp_path / "back", model)
+
+
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     model = drawn_model(random.Random(1), experts=0, layers=40)
     source, target, partial = save(model, tmp_path / "hf"), tmp_path / "target", tmp_path / ".target.partial"

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
+from megatron_sphinx.checkpoint.tensors.entries import Entry
 from megatron_sphinx.checkpoint.tensors.read import is_intact
 from megatron_sphinx.checkpoint.tensors.write import FileContents
 from megatron_sphinx.errors import CheckpointError
@@ -102,9 +103,7 @@ def convert(
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
     try:
-        frozen = [entry for entries in checkpoint.encoders.values() for entry in entries.values()]
-        task = [form, str(options), str(checkpoint.model)]
-        journal = Journal([partial], task, [*checkpoint.source.entries.values(), *frozen])
+        journal = Journal([partial], [form, str(options), str(checkpoint.model)], _inputs(checkpoint))
         writer = _Writer(partial, checkpoint, to, plan, conversion, options.dtype)
         writer.write_tensors(journal, show)
         writer.write_companions(journal.done)
@@ -113,9 +112,8 @@ def convert(
         journal.end()
         os.replace(partial, target)
     except OSError as error:
-        raise CheckpointError(
-            f"{target}: could not be written ({error.strerror or error}); put that right and run it again"
-        ) from error
+        reason = error.strerror or error
+        raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
     parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
     return ConversionReport(len(plan.files), len(specs), parameters, differing)
 
@@ -124,6 +122,13 @@ def _selected(checkpoint: SourceCheckpoint, experts: Sequence[str]) -> SourceChe
     """A checkpoint with some of its visual experts, which no longer are those that it was trained with."""
     identity = {name: part for name, part in checkpoint.about.get("identity", {}).items() if name != "vision"}
     return select(replace(checkpoint, about={**checkpoint.about, "identity": identity}), experts)
+
+
+def _inputs(checkpoint: SourceCheckpoint) -> Iterator[Entry]:
+    """All tensors that are read, those of frozen experts too."""
+    yield from checkpoint.source.entries.values()
+    for entries in checkpoint.encoders.values():
+        yield from entries.values()
 
 
 def _plan(checkpoint: SourceCheckpoint, to: Format, options: WriteOptions) -> WritePlan:

@@ -100,21 +100,7 @@ def interpolate(
     tensors = tensors_to_mix(checkpoints, scope)
     partials = [target.with_name(f".{target.name}.partial") for target in targets]
     try:
-        task = [scope, *([str(target), *shares] for target, shares in targets.items())]
-        journal = Journal(partials, task, [entry for one in checkpoints for entry in one.source.entries.values()])
-        form = format_named(checkpoints[0].format)
-        writer = MixWriter(tensors, partials, list(targets.values()), form, journal)
-        with digests or Digests() as started:
-            futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
-            writer.run(show)
-            sums = [{name: future.result() for name, future in each.items()} for each in futures]
-        for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
-            _check_sums(checkpoint, digests_of_files)
-        for partial, target in zip(partials, targets, strict=True):
-            _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
-        journal.end()
-        for partial, target in zip(partials, targets, strict=True):
-            os.replace(partial, target)
+        _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, digests, show)
     except CheckpointError:  # of a damaged input nothing is kept
         for partial in partials:
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,6 +114,34 @@ def interpolate(
     mixed = sum(len(tensor.entries) > 1 for tensor in tensors) if is_mixed else 0
     parameters = sum(torch.Size(tensor.entries[0].shape).numel() for tensor in tensors)
     return MixReport(mixed, len(tensors) - mixed, parameters)
+
+
+def _write(
+    checkpoints: Sequence[SourceCheckpoint],
+    tensors: Sequence[MixedTensor],
+    partials: Mapping[Path, Path],
+    targets: Mapping[Path, Sequence[float]],
+    scope: Scope,
+    digests: Digests | None,
+    show: bool,
+) -> None:
+    """Write the targets into folders of their own, while the inputs are hashed, and give them their names at last."""
+    task = [scope, *([str(target), *shares] for target, shares in targets.items())]
+    entries = [entry for one in checkpoints for entry in one.source.entries.values()]
+    journal = Journal(partials.values(), task, entries)
+    form = format_named(checkpoints[0].format)
+    writer = MixWriter(tensors, list(partials.values()), list(targets.values()), form, journal)
+    with digests or Digests() as started:
+        futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
+        writer.run(show)
+        sums = [{name: future.result() for name, future in each.items()} for each in futures]
+    for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
+        _check_sums(checkpoint, digests_of_files)
+    for target, partial in partials.items():
+        _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
+    journal.end()
+    for target, partial in partials.items():
+        os.replace(partial, target)
 
 
 def _check_targets(inputs: Sequence[Path], targets: Mapping[Path, Sequence[float]]) -> None:
