@@ -27,10 +27,10 @@ from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mix import MixReport, interpolate, shares_of, sweep
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.store import load_weights
-from megatron_sphinx.checkpoint.tensors.entries import MappedFiles
-from megatron_sphinx.checkpoint.tensors.write import create_file
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.entries import MappedFiles
+from megatron_sphinx.tensors.write import create_file
 
 TOOL = "interpolate_weights.py"
 MIXTRAL = {"model.experts": 4, "model.groups": 4, "model.balance_loss_coefficient": 0.1}

@@ -37,7 +37,6 @@ from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.slices import TensorSlice, read_tensors, weight_shapes
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
-from megatron_sphinx.checkpoint.tensors.read import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
 from megatron_sphinx.model.encoders import _read
@@ -45,6 +44,7 @@ from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
+from megatron_sphinx.tensors.read import read_distributed, read_torch
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
 ROOT = Path(__file__).parents[1]

@@ -4,13 +4,12 @@ Several threads do that, each with a tensor of its own.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 import torch
 
@@ -18,10 +17,11 @@ from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.digests import THREADS
 from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.checkpoint.tensors.entries import Entry, MappedFiles
-from megatron_sphinx.checkpoint.tensors.write import TensorFile, bytes_of
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry, MappedFiles
+from megatron_sphinx.tensors.write import TensorFile, bytes_of
 
+ReadBytes = Callable[[memoryview, int], None]  # fills a buffer with the bytes of a tensor from an offset on
 _BLOCK = 2**17  # elements that are mixed at a time: five fp32 buffers of them fit a cache of the second level
 
 
@@ -63,13 +63,6 @@ class _TargetFiles:
             for file in self._files:
                 file.close()
             return True
-
-
-class ReadBytes(Protocol):
-    """Reads the bytes of a tensor."""
-
-    def __call__(self, out: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from an offset on."""
 
 
 class MixWriter:

@@ -27,11 +27,11 @@ from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
-from megatron_sphinx.checkpoint.tensors.entries import Entry
-from megatron_sphinx.checkpoint.tensors.read import is_intact
-from megatron_sphinx.checkpoint.tensors.write import FileContents
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import is_intact
+from megatron_sphinx.tensors.write import FileContents
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_sphinx.checkpoint.tensors.entries import Entry, MappedFiles
-from megatron_sphinx.checkpoint.tensors.read import read_safetensors
-from megatron_sphinx.checkpoint.tensors.write import create_file
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry, MappedFiles
+from megatron_sphinx.tensors.read import read_safetensors
+from megatron_sphinx.tensors.write import create_file
 
 Encoders = Mapping[str, Mapping[str, Entry]]  # tensors of frozen experts: by expert, then by name
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
-from megatron_sphinx.checkpoint.tensors.entries import Entry
-from megatron_sphinx.checkpoint.tensors.write import bytes_of
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.write import bytes_of
 
 _BLOCK = 1 << 18  # elements that are handled at once: few enough to stay in a core's cache
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from megatron_sphinx.checkpoint.tensors.entries import Entry
+from megatron_sphinx.tensors.entries import Entry
 
 
 class Journal:

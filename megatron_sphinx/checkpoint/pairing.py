@@ -12,8 +12,8 @@ from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.formats.registry import format_named
 from megatron_sphinx.checkpoint.identity import differences, in_order
 from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS
-from megatron_sphinx.checkpoint.tensors.entries import Entry
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry
 
 Scope = Literal["all", "language"]
 

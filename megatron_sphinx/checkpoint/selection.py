@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from megatron_sphinx.checkpoint.encoders import RELEASED
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
-from megatron_sphinx.checkpoint.tensors.entries import Chunk, Entry
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import EXPERTS
+from megatron_sphinx.tensors.entries import Chunk, Entry
 
 _PROJECTION = "visual_proj.0.weight"
 

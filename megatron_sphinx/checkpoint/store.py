@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import get_ident
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_sphinx.checkpoint.collective import all_or_none, from_first, write_together
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.identity import comparable, inherited, require_same
-from megatron_sphinx.checkpoint.intact import SavedStep, first_intact, verify_files
+from megatron_sphinx.checkpoint.intact import SavedStep, first_intact
 from megatron_sphinx.checkpoint.manifest import read_manifest, write_manifest
 from megatron_sphinx.checkpoint.slices import (
     MASTER,
@@ -262,14 +262,6 @@ class CheckpointStore:
             with writing(self.folder.parent):
                 aside = set_aside(self.folder, steps)
             yield f"{', '.join(path.name for path in steps)}: this run does not go on from there, moved to {aside}"
-
-    def verify(self, path: Path, manifest: Mapping[str, Any], key: str = "checkpoint.resume") -> None:
-        """Compare the checksums of a checkpoint's files, this rank a share of them.
-
-        Raises:
-            CheckpointError: a file is damaged.
-        """
-        verify_files(self.groups, path, manifest, key)
 
     def load(
         self, path: Path, slices: Iterable[TensorSlice], objects: Iterable[str] = (), key: str = "checkpoint.resume"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
+from megatron_sphinx.checkpoint.intact import verify_files
 from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.slices import MASTER, TensorSlice
 from megatron_sphinx.checkpoint.steps import newest_of
@@ -75,7 +76,7 @@ class Weights:
         way_out = "configure the same model, tokenizer and encoders, or begin with other weights"
         require_same(f"{KEY}={path}", made, here, way_out)
         if origin.manifest is not None:
-            store.verify(path, origin.manifest, KEY)
+            verify_files(store.groups, path, origin.manifest, KEY)
         lacks_skip_token = model.has_skip_token and not holds.has_skip_token
         drawn = VISION if not holds.channels else SKIP_TOKEN if lacks_skip_token else ""
         changed = differences(seen, {name: vision.get(name) for name in seen}, "vision")

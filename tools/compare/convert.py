@@ -30,7 +30,7 @@ import torch
 from megatron_sphinx.checkpoint.formats import huggingface
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mapping.axes import Model
-from megatron_sphinx.checkpoint.tensors.write import create_file
+from megatron_sphinx.tensors.write import create_file
 from megatron_sphinx.model.architecture import LanguageConfig
 
 folder, goal = Path(sys.argv[1]), float(sys.argv[2])

@@ -30,8 +30,8 @@ import torch
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.formats.huggingface import plan
 from megatron_sphinx.checkpoint.mapping.axes import Model
-from megatron_sphinx.checkpoint.tensors.write import SafetensorsFile
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.write import SafetensorsFile
 
 TOOL = Path(__file__).parents[1] / "interpolate_weights.py"
 BETA = 0.6

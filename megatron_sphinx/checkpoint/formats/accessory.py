@@ -23,11 +23,11 @@ from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
-from megatron_sphinx.checkpoint.tensors.entries import Entry
-from megatron_sphinx.checkpoint.tensors.read import read_torch
-from megatron_sphinx.checkpoint.tensors.write import TorchFile
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import read_torch
+from megatron_sphinx.tensors.write import TorchFile
 
 _PREFIX = "llma."  # of all names; files of differences may lack it
 
@@ -74,41 +74,27 @@ _DIFF = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model-diff\.pth")
 _DERIVED = "llma.rope.freqs"  # follows from the configuration
 
 
-def is_here(folder: Path) -> bool:
-    """Tell whether a folder holds such a checkpoint."""
+def _is_here(folder: Path) -> bool:
     return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_checkpoint(folder: Path, _: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    shards = shards_of(folder, _SHARD)
-    return _open(folder, {file: read_torch(folder / file) for file in shards}, "config.json")
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
+    shards = _shards_of(folder, _SHARD)
+    return _opened(folder, {file: read_torch(folder / file) for file in shards}, "config.json")
 
 
-def open_sum(folder: Path, diff: Path) -> SourceCheckpoint:
-    """List what a checkpoint holds to which differences are added.
-
-    Args:
-        folder: a checkpoint of this format, or of Meta's.
-        diff: a folder of consolidated.NN-of-MM.model-diff.pth, to be added to it.
-
-    Raises:
-        CheckpointError: the folder is of another format; a file is missing or damaged; the two do not fit.
-    """
+def _open_sum(folder: Path, diff: Path) -> SourceCheckpoint:
+    """A checkpoint of this format, or of Meta's, and a folder of consolidated.NN-of-MM.model-diff.pth to be added."""
     is_meta = meta.is_here(folder)
-    if not (is_meta or is_here(folder)):
+    if not (is_meta or _is_here(folder)):
         raise CheckpointError(f"--diff {diff}: can be added to a checkpoint of meta or accessory; {folder} is none")
-    shards = meta.shards_of(folder) if is_meta else shards_of(folder, _SHARD)
+    shards = meta.shards_of(folder) if is_meta else _shards_of(folder, _SHARD)
     bases = [read_torch(folder / file) for file in shards]
     sums = [_sum(base, added) for base, added in zip(bases, _read_diff(diff, len(shards)), strict=True)]
-    return _open(folder, dict(zip(shards, sums, strict=True)), "params.json" if is_meta else "config.json")
+    return _opened(folder, dict(zip(shards, sums, strict=True)), "params.json" if is_meta else "config.json")
 
 
-def _open(folder: Path, shards: dict[str, dict[str, Entry]], config: str) -> SourceCheckpoint:
+def _opened(folder: Path, shards: dict[str, dict[str, Entry]], config: str) -> SourceCheckpoint:
     """What a checkpoint holds.
 
     Args:
@@ -151,7 +137,7 @@ def _sorted_out(folder: Path, shards: dict[str, dict[str, Entry]]) -> tuple[Entr
     encoders: dict[str, dict[str, Entry]] = {}
     for file, tensors in shards.items():
         for name, entry in tensors.items():
-            name = full_name(name)
+            name = _full_name(name)
             expert = name.split(".")[1]
             if expert in RELEASED.values():
                 encoders.setdefault(expert, {}).setdefault(name, entry)
@@ -164,16 +150,8 @@ def _sorted_out(folder: Path, shards: dict[str, dict[str, Entry]]) -> tuple[Entr
     return entries, encoders
 
 
-def shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    """List the files of all ranks.
-
-    Args:
-        folder: where they are.
-        pattern: matches their names.
-
-    Raises:
-        CheckpointError: one is missing.
-    """
+def _shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    """The files of all ranks, whose names match a pattern."""
     shards = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
     ranks = int(shards[0].split("-of-")[1][:2]) if shards else 1
     if [int(name.split(".")[1][:2]) for name in shards] != list(range(ranks)):
@@ -181,14 +159,14 @@ def shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     return shards
 
 
-def full_name(name: str) -> str:
-    """Return a tensor's name with the prefix that older files leave out."""
+def _full_name(name: str) -> str:
+    """A tensor's name with the prefix that older files leave out."""
     return name if name.startswith(_PREFIX) else f"{_PREFIX}{name}"
 
 
 def _read_diff(folder: Path, ranks: int) -> list[dict[str, Entry]]:
     """The differences, rank by rank."""
-    shards = shards_of(folder, _DIFF)
+    shards = _shards_of(folder, _DIFF)
     if len(shards) != ranks:
         raise CheckpointError(f"--diff {folder}: has {len(shards)} shards, SOURCE {ranks}; convert SOURCE to as many")
     return [read_torch(folder / file) for file in shards]
@@ -196,8 +174,8 @@ def _read_diff(folder: Path, ranks: int) -> list[dict[str, Entry]]:
 
 def _sum(base: dict[str, Entry], diff: dict[str, Entry]) -> dict[str, Entry]:
     """Tensors with their differences, and those that only the differences have."""
-    total = {full_name(name): entry for name, entry in base.items()}
-    for name, entry in ((full_name(name), entry) for name, entry in diff.items()):
+    total = {_full_name(name): entry for name, entry in base.items()}
+    for name, entry in ((_full_name(name), entry) for name, entry in diff.items()):
         if name in total and total[name].shape != entry.shape:
             shapes = f"{list(entry.shape)}, SOURCE's {list(total[name].shape)}"
             raise CheckpointError(f"--diff: {name} has shape {shapes}; give the difference from this SOURCE")
@@ -220,17 +198,8 @@ def _rules(model: Model, *, is_sparse: bool) -> tuple[Rule, ...]:
     return ACCESSORY_SPARSE if is_sparse else ACCESSORY_BASE
 
 
-def plan(model: Model, options: WriteOptions, encoders: Encoders) -> WritePlan:
-    """Divide a model into files, one a rank, and describe it.
-
-    Args:
-        model: what is written.
-        options: how it is divided.
-        encoders: frozen experts, which go into every file.
-
-    Raises:
-        CheckpointError: the format has no such model, or its matrices cannot be shared by so many ranks.
-    """
+def _plan(model: Model, options: WriteOptions, encoders: Encoders) -> WritePlan:
+    """Files, one a rank, each with all frozen experts."""
     if model.has_skip_token:
         raise CheckpointError("--to accessory: has no skip token; use hf or megatron")
     rules, ranks = _rules(model, is_sparse=options.is_sparse), options.tensor_parallel
@@ -282,12 +251,12 @@ def _multiple(hidden: int, ffn: int) -> tuple[int, float]:
 
 FORMAT = Format(
     name="accessory",
-    is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
+    is_here=_is_here,
+    open=_open,
+    plan=_plan,
     options=frozenset({"tensor_parallel", "is_sparse", "views"}),
     create_file=partial(TorchFile, under="model"),
-    full_name=full_name,
-    open_sum=open_sum,
+    full_name=_full_name,
+    open_sum=_open_sum,
     has_encoders=True,
 )

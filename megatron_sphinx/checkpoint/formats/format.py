@@ -17,11 +17,11 @@ from megatron_sphinx.checkpoint.manifest import PROVENANCE
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
-from megatron_sphinx.checkpoint.tensors.entries import Entry
-from megatron_sphinx.checkpoint.tensors.read import read_file
-from megatron_sphinx.checkpoint.tensors.write import FileContents, TensorFile, create_file
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import read_file
+from megatron_sphinx.tensors.write import FileContents, TensorFile, create_file
 
 Entries = dict[tuple[str, str], Entry]  # tensors by file and name
 

@@ -21,11 +21,11 @@ from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS, Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
-from megatron_sphinx.checkpoint.tensors.entries import Entry
-from megatron_sphinx.checkpoint.tensors.read import read_safetensors, read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
 EXTRAS = "sphinx.safetensors"
 
@@ -83,12 +83,7 @@ def architecture_of(folder: Path) -> str:
     return str(next(iter(read_json(folder / "config.json").get("architectures") or ["?"])))
 
 
-def open_checkpoint(folder: Path, _: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or it is of a model that is not known.
-    """
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     path, architecture = folder / "config.json", architecture_of(folder)
     if architecture not in _RULES:
         known = ", ".join((*_RULES, INTERNLM2))
@@ -198,12 +193,7 @@ def _shape(about: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
-    """Divide a model into files, and describe it.
-
-    Args:
-        model: what is written.
-        options: how it is divided.
-    """
+    """Divide a model into files, and describe it."""
     architecture = _MIXTRAL if model.language.experts else _LLAMA
     return plan_by_rules(model, options, _RULES[architecture], config_of(model.language, architecture))
 
@@ -272,10 +262,4 @@ def config_of(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     return values | ({"bias": False} if architecture == INTERNLM2 else {"attention_bias": False})
 
 
-FORMAT = Format(
-    name="hf",
-    is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
-    options=frozenset({"shard_bytes"}),
-)
+FORMAT = Format(name="hf", is_here=is_here, open=_open, plan=plan, options=frozenset({"shard_bytes"}))

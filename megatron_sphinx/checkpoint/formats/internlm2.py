@@ -25,44 +25,19 @@ INTERNLM2_RULES = (
 )
 
 
-def is_here(folder: Path) -> bool:
-    """Tell whether a folder holds such a checkpoint.
-
-    Raises:
-        CheckpointError: it holds one of transformers, but no configuration that can be read.
-    """
+def _is_here(folder: Path) -> bool:
     return huggingface.is_here(folder) and huggingface.architecture_of(folder) == huggingface.INTERNLM2
 
 
-def open_checkpoint(folder: Path, _: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     return huggingface.open_by_rules(folder, "internlm2", INTERNLM2_RULES)
 
 
-def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
-    """Divide a model into files, and describe it.
-
-    Args:
-        model: what is written.
-        options: how it is divided.
-
-    Raises:
-        CheckpointError: the model has MoE experts.
-    """
+def _plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
     if model.language.experts:
         raise CheckpointError("--to internlm2: has no experts; use hf")
     config = huggingface.config_of(model.language, huggingface.INTERNLM2)
     return huggingface.plan_by_rules(model, options, INTERNLM2_RULES, config)
 
 
-FORMAT = Format(
-    name="internlm2",
-    is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
-    options=frozenset({"shard_bytes"}),
-)
+FORMAT = Format(name="internlm2", is_here=_is_here, open=_open, plan=_plan, options=frozenset({"shard_bytes"}))

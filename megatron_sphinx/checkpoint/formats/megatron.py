@@ -24,9 +24,9 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
 from megatron_sphinx.checkpoint.slices import MASTER, weight_shapes
 from megatron_sphinx.checkpoint.steps import newest_of
-from megatron_sphinx.checkpoint.tensors.read import read_distributed
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.read import read_distributed
 from megatron_sphinx.unpickling import write_metadata
 
 # Ours: the whole weights of megatron-core's layers (model/language.py), the tags and projections of model/vision.py.
@@ -65,12 +65,8 @@ def is_here(folder: Path) -> bool:
     return True
 
 
-def open_checkpoint(folder: Path, _: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors; in a run folder the newest one is taken.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
+    """What a checkpoint holds; in a run folder the newest one is taken."""
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
     model = model_of(path, manifest)
@@ -97,22 +93,14 @@ def specs_of_model(model: Model) -> Iterator[TensorSpec]:
     return specs_of(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
 
 
-def plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
-    """Divide a model into files, one a tensor, and describe it.
-
-    Args:
-        model: what is written.
-    """
+def _plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
     specs = enumerate(specs_of_model(model))
     files = [PlannedFile(distributed_file(number), (spec,)) for number, spec in specs]
     return WritePlan(files, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": model.language.shape}}})
 
 
-def finish(written: WrittenTensors) -> None:
-    """Write the places of the tensors, and the manifest of a checkpoint or a mix.
-
-    The manifest of a mix is that of its first input, and says what the mix was made of.
-    """
+def _finish(written: WrittenTensors) -> None:
+    """Write the places of the tensors and the manifest; a mix has that of its first input, and says what it is of."""
     folder, source = written.folder, written.source
     write_metadata(folder, written.files)
     if written.provenance is not None:
@@ -135,10 +123,10 @@ def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any
 FORMAT = Format(
     name="megatron",
     is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
+    open=_open,
+    plan=_plan,
     dtype=torch.float32,
-    finish=finish,
+    finish=_finish,
     has_manifest=True,
     is_distributed=True,
 )

@@ -19,9 +19,9 @@ from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
-from megatron_sphinx.checkpoint.tensors.read import read_torch
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.read import read_torch
 
 # Source: LLaMA 2's released llama/model.py (fairscale: the embedding is shared along its width).
 # The two halves that rotary embeddings turn lie interleaved.
@@ -59,12 +59,7 @@ def is_here(folder: Path) -> bool:
     return (folder / "consolidated.00.pth").is_file()
 
 
-def open_checkpoint(folder: Path, _: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     shards = shards_of(folder)
     entries: Entries = {
         (file, name): entry for file in shards for name, entry in read_torch(folder / file).items() if name != _DERIVED
@@ -118,16 +113,7 @@ def shape_of_params(params: dict[str, Any], ffn: int, vocabulary: int) -> dict[s
     return values | ({"experts_per_token": moe.get("num_experts_per_tok", 2)} if moe else {})
 
 
-def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
-    """Divide a model into files, one a rank, and describe it.
-
-    Args:
-        model: what is written.
-        options: how it is divided.
-
-    Raises:
-        CheckpointError: the format has no such model, or its matrices cannot be shared by so many ranks.
-    """
+def _plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
     if model.channels:
         raise CheckpointError("--to meta: has no place for projections and tags; use accessory")
     rules, ranks = META_MIXTRAL if model.language.experts else META, options.tensor_parallel
@@ -162,10 +148,4 @@ def params_of(shape: LanguageConfig) -> dict[str, Any]:
     return values
 
 
-FORMAT = Format(
-    name="meta",
-    is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
-    options=frozenset({"tensor_parallel"}),
-)
+FORMAT = Format(name="meta", is_here=is_here, open=_open, plan=_plan, options=frozenset({"tensor_parallel"}))

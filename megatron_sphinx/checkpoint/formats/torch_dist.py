@@ -20,9 +20,9 @@ from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
-from megatron_sphinx.checkpoint.tensors.read import read_distributed
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.read import read_distributed
 from megatron_sphinx.unpickling import metadata_of, write_metadata
 
 # Source: megatron.core.models.gpt, its sharded_state_dict; norms under the names that transformer-engine's layers have.
@@ -55,31 +55,22 @@ _STATE = ("optimizer.", "chained_", "rerun_", "rng_state")  # what a training ch
 _FILE = "weights"
 
 
-def folder_of(folder: Path) -> Path:
-    """Return the newest iteration in a Megatron-LM checkpoint folder, or the folder itself where it has none."""
+def _folder_of(folder: Path) -> Path:
+    """The newest iteration in a Megatron-LM checkpoint folder, or the folder itself where it has none."""
     latest = folder / "latest_checkpointed_iteration.txt"
     if latest.is_file() and (number := latest.read_text().strip()).isdigit():
         return folder / f"iter_{int(number):07d}"
     return folder
 
 
-def is_here(folder: Path) -> bool:
-    """Tell whether a folder holds such a checkpoint."""
-    path = folder_of(folder) / "metadata.json"
+def _is_here(folder: Path) -> bool:
+    path = _folder_of(folder) / "metadata.json"
     return path.is_file() and read_json(path).get("sharded_backend") == "torch_dist"
 
 
-def open_checkpoint(folder: Path, shape: LanguageConfig | None = None) -> SourceCheckpoint:
-    """List what a checkpoint holds, without reading its tensors.
-
-    Args:
-        folder: where it is.
-        shape: shape of the model, which such a checkpoint does not tell.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or no shape is given.
-    """
-    path = folder_of(folder)
+def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
+    """What a checkpoint holds that has weights of this shape, which it does not tell."""
+    path = _folder_of(folder)
     if shape is None:
         raise CheckpointError(
             f"{path}: a torch_dist checkpoint does not tell its number of heads; name its shape: --preset"
@@ -107,15 +98,7 @@ def _rules(model: Model, names: list[str]) -> tuple[Rule, ...]:
     return tuple(renamed(rule) for rule in (TORCH_DIST_MOE if model.language.experts else TORCH_DIST))
 
 
-def plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
-    """Divide a model into files, one a tensor, and describe it.
-
-    Args:
-        model: what is written.
-
-    Raises:
-        CheckpointError: the model has projections and tags.
-    """
+def _plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
     if model.channels:
         raise CheckpointError("--to torch_dist: has no place for projections and tags; use megatron or hf")
     rules = TORCH_DIST_MOE if model.language.experts else TORCH_DIST
@@ -125,7 +108,7 @@ def plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
     return WritePlan(files, {"metadata.json": backends | {"common_backend": "torch", "common_backend_version": 1}})
 
 
-def finish(written: WrittenTensors) -> None:
+def _finish(written: WrittenTensors) -> None:
     """Write the places of the tensors, and the file of small things that Megatron-LM looks for."""
     write_metadata(written.folder, written.files)
     if written.provenance is None:  # a mix has that of its first input
@@ -133,11 +116,4 @@ def finish(written: WrittenTensors) -> None:
     finish_with_json(written)
 
 
-FORMAT = Format(
-    name="torch_dist",
-    is_here=is_here,
-    open=open_checkpoint,
-    plan=plan,
-    finish=finish,
-    is_distributed=True,
-)
+FORMAT = Format(name="torch_dist", is_here=_is_here, open=_open, plan=_plan, finish=_finish, is_distributed=True)

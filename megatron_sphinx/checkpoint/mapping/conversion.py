@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_sphinx.checkpoint.mapping.axes import Box, intersect
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
-from megatron_sphinx.checkpoint.tensors.entries import Entry, MappedFiles
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry, MappedFiles
 
 _ASSEMBLED = 2  # tensors put together from several chunks that are kept until they have been used
 

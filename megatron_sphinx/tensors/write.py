@@ -8,34 +8,26 @@ import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-from megatron_sphinx.checkpoint.tensors.read import SAFETENSORS_DTYPES, storage_offset
+from megatron_sphinx.tensors.read import SAFETENSORS_DTYPES, storage_offset
 from megatron_sphinx.unpickling import load_torch
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 FileContents = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a file, in order
 
 
-class TensorFile(Protocol):
-    """A file whose tensors have their places before they are written, each from its beginning, by any thread."""
+class TensorFile:
+    """A file whose tensors have their places before they are written, each from its beginning, by any thread.
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Write a tensor, or the next piece of it."""
-
-    def append(self, name: str, data: memoryview) -> None:
-        """Write the next bytes of a tensor."""
-
-    def close(self) -> None:
-        """Complete the file, all of whose tensors are written."""
-
-
-class _PlacedFile:
-    """A file that is open for writing, with the offset of each of its tensors."""
+    Args:
+        file: the file, open for writing.
+        offsets: where each tensor begins, in bytes.
+    """
 
     def __init__(self, file: BinaryIO, offsets: Mapping[str, int]) -> None:
         self._file, self._offsets = file, offsets
@@ -58,7 +50,7 @@ class _PlacedFile:
         self._file.close()
 
 
-class SafetensorsFile(_PlacedFile):
+class SafetensorsFile(TensorFile):
     """A safetensors file that is being written.
 
     Args:
@@ -80,7 +72,7 @@ class SafetensorsFile(_PlacedFile):
         super().__init__(file, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in contents})
 
 
-class TorchFile(_PlacedFile):
+class TorchFile(TensorFile):
     """A file of torch.save that is being written.
 
     torch writes the file with room for the tensors and without their data (`skip_data`); the offset of each tensor is

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_sphinx.checkpoint.tensors.entries import Chunk, Entry
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Chunk, Entry
 from megatron_sphinx.unpickling import fault_of, load_torch, metadata_of
 
 SAFETENSORS_DTYPES = {

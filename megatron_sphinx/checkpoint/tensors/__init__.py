@@ -1,1 +1,0 @@
-"""Tensors in files: where each lies, how files of several kinds are read and written a tensor at a time."""
