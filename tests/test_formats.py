@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llamas import assert_same_weights, drawn_model, extras_of, save, shape_of
 from numpy.lib import format as npy
-from test_convert import assert_same_weights, drawn_model, extras_of, save, save_file, shape_of
+from safetensors.torch import save_file
 
 from megatron_sphinx.checkpoint import inspect
 from megatron_sphinx.checkpoint.convert import convert

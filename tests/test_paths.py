@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
+from llamas import drawn_model, refused, save
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
-from test_convert import drawn_model, refused, save
 from test_data import write_tar
 from torch import save as torch_save
 
