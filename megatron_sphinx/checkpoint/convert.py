@@ -120,8 +120,8 @@ def convert(
 
 def _selected(checkpoint: SourceCheckpoint, experts: Sequence[str]) -> SourceCheckpoint:
     """A checkpoint with some of its visual experts, which no longer are those that it was trained with."""
-    identity = {name: part for name, part in checkpoint.about.get("identity", {}).items() if name != "vision"}
-    return select(replace(checkpoint, about={**checkpoint.about, "identity": identity}), experts)
+    identity = {name: part for name, part in checkpoint.description.get("identity", {}).items() if name != "vision"}
+    return select(replace(checkpoint, description={**checkpoint.description, "identity": identity}), experts)
 
 
 def _inputs(checkpoint: SourceCheckpoint) -> Iterator[Entry]:

@@ -28,7 +28,7 @@ def require_alike(first: SourceCheckpoint, other: SourceCheckpoint) -> None:
         raise CheckpointError(
             f"{other.folder}: is {other.format}, {first.folder} is {first.format}; convert one of them first"
         )
-    ours, theirs = (dict(one.about.get("identity", {})) for one in (first, other))
+    ours, theirs = (dict(one.description.get("identity", {})) for one in (first, other))
     for identity in (ours, theirs):
         if "vision" in identity:
             identity["vision"] = in_order(identity["vision"])

@@ -176,7 +176,7 @@ class CheckpointStore:
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, overwrite=True)
             self._together(target, lambda: self._write_pieces(writer, planner))
             own = dist.get_rank(self.groups.storage)
-            files = self._together(
+            files = self._together(  # torch names a file by the rank in the group, and a number
                 target, lambda: {path.name: sha256_of(path) for path in partial.glob(f"__{own}_*.distcp")}
             )
             self._together(target, lambda: finish(files) if self._is_first else None)
@@ -230,9 +230,9 @@ class CheckpointStore:
             raise CheckpointError(
                 f"checkpoint.resume={chosen.path}: holds only weights; begin a run with them: give it as model.weights"
             )
-        made, here = comparable(identity, self.identity)
+        made, current = comparable(identity, self.identity)
         way_out = "use the configuration and the data in its run folder, or start in another run.folder"
-        require_same(f"checkpoint.resume={chosen.path}", made, here, way_out)
+        require_same(f"checkpoint.resume={chosen.path}", made, current, way_out)
 
     def require_same_data(self) -> None:
         """Compare once more, when all that is read in the background is known.

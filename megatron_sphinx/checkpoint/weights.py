@@ -64,17 +64,17 @@ class Weights:
         """
         origin = _origin_of(folder, model)
         path, holds = origin.path, origin.model
-        made, here = _facts(holds), _facts(model)
+        made, current = _facts(holds), _facts(model)
         if origin.tokenizer:
-            made["tokenizer"], here["tokenizer"] = origin.tokenizer, store.identity["tokenizer"]
+            made["tokenizer"], current["tokenizer"] = origin.tokenizer, store.identity["tokenizer"]
         if not holds.channels:
-            made["channels"] = here["channels"]
+            made["channels"] = current["channels"]
         seen, vision = origin.vision, store.identity.get("vision", {})
         if "experts" in seen:
-            for identity, facts in ((seen, made), (vision, here)):
+            for identity, facts in ((seen, made), (vision, current)):
                 facts["vision"] = in_order({"experts": identity["experts"]})
         way_out = "configure the same model, tokenizer and encoders, or begin with other weights"
-        require_same(f"{KEY}={path}", made, here, way_out)
+        require_same(f"{KEY}={path}", made, current, way_out)
         if origin.manifest is not None:
             verify_files(store.groups, path, origin.manifest, KEY)
         lacks_skip_token = model.has_skip_token and not holds.has_skip_token

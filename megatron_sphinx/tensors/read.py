@@ -150,7 +150,7 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     dtypes: dict[str, torch.dtype] = {}
     files: dict[str, BinaryIO] = {}
     try:
-        for index, record in metadata.storage_data.items():
+        for index, record in metadata.storage_data.items():  # torch's _StorageInfo: file, offset and length in it
             if index.fqn in wanted:
                 path = folder / record.relative_path
                 if record.relative_path not in files:

@@ -37,7 +37,7 @@ class SourceCheckpoint:
         model: the weights that it has.
         source: its tensors.
         encoders: the tensors of frozen experts: by expert, then by name.
-        about: its configuration, as its own files have it.
+        description: what its own files say of it: its configuration, or its manifest.
         checksums: sha256 of its files by name, where its manifest has them.
     """
 
@@ -47,7 +47,7 @@ class SourceCheckpoint:
     model: Model
     source: TensorSource
     encoders: Encoders = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    description: Mapping[str, Any] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -148,7 +148,7 @@ def _as_it_is(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What the offline programs must know of a format of checkpoints.
+    """A format of checkpoints: all that the offline programs know of it.
 
     Attributes:
         name: what --to takes and messages say.

@@ -119,7 +119,7 @@ def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheck
     specs = [*_whole(rules, model, places), *specs_of(SPHINX, model, EXTRAS)]
     files = len({file for file, _ in entries})
     source = TensorSource(str(folder), specs, entries | extras)
-    return SourceCheckpoint(folder, form, f"{files} file{'s' * (files > 1)}", model, source, about=values)
+    return SourceCheckpoint(folder, form, f"{files} file{'s' * (files > 1)}", model, source, description=values)
 
 
 def _whole(rules: Sequence[Rule], model: Model, places: Mapping[str, str]) -> Iterator[TensorSpec]:
@@ -143,13 +143,13 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
     for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: {file} is missing; fetch it again")
-    found = {
+    entries = {
         (file, name): entry
         for file, read in files.items()
         for name, entry in read(folder / file).items()
         if not name.endswith(_DERIVED)
     }
-    return found, places or {name: file for file, name in found}
+    return entries, places or {name: file for file, name in entries}
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -169,27 +169,28 @@ def _weight_map(path: Path) -> dict[str, str]:
     return places
 
 
-def _shape(about: dict[str, Any], path: Path) -> dict[str, Any]:
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+def _shape(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of the language model that a config.json describes."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # `dynamic`, as InternLM2 has it, changes positions behind max_position_embeddings only
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic", None):
         raise CheckpointError(f"{path}: rope_scaling={rope}: positions are not scaled here; give a model without it")
-    if about.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings"):
         raise CheckpointError(f"{path}: tie_word_embeddings=true: the output layer has weights of its own here")
-    theta = about.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    experts = about.get("num_local_experts", 0)
+    theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    experts = config.get("num_local_experts", 0)
     values = {
-        "layers": about.get("num_hidden_layers"),
-        "hidden": about.get("hidden_size"),
-        "ffn": about.get("intermediate_size"),
-        "heads": about.get("num_attention_heads"),
-        "groups": about.get("num_key_value_heads") or about.get("num_attention_heads"),
-        "vocabulary": about.get("vocab_size"),
+        "layers": config.get("num_hidden_layers"),
+        "hidden": config.get("hidden_size"),
+        "ffn": config.get("intermediate_size"),
+        "heads": config.get("num_attention_heads"),
+        "groups": config.get("num_key_value_heads") or config.get("num_attention_heads"),
+        "vocabulary": config.get("vocab_size"),
         "experts": experts,
         "rope_theta": float(theta),
-        "norm_epsilon": about.get("rms_norm_eps", 1e-5),
+        "norm_epsilon": config.get("rms_norm_eps", 1e-5),
     }
-    return values | ({"experts_per_token": about.get("num_experts_per_tok", 2)} if experts else {})
+    return values | ({"experts_per_token": config.get("num_experts_per_tok", 2)} if experts else {})
 
 
 def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:

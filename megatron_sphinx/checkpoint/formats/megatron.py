@@ -72,7 +72,7 @@ def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     model = model_of(path, manifest)
     entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weight_shapes(path))).items()}
     source = TensorSource(str(path), list(specs_of_model(model)), entries)
-    return SourceCheckpoint(path, "megatron", "any", model, source, about=manifest, checksums=manifest["files"])
+    return SourceCheckpoint(path, "megatron", "any", model, source, description=manifest, checksums=manifest["files"])
 
 
 def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
@@ -104,7 +104,7 @@ def _finish(written: WrittenTensors) -> None:
     folder, source = written.folder, written.source
     write_metadata(folder, written.files)
     if written.provenance is not None:
-        manifest = {**source.about, PROVENANCE: written.provenance}
+        manifest = {**source.description, PROVENANCE: written.provenance}
     else:
         manifest = {**written.companions[MANIFEST]}
         manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
@@ -112,8 +112,8 @@ def _finish(written: WrittenTensors) -> None:
 
 
 def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any]:
-    """What the source of a conversion says of encoders and tokenizer; the tokenizer beside it speaks for itself."""
-    known = source.about.get("identity", {})
+    """What the source of a conversion says of its encoders and tokenizer; a tokenizer that was copied is hashed."""
+    known = source.description.get("identity", {})
     identity = {name: known[name] for name in ("vision", "tokenizer") if name in known}
     if (folder / "tokenizer.model").is_file():
         identity["tokenizer"] = sha256_of(folder / "tokenizer.model")

@@ -75,7 +75,7 @@ def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     rules = META_MIXTRAL if experts else META
     specs = [spec for rank, file in enumerate(shards) for spec in specs_of(rules, model, file, rank=rank, ranks=ranks)]
     source = TensorSource(str(folder), specs, entries)
-    return SourceCheckpoint(folder, "meta", f"{ranks} shards", model, source, about=params)
+    return SourceCheckpoint(folder, "meta", f"{ranks} shards", model, source, description=params)
 
 
 def shards_of(folder: Path) -> list[str]:
