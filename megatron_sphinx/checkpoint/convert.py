@@ -62,7 +62,7 @@ def convert(
     *,
     shape: LanguageConfig | None = None,
     diff: Path | None = None,
-    views: int = 1,
+    views: int | None = None,
     experts: Sequence[str] = (),
     encoders: Path | None = None,
     verify: bool = False,
@@ -79,7 +79,7 @@ def convert(
         options: how the target is divided.
         shape: shape of the model, for a source of the one format that does not tell it, torch_dist.
         diff: a folder of LLaMA2-Accessory's -diff files, to be added to the source.
-        views: views of a picture, by which LLaMA2-Accessory has modules of their own.
+        views: views of a picture, by which LLaMA2-Accessory has modules of their own; those of `options` unless given.
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
         verify: read everything back and compare it with the source.
@@ -96,7 +96,7 @@ def convert(
         _check_files(checkpoint)
     checkpoint = replace(checkpoint, encoders=read_encoders(encoders)) if encoders else checkpoint
     checkpoint = _selected(checkpoint, experts) if experts else checkpoint
-    options = replace(options, views=views, dtype=to.dtype or options.dtype)
+    options = replace(options, views=views or options.views, dtype=to.dtype or options.dtype)
     plan = _plan(checkpoint, to, options)
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)

@@ -37,7 +37,8 @@ folder, goal = Path(sys.argv[1]), float(sys.argv[2])
 values = dict(hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
 one = LanguageConfig(layers=1, **values)
 layers = max(1, round((goal / 2 - 2 * one.vocabulary * one.hidden) / one.layer_matrices))
-files, companions = huggingface.plan(Model(LanguageConfig(layers=layers, **values)), WriteOptions(shard_bytes=10**9), {})
+model = Model(LanguageConfig(layers=layers, **values))
+files, companions = huggingface.plan(model, WriteOptions(shard_bytes=10**9), {})
 for file in files:
     out = create_file(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
     for item in file.tensors:
