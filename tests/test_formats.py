@@ -27,6 +27,7 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.tensors.entries import Entry
 
+ROOT = Path(__file__).parents[1]
 # The toy: each weight, layers stacked, under its canonical name in one .npz, the shape of the model in model.json.
 NPZ, RULES = "weights.npz", canonical_rules(CANONICAL_AXES)
 
@@ -158,9 +159,20 @@ def test_the_formats_of_the_package_are_known_by_their_names():
     assert set().union(*(form.options for form in registry.formats())) == options
 
 
-# what a run imports
+def test_no_program_asks_for_a_format_by_its_name():
+    """What differs between formats stands in their records, which the programs ask."""
+    folders = [ROOT / "megatron_sphinx" / "checkpoint", ROOT / "megatron_sphinx" / "tensors"]
+    modules = [path for folder in folders for path in folder.rglob("*.py") if path.parent.name != "formats"]
+    names = {*registry.names(), "llma."}
+    assert len(modules) > 20
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                assert not texts & names, f"{path.name}, line {node.lineno}: {ast.unparse(node)}"
 
-ROOT = Path(__file__).parents[1]
+
+# what a run imports
 
 
 def module_of(name: str) -> Path | None:

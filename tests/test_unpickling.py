@@ -44,7 +44,6 @@ from megatron_sphinx.unpickling import load_torch, metadata_of
 ROOT = Path(__file__).parents[1]
 METADATA = "torch.distributed.checkpoint.metadata"
 CODE = 0x7A5E  # of an extension
-IMPORTS_OS = "megatron.core.datasets.indexed_dataset"
 
 
 class Calls:
