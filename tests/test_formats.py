@@ -83,6 +83,8 @@ FORMAT = Format(
     is_here=lambda folder: (folder / NPZ).is_file(),
     open=open_npz,
     plan=plan_npz,
+    files=(NPZ,),
+    companions=frozenset({"small.pt"}),
     dtype=torch.float32,
     read_file=read_npz,
     create_file=NpzFile,
@@ -131,6 +133,8 @@ def test_a_seventh_format_keeps_what_sphinx_adds_is_inspected_and_mixed(tmp_path
         opened = open_checkpoint(inputs[-1])
         assert (opened.format, inspect.describe(opened)["dtypes"]) == ("npz", {"float32": len(opened.source.specs)})
         assert not any(one.norm for one in inspect.compare(opened, open_checkpoint(folder)))
+    (inputs[0] / "small.pt").write_bytes(b"small")
+    (inputs[0] / "optimizer.pt").write_bytes(b"large")
     interpolate(inputs, {tmp_path / "mix": (0.25, 0.75)})
     found, sides = np.load(tmp_path / "mix" / NPZ), [np.load(folder / NPZ) for folder in inputs]
     assert set(found) == set(sides[0])
@@ -138,7 +142,10 @@ def test_a_seventh_format_keeps_what_sphinx_adds_is_inspected_and_mixed(tmp_path
         wanted = torch.from_numpy(sides[0][name]) * 0.25 + torch.from_numpy(sides[1][name]) * 0.75
         assert torch.equal(torch.from_numpy(found[name]), wanted), name
     names = {path.name for path in (tmp_path / "mix").iterdir()}
-    assert names == {NPZ, "model.json", "tokenizer.model", "interpolation.json"}
+    assert names == {NPZ, "model.json", "small.pt", "tokenizer.model", "interpolation.json"}
+
+
+KNOWN = ("model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "consolidated.00-of-NN.model.pth", NPZ)
 
 
 def test_a_seventh_format_is_refused_what_it_does_not_take(tmp_path):
@@ -147,7 +154,9 @@ def test_a_seventh_format_is_refused_what_it_does_not_take(tmp_path):
         convert(folder, tmp_path / "npz", "npz", WriteOptions(2))
     convert(folder, tmp_path / "npz", "npz", WriteOptions())
     (tmp_path / "npz" / NPZ).rename(tmp_path / "npz" / "other.npz")
-    with pytest.raises(CheckpointError, match="npz: no checkpoint of a known format; give a folder with model"):
+    with pytest.raises(
+        CheckpointError, match=rf"no checkpoint of a known format; give a folder with {', '.join(KNOWN)}, or"
+    ):
         open_checkpoint(tmp_path / "npz")
 
 

@@ -205,10 +205,10 @@ def _finish(
 
 def _companions(first: SourceCheckpoint, tensors: Sequence[MixedTensor]) -> Iterator[Path]:
     """Files beside the tensors; no index of files that are not there."""
-    kind = Path(tensors[0].file).suffix
+    kind, companions = Path(tensors[0].file).suffix, format_named(first.format).companions
     for path in sorted(first.folder.iterdir()):
         is_other_index = path.name.endswith(".index.json") and Path(path.stem.removesuffix(".index")).suffix != kind
         is_own = path.name in (MANIFEST, f"{PROVENANCE}.json")
-        is_wanted = path.suffix in _COMPANIONS or path.name == "common.pt"
+        is_wanted = path.suffix in _COMPANIONS or path.name in companions
         if path.is_file() and is_wanted and not is_own and not is_other_index:
             yield path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_sphinx.checkpoint.encoders import ENCODERS, read_encoders
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
-from megatron_sphinx.checkpoint.formats.registry import formats
+from megatron_sphinx.checkpoint.formats.registry import format_named, formats, names
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -35,7 +35,7 @@ def _open(folder: Path, shape: LanguageConfig | None, diff: Path | None) -> Sour
             return form.open_sum(folder, diff)
         if diff is None and form.is_here(folder):
             return form.open(folder, shape)
+    files = ", ".join(file for name in names() for file in format_named(name).files)
     raise CheckpointError(
-        f"{folder}: no checkpoint of a known format; give a folder with model.safetensors, pytorch_model.bin, "
-        f"consolidated.00.pth, consolidated.00-of-NN.model.pth, or a checkpoint of ours"
+        f"{folder}: no checkpoint of a known format; give a folder with {files}, or a checkpoint of ours"
     )

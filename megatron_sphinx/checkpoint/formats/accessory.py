@@ -254,6 +254,7 @@ FORMAT = Format(
     is_here=_is_here,
     open=_open,
     plan=_plan,
+    files=("consolidated.00-of-NN.model.pth",),
     options=frozenset({"tensor_parallel", "is_sparse", "views"}),
     create_file=partial(TorchFile, under="model"),
     full_name=_full_name,

@@ -156,6 +156,8 @@ class Format:
         open: lists what the checkpoint in a folder holds, given the shape of the model for formats that do not tell
             it; raises CheckpointError where a file is missing or damaged.
         plan: divides a model and frozen experts into files; raises CheckpointError where the format has no such model.
+        files: names of files by which people know it, for the message that a folder holds no known format.
+        companions: names of files beside the tensors that a mix copies, as it copies any configuration and text.
         options: the fields of WriteOptions, beside dtype, that `plan` heeds.
         dtype: type of all its tensors, if the format has only one.
         read_file: lists the tensors of a file.
@@ -172,6 +174,8 @@ class Format:
     is_here: Callable[[Path], bool]
     open: Callable[[Path, LanguageConfig | None], SourceCheckpoint]
     plan: Callable[[Model, WriteOptions, Encoders], WritePlan]
+    files: tuple[str, ...] = ()
+    companions: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
     read_file: Callable[[Path], dict[str, Entry]] = read_file

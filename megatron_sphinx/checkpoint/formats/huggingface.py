@@ -263,4 +263,11 @@ def config_of(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     return values | ({"bias": False} if architecture == INTERNLM2 else {"attention_bias": False})
 
 
-FORMAT = Format(name="hf", is_here=is_here, open=_open, plan=plan, options=frozenset({"shard_bytes"}))
+FORMAT = Format(
+    name="hf",
+    is_here=is_here,
+    open=_open,
+    plan=plan,
+    files=("model.safetensors", "pytorch_model.bin"),
+    options=frozenset({"shard_bytes"}),
+)

@@ -148,4 +148,11 @@ def params_of(shape: LanguageConfig) -> dict[str, Any]:
     return values
 
 
-FORMAT = Format(name="meta", is_here=is_here, open=_open, plan=_plan, options=frozenset({"tensor_parallel"}))
+FORMAT = Format(
+    name="meta",
+    is_here=is_here,
+    open=_open,
+    plan=_plan,
+    files=("consolidated.00.pth",),
+    options=frozenset({"tensor_parallel"}),
+)

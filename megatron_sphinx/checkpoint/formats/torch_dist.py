@@ -53,6 +53,7 @@ _OTHER_NAMES = {  # megatron-core's own layers, without transformer-engine
 }
 _STATE = ("optimizer.", "chained_", "rerun_", "rng_state")  # what a training checkpoint holds beside the weights
 _FILE = "weights"
+_COMMON_STATE = "common.pt"  # what all ranks have alike, beside tensors; Megatron-LM does not load without it
 
 
 def _folder_of(folder: Path) -> Path:
@@ -112,8 +113,16 @@ def _finish(written: WrittenTensors) -> None:
     """Write the places of the tensors, and the file of small things that Megatron-LM looks for."""
     write_metadata(written.folder, written.files)
     if written.provenance is None:  # a mix has that of its first input
-        torch.save({}, written.folder / "common.pt")
+        torch.save({}, written.folder / _COMMON_STATE)
     finish_with_json(written)
 
 
-FORMAT = Format(name="torch_dist", is_here=_is_here, open=_open, plan=_plan, finish=_finish, is_distributed=True)
+FORMAT = Format(
+    name="torch_dist",
+    is_here=_is_here,
+    open=_open,
+    plan=_plan,
+    companions=frozenset({_COMMON_STATE}),
+    finish=_finish,
+    is_distributed=True,
+)
