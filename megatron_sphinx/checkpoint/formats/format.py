@@ -157,12 +157,12 @@ class Format:
             it; raises CheckpointError where a file is missing or damaged.
         plan: divides a model and frozen experts into files; raises CheckpointError where the format has no such model.
         files: names of files by which people know it, for the message that a folder holds no known format.
-        companions: names of files beside the tensors that a mix copies, as it copies any configuration and text.
+        companions: names of files beside the tensors that a mix copies; configurations and texts it copies anyway.
         options: the fields of WriteOptions, beside dtype, that `plan` heeds.
         dtype: type of all its tensors, if the format has only one.
         read_file: lists the tensors of a file.
         create_file: begins a file of tensors.
-        full_name: the name that `open` gives a tensor, of its name in the file.
+        full_name: returns the name that `open` lists a tensor by, given the tensor's name in its file.
         finish: writes what is beside the tensors when these are complete.
         open_sum: opens a checkpoint with differences in another folder added, if the format has such.
         has_encoders: whether frozen experts lie in its files of tensors.
