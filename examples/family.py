@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.checkpoint.interpolate import interpolate, sweep
+from megatron_sphinx.checkpoint.mix import interpolate, sweep
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.batches import BatchBuilder

@@ -16,7 +16,7 @@ from threading import RLock
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # private, but the class that `.metadata` is made of
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -52,7 +52,8 @@ _OPERATIONS = {  # of pickletools
     "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
     "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
-_LOADING = RLock()
+_LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole process
+# Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
     ("collections", "OrderedDict"): dict,
@@ -100,27 +101,28 @@ def metadata_of(folder: Path) -> Metadata:
     try:
         content = path.read_bytes()
         _require_plain(content)
-        found = _Unpickler(io.BytesIO(content)).load()
+        record = _Unpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
-    if not (isinstance(found, _Record) and found.name == "Metadata"):
+    if not (isinstance(record, _Record) and record.name == "Metadata"):
         raise CheckpointError(f"{path}: is not of a torch.distributed.checkpoint; give a whole checkpoint")
     try:
-        return _metadata(found)
+        return _metadata(record)
     except Exception as error:  # what it holds may be anything
         raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
 
 
-def write_metadata(folder: Path, files: Mapping[str, tuple[str, Sequence[int], torch.dtype]]) -> None:
+def write_metadata(folder: Path, files: Mapping[str, Mapping[str, tuple[Sequence[int], torch.dtype]]]) -> None:
     """Write the `.metadata` of whole tensors, each in a file of its own that is there.
 
     Args:
         folder: the checkpoint.
-        files: name, shape and type of the tensor in each file, by the file's name.
+        files: shape and type of the tensor in each file, by the file's name and the tensor's.
     """
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places = {}
-    for file, (name, sizes, dtype) in files.items():
+    for file, contents in files.items():
+        ((name, (sizes, dtype)),) = contents.items()
         shape, corner = torch.Size(sizes), torch.Size([0] * len(sizes))
         chunk = ChunkStorageMetadata(corner, shape)
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, [chunk])
@@ -132,8 +134,8 @@ def write_metadata(folder: Path, files: Mapping[str, tuple[str, Sequence[int], t
 def fault_of(error: BaseException) -> str:
     """Say in a line what is wrong with a file, without torch's advice to load it nevertheless."""
     text = str(error)
-    found = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
-    return " ".join(found.split())[:160] or type(error).__name__
+    fault = text.partition("WeightsUnpickler error: ")[2].partition(" was not")[0].partition("\n")[0] or text
+    return " ".join(fault.split())[:160] or type(error).__name__
 
 
 def _require_plain(content: bytes) -> None:
@@ -178,8 +180,8 @@ class _Unpickler(pickle.Unpickler):
         key = (module, name)
         if key in _PLAIN:
             return _PLAIN[key]
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
         if key not in _RECORDS:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         if key not in self._kinds:
@@ -190,24 +192,24 @@ class _Unpickler(pickle.Unpickler):
 def _metadata(record: _Record) -> Metadata:
     """Make torch's object of what was read; raises what damage leads to."""
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for name, about in record.get("state_dict_metadata").items():
-        is_tensor = about.name == "TensorStorageMetadata"
-        tensors[str(name)] = _tensor(about) if is_tensor else BytesStorageMetadata()
+    for name, tensor in record.get("state_dict_metadata").items():
+        is_tensor = tensor.name == "TensorStorageMetadata"
+        tensors[str(name)] = _tensor(tensor) if is_tensor else BytesStorageMetadata()
     return Metadata(state_dict_metadata=tensors, storage_data=dict(_places(record.get("storage_data"))))
 
 
-def _tensor(about: _Record) -> TensorStorageMetadata:
-    dtype = about.get("properties").state[0]
+def _tensor(record: _Record) -> TensorStorageMetadata:
+    dtype = record.get("properties").state[0]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{shortened(dtype)} is no type of a tensor")
     chunks = [
-        ChunkStorageMetadata(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in about.get("chunks")
+        ChunkStorageMetadata(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in record.get("chunks")
     ]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), _sizes(about.get("size")), chunks)
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), _sizes(record.get("size")), chunks)
 
 
 def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
-    """Where each part of each tensor lies."""
+    """Where each chunk of each tensor lies."""
     for index, info in storage.items():
         offset, file = index.get("offset"), info.get("relative_path")
         if not is_plain(file):

@@ -14,11 +14,11 @@ import torch
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint import store
-from megatron_sphinx.checkpoint.pieces import Piece
+from megatron_sphinx.checkpoint.slices import TensorSlice
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.model.shards import Block, WeightShard, _parts
+from megatron_sphinx.model.shards import Block, WeightShard, _blocks_of_rank
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
@@ -59,11 +59,11 @@ def test_any_cut_of_a_shard_is_boxes_of_the_whole(seed):
     shape = [rng.randint(1, 5) for _ in range(rng.randint(1, 4))]
     dim = rng.randrange(len(shape)) if stride == 1 else 0  # stacked matrices are cut along 0
     shape[dim] *= stride  # what one rank has
-    whole_shape, _ = _parts(shape, dim, stride, ranks, 0)
+    whole_shape, _ = _blocks_of_rank(shape, dim, stride, ranks, 0)
     whole = torch.arange(torch.Size(whole_shape).numel()).view(whole_shape)
     seen = torch.zeros_like(whole)
     for rank in range(ranks):
-        _, blocks = _parts(shape, dim, stride, ranks, rank)
+        _, blocks = _blocks_of_rank(shape, dim, stride, ranks, rank)
         local = torch.cat([whole[box(block)].flatten() for block in blocks])
         shard = WeightShard("w", whole_shape, tuple(blocks), is_first_copy=True, is_expert=False)
         cuts = sorted({0, len(local), *(rng.randint(0, len(local)) for _ in range(3))})
@@ -260,8 +260,8 @@ def check_other_tensors(folder: Path):
     run.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
 
-    def piece(name: str, *shape: int) -> Piece:
-        return Piece(name, shape, Block((0,) * len(shape), shape), torch.ones(shape))
+    def piece(name: str, *shape: int) -> TensorSlice:
+        return TensorSlice(name, shape, Block((0,) * len(shape), shape), torch.ones(shape))
 
     kept = CheckpointStore(folder, groups, keep=1, identity=lambda: {"a": 1}, about={"layout": {}})
     kept.save(7, [piece("w", 2, 3)], {"random": {"x": torch.ones(1)}}, bad_pairs=0)
@@ -281,7 +281,7 @@ def check_other_tensors(folder: Path):
     content.write_bytes(content.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"cannot be read \(.+\); give an earlier one"):
         kept.load(path, [empty], [])
-    kept.save(8, [Piece("w", (2, 3), Block((1, 0), (2, 3)), torch.ones(2, 3))], {}, bad_pairs=0)
+    kept.save(8, [TensorSlice("w", (2, 3), Block((1, 0), (2, 3)), torch.ones(2, 3))], {}, bad_pairs=0)
     with pytest.raises(CheckpointError, match=r"step_00000008: rank 0 could not write it \(.*key:w has out of bounds"):
         kept.finish()  # pieces that do not make a whole are no checkpoint
     assert [found.name for found in folder.iterdir()] == ["step_00000007"]

@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+from llamas import drawn_model, refused, save
 from safetensors.torch import load_file
-from test_convert import drawn_model, refused, save
 from test_paths import SECRET
 from torch import save as torch_save
 
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.interpolate import interpolate
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_sphinx.checkpoint.mix import interpolate
+from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.errors import CheckpointError
 
 
@@ -76,7 +77,7 @@ def test_downloads_that_are_full_of_links_are_taken(tmp_path, kind):
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    convert(snapshot, tmp_path / "target", "hf", Wanted(), verify=True)
+    convert(snapshot, tmp_path / "target", "hf", WriteOptions(), verify=True)
 
 
 @pytest.mark.parametrize("name", ["../secret", "{tmp}/secret", "a/../../secret", "..", ".", "", "x\0", "a/x"], ids=repr)
@@ -84,7 +85,7 @@ def test_a_manifest_names_files_of_its_folder_alone(tmp_path, name):
     (tmp_path / "secret").write_bytes(SECRET)
     save(drawn_model(random.Random(1), experts=0), tmp_path / "hf")
     folder = tmp_path / "step_00000001"
-    convert(tmp_path / "hf", folder, "megatron", Wanted())
+    convert(tmp_path / "hf", folder, "megatron", WriteOptions())
     manifest = json.loads((folder / MANIFEST).read_text())
     name = name.format(tmp=tmp_path)
     (folder / MANIFEST).write_text(json.dumps(manifest | {"files": {**manifest["files"], name: "0"}}))

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.checkpoint.pieces import read_tensors
+from megatron_sphinx.checkpoint.slices import read_tensors
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import RunConfig

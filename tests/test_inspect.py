@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.inspection import compare, tensors
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.inspect import compare, tensors
+from megatron_sphinx.checkpoint.open import open_checkpoint
 
 TOOL = "inspect_checkpoint.py"
 CHANNELS = 10
@@ -61,7 +62,7 @@ def change(folder: Path, name: str, by: torch.Tensor | float) -> float:
 @pytest.mark.parametrize("form", ["hf", "megatron", "accessory"])
 def test_it_says_what_a_checkpoint_is(run_tool, tmp_path, form, experts):
     source = make(tmp_path / "source", 3, experts=experts)
-    convert(source, tmp_path / "target", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
+    convert(source, tmp_path / "target", form, WriteOptions(2 if form == "accessory" else 1, is_sparse=True))
     folder = tmp_path / "target"
     status, out, _ = run_tool(TOOL, folder, "--json", "--keys")
     about, config = json.loads(out), json.loads((source / "config.json").read_text())
@@ -90,7 +91,7 @@ def test_it_says_what_a_checkpoint_is(run_tool, tmp_path, form, experts):
 
 def test_a_torch_dist_checkpoint_needs_its_shape(run_tool, tiny, tmp_path):
     source = make(tmp_path / "source", 5, is_sphinx=False)
-    convert(source, tmp_path / "dist", "torch_dist", Wanted())
+    convert(source, tmp_path / "dist", "torch_dist", WriteOptions())
     status, out, error = run_tool(TOOL, tmp_path / "dist")
     assert (status, out) == (2, "")
     assert "does not tell its number of heads; name its shape: --preset" in error
@@ -118,7 +119,10 @@ def test_what_is_no_checkpoint_is_refused(run_tool, tmp_path):
 @pytest.mark.parametrize("form", ["hf", "megatron", "accessory"])
 def test_a_manifest_finds_every_change(run_tool, tmp_path, form):
     convert(
-        make(tmp_path / "source", 7), tmp_path / "here", form, Wanted(2 if form == "accessory" else 1, is_sparse=True)
+        make(tmp_path / "source", 7),
+        tmp_path / "here",
+        form,
+        WriteOptions(2 if form == "accessory" else 1, is_sparse=True),
     )
     status, out, error = run_tool(TOOL, tmp_path / "here", "--hash")
     assert status == 0
@@ -148,7 +152,7 @@ def test_a_manifest_finds_every_change(run_tool, tmp_path, form):
 
 def test_the_same_tensors_have_the_same_digests_in_other_files(run_tool, tmp_path):
     source = make(tmp_path / "source", 9)
-    convert(source, tmp_path / "one_file", "hf", Wanted())
+    convert(source, tmp_path / "one_file", "hf", WriteOptions())
     found = [json.loads(run_tool(TOOL, folder, "--hash")[1])["sha256"] for folder in (source, tmp_path / "one_file")]
     one, other = ({name.split(": ")[1]: digest for name, digest in sums.items()} for sums in found)
     assert one == other
@@ -179,7 +183,7 @@ def test_what_is_no_manifest_is_refused(run_tool, tmp_path, content, message):
 )
 def test_differences_are_found_across_formats(run_tool, tmp_path, form, experts):
     one, other = (make(tmp_path / name, 11, experts=experts) for name in ("one", "other"))
-    convert(one, tmp_path / "same", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
+    convert(one, tmp_path / "same", form, WriteOptions(2 if form == "accessory" else 1, is_sparse=True))
     status, out, _ = run_tool(TOOL, one, "--diff", tmp_path / "same")
     assert (status, out.split()) == (0, ["norm", "relative", "most", "0", "0", "0", "all"])
     assert run_tool(TOOL, tmp_path / "same", "--diff", one)[0] == 0
@@ -189,7 +193,7 @@ def test_differences_are_found_across_formats(run_tool, tmp_path, form, experts)
         "llma.clip.proj": 0.01,
     }
     norms = {name: change(other, name, by) for name, by in norms.items()}
-    convert(other, tmp_path / "changed", form, Wanted(2 if form == "accessory" else 1, is_sparse=True))
+    convert(other, tmp_path / "changed", form, WriteOptions(2 if form == "accessory" else 1, is_sparse=True))
     status, out, _ = run_tool(TOOL, one, "--diff", tmp_path / "changed", "--json")
     assert status == 1
     *rows, every = json.loads(out)
@@ -223,7 +227,7 @@ def test_infinities_are_alike_and_what_is_no_number_comes_first(run_tool, tmp_pa
 
 
 def test_padding_is_no_difference(tmp_path):
-    convert(make(tmp_path / "hf", 2), tmp_path / "ours", "megatron", Wanted())
+    convert(make(tmp_path / "hf", 2), tmp_path / "ours", "megatron", WriteOptions())
     ours = open_checkpoint(tmp_path / "ours")
     name = "master/language.output_layer.weight"
     (chunk,) = ours.source.entries["weights", name].chunks

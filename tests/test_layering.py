@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data", "prepare",
-    "stage", "checkpoint", "training", "config", "run", "sizing", "benchmark", "__main__",
+    "errors", "console", "paths", "lock", "unpickling", "tensors", "device", "liveness", "parallel", "model", "data",
+    "prepare", "stage", "checkpoint", "training", "config", "run", "sizing", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
@@ -25,7 +25,7 @@ LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/arch
          "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
          "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
-         "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
+         "training/memory.py", "training/optimizer.py", "checkpoint/digests.py", "checkpoint/formats/registry.py",
          "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
          "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

@@ -14,9 +14,9 @@ from test_content import ENDLESS, foreign
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.convert import convert
-from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.identity import comparable, differences
-from megatron_sphinx.checkpoint.interpolate import interpolate
+from megatron_sphinx.checkpoint.mix import interpolate
 from megatron_sphinx.checkpoint.steps import complete, newest_of
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.content import Scan
@@ -73,7 +73,7 @@ def test_weights_of_other_encoders_are_refused_and_other_views_said(train, tiny)
 
 def test_a_converted_checkpoint_still_says_what_it_was_trained_with(train, tiny, tmp_path):
     first = train(1, {"training.steps": 1}, name="first")
-    convert(first.folder, tmp_path / "converted", "megatron", Wanted())
+    convert(first.folder, tmp_path / "converted", "megatron", WriteOptions())
     begin = {"model.weights": str(tmp_path / "converted"), "training.steps": 1}
     refused = train(1, begin | {"run.seed": 4}, name="second", status=2).ranks.text()
     assert "was made with vision.experts.clip_convnext_small=random 3, this run has random 4" in refused

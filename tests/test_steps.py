@@ -10,9 +10,9 @@ import pytest
 from test_training import identical
 
 from megatron_sphinx.checkpoint.convert import convert
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.interpolate import interpolate
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.manifest import read_manifest
+from megatron_sphinx.checkpoint.mix import interpolate
 from megatron_sphinx.checkpoint.steps import (
     complete,
     name_of,
@@ -196,7 +196,7 @@ def test_nothing_is_moved_before_what_is_to_be_taken_is_taken(train):
     checkpoints = run.folder / "checkpoints"
     before = names(checkpoints)
     mixed = run.folder.parent / "mixed"
-    convert(run.folder, mixed, "megatron", Wanted())
+    convert(run.folder, mixed, "megatron", WriteOptions())
     refused = train(2, {"checkpoint.resume": str(mixed), "training.steps": 3}, status=2).ranks.text(0)
     assert "holds only weights; begin a run with them: give it as model.weights" in refused
     assert names(checkpoints) == before

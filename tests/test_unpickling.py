@@ -1,6 +1,5 @@
 """Nothing that a file of somebody else names is called: payloads against every reader of what is pickled."""
 
-import ast
 import copyreg
 import io
 import json
@@ -17,26 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import drawn_model, save, shape_of
+from llamas import drawn_model, save, shape_of
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.jit.unsupported_tensor_ops import execWrapper
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.pieces import Piece, read_tensors, weight_shapes
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.checkpoint.slices import TensorSlice, read_tensors, weight_shapes
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
-from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
 from megatron_sphinx.model.expert_files import _read
@@ -44,12 +38,12 @@ from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
+from megatron_sphinx.tensors.read import read_distributed, read_torch
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
 ROOT = Path(__file__).parents[1]
 METADATA = "torch.distributed.checkpoint.metadata"
 CODE = 0x7A5E  # of an extension
-IMPORTS_OS = "megatron.core.datasets.indexed_dataset"
 
 
 class Calls:
@@ -183,13 +177,13 @@ def checkpoint(tmp_path_factory, request) -> Path:
     return folder
 
 
-def opened(folder: Path) -> tuple[CheckpointStore, list[Piece]]:
+def opened(folder: Path) -> tuple[CheckpointStore, list[TensorSlice]]:
     """A store of one rank, and a piece to be filled or kept."""
     run._place()
     run.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
     store = CheckpointStore(folder, groups, keep=1, identity=dict, about={"layout": {}})
-    return store, [Piece("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
+    return store, [TensorSlice("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]
 
 
 def spoil(folder: Path, file: str, content: bytes) -> None:
@@ -273,7 +267,7 @@ def test_no_tokenizer_is_run(payload, tmp_path):
 def test_no_released_checkpoint_is_run(payload, form, tmp_path):
     """Each format whose files are pickled, where it is opened to be converted, mixed or begun with."""
     source = save(drawn_model(random.Random(1), experts=0, layers=1), tmp_path / "hf")
-    convert(source, tmp_path / form, form, Wanted())
+    convert(source, tmp_path / form, form, WriteOptions())
     for victim in sorted((tmp_path / form).iterdir()):
         if victim.suffix in (".pth", ".distcp") or victim.name == ".metadata":
             whole = victim.read_bytes()
@@ -321,76 +315,6 @@ def test_a_run_says_in_a_line_what_it_did_not_run(train, tmp_path, key):
     assert not (tmp_path / "owned").exists()
 
 
-# what is damaged otherwise
-
-
-def metadata(**changes: object) -> Metadata:
-    """The metadata of one tensor, something of it wrong."""
-    corner, shape = torch.Size([0]), torch.Size([4])
-    values = {"file": "__0_0.distcp", "offset": 0, "length": 9, "transforms": None, "size": shape, "dtype": torch.float}
-    values |= changes
-    properties = TensorProperties()
-    properties.dtype = values["dtype"]
-    about = TensorStorageMetadata(properties, values["size"], [ChunkStorageMetadata(corner, shape)])
-    info = _StorageInfo(values["file"], values["offset"], values["length"], values["transforms"])
-    return Metadata({"w": about}, storage_data={MetadataIndex("w", corner): info}, storage_meta=StorageMeta(Path("a")))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"file": "../other/__0_0.distcp"}, r"'../other/__0_0.distcp' is no name of a file in it"),
-        ({"file": "/tmp/secret"}, r"'/tmp/secret' is no name of a file in it"),
-        ({"file": ".."}, r"'..' is no name of a file in it"),
-        ({"offset": -1}, r"\(-1, 9\) are no sizes"),
-        ({"length": "9"}, r"\(0, '9'\) are no sizes"),
-        ({"transforms": ["zstd"]}, r"is transformed by \['zstd'\], which is not known here"),
-        ({"size": (4.0,)}, r"are no sizes"),
-        ({"dtype": "float"}, r"'float' is no type of a tensor"),
-    ],
-)
-def test_metadata_that_cannot_be_is_refused(tmp_path, changes, message):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata()))
-    assert metadata_of(tmp_path).storage_data == metadata().storage_data
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(**changes)))
-    with pytest.raises(CheckpointError, match=rf"\.metadata: is damaged \(.*{message}.*\); give a whole checkpoint"):
-        metadata_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x80\x02Nr\xff\xff\xff\x7f.", r"it holds LONG_BINPUT 2147483647"),
-        (b"\x80\x02N2.", r"it holds DUP"),
-        (b"\x80\x02\x82\x01.", r"it holds EXT1"),
-        (b"(" * 30_000 + b"t" * 30_000 + b".", r"is not of a torch\.distributed\.checkpoint"),
-        (b"", r"cannot be read"),
-        (b"garbage", r"cannot be read"),
-    ],
-)
-def test_a_bomb_is_one_line(tmp_path, content, message):
-    (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as refused:
-        metadata_of(tmp_path)
-    assert len(str(refused.value)) < 500
-
-
-def test_names_of_older_versions_of_torch_are_known(tmp_path):
-    """TensorProperties has moved since."""
-    (tmp_path / ".metadata").write_bytes(
-        pickle.dumps(metadata(), 2)
-        .replace(
-            b"torch.distributed.checkpoint.metadata\nTensorProperties",
-            b"torch.distributed._shard.sharded_tensor.metadata\nTensorProperties",
-        )
-        .replace(
-            b"torch.distributed.checkpoint.metadata\n_MEM_FORMAT",
-            b"torch.distributed._shard.sharded_tensor.metadata\nMEM_FORMAT",
-        )
-    )
-    assert metadata_of(tmp_path).storage_data == metadata().storage_data
-
-
 def test_what_libraries_allow_torch_to_take_is_theirs_again(tmp_path):
     torch.serialization.add_safe_globals([Makes])
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
@@ -402,38 +326,3 @@ def test_a_persistent_id_is_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + text("os") + b"Q.")
     with pytest.raises(CheckpointError, match="it holds BINPERSID"):
         metadata_of(tmp_path)
-
-
-# the one module
-
-
-FORBIDDEN = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-LOADERS = {"torch.load", "torch.serialization.load", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "torch.package"}
-UNLIMITED = {"FileSystemReader", "DefaultLoadPlanner"}  # what unpickles in these is replaced in one place
-SOURCES = sorted(path for folder in ("megatron_sphinx", "tools", "examples") for path in (ROOT / folder).rglob("*.py"))
-
-
-def imported(node: ast.AST) -> list[str]:
-    """What a statement imports, in the form a.b.c."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_else_unpickles(path):
-    if path == ROOT / "megatron_sphinx" / "unpickling.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = imported(node)
-        assert not {name.split(".")[0] for name in names} & FORBIDDEN, f"line {node.lineno} imports {names}"
-        assert not LOADERS & set(names), f"line {node.lineno} imports {names}"
-        if path.name != "pieces.py":
-            assert not {name.split(".")[-1] for name in names} & UNLIMITED, f"line {node.lineno} imports {names}"
-        if isinstance(node, ast.Import):
-            assert all(alias.asname is None for alias in node.names if alias.name == "torch"), f"line {node.lineno}"
-        if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) not in LOADERS, f"line {node.lineno}"
-            assert node.attr != "read_metadata", f"line {node.lineno}"
-        if isinstance(node, ast.keyword):
-            assert node.arg != "allow_pickle", f"line {node.lineno}"

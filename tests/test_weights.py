@@ -12,11 +12,12 @@ from test_frozen import VIEWS
 from test_model import build, text_batch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from megatron_sphinx.checkpoint.conversion import Conversion
-from megatron_sphinx.checkpoint.convert import convert, open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.formats.megatron import stored_of
-from megatron_sphinx.checkpoint.pieces import Piece
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.formats.megatron import specs_of_model
+from megatron_sphinx.checkpoint.mapping.conversion import Conversion
+from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.checkpoint.slices import TensorSlice
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.model.architecture import LanguageConfig
@@ -79,9 +80,9 @@ def is_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 def test_a_run_begins_with_it_as_if_it_had_been_converted(train, tiny, tmp_path, form, world, layout):
     model = transformers_model(shape_of(tiny, layout.get("model.experts", 0)), seed=world)
     source = save(model.to(torch.bfloat16) if world == 1 else model, tmp_path / "source")
-    convert(source, tmp_path / "converted", "megatron", Wanted())
+    convert(source, tmp_path / "converted", "megatron", WriteOptions())
     if form != "hf":
-        convert(source, tmp_path / form, form, Wanted(2 if form == "meta" else 1))
+        convert(source, tmp_path / form, form, WriteOptions(2 if form == "meta" else 1))
         source = tmp_path / form
     direct = train(world, STILL | layout | {"model.weights": str(source)}, "direct")
     assert f"begins with the weights of {source}, new projections and tags" in direct.ranks.text(0)
@@ -98,7 +99,7 @@ def test_a_run_begins_with_it_as_if_it_had_been_converted(train, tiny, tmp_path,
 def test_a_released_sphinx_goes_on_with_its_projections(train, tmp_path, is_sparse):
     model = {"model.experts": 4} if is_sparse else {}
     first = train(1, model | {"training.steps": 1}, "first")
-    convert(first.folder, tmp_path / "released", "accessory", Wanted(2, is_sparse=is_sparse))
+    convert(first.folder, tmp_path / "released", "accessory", WriteOptions(2, is_sparse=is_sparse))
     layout = {"parallel.expert": 2} if is_sparse else {"parallel.tensor": 2}
     second = train(2, STILL | VIEWS | model | layout | {"model.weights": str(tmp_path / "released")}, "second")
     assert ", a new skip token" in second.ranks.text(0)
@@ -115,7 +116,7 @@ def check_losses_are_transformers(shape: LanguageConfig, folder: Path, theirs: P
     model = build(shape)
     named = dict(model.language.named_parameters())
     pieces = [
-        Piece(f"master/language.{name}", tuple(w.shape), Block((0,) * w.ndim, tuple(w.shape)), w.detach())
+        TensorSlice(f"master/language.{name}", tuple(w.shape), Block((0,) * w.ndim, tuple(w.shape)), w.detach())
         for name, w in named.items()
     ]
     fill(open_checkpoint(folder), pieces)
@@ -147,10 +148,10 @@ def test_any_pieces_are_the_whole(tmp_path, seed):
     folder = save(transformers_model(shape, seed), tmp_path / "source")
     form = ("hf", "meta", "accessory", "accessory", "megatron", "torch_dist")[seed]
     ranks = 2 if form == "accessory" or (form == "meta" and not shape.experts) else 1
-    convert(folder, tmp_path / form, form, Wanted(ranks, is_sparse=seed == 3))
+    convert(folder, tmp_path / form, form, WriteOptions(ranks, is_sparse=seed == 3))
     opened = open_checkpoint(tmp_path / form, shape)
-    conversion = Conversion(opened.source, list(stored_of(opened.model)))
-    for item in stored_of(opened.model):
+    conversion = Conversion(opened.source, list(specs_of_model(opened.model)))
+    for item in specs_of_model(opened.model):
         memory = torch.full((torch.Size(item.shape).numel(),), torch.nan)
         shard = WeightShard(item.name, item.shape, (Block((0,) * len(item.shape), item.shape),), True, False)
         cuts = sorted({0, len(memory), *(rng.randrange(len(memory)) for _ in range(4))})
@@ -158,7 +159,7 @@ def test_any_pieces_are_the_whole(tmp_path, seed):
         for start, stop in pairwise(cuts):
             for block, at in shard.boxes(start, stop - start):
                 count = torch.Size(block.shape).numel()
-                pieces.append(Piece(item.name, item.shape, block, memory[at : at + count].view(block.shape)))
+                pieces.append(TensorSlice(item.name, item.shape, block, memory[at : at + count].view(block.shape)))
         fill(opened, pieces)
         assert torch.equal(memory.view(item.shape), conversion.make(item)), item.name
 
@@ -184,7 +185,7 @@ def test_another_model_is_refused(train, tiny, tmp_path):
 
 def test_other_projections_and_another_tokenizer_are_refused(train, tiny, tmp_path):
     first = train(1, {"training.steps": 1}, "first")
-    convert(first.folder, tmp_path / "hf", "hf", Wanted())
+    convert(first.folder, tmp_path / "hf", "hf", WriteOptions())
     for source in (first.folder, tmp_path / "hf"):
         one_expert = {"vision.experts": [{"name": "dinov2_small", "weights": "random"}]}
         line = said(train, one_expert | {"model.weights": str(source)})

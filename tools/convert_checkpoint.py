@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_sphinx.checkpoint.convert import FORMATS, convert
-from megatron_sphinx.checkpoint.formats.base import Wanted
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.formats.registry import names
 from megatron_sphinx.config import load
 from megatron_sphinx.errors import SphinxError
 
@@ -32,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to make")
-    parser.add_argument("--to", required=True, choices=FORMATS, dest="form")
+    parser.add_argument("--to", required=True, choices=names(), dest="form")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of meta and accessory, a file each")
     parser.add_argument("--sparse", action="store_true", help="of accessory: a slice of each expert on each rank")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the source's; megatron always holds fp32")
@@ -53,7 +54,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    wanted = Wanted(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
+    wanted = WriteOptions(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     try:
         shape = load(args.preset).model if args.preset else None
         options = {

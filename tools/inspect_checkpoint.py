@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_sphinx.checkpoint import inspection
-from megatron_sphinx.checkpoint.convert import open_checkpoint
-from megatron_sphinx.checkpoint.formats.base import Opened
+from megatron_sphinx.checkpoint import inspect as inspection
+from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
+from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.config import load
 from megatron_sphinx.errors import SphinxError
 
@@ -50,7 +50,7 @@ def main() -> int:
         return error.exit_status
 
 
-def _describe(opened: Opened, *, has_keys: bool, is_json: bool) -> int:
+def _describe(opened: SourceCheckpoint, *, has_keys: bool, is_json: bool) -> int:
     about = inspection.describe(opened)
     keys = inspection.keys(opened) if has_keys else {}
     if is_json:
@@ -68,7 +68,7 @@ def _describe(opened: Opened, *, has_keys: bool, is_json: bool) -> int:
     return 0
 
 
-def _check(opened: Opened, manifest: Path) -> int:
+def _check(opened: SourceCheckpoint, manifest: Path) -> int:
     known = inspection.read_digests(manifest)
     found = inspection.changes(known, inspection.digests(opened, show=True))
     for line in found:
@@ -77,7 +77,7 @@ def _check(opened: Opened, manifest: Path) -> int:
     return 1 if found else 0
 
 
-def _diff(one: Opened, other: Opened, *, is_json: bool) -> int:
+def _diff(one: SourceCheckpoint, other: SourceCheckpoint, *, is_json: bool) -> int:
     found = inspection.compare(one, other, show=True)
     rows = [*found, inspection.total(found)]
     if is_json:

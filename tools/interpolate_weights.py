@@ -78,7 +78,7 @@ def mix(args: argparse.Namespace, inputs: list[Path], digests: Digests) -> int:
     for folder in inputs:
         digests.begin(folder)
     # torch is imported while the inputs are hashed
-    from megatron_sphinx.checkpoint.interpolate import interpolate, shares_of, sweep
+    from megatron_sphinx.checkpoint.mix import interpolate, shares_of, sweep
 
     shape = configuration.load(args.preset).model if args.preset else None
     if args.checkpoint:

@@ -1,1 +1,1 @@
-"""Training states, complete or invisible; and the checkpoints of others, read, written and mixed."""
+"""Training states that are complete or invisible; checkpoints of other software, read, written and mixed."""

@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-THREADS = min(4, len(os.sched_getaffinity(0)))  # that the tools for checkpoints compute in
+THREADS = min(4, len(os.sched_getaffinity(0)))  # in which the tools for checkpoints compute
 _BLOCK = 2**22  # bytes hashed at a time: those of smaller blocks wait for the interpreter's lock more than they work
 _LARGE = (".safetensors", ".bin", ".pth", ".distcp")
 
 
 def sha256_of(path: Path, is_stopped: Callable[[], bool] = lambda: False) -> str:
-    """The digest of a file; of a part of it if it is stopped."""
+    """Return the digest of a file; that of a part of it if it is stopped."""
     digest, block = hashlib.sha256(), memoryview(bytearray(min(_BLOCK, max(1, path.stat().st_size))))
     with path.open("rb", buffering=0) as file:
         while (count := file.readinto(block)) and not is_stopped():
@@ -27,7 +27,7 @@ class Digests:
     def __init__(self) -> None:
         self._stop = Event()
         self._pool = ThreadPoolExecutor(THREADS, "digest")
-        self._found: dict[Path, Future[str]] = {}
+        self._futures: dict[Path, Future[str]] = {}
 
     def __enter__(self) -> "Digests":
         return self
@@ -36,14 +36,14 @@ class Digests:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def of(self, path: Path) -> Future[str]:
-        """The digest of a file, in time."""
-        if path not in self._found:
-            self._found[path] = self._pool.submit(sha256_of, path, self._stop.is_set)
-        return self._found[path]
+    def future_of(self, path: Path) -> Future[str]:
+        """Return the digest of a file that will be there once it is computed, which begins now if it has not."""
+        if path not in self._futures:
+            self._futures[path] = self._pool.submit(sha256_of, path, self._stop.is_set)
+        return self._futures[path]
 
     def begin(self, folder: Path) -> None:
-        """Begin with the files of tensors in a folder, if it is one."""
+        """Begin with the files of tensors in a folder, if there is such a folder."""
         for path in sorted(folder.glob("*")):
             if path.suffix in _LARGE and path.is_file():
-                self.of(path)
+                self.future_of(path)

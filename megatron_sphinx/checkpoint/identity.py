@@ -1,4 +1,4 @@
-"""Who is who: plain values of two runs or checkpoints compared key by key."""
+"""What a run or a checkpoint is recognised by: plain values, compared key by key."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,50 +28,50 @@ def in_order(vision: Mapping[str, Any]) -> dict[str, Any]:
     return {**vision, "order": list(vision.get("experts") or {})}
 
 
-def comparable(made: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def comparable(made: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Prepare two identities of runs to be compared.
 
     The order of the experts counts, since their features are concatenated in it. The fingerprint of a stream of data
     counts where both are known: an older checkpoint has none, and data of others is read in the background first.
     """
-    one, other = ({**identity, "vision": in_order(identity.get("vision", {}))} for identity in (made, here))
+    one, other = ({**identity, "vision": in_order(identity.get("vision", {}))} for identity in (made, current))
     for identity in (one, other):
         identity["data"] = dict(identity.get("data", {}))
     for stream in ("pairs", "text"):
         both = [identity["data"].get(stream) or {} for identity in (one, other)]
-        if not all(about.get("fingerprint") for about in both):
-            for identity, about in zip((one, other), both, strict=True):
-                kept = {name: value for name, value in about.items() if name != "fingerprint"}
+        if not all(data.get("fingerprint") for data in both):
+            for identity, data in zip((one, other), both, strict=True):
+                kept = {name: value for name, value in data.items() if name != "fingerprint"}
                 identity["data"][stream] = kept or None
     return one, other
 
 
-def inherited(here: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+def inherited(current: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """Give a run's identity the fingerprints of the checkpoint that it goes on from, as far as that knows them.
 
     They are the run's own, or the run ends; a checkpoint that it saves before it knows must not say otherwise.
     """
-    data = dict(here.get("data", {}))
+    data = dict(current.get("data", {}))
     for stream in ("pairs", "text"):
-        about, before = data.get(stream), made.get("data", {}).get(stream)
-        if about and before and before.get("fingerprint"):
-            data[stream] = {**about, "fingerprint": before["fingerprint"]}
-    return {**here, "data": data} if data else dict(here)
+        now, before = data.get(stream), made.get("data", {}).get(stream)
+        if now and before and before.get("fingerprint"):
+            data[stream] = {**now, "fingerprint": before["fingerprint"]}
+    return {**current, "data": data} if data else dict(current)
 
 
-def require_same(title: str, made: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
+def require_same(title: str, made: Mapping[str, Any], current: Mapping[str, Any], way_out: str) -> None:
     """Compare what a checkpoint was made with to what this run has.
 
     Args:
         title: how the message begins.
-        made: of the checkpoint.
-        here: of this run; what else the checkpoint tells does not count.
+        made: what the checkpoint was made with.
+        current: what this run has; what else the checkpoint tells does not count.
         way_out: how the message ends.
 
     Raises:
         CheckpointError: they differ; every difference is named.
     """
-    found = list(differences({name: made.get(name) for name in here}, here))
-    if found:
-        named = "; with ".join(f"{key}={had}, this run has {has}" for key, had, has in found)
+    differing = list(differences({name: made.get(name) for name in current}, current))
+    if differing:
+        named = "; with ".join(f"{key}={before}, this run has {now}" for key, before, now in differing)
         raise CheckpointError(f"{title}: was made with {named}; {way_out}")

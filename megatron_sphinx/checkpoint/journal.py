@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from megatron_sphinx.checkpoint.stream import Entry
+from megatron_sphinx.tensors.entries import Entry
 
 
 class Journal:
@@ -20,7 +20,7 @@ class Journal:
         inputs: what it is made of: the task is another one when their files have changed.
 
     Attributes:
-        done: finished files, with a word on each.
+        done: finished files, with a word on each: its sha256, or "-".
 
     Raises:
         OSError: a folder cannot be made.
@@ -29,29 +29,29 @@ class Journal:
     def __init__(self, folders: Iterable[Path], task: Any, inputs: Iterable[Entry]) -> None:
         first, *_ = folders = list(folders)
         paths = {path for entry in inputs for path in entry.paths}
-        marks = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-        mark = hashlib.sha256(json.dumps([marks, task]).encode()).hexdigest()
+        states = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+        digest = hashlib.sha256(json.dumps([states, task]).encode()).hexdigest()
         self._path, self._lock = first / ".files", Lock()
-        found = self._path.read_text() if self._path.is_file() else ""
-        lines = found[: found.rfind("\n") + 1].splitlines()  # the last one may be cut off
+        text = self._path.read_text() if self._path.is_file() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be cut off
         self.done: dict[str, str] = {}
-        if lines[:1] == [mark] and all(folder.is_dir() for folder in folders):
+        if lines[:1] == [digest] and all(folder.is_dir() for folder in folders):
             self.done = dict(line.split(" ", 1)[::-1] for line in lines[1:])
         else:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-            lines = [mark]
+            lines = [digest]
         self._path.write_text("".join(f"{line}\n" for line in lines))
         self._file = self._path.open("a", buffering=1)
 
     def note(self, name: str, word: str = "-") -> None:
-        """A file is finished."""
+        """Note that a file is finished."""
         with self._lock:
             self.done[name] = word
             self._file.write(f"{word} {name}\n")
 
     def end(self) -> None:
-        """All is finished."""
+        """Remove the journal, since all files are finished."""
         self._file.close()
         self._path.unlink()

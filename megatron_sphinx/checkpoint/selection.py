@@ -3,20 +3,20 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_sphinx.checkpoint.formats.accessory import RELEASED
-from megatron_sphinx.checkpoint.formats.base import Opened
-from megatron_sphinx.checkpoint.stream import Chunk, Entry
+from megatron_sphinx.checkpoint.encoders import RELEASED
+from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
+from megatron_sphinx.tensors.entries import Chunk, Entry
 
 _PROJECTION = "visual_proj.0.weight"
 
 
-def select(opened: Opened, kept: Sequence[str]) -> Opened:
-    """A checkpoint of all released experts as one of some of them: the columns of the projection that read these.
+def select(checkpoint: SourceCheckpoint, kept: Sequence[str]) -> SourceCheckpoint:
+    """Turn a checkpoint of all released experts into one of some: the columns of the projection that read these.
 
     Args:
-        opened: the checkpoint.
+        checkpoint: what has all experts.
         kept: names of RELEASED.
 
     Raises:
@@ -24,29 +24,29 @@ def select(opened: Opened, kept: Sequence[str]) -> Opened:
     """
     if unknown := [name for name in kept if name not in RELEASED]:
         raise CheckpointError(f"--experts: {unknown[0]}: unknown; known: {', '.join(RELEASED)}")
-    ranges, at = {}, 0
+    ranges, end = {}, 0
     for name in RELEASED:
         width = VISUAL_EXPERTS[name].channels if VISUAL_EXPERTS[name].grid else 0
-        ranges[name] = (at, at := at + width)
-    if opened.model.channels != at:
+        ranges[name] = (end, end := end + width)
+    if checkpoint.model.channels != end:
         raise CheckpointError(
-            f"--experts: {opened.folder} projects {opened.model.channels} channels; "
-            f"can be chosen from the {at} of {', '.join(RELEASED)}"
+            f"--experts: {checkpoint.folder} projects {checkpoint.model.channels} channels; "
+            f"can be chosen from the {end} of {', '.join(RELEASED)}"
         )
     spans = [span for name, span in ranges.items() if name in kept]
-    queries = opened.model.queries if "blip2_qformer" in kept else 0
-    model = replace(opened.model, channels=sum(stop - start for start, stop in spans), queries=queries)
+    queries = checkpoint.model.queries if "blip2_qformer" in kept else 0
+    model = replace(checkpoint.model, channels=sum(stop - start for start, stop in spans), queries=queries)
     if not model.channels:
         raise CheckpointError("--experts: needs at least one expert beside a Q-Former")
-    items = [
-        replace(item, sizes=model.sizes) for item in opened.source.stored if model.weights.issuperset(item.rule.weights)
-    ]
-    entries = {(item.file, item.name): opened.source.entries[item.file, item.name] for item in items}
-    for item in items:
-        if item.rule.weights == (_PROJECTION,):
-            entries[item.file, item.name] = _columns(entries[item.file, item.name], spans)
-    encoders = {name: found for name, found in opened.encoders.items() if name in {RELEASED[one] for one in kept}}
-    return replace(opened, model=model, source=replace(opened.source, stored=items, entries=entries), encoders=encoders)
+    source = checkpoint.source
+    specs = [replace(spec, sizes=model.sizes) for spec in source.specs if model.weights.issuperset(spec.rule.weights)]
+    entries = {(spec.file, spec.name): source.entries[spec.file, spec.name] for spec in specs}
+    for spec in specs:
+        if spec.rule.weights == (_PROJECTION,):
+            entries[spec.file, spec.name] = _columns(entries[spec.file, spec.name], spans)
+    files = {RELEASED[name] for name in kept}
+    encoders = {name: tensors for name, tensors in checkpoint.encoders.items() if name in files}
+    return replace(checkpoint, model=model, source=replace(source, specs=specs, entries=entries), encoders=encoders)
 
 
 def _columns(entry: Entry, spans: Sequence[tuple[int, int]]) -> Entry:
@@ -57,13 +57,14 @@ def _columns(entry: Entry, spans: Sequence[tuple[int, int]]) -> Entry:
 
 
 def _chunks(entry: Entry, spans: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
-    at = 0
+    """The boxes of a matrix that lie in spans of its columns, where they lie when the spans are side by side."""
+    end = 0  # of the spans so far
     for start, stop in spans:
         for chunk in entry.chunks:
             begin = chunk.offset[1]
             first, last = max(start, begin), min(stop, begin + chunk.shape[1])
             if first < last:
-                place = chunk.start + (first - begin) * chunk.stride[1] * entry.dtype.itemsize
-                offset, shape = (chunk.offset[0], at + first - start), (chunk.shape[0], last - first)
-                yield replace(chunk, start=place, offset=offset, shape=shape)
-        at += stop - start
+                first_byte = chunk.start + (first - begin) * chunk.stride[1] * entry.dtype.itemsize
+                offset, shape = (chunk.offset[0], end + first - start), (chunk.shape[0], last - first)
+                yield replace(chunk, start=first_byte, offset=offset, shape=shape)
+        end += stop - start

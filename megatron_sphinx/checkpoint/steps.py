@@ -37,8 +37,8 @@ def newest_of(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     for place in (folder, folder / "checkpoints"):
-        if found := complete(place):
-            return found[-1]
+        if steps := complete(place):
+            return steps[-1]
     raise CheckpointError(f"{folder}: holds no complete checkpoint; train first")
 
 
@@ -51,8 +51,8 @@ def off_the_line(folder: Path, start: Path | None, done: int) -> list[Path]:
             begins anew.
         done: steps that are done in that checkpoint.
     """
-    here = folder.resolve()
-    if start is None or here not in (start.parent.resolve(), start.resolve().parent):
+    own = folder.resolve()
+    if start is None or own not in (start.parent.resolve(), start.resolve().parent):
         return _steps(folder)
     return [path for path in _steps(folder) if path.name > name_of(done) and path.resolve() != start.resolve()]
 

@@ -1,4 +1,4 @@
-"""Which part of which whole weight a rank holds: what makes a weight the same thing in every layout."""
+"""Which shard of which whole weight a rank holds: what makes a weight the same thing in every layout."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ SHARDED = {
     "linear_fc2.weight": (1, 1),
     "output_layer.weight": (0, 1),
 }
-# The same of an expert's matrix, for the expert-tensor ranks; the experts themselves lie along dimension 0.
-SHARDED_EXPERTS = {"experts.weight1": (0, 2), "experts.weight2": (1, 1)}
+# Likewise of a MoE expert's matrix, for the expert-tensor ranks; the experts themselves lie along dimension 0.
+SHARDED_MOE_EXPERTS = {"experts.weight1": (0, 2), "experts.weight2": (1, 1)}
 # transformer-engine holds norms inside the matrices behind them.
 _FUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -36,8 +36,8 @@ class Block:
     """A box of a whole weight.
 
     Attributes:
-        offset: its first corner in the whole.
-        shape: its sizes.
+        offset: the box's first corner in the whole weight.
+        shape: the box's sizes.
     """
 
     offset: tuple[int, ...]
@@ -46,14 +46,14 @@ class Block:
 
 @dataclass(frozen=True)
 class WeightShard:
-    """A rank's part of a weight.
+    """What a rank holds of a weight.
 
     Attributes:
-        name: of the whole weight, the same in every layout.
+        name: name of the whole weight, the same in every layout.
         whole: shape of the whole weight.
         blocks: boxes of the whole that lie one behind the other in the rank's memory.
         is_first_copy: whether no other tensor rank before this one holds the same.
-        is_expert: whether it is a weight of experts.
+        is_expert: whether it is a weight of MoE experts.
     """
 
     name: str
@@ -63,28 +63,36 @@ class WeightShard:
     is_expert: bool
 
     def boxes(self, start: int, count: int) -> Iterator[tuple[Block, int]]:
-        """Elements `start` to `start + count` of the rank's memory as boxes of the whole, each with its own start."""
-        behind = 0
+        """Divide a range of the rank's memory into boxes of the whole weight.
+
+        Args:
+            start: first element of the range.
+            count: elements of the range.
+
+        Yields:
+            A box, and the element of the rank's memory that it begins with.
+        """
+        prefix = 0  # elements of the blocks before
         for block in self.blocks:
             size = prod(block.shape)
-            first, last = max(start, behind), min(start + count, behind + size)
+            first, last = max(start, prefix), min(start + count, prefix + size)
             if first < last:
-                for offset, shape, at in boxes_of(block.shape, first - behind, last - behind):
+                for offset, shape, element in boxes_of(block.shape, first - prefix, last - prefix):
                     corner = tuple(a + b for a, b in zip(block.offset, offset, strict=True))
-                    yield Block(corner, shape), behind + at
-            behind += size
+                    yield Block(corner, shape), prefix + element
+            prefix += size
 
 
 def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Elements `start` to `stop` of a contiguous tensor as boxes: (offset, shape, first element)."""
+    """Divide elements `start` to `stop` of a contiguous tensor into boxes: (offset, shape, first element)."""
     if len(shape) <= 1:
         yield ((start,), (stop - start,), start) if shape else ((), (), 0)
         return
     inner = prod(shape[1:])
-    row, at = divmod(start, inner)
-    if at or stop - start < inner:  # part of one row
+    row, column = divmod(start, inner)
+    if column or stop - start < inner:  # part of one row
         end = min(stop, (row + 1) * inner)
-        for offset, box, first in boxes_of(shape[1:], at, end - row * inner):
+        for offset, box, first in boxes_of(shape[1:], column, end - row * inner):
             yield (row, *offset), (1, *box), row * inner + first
         if end < stop:
             yield from boxes_of(shape, end, stop)
@@ -96,7 +104,7 @@ def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tu
 
 
 def shards_of(model: nn.Module, config: LanguageConfig, groups: "ProcessGroups") -> dict[str, WeightShard]:
-    """The shard of every weight of a rank's model, by the weight's name there."""
+    """Return the shard of every weight of a rank's model, by the weight's name there."""
     sizes = groups.layout.config
     first_layer = sum(sizes.stage_layers(config.layers)[: groups.seat.pipeline])
     return {name: _shard(name, weight, config, groups, first_layer) for name, weight in model.named_parameters()}
@@ -106,38 +114,53 @@ def _shard(name: str, weight: Tensor, config: LanguageConfig, groups: "ProcessGr
     sizes, seat = groups.layout.config, groups.seat
     suffix, shape = ".".join(name.split(".")[-2:]), tuple(weight.shape)
     whole_name = whole_weight(name, first_layer)
-    if suffix in SHARDED_EXPERTS:
-        here, (dim, stride) = shape[0], SHARDED_EXPERTS[suffix]
-        matrix, parts = _parts(shape[1:], dim, stride, sizes.expert_tensor, seat.expert_tensor)
-        first = seat.expert * here
+    if suffix in SHARDED_MOE_EXPERTS:
+        count, (dim, stride) = shape[0], SHARDED_MOE_EXPERTS[suffix]
+        matrix, regions = _blocks_of_rank(shape[1:], dim, stride, sizes.expert_tensor, seat.expert_tensor)
+        first = seat.expert * count
         if stride == 1:  # all experts are one box
-            blocks = [Block((first, *parts[0].offset), (here, *parts[0].shape))]
+            blocks = [Block((first, *regions[0].offset), (count, *regions[0].shape))]
         else:
-            blocks = [Block((first + e, *p.offset), (1, *p.shape)) for e in range(here) for p in parts]
+            blocks = [Block((first + e, *one.offset), (1, *one.shape)) for e in range(count) for one in regions]
         return WeightShard(whole_name, (config.experts, *matrix), tuple(blocks), is_first_copy=True, is_expert=True)
     if suffix in SHARDED:
-        whole, parts = _parts(shape, *SHARDED[suffix], sizes.tensor, seat.tensor)
-        return WeightShard(whole_name, whole, tuple(parts), is_first_copy=True, is_expert=False)
+        whole, regions = _blocks_of_rank(shape, *SHARDED[suffix], sizes.tensor, seat.tensor)
+        return WeightShard(whole_name, whole, tuple(regions), is_first_copy=True, is_expert=False)
     block = Block((0,) * len(shape), shape)
     return WeightShard(whole_name, shape, (block,), is_first_copy=seat.tensor == 0, is_expert=False)
 
 
 def whole_weight(name: str, first_layer: int) -> str:
-    """A weight's name in the whole model, from its name on a stage whose layers begin with number `first_layer`."""
-    name = re.sub(r"(?<=\.layers\.)\d+", lambda found: str(int(found[0]) + first_layer), name)
+    """Return a weight's name in the whole model.
+
+    Args:
+        name: its name on a pipeline stage.
+        first_layer: number of the stage's first layer in the whole model.
+    """
+    name = re.sub(r"(?<=\.layers\.)\d+", lambda number: str(int(number[0]) + first_layer), name)
     for fused, plain in _FUSED.items():
         name = name.replace(fused, plain)
     return name
 
 
-def _parts(shape: Sequence[int], dim: int, stride: int, size: int, place: int) -> tuple[tuple[int, ...], list[Block]]:
-    """Shape of the whole, and the boxes of it that the rank at `place` of `size` has stacked in its `shape`."""
+def _blocks_of_rank(
+    shape: Sequence[int], dim: int, stride: int, ranks: int, rank: int
+) -> tuple[tuple[int, ...], list[Block]]:
+    """Shape of the whole, and the boxes of it that a rank has stacked.
+
+    Args:
+        shape: what the rank holds.
+        dim: the dimension that the ranks share.
+        stride: how many matrices are stacked along it.
+        ranks: how many ranks share it.
+        rank: which of them it is.
+    """
     whole, box = list(shape), list(shape)
-    whole[dim] *= size
+    whole[dim] *= ranks
     box[dim] //= stride
     blocks = []
     for matrix in range(stride):
         offset = [0] * len(shape)
-        offset[dim] = matrix * whole[dim] // stride + place * box[dim]
+        offset[dim] = matrix * whole[dim] // stride + rank * box[dim]
         blocks.append(Block(tuple(offset), tuple(box)))
     return tuple(whole), blocks

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.pieces import WEIGHTS
-from megatron_sphinx.checkpoint.store import CheckpointStore, Chosen, load_weights
+from megatron_sphinx.checkpoint.intact import SavedStep
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.slices import MASTER
+from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain, say, say_of_ranks
@@ -544,7 +545,7 @@ def _resume(job: RankContext, store: CheckpointStore, engine: Engine) -> tuple[i
     """
     weights = job.config.model.weights
 
-    def load() -> Chosen | Weights | None:
+    def load() -> SavedStep | Weights | None:
         if chosen := store.choose(job.config.checkpoint.resume):
             return chosen
         return Weights.open(Path(weights), _model(job.config), store) if weights else None
@@ -552,7 +553,7 @@ def _resume(job: RankContext, store: CheckpointStore, engine: Engine) -> tuple[i
     found = agree(load)
 
     def fill() -> tuple[int, int, dict[str, Any] | None]:
-        if isinstance(found, Chosen):
+        if isinstance(found, SavedStep):
             return _go_on(job, store, engine, found)
         if found is not None:
             _begin_with(job, store, engine, found)
@@ -572,7 +573,7 @@ def _begin_with(job: RankContext, store: CheckpointStore, engine: Engine, weight
     """Take the weights of a checkpoint, and nothing else of it."""
     engine.prepare_state(0)
     pieces = engine.pieces(of_copies=True)
-    weights.load((piece for piece in pieces if piece.name.startswith(WEIGHTS)), store)
+    weights.load((piece for piece in pieces if piece.name.startswith(MASTER)), store)
     engine.take_state()
     if job.groups.seat.rank == 0:
         new = {VISION: ", new projections and tags", SKIP_TOKEN: ", a new skip token"}
@@ -582,7 +583,7 @@ def _begin_with(job: RankContext, store: CheckpointStore, engine: Engine, weight
 
 
 def _go_on(
-    job: RankContext, store: CheckpointStore, engine: Engine, chosen: Chosen
+    job: RankContext, store: CheckpointStore, engine: Engine, chosen: SavedStep
 ) -> tuple[int, int, dict[str, Any] | None]:
     """Take the whole state of a checkpoint; what `_resume` returns."""
     manifest = chosen.manifest

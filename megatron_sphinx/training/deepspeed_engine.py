@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from torch import Tensor
 
-from megatron_sphinx.checkpoint.pieces import Piece
+from megatron_sphinx.checkpoint.slices import TensorSlice
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import WeightShard
@@ -241,7 +241,7 @@ class Engine:
 
     # state
 
-    def pieces(self, *, of_copies: bool) -> Iterator[Piece]:
+    def pieces(self, *, of_copies: bool) -> Iterator[TensorSlice]:
         """What must be kept of what this rank updates: fp32 weights and moments, named `master/...`, `exp_avg/...`.
 
         The values are the optimizer's own memory. Of frozen weights there are fp32 values only.
@@ -261,12 +261,12 @@ class Engine:
                 values = states[state].narrow(0, fragment.at, fragment.count)
                 yield from _pieces(state, fragment.shard, fragment.start, values)
 
-    def _frozen_to_save(self) -> Iterator[Piece]:
+    def _frozen_to_save(self) -> Iterator[TensorSlice]:
         for frozen in self.frozen:
             if frozen.shard.is_first_copy:
                 yield from _pieces("master", frozen.shard, frozen.start, frozen.master)
 
-    def _frozen_to_load(self) -> Iterator[Piece]:
+    def _frozen_to_load(self) -> Iterator[TensorSlice]:
         self._loaded = [frozen.weight.detach().flatten().float().cpu().clone() for frozen in self.frozen]
         for frozen, whole in zip(self.frozen, self._loaded, strict=True):
             yield from _pieces("master", frozen.shard, 0, whole)
@@ -291,11 +291,11 @@ class Engine:
         self._loaded = []
 
 
-def _pieces(state: str, shard: WeightShard, start: int, values: Tensor) -> Iterator[Piece]:
+def _pieces(state: str, shard: WeightShard, start: int, values: Tensor) -> Iterator[TensorSlice]:
     """A run of elements of a rank's part of a weight, as parts of the whole one."""
     for block, at in shard.boxes(start, len(values)):
         part = values.narrow(0, at - start, prod(block.shape)).view(block.shape)
-        yield Piece(f"{state}/{shard.name}", shard.whole, block, part)
+        yield TensorSlice(f"{state}/{shard.name}", shard.whole, block, part)
 
 
 class _AdamW(torch.optim.AdamW):

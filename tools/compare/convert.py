@@ -28,22 +28,23 @@ import json, sys
 from pathlib import Path
 import torch
 from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.stream import create
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.tensors.write import create_file
 from megatron_sphinx.model.architecture import LanguageConfig
 
 folder, goal = Path(sys.argv[1]), float(sys.argv[2])
 values = dict(hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
 one = LanguageConfig(layers=1, **values)
 layers = max(1, round((goal / 2 - 2 * one.vocabulary * one.hidden) / one.layer_matrices))
-files, about = huggingface.files(Model(LanguageConfig(layers=layers, **values)), Wanted(shard_bytes=10**9))
+model = Model(LanguageConfig(layers=layers, **values))
+files, companions = huggingface.plan(model, WriteOptions(shard_bytes=10**9), {})
 for file in files:
-    out = create(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
+    out = create_file(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
     for item in file.tensors:
         out.put(item.name, torch.empty(item.shape, dtype=torch.bfloat16).normal_(std=0.02))
     out.close()
-for name, content in about.items():
+for name, content in companions.items():
     (folder / name).write_text(json.dumps(content))
 """
 # A process that ends as the tool does, and says on standard error how much memory it took.
@@ -67,12 +68,12 @@ class Turn:
 
     @property
     def rate(self) -> float:
-        """Bytes read and written a second."""
+        """Bytes that were read and written in a second."""
         return self.bytes / self.seconds
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files of a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -83,13 +84,13 @@ def turn(command: list[str], source: Path, target: Path) -> Turn:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     peak = int(done.stderr.split()[-1]) * 1024 if done.stderr else 0
-    found = Turn(seconds, size_of(source) + size_of(target), peak)
+    measured = Turn(seconds, size_of(source) + size_of(target), peak)
     shutil.rmtree(target)
-    return found
+    return measured
 
 
 def main() -> int:
-    """Run the tool; the exit status."""
+    """Run the comparison and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.2, help="of the weights")
     parser.add_argument("--repeats", type=int, default=3)
@@ -104,21 +105,22 @@ def main() -> int:
             "cp": ["cp", "-r", str(source), str(target)],
             "ours": [sys.executable, "-c", RUN, tool, str(source), str(target), "--to", "megatron"],
         }
-        found = {contender: [turn(command, source, target)] for contender, command in commands.items()}  # warm-up
-        found = {contender: [] for contender in found}
+        for command in commands.values():  # warm-up
+            turn(command, source, target)
+        turns: dict[str, list[Turn]] = {contender: [] for contender in commands}
         for _ in range(args.repeats):
             for contender, command in commands.items():
-                found[contender].append(turn(command, source, target))
+                turns[contender].append(turn(command, source, target))
     print(f"{'':<8}{'seconds':>9}{'GB read + written':>20}{'GB/s':>8}{'peak RSS MB':>14}")
-    for contender, turns in found.items():
-        peak = max(one.peak_rss_bytes for one in turns)
-        seconds, rate = median(one.seconds for one in turns), median(one.rate for one in turns)
+    for contender, own in turns.items():
+        peak = max(one.peak_rss_bytes for one in own)
+        seconds, rate = median(one.seconds for one in own), median(one.rate for one in own)
         print(
-            f"{contender:<8}{seconds:9.2f}{turns[0].bytes / 1e9:20.2f}{rate / 1e9:8.2f}"
+            f"{contender:<8}{seconds:9.2f}{own[0].bytes / 1e9:20.2f}{rate / 1e9:8.2f}"
             f"{f'{peak / 1e6:.0f}' if peak else '':>14}"
         )
-    ratio = median(ours.rate / cp.rate for ours, cp in zip(found["ours"], found["cp"], strict=True))
-    peak = max(one.peak_rss_bytes for one in found["ours"])
+    ratio = median(ours.rate / cp.rate for ours, cp in zip(turns["ours"], turns["cp"], strict=True))
+    peak = max(one.peak_rss_bytes for one in turns["ours"])
     print(json.dumps({"ratios": {"cp": round(ratio, 3)}, "peak_rss_bytes": peak}))
     return 0
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.formats.huggingface import files
-from megatron_sphinx.checkpoint.keymap import Model
-from megatron_sphinx.checkpoint.stream import SafetensorsFile
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.formats.huggingface import plan
+from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.write import SafetensorsFile
 
 TOOL = Path(__file__).parents[1] / "interpolate_weights.py"
 BETA = 0.6
@@ -48,22 +48,22 @@ def make(folder: Path, gigabytes: float, seed: int) -> Path:
     """Write a Llama of the shape of TinyLlama, of as many layers as fill so many GB, with random weights."""
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 2048) / 44_044_288))
     shape = LanguageConfig(layers=layers, hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
-    (file,), about = files(Model(shape), Wanted(dtype=torch.bfloat16, shard_bytes=10**15))
+    (file,), companions = plan(Model(shape), WriteOptions(dtype=torch.bfloat16, shard_bytes=10**15), {})
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     out = SafetensorsFile(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
     for item in file.tensors:
         out.put(item.name, torch.randn(item.shape, generator=generator).mul_(0.02).bfloat16())
     out.close()
-    for name, content in about.items():
+    for name, content in companions.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
 
 def commands(folder: Path, mergekit: str | None) -> dict[str, Sequence[str]]:
-    """What is compared: the command of each; what it writes is under `out`."""
+    """Return the command of each contender; what it writes is under `out`."""
     a, b, out = (str(folder / name) for name in ("A", "B", "out"))
-    found: dict[str, Sequence[str]] = {
+    compared: dict[str, Sequence[str]] = {
         "cp": ["sh", "-c", f"mkdir {out}; cat {a}/* {b}/* > /dev/null; cp {a}/* {out}"],
         "ours": [sys.executable, str(TOOL), "--real", a, "--synthetic", b, "--beta", str(BETA), "--output", out],
         "plain": [sys.executable, "-c", PLAIN, a, b, f"{out}.safetensors"],
@@ -72,18 +72,18 @@ def commands(folder: Path, mergekit: str | None) -> dict[str, Sequence[str]]:
         recipe = folder / "recipe.yaml"
         models = [{"model": path, "parameters": {"weight": share}} for path, share in ((a, BETA), (b, 1 - BETA))]
         recipe.write_text(json.dumps({"merge_method": "linear", "dtype": "bfloat16", "models": models}))
-        found["mergekit"] = [*mergekit.split(), str(recipe), out]
-    return found
+        compared["mergekit"] = [*mergekit.split(), str(recipe), out]
+    return compared
 
 
 def measure(command: Sequence[str], out: Path) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of a command that succeeds; what it wrote is removed."""
+    """Return seconds and peak memory in bytes of a command that succeeds; what it wrote is removed."""
     peak, begin = 0, time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if found := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
-                peak = max(peak, int(found[1]) * 1024)
+            if mark := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
+                peak = max(peak, int(mark[1]) * 1024)
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
         if process.returncode:
@@ -98,11 +98,11 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the checkpoints in a folder and run everything in turn."""
     for seed, name in enumerate("AB"):
         make(folder / name, args.gb, seed)
-    found = commands(folder, args.mergekit)
-    measure(found["cp"], folder / "out")  # into the page cache
-    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in found}
+    compared = commands(folder, args.mergekit)
+    measure(compared["cp"], folder / "out")  # into the page cache
+    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in compared}
     for _ in range(args.repeats):
-        for name, command in found.items():
+        for name, command in compared.items():
             runs[name].append(measure(command, folder / "out"))
     seconds = {name: statistics.median(taken for taken, _ in each) for name, each in runs.items()}
     return {
@@ -115,7 +115,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison, readable."""
+    """Return the comparison as a table for people."""
     rows = [f"{'':10}{'seconds':>9}{'GB/s':>7}{'peak GB':>9}{'ours is':>9}"]
     for name, seconds in result["seconds"].items():
         ratio = f"{result['ratios'][name]:8.2f}x" if name != "ours" else ""
@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the comparison; the exit status."""
+    """Run the comparison and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.2, help="size of each checkpoint; default: 2.2")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; default: 3")

@@ -1,19 +1,35 @@
 """LLaMA2-Accessory's checkpoints: one file a tensor rank, frozen experts whole in each."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.checkpoint.conversion import Source
+from megatron_sphinx.checkpoint.encoders import RELEASED, Encoders
 from megatron_sphinx.checkpoint.formats import meta
-from megatron_sphinx.checkpoint.formats.base import Entries, File, Opened, Wanted, read_json, shape_of, width
-from megatron_sphinx.checkpoint.formats.meta import COMMON, META, params
-from megatron_sphinx.checkpoint.formats.meta import shape as shape_of_params
-from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
-from megatron_sphinx.checkpoint.stream import Entry, read_torch
+from megatron_sphinx.checkpoint.formats.format import (
+    Entries,
+    Format,
+    PlannedFile,
+    SourceCheckpoint,
+    WriteOptions,
+    WritePlan,
+    language_of,
+    size_of_tensor,
+)
+from megatron_sphinx.checkpoint.formats.meta import COMMON, META, params_of, shape_of_params
+from megatron_sphinx.checkpoint.json_files import read_json
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
+from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import read_torch
+from megatron_sphinx.tensors.write import TorchFile
+
+_PREFIX = "llma."  # of all names; files of differences may lack it
 
 
 def _under(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -22,78 +38,108 @@ def _under(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 # Source: LLaMA2-Accessory, accessory/model/LLM/llama_ens.py.
 _ACCESSORY_EXTRAS = (
-    Rule("visual_proj.0.weight", "i c", ("visual_proj.0.weight",)),
-    Rule("visual_proj.0.bias", "i", ("visual_proj.0.bias",)),
-    Rule("visual_proj.1.weight", "i", ("visual_proj.1.weight",)),
-    Rule("visual_proj.1.bias", "i", ("visual_proj.1.bias",)),
-    Rule("qformer_proj.0.weight", "i d", ("qformer_proj.0.weight",)),
-    Rule("qformer_proj.0.bias", "i", ("qformer_proj.0.bias",)),
-    Rule("qformer_proj.1.weight", "i", ("qformer_proj.1.weight",)),
-    Rule("qformer_proj.1.bias", "i", ("qformer_proj.1.bias",)),
-    Rule("start_img", "o u i", ("start_tag",)),
-    Rule("end_img", "o u i", ("end_tag",)),
+    Rule("visual_proj.0.weight", "hidden channel", ("visual_proj.0.weight",)),
+    Rule("visual_proj.0.bias", "hidden", ("visual_proj.0.bias",)),
+    Rule("visual_proj.1.weight", "hidden", ("visual_proj.1.weight",)),
+    Rule("visual_proj.1.bias", "hidden", ("visual_proj.1.bias",)),
+    Rule("qformer_proj.0.weight", "hidden qformer", ("qformer_proj.0.weight",)),
+    Rule("qformer_proj.0.bias", "hidden", ("qformer_proj.0.bias",)),
+    Rule("qformer_proj.1.weight", "hidden", ("qformer_proj.1.weight",)),
+    Rule("qformer_proj.1.bias", "hidden", ("qformer_proj.1.bias",)),
+    Rule("start_img", "1 1 hidden", ("start_tag",)),
+    Rule("end_img", "1 1 hidden", ("end_tag",)),
 )
 ACCESSORY = _under("llma.", META + _ACCESSORY_EXTRAS)
 # Source: accessory/model/LLM/mixtral.py: whole experts, each on one rank.
 ACCESSORY_BASE = _under("llma.", (
     *COMMON,
     *_ACCESSORY_EXTRAS,
-    Rule("layers.{l}.feed_forward.gate.weight", "e i", ("router",)),
-    Rule("layers.{l}.feed_forward.experts.{e}.w1.weight", "f i", ("gate",), "e"),
-    Rule("layers.{l}.feed_forward.experts.{e}.w3.weight", "f i", ("up",), "e"),
-    Rule("layers.{l}.feed_forward.experts.{e}.w2.weight", "i f", ("down",), "e"),
+    Rule("layers.{layer}.feed_forward.gate.weight", "expert hidden", ("router",)),
+    Rule("layers.{layer}.feed_forward.experts.{expert}.w1.weight", "ffn hidden", ("gate",), "expert"),
+    Rule("layers.{layer}.feed_forward.experts.{expert}.w3.weight", "ffn hidden", ("up",), "expert"),
+    Rule("layers.{layer}.feed_forward.experts.{expert}.w2.weight", "hidden ffn", ("down",), "expert"),
 ))  # fmt: skip
 # Source: accessory/model/LLM/mixtral_sparse.py: a slice of every expert on each rank, w2 transposed.
 ACCESSORY_SPARSE = _under("llma.", (
     *COMMON,
     *_ACCESSORY_EXTRAS,
-    Rule("layers.{l}.feed_forward.gate.weight", "e i", ("router",)),
-    Rule("layers.{l}.feed_forward.w1", "(e f) i", ("gate",), "f"),
-    Rule("layers.{l}.feed_forward.w3", "(e f) i", ("up",), "f"),
-    Rule("layers.{l}.feed_forward.w2", "(e f) i", ("down",), "f"),
+    Rule("layers.{layer}.feed_forward.gate.weight", "expert hidden", ("router",)),
+    Rule("layers.{layer}.feed_forward.w1", "(expert ffn) hidden", ("gate",), "ffn"),
+    Rule("layers.{layer}.feed_forward.w3", "(expert ffn) hidden", ("up",), "ffn"),
+    Rule("layers.{layer}.feed_forward.w2", "(expert ffn) hidden", ("down",), "ffn"),
 ))  # fmt: skip
 
-# The experts of the released models, in the order of their channels, and where its files hold them.
-RELEASED = {
-    "clip_vit_l14": "clip",
-    "clip_convnext_xxl": "openclip_convnext_xxl",
-    "dinov2_vitg14": "dinov2_vitg14",
-    "blip2_qformer": "qformer",
-}
-ENCODERS = tuple(RELEASED.values())
 _SHARD = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
 _DIFF = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model-diff\.pth")
 _DERIVED = "llma.rope.freqs"  # follows from the configuration
 
 
-def is_here(folder: Path) -> bool:
-    """Whether a folder holds such a checkpoint."""
+def _is_here(folder: Path) -> bool:
     return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_checkpoint(folder: Path, diff: Path | None = None) -> Opened:
-    """Read what a checkpoint holds, not its tensors.
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
+    shards = _shards_of(folder, _SHARD)
+    return _opened(folder, {file: read_torch(folder / file) for file in shards}, "config.json")
+
+
+def _open_sum(folder: Path, diff: Path) -> SourceCheckpoint:
+    """A checkpoint of this format, or of Meta's, and a folder of consolidated.NN-of-MM.model-diff.pth to be added."""
+    is_meta = meta.is_here(folder)
+    if not (is_meta or _is_here(folder)):
+        raise CheckpointError(f"--diff {diff}: can be added to a checkpoint of meta or accessory; {folder} is none")
+    shards = meta.shards_of(folder) if is_meta else _shards_of(folder, _SHARD)
+    bases = [read_torch(folder / file) for file in shards]
+    sums = [_sum(base, added) for base, added in zip(bases, _read_diff(diff, len(shards)), strict=True)]
+    return _opened(folder, dict(zip(shards, sums, strict=True)), "params.json" if is_meta else "config.json")
+
+
+def _opened(folder: Path, shards: dict[str, dict[str, Entry]], config: str) -> SourceCheckpoint:
+    """What a checkpoint holds.
 
     Args:
         folder: where it is.
-        diff: a folder of consolidated.NN-of-MM.model-diff.pth, to be added to it; it may then be one of Meta's.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
+        shards: the tensors in each rank's file, in the order of ranks.
+        config: name of the file of its configuration.
     """
-    is_meta = diff is not None and meta.is_here(folder)
-    shards = meta.shards_of(folder) if is_meta else shards_of(folder, _SHARD)
     ranks = len(shards)
-    found = [read_torch(folder / file) for file in shards]
-    if diff is not None:
-        found = [_sum(*pair) for pair in zip(found, _read_diff(diff, ranks), strict=True)]
+    entries, encoders = _sorted_out(folder, shards)
+    values = read_json(folder / config)
+    experts = size_of_tensor(entries, "llma.layers.0.feed_forward.gate.weight", 0)
+    is_sparse = "llma.layers.0.feed_forward.w1" in {name for _, name in entries}
+    ffn = _ffn(entries, ranks, experts, is_sparse=is_sparse)
+    vocabulary = size_of_tensor(entries, "llma.output.weight", 0) * ranks
+    moe = {"moe": {**values.get("moe", {}), "num_experts": experts}} if experts else {}
+    language = language_of(shape_of_params(values | moe, ffn, vocabulary), folder / "config.json")
+    model = Model(
+        language,
+        channels=size_of_tensor(entries, "llma.visual_proj.0.weight"),
+        queries=size_of_tensor(entries, "llma.qformer_proj.0.weight"),
+    )
+    rules = _rules(model, is_sparse=is_sparse)
+    specs = [spec for rank, file in enumerate(shards) for spec in specs_of(rules, model, file, rank=rank, ranks=ranks)]
+    kind = (", sparse" if is_sparse else ", base") if experts else ""
+    kinds = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
+    return SourceCheckpoint(
+        folder,
+        "accessory",
+        f"{ranks} tensor ranks{kind}",
+        model,
+        TensorSource(str(folder), specs, entries),
+        encoders,
+        {"config.json": values, "meta.json": kinds},
+    )
+
+
+def _sorted_out(folder: Path, shards: dict[str, dict[str, Entry]]) -> tuple[Entries, Encoders]:
+    """The tensors of the model by file and full name, and those of frozen experts, which every file has."""
     entries: Entries = {}
     encoders: dict[str, dict[str, Entry]] = {}
-    for file, tensors in zip(shards, found, strict=True):
+    for file, tensors in shards.items():
         for name, entry in tensors.items():
-            name = _full(name)
+            name = _full_name(name)
             expert = name.split(".")[1]
-            if expert in ENCODERS:
+            if expert in RELEASED.values():
                 encoders.setdefault(expert, {}).setdefault(name, entry)
             elif (file, name) in entries:
                 raise CheckpointError(
@@ -101,55 +147,26 @@ def open_checkpoint(folder: Path, diff: Path | None = None) -> Opened:
                 )
             elif name != _DERIVED:
                 entries[file, name] = entry
-    about = read_json(folder / ("params.json" if is_meta else "config.json"))
-    experts = width(entries, "llma.layers.0.feed_forward.gate.weight", 0)
-    is_sparse = ("llma.layers.0.feed_forward.w1") in {name for _, name in entries}
-    ffn = _ffn(entries, ranks, experts, is_sparse=is_sparse)
-    about_experts = {"moe": {**about.get("moe", {}), "num_experts": experts}} if experts else {}
-    language = shape_of(
-        shape_of_params(about | about_experts, ffn, width(entries, "llma.output.weight", 0) * ranks),
-        folder / "config.json",
-    )
-    model = Model(
-        language,
-        channels=width(entries, "llma.visual_proj.0.weight"),
-        queries=width(entries, "llma.qformer_proj.0.weight"),
-    )
-    rules = _rules(model, is_sparse=is_sparse)
-    items = [item for rank, file in enumerate(shards) for item in stored(rules, model, file, rank=rank, ranks=ranks)]
-    kind = (", sparse" if is_sparse else ", base") if experts else ""
-    kinds = read_json(folder / "meta.json") if (folder / "meta.json").is_file() else {}
-    return Opened(
-        folder,
-        "accessory",
-        f"{ranks} tensor ranks{kind}",
-        model,
-        Source(str(folder), items, entries),
-        encoders,
-        {"config.json": about, "meta.json": kinds},
-    )
+    return entries, encoders
 
 
-def shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    """The files of all ranks.
-
-    Raises:
-        CheckpointError: one is missing.
-    """
-    found = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
-    ranks = int(found[0].split("-of-")[1][:2]) if found else 1
-    if [int(name.split(".")[1][:2]) for name in found] != list(range(ranks)):
-        raise CheckpointError(f"{folder}: has {len(found)} of {ranks} shards ({', '.join(found)}); fetch all of them")
-    return found
+def _shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    """The files of all ranks, whose names match a pattern."""
+    shards = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
+    ranks = int(shards[0].split("-of-")[1][:2]) if shards else 1
+    if [int(name.split(".")[1][:2]) for name in shards] != list(range(ranks)):
+        raise CheckpointError(f"{folder}: has {len(shards)} of {ranks} shards ({', '.join(shards)}); fetch all of them")
+    return shards
 
 
-def _full(name: str) -> str:
-    return name if name.startswith("llma.") else f"llma.{name}"
+def _full_name(name: str) -> str:
+    """A tensor's name with the prefix that older files leave out."""
+    return name if name.startswith(_PREFIX) else f"{_PREFIX}{name}"
 
 
 def _read_diff(folder: Path, ranks: int) -> list[dict[str, Entry]]:
     """The differences, rank by rank."""
-    shards = shards_of(folder, _DIFF)
+    shards = _shards_of(folder, _DIFF)
     if len(shards) != ranks:
         raise CheckpointError(f"--diff {folder}: has {len(shards)} shards, SOURCE {ranks}; convert SOURCE to as many")
     return [read_torch(folder / file) for file in shards]
@@ -157,21 +174,22 @@ def _read_diff(folder: Path, ranks: int) -> list[dict[str, Entry]]:
 
 def _sum(base: dict[str, Entry], diff: dict[str, Entry]) -> dict[str, Entry]:
     """Tensors with their differences, and those that only the differences have."""
-    found = {_full(name): entry for name, entry in base.items()}
-    for name, entry in ((_full(name), entry) for name, entry in diff.items()):
-        if name in found and found[name].shape != entry.shape:
-            shapes = f"{list(entry.shape)}, SOURCE's {list(found[name].shape)}"
+    total = {_full_name(name): entry for name, entry in base.items()}
+    for name, entry in ((_full_name(name), entry) for name, entry in diff.items()):
+        if name in total and total[name].shape != entry.shape:
+            shapes = f"{list(entry.shape)}, SOURCE's {list(total[name].shape)}"
             raise CheckpointError(f"--diff: {name} has shape {shapes}; give the difference from this SOURCE")
-        found[name] = replace(found[name], added=entry) if name in found else entry
-    return found
+        total[name] = replace(total[name], added=entry) if name in total else entry
+    return total
 
 
 def _ffn(entries: Entries, ranks: int, experts: int, *, is_sparse: bool) -> int:
+    """Width of the feed-forward layers."""
     if not experts:
-        return width(entries, "llma.layers.0.feed_forward.w1.weight", 0) * ranks
+        return size_of_tensor(entries, "llma.layers.0.feed_forward.w1.weight", 0) * ranks
     if is_sparse:
-        return width(entries, "llma.layers.0.feed_forward.w1", 0) * ranks // experts
-    return width(entries, "llma.layers.0.feed_forward.experts.0.w1.weight", 0)
+        return size_of_tensor(entries, "llma.layers.0.feed_forward.w1", 0) * ranks // experts
+    return size_of_tensor(entries, "llma.layers.0.feed_forward.experts.0.w1.weight", 0)
 
 
 def _rules(model: Model, *, is_sparse: bool) -> tuple[Rule, ...]:
@@ -180,33 +198,20 @@ def _rules(model: Model, *, is_sparse: bool) -> tuple[Rule, ...]:
     return ACCESSORY_SPARSE if is_sparse else ACCESSORY_BASE
 
 
-def files(
-    model: Model, wanted: Wanted, encoders: Mapping[str, Mapping[str, Entry]], *, views: int = 1
-) -> tuple[list[File], dict[str, Any]]:
-    """The files of a checkpoint to be written, and its configuration.
-
-    Args:
-        model: what it holds.
-        wanted: how it is divided.
-        encoders: frozen experts, which go into every file.
-        views: of a picture, by which the released code has classes of its own.
-
-    Raises:
-        CheckpointError: the format has no such model, or its matrices cannot be shared by so many ranks.
-    """
+def _plan(model: Model, options: WriteOptions, encoders: Encoders) -> WritePlan:
+    """Files, one a rank, each with all frozen experts."""
     if model.has_skip_token:
         raise CheckpointError("--to accessory: has no skip token; use hf or megatron")
-    rules, ranks = _rules(model, is_sparse=wanted.is_sparse), wanted.tensor_parallel
+    rules, ranks = _rules(model, is_sparse=options.is_sparse), options.tensor_parallel
     verbatim = tuple((name, entry) for expert in encoders.values() for name, entry in expert.items())
-    found = []
-    for rank in range(ranks):
-        name = _name(rank, ranks)
-        found.append(File(name, tuple(stored(rules, model, name, rank=rank, ranks=ranks)), verbatim, under="model"))
-    return found, {"config.json": _config(model), "meta.json": {"llama_type": _llama_type(model, views, wanted)}}
-
-
-def _name(rank: int, ranks: int) -> str:
-    return f"consolidated.{rank:02d}-of-{ranks:02d}.model.pth"
+    names = [f"consolidated.{rank:02d}-of-{ranks:02d}.model.pth" for rank in range(ranks)]
+    files = [
+        PlannedFile(name, tuple(specs_of(rules, model, name, rank=rank, ranks=ranks)), verbatim)
+        for rank, name in enumerate(names)
+    ]
+    return WritePlan(
+        files, {"config.json": _config(model.language), "meta.json": {"llama_type": _llama_type(model, options)}}
+    )
 
 
 # Source: the modules of accessory/model/LLM/.
@@ -214,25 +219,25 @@ _TYPES = ("llama", "llama_ens", "llama_ens5", "llama_ens10", "llama_ens_light", 
           "mixtral_sparse", "mixtral_sparse_ens", "mixtral_sparse_ens5")  # fmt: skip
 
 
-def _llama_type(model: Model, views: int, wanted: Wanted) -> str:
+def _llama_type(model: Model, options: WriteOptions) -> str:
     """The released module that has this model."""
-    kind = ("mixtral_sparse" if wanted.is_sparse else "mixtral") if model.language.experts else "llama"
+    kind = ("mixtral_sparse" if options.is_sparse else "mixtral") if model.language.experts else "llama"
     if not model.channels:
         return kind
-    is_light = not model.queries and not model.language.experts
-    found = f"{kind}_ens{views if views > 1 else ''}{'_light' if is_light else ''}"
-    if found not in _TYPES:
-        way_out = "; use --sparse" if kind == "mixtral" and found.replace("mixtral", "mixtral_sparse") in _TYPES else ""
-        raise CheckpointError(f"--views {views}: LLaMA2-Accessory has no {found}, but {', '.join(_TYPES)}{way_out}")
-    return found
+    views, is_light = options.views, not model.queries and not model.language.experts
+    name = f"{kind}_ens{views if views > 1 else ''}{'_light' if is_light else ''}"
+    if name not in _TYPES:
+        way_out = "; use --sparse" if kind == "mixtral" and name.replace("mixtral", "mixtral_sparse") in _TYPES else ""
+        raise CheckpointError(f"--views {views}: LLaMA2-Accessory has no {name}, but {', '.join(_TYPES)}{way_out}")
+    return name
 
 
-def _config(model: Model) -> dict[str, Any]:
-    values = params(model)
-    if model.language.experts:
+def _config(shape: LanguageConfig) -> dict[str, Any]:
+    values = params_of(shape)
+    if shape.experts:
         return values
-    multiple, mult = _multiple(model.language.hidden, values.pop("hidden_dim"))
-    return values | {"multiple_of": multiple} | ({"ffn_dim_multiplier": mult} if mult != 1 else {})
+    multiple, factor = _multiple(shape.hidden, values.pop("hidden_dim"))
+    return values | {"multiple_of": multiple} | ({"ffn_dim_multiplier": factor} if factor != 1 else {})
 
 
 def _multiple(hidden: int, ffn: int) -> tuple[int, float]:
@@ -242,3 +247,17 @@ def _multiple(hidden: int, ffn: int) -> tuple[int, float]:
         if -(-plain // multiple) * multiple == ffn:
             return multiple, 1.0
     return 1, (ffn + 0.5) / plain  # the released code rounds down
+
+
+FORMAT = Format(
+    name="accessory",
+    is_here=_is_here,
+    open=_open,
+    plan=_plan,
+    files=("consolidated.00-of-NN.model.pth",),
+    options=frozenset({"tensor_parallel", "is_sparse", "views"}),
+    create_file=partial(TorchFile, under="model"),
+    full_name=_full_name,
+    open_sum=_open_sum,
+    has_encoders=True,
+)

@@ -1,97 +1,110 @@
-"""Hugging Face's checkpoints: Llama, Mixtral, InternLM2; what SPHINX adds lies in a file of its own beside them."""
+"""Hugging Face's checkpoints of Llama and Mixtral; what SPHINX adds lies in a file of its own beside them."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.checkpoint.conversion import Source
-from megatron_sphinx.checkpoint.formats.base import (
+import torch
+
+from megatron_sphinx.checkpoint.encoders import Encoders
+from megatron_sphinx.checkpoint.formats.format import (
     Entries,
-    File,
-    Opened,
-    Wanted,
-    grouped,
-    read_json,
-    shape_of,
-    whole,
-    width,
+    Format,
+    PlannedFile,
+    SourceCheckpoint,
+    WriteOptions,
+    WritePlan,
+    language_of,
+    size_of_tensor,
 )
-from megatron_sphinx.checkpoint.keymap import WEIGHTS, Model, Rule, stored
-from megatron_sphinx.checkpoint.stream import read_safetensors, read_torch
+from megatron_sphinx.checkpoint.json_files import read_json
+from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS, Model
+from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
+from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
 EXTRAS = "sphinx.safetensors"
 
 # Source: transformers, models/llama/modeling_llama.py.
 _HF_COMMON = (
-    Rule("model.embed_tokens.weight", "v i", ("embedding",)),
-    Rule("model.layers.{l}.input_layernorm.weight", "i", ("attention_norm",)),
-    Rule("model.layers.{l}.self_attn.q_proj.weight", "(g p r h) i", ("q",)),
-    Rule("model.layers.{l}.self_attn.k_proj.weight", "(g r h) i", ("k",)),
-    Rule("model.layers.{l}.self_attn.v_proj.weight", "(g r h) i", ("v",)),
-    Rule("model.layers.{l}.self_attn.o_proj.weight", "i (g p r h)", ("o",)),
-    Rule("model.layers.{l}.post_attention_layernorm.weight", "i", ("ffn_norm",)),
-    Rule("model.norm.weight", "i", ("norm",)),
-    Rule("lm_head.weight", "v i", ("output",)),
+    Rule("model.embed_tokens.weight", "vocabulary hidden", ("embedding",)),
+    Rule("model.layers.{layer}.input_layernorm.weight", "hidden", ("attention_norm",)),
+    Rule("model.layers.{layer}.self_attn.q_proj.weight", "(group query half pair) hidden", ("q",)),
+    Rule("model.layers.{layer}.self_attn.k_proj.weight", "(group half pair) hidden", ("k",)),
+    Rule("model.layers.{layer}.self_attn.v_proj.weight", "(group half pair) hidden", ("v",)),
+    Rule("model.layers.{layer}.self_attn.o_proj.weight", "hidden (group query half pair)", ("o",)),
+    Rule("model.layers.{layer}.post_attention_layernorm.weight", "hidden", ("ffn_norm",)),
+    Rule("model.norm.weight", "hidden", ("norm",)),
+    Rule("lm_head.weight", "vocabulary hidden", ("output",)),
 )
 HF_LLAMA = (
     *_HF_COMMON,
-    Rule("model.layers.{l}.mlp.gate_proj.weight", "f i", ("gate",)),
-    Rule("model.layers.{l}.mlp.up_proj.weight", "f i", ("up",)),
-    Rule("model.layers.{l}.mlp.down_proj.weight", "i f", ("down",)),
+    Rule("model.layers.{layer}.mlp.gate_proj.weight", "ffn hidden", ("gate",)),
+    Rule("model.layers.{layer}.mlp.up_proj.weight", "ffn hidden", ("up",)),
+    Rule("model.layers.{layer}.mlp.down_proj.weight", "hidden ffn", ("down",)),
 )
 # Source: transformers, models/mixtral: the names that its released checkpoints have.
 HF_MIXTRAL = (
     *_HF_COMMON,
-    Rule("model.layers.{l}.block_sparse_moe.gate.weight", "e i", ("router",)),
-    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight", "f i", ("gate",)),
-    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "f i", ("up",)),
-    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", "i f", ("down",)),
+    Rule("model.layers.{layer}.block_sparse_moe.gate.weight", "expert hidden", ("router",)),
+    Rule("model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight", "ffn hidden", ("gate",)),
+    Rule("model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight", "ffn hidden", ("up",)),
+    Rule("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "hidden ffn", ("down",)),
 )
-# Source: internlm/internlm2-7b, modeling_internlm2.py.
-HF_INTERNLM2 = (
-    Rule("model.tok_embeddings.weight", "v i", ("embedding",)),
-    Rule("model.layers.{l}.attention_norm.weight", "i", ("attention_norm",)),
-    Rule("model.layers.{l}.attention.wqkv.weight", "(g * r h) i", ("q", "k", "v")),
-    Rule("model.layers.{l}.attention.wo.weight", "i (g p r h)", ("o",)),
-    Rule("model.layers.{l}.ffn_norm.weight", "i", ("ffn_norm",)),
-    Rule("model.layers.{l}.feed_forward.w1.weight", "f i", ("gate",)),
-    Rule("model.layers.{l}.feed_forward.w3.weight", "f i", ("up",)),
-    Rule("model.layers.{l}.feed_forward.w2.weight", "i f", ("down",)),
-    Rule("model.norm.weight", "i", ("norm",)),
-    Rule("output.weight", "v i", ("output",)),
-)
-# What SPHINX has beside a language model, in a file of its own beside a Hugging Face checkpoint.
-SPHINX = tuple(
-    Rule(name, WEIGHTS[name], (name,))
-    for name in WEIGHTS
-    if name.startswith(("visual", "qformer", "start", "end", "skip"))
-)
+SPHINX = canonical_rules(VISION_WEIGHTS)  # what SPHINX has beside a language model, in the file EXTRAS
 
-TABLES = {"LlamaForCausalLM": HF_LLAMA, "MixtralForCausalLM": HF_MIXTRAL, "InternLM2ForCausalLM": HF_INTERNLM2}
-_INDEXES = {"model.safetensors.index.json": read_safetensors, "pytorch_model.bin.index.json": read_torch}
-_SINGLE = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_torch}
+_LLAMA, _MIXTRAL, INTERNLM2 = "LlamaForCausalLM", "MixtralForCausalLM", "InternLM2ForCausalLM"
+_RULES = {_LLAMA: HF_LLAMA, _MIXTRAL: HF_MIXTRAL}
+Reader = Callable[[Path], dict[str, Entry]]
+_INDEXES: dict[str, Reader] = {
+    "model.safetensors.index.json": read_safetensors,
+    "pytorch_model.bin.index.json": read_torch,
+}
+_SINGLE: dict[str, Reader] = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_torch}
 _DERIVED = "rotary_emb.inv_freq"  # old files hold the frequencies, which follow from the configuration
+_FILE = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder holds such a checkpoint."""
+    """Tell whether a folder holds files as transformers writes them, of whatever model."""
     return any((folder / name).is_file() for name in (*_INDEXES, *_SINGLE))
 
 
-def open_checkpoint(folder: Path) -> Opened:
-    """Read what a checkpoint holds, not its tensors.
+def architecture_of(folder: Path) -> str:
+    """Return the class of transformers that a checkpoint is of, as its configuration names it.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is of a model that is not known.
+        CheckpointError: the configuration is missing or damaged.
+    """
+    return str(next(iter(read_json(folder / "config.json").get("architectures") or ["?"])))
+
+
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
+    path, architecture = folder / "config.json", architecture_of(folder)
+    if architecture not in _RULES:
+        known = ", ".join((*_RULES, INTERNLM2))
+        raise CheckpointError(f"{path}: architectures={architecture}: unknown; known: {known}")
+    return open_by_rules(folder, "hf", _RULES[architecture])
+
+
+def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheckpoint:
+    """List what a checkpoint of transformers holds by the rules of its architecture.
+
+    Args:
+        folder: where it is.
+        form: name of the format.
+        rules: table of the language model.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
     """
     path = folder / "config.json"
-    about = read_json(path)
-    architecture = next(iter(about.get("architectures") or ["?"]))
-    if architecture not in TABLES:
-        raise CheckpointError(f"{path}: architectures={architecture}: unknown; known: {', '.join(TABLES)}")
-    language = shape_of(_shape(about, path), path)
+    values = read_json(path)
+    language = language_of(_shape(values, path), path)
     entries, places = _entries(folder)
     extras: Entries = {}
     if (folder / EXTRAS).is_file():
@@ -99,20 +112,21 @@ def open_checkpoint(folder: Path) -> Opened:
     names = {name for _, name in extras}
     model = Model(
         language,
-        channels=width(extras, "visual_proj.0.weight"),
-        queries=width(extras, "qformer_proj.0.weight"),
+        channels=size_of_tensor(extras, "visual_proj.0.weight"),
+        queries=size_of_tensor(extras, "qformer_proj.0.weight"),
         has_skip_token="skip_token" in names,
     )
-    items = [*whole(TABLES[architecture], model, places), *stored(SPHINX, model, EXTRAS)]
+    specs = [*_whole(rules, model, places), *specs_of(SPHINX, model, EXTRAS)]
     files = len({file for file, _ in entries})
-    return Opened(
-        folder,
-        "internlm2" if architecture.startswith("InternLM2") else "hf",
-        f"{files} file{'s' * (files > 1)}",
-        model,
-        Source(str(folder), items, entries | extras),
-        about=about,
-    )
+    source = TensorSource(str(folder), specs, entries | extras)
+    return SourceCheckpoint(folder, form, f"{files} file{'s' * (files > 1)}", model, source, description=values)
+
+
+def _whole(rules: Sequence[Rule], model: Model, places: Mapping[str, str]) -> Iterator[TensorSpec]:
+    """Tensors that are stored whole, each in the file that an index names; in the first one if it names none."""
+    first = next(iter(places.values()), "")
+    for spec in specs_of(rules, model, first):
+        yield TensorSpec(places.get(spec.name, first), spec.name, spec.rule, spec.box, spec.sizes)
 
 
 def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
@@ -129,13 +143,13 @@ def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
     for file in files:
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: {file} is missing; fetch it again")
-    found = {
+    entries = {
         (file, name): entry
         for file, read in files.items()
         for name, entry in read(folder / file).items()
         if not name.endswith(_DERIVED)
     }
-    return found, places or {name: file for file, name in found}
+    return entries, places or {name: file for file, name in entries}
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -155,58 +169,79 @@ def _weight_map(path: Path) -> dict[str, str]:
     return places
 
 
-def _shape(about: dict[str, Any], path: Path) -> dict[str, Any]:
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+def _shape(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of the language model that a config.json describes."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # `dynamic`, as InternLM2 has it, changes positions behind max_position_embeddings only
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic", None):
         raise CheckpointError(f"{path}: rope_scaling={rope}: positions are not scaled here; give a model without it")
-    if about.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings"):
         raise CheckpointError(f"{path}: tie_word_embeddings=true: the output layer has weights of its own here")
-    theta = about.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    experts = about.get("num_local_experts", 0)
+    theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    experts = config.get("num_local_experts", 0)
     values = {
-        "layers": about.get("num_hidden_layers"),
-        "hidden": about.get("hidden_size"),
-        "ffn": about.get("intermediate_size"),
-        "heads": about.get("num_attention_heads"),
-        "groups": about.get("num_key_value_heads") or about.get("num_attention_heads"),
-        "vocabulary": about.get("vocab_size"),
+        "layers": config.get("num_hidden_layers"),
+        "hidden": config.get("hidden_size"),
+        "ffn": config.get("intermediate_size"),
+        "heads": config.get("num_attention_heads"),
+        "groups": config.get("num_key_value_heads") or config.get("num_attention_heads"),
+        "vocabulary": config.get("vocab_size"),
         "experts": experts,
         "rope_theta": float(theta),
-        "norm_epsilon": about.get("rms_norm_eps", 1e-5),
+        "norm_epsilon": config.get("rms_norm_eps", 1e-5),
     }
-    return values | ({"experts_per_token": about.get("num_experts_per_tok", 2)} if experts else {})
+    return values | ({"experts_per_token": config.get("num_experts_per_tok", 2)} if experts else {})
 
 
-def files(model: Model, wanted: Wanted, *, is_internlm2: bool = False) -> tuple[list[File], dict[str, Any]]:
-    """The files of a checkpoint to be written, and its configuration.
+def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
+    """Divide a model into files, and describe it."""
+    architecture = _MIXTRAL if model.language.experts else _LLAMA
+    return plan_by_rules(model, options, _RULES[architecture], config_of(model.language, architecture))
 
-    Raises:
-        CheckpointError: the format has no such model.
+
+def plan_by_rules(model: Model, options: WriteOptions, rules: Sequence[Rule], config: dict[str, Any]) -> WritePlan:
+    """Divide a model into files by the rules of an architecture.
+
+    Args:
+        model: what is written.
+        options: how it is divided.
+        rules: table of the language model.
+        config: content of config.json.
     """
-    if is_internlm2 and model.language.experts:
-        raise CheckpointError("--to internlm2: has no experts; use hf")
-    architecture = (
-        "InternLM2ForCausalLM" if is_internlm2
-        else "MixtralForCausalLM" if model.language.experts
-        else "LlamaForCausalLM"
-    )  # fmt: skip
-    found = grouped(TABLES[architecture], model, wanted, "model-{:05d}-of-{:05d}.safetensors")
+    files = _grouped(rules, model, options)
+    index = _index(files)
     if model.channels:
-        found.append(File(EXTRAS, tuple(stored(SPHINX, model, EXTRAS))))
-    return found, {"config.json": _config(model.language, architecture)} | _index(found)
+        files.append(PlannedFile(EXTRAS, tuple(specs_of(SPHINX, model, EXTRAS))))
+    return WritePlan(files, {"config.json": config} | index)
 
 
-def _index(found: list[File]) -> dict[str, Any]:
-    names = [file for file in found if file.name != EXTRAS]
-    if len(names) == 1:
+def _grouped(rules: Sequence[Rule], model: Model, options: WriteOptions) -> list[PlannedFile]:
+    """Files of whole tensors, none above `shard_bytes` unless one tensor is."""
+    files: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs_of(rules, model, ""):
+        nbytes = torch.Size(spec.shape).numel() * (options.dtype or torch.bfloat16).itemsize
+        if files[-1] and size + nbytes > options.shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(spec)
+        size += nbytes
+    if len(files) == 1:
+        return [PlannedFile("model.safetensors", tuple(files[0]))]
+    return [PlannedFile(_FILE.format(number + 1, len(files)), tuple(specs)) for number, specs in enumerate(files)]
+
+
+def _index(files: list[PlannedFile]) -> dict[str, Any]:
+    """The index of several files, which says where each tensor is."""
+    if len(files) == 1:
         return {}
-    places = {item.name: file.name for file in names for item in file.tensors}
+    places = {spec.name: file.name for file in files for spec in file.tensors}
     return {"model.safetensors.index.json": {"metadata": {}, "weight_map": places}}
 
 
-def _config(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
-    kinds = {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "mixtral", "InternLM2ForCausalLM": "internlm2"}
+def config_of(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
+    """Return the config.json of a language model of an architecture that transformers knows."""
+    kinds = {_LLAMA: "llama", _MIXTRAL: "mixtral", INTERNLM2: "internlm2"}
     values: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": kinds[architecture],
@@ -225,4 +260,14 @@ def _config(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     }
     if shape.experts:
         values |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.experts_per_token}
-    return values | ({"bias": False} if architecture.startswith("Intern") else {"attention_bias": False})
+    return values | ({"bias": False} if architecture == INTERNLM2 else {"attention_bias": False})
+
+
+FORMAT = Format(
+    name="hf",
+    is_here=is_here,
+    open=_open,
+    plan=plan,
+    files=("model.safetensors", "pytorch_model.bin"),
+    options=frozenset({"shard_bytes"}),
+)

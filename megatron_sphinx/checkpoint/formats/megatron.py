@@ -4,45 +4,60 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.checkpoint.conversion import Source
-from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, shape_of
-from megatron_sphinx.checkpoint.formats.huggingface import SPHINX
-from megatron_sphinx.checkpoint.keymap import Model, Rule, Stored, stored
-from megatron_sphinx.checkpoint.manifest import MANIFEST, read_manifest
-from megatron_sphinx.checkpoint.pieces import WEIGHTS, weight_shapes
+import torch
+
+from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.encoders import Encoders
+from megatron_sphinx.checkpoint.formats.format import (
+    Format,
+    PlannedFile,
+    SourceCheckpoint,
+    WriteOptions,
+    WritePlan,
+    WrittenTensors,
+    distributed_file,
+    language_of,
+)
+from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE, read_manifest, write_manifest
+from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS, Model
+from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
+from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
+from megatron_sphinx.checkpoint.slices import MASTER, weight_shapes
 from megatron_sphinx.checkpoint.steps import newest_of
-from megatron_sphinx.checkpoint.stream import read_distributed
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.read import read_distributed
+from megatron_sphinx.unpickling import write_metadata
 
 # Ours: the whole weights of megatron-core's layers (model/language.py), the tags and projections of model/vision.py.
-_LAYER = "master/language.decoder.layers.{l}."
+_LAYER = "master/language.decoder.layers.{layer}."
 _MEGATRON_COMMON = (
-    Rule("master/language.embedding.word_embeddings.weight", "v i", ("embedding",)),
-    Rule(f"{_LAYER}input_layernorm.weight", "i", ("attention_norm",)),
-    Rule(f"{_LAYER}self_attention.linear_qkv.weight", "(g * r h) i", ("q", "k", "v")),
-    Rule(f"{_LAYER}self_attention.linear_proj.weight", "i (g p r h)", ("o",)),
-    Rule(f"{_LAYER}pre_mlp_layernorm.weight", "i", ("ffn_norm",)),
-    Rule("master/language.decoder.final_layernorm.weight", "i", ("norm",)),
-    Rule("master/language.output_layer.weight", "v i", ("output",)),
-    *(Rule(f"master/vision.{rule.name}", rule.axes, rule.weights) for rule in SPHINX),
+    Rule("master/language.embedding.word_embeddings.weight", "vocabulary hidden", ("embedding",)),
+    Rule(f"{_LAYER}input_layernorm.weight", "hidden", ("attention_norm",)),
+    Rule(f"{_LAYER}self_attention.linear_qkv.weight", "(group * half pair) hidden", ("q", "k", "v")),
+    Rule(f"{_LAYER}self_attention.linear_proj.weight", "hidden (group query half pair)", ("o",)),
+    Rule(f"{_LAYER}pre_mlp_layernorm.weight", "hidden", ("ffn_norm",)),
+    Rule("master/language.decoder.final_layernorm.weight", "hidden", ("norm",)),
+    Rule("master/language.output_layer.weight", "vocabulary hidden", ("output",)),
+    *canonical_rules(VISION_WEIGHTS, "master/vision."),
 )
 MEGATRON = (
     *_MEGATRON_COMMON,
-    Rule(f"{_LAYER}mlp.linear_fc1.weight", "(* f) i", ("gate", "up")),
-    Rule(f"{_LAYER}mlp.linear_fc2.weight", "i f", ("down",)),
+    Rule(f"{_LAYER}mlp.linear_fc1.weight", "(* ffn) hidden", ("gate", "up")),
+    Rule(f"{_LAYER}mlp.linear_fc2.weight", "hidden ffn", ("down",)),
 )
 MEGATRON_MOE = (
     *_MEGATRON_COMMON,
-    Rule(f"{_LAYER}mlp.router.weight", "e i", ("router",)),
-    Rule(f"{_LAYER}mlp.experts.weight1", "e (* f) i", ("gate", "up")),
-    Rule(f"{_LAYER}mlp.experts.weight2", "e i f", ("down",)),
+    Rule(f"{_LAYER}mlp.router.weight", "expert hidden", ("router",)),
+    Rule(f"{_LAYER}mlp.experts.weight1", "expert (* ffn) hidden", ("gate", "up")),
+    Rule(f"{_LAYER}mlp.experts.weight2", "expert hidden ffn", ("down",)),
 )
 
 _FILE = "weights"
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder is such a checkpoint, or a run folder with one in it."""
+    """Tell whether a folder is such a checkpoint, or a run folder with one in it."""
     try:
         newest_of(folder)
     except CheckpointError:
@@ -50,38 +65,68 @@ def is_here(folder: Path) -> bool:
     return True
 
 
-def open_checkpoint(folder: Path) -> Opened:
-    """Read what a checkpoint holds, not its tensors; of a run folder, the newest one.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
+def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
+    """What a checkpoint holds; in a run folder the newest one is taken."""
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
     model = model_of(path, manifest)
     entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weight_shapes(path))).items()}
-    return Opened(path, "megatron", "any", model, Source(str(path), list(stored_of(model)), entries), about=manifest)
+    source = TensorSource(str(path), list(specs_of_model(model)), entries)
+    return SourceCheckpoint(path, "megatron", "any", model, source, description=manifest, checksums=manifest["files"])
 
 
 def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
-    """What a checkpoint holds.
+    """Return the weights that a checkpoint has.
 
     Raises:
-        CheckpointError: it does not describe a model.
+        CheckpointError: its manifest does not describe a model.
     """
-    shapes, vision = weight_shapes(path), f"{WEIGHTS}vision."
+    shapes, vision = weight_shapes(path), f"{MASTER}vision."
     channels, queries = (shapes.get(f"{vision}{name}.0.weight", (0,))[-1] for name in ("visual_proj", "qformer_proj"))
-    language = shape_of(manifest["identity"]["model"], path / MANIFEST)
+    language = language_of(manifest["identity"]["model"], path / MANIFEST)
     return Model(language, channels, queries, has_skip_token=f"{vision}skip_token" in shapes)
 
 
-def stored_of(model: Model) -> Iterator[Stored]:
-    """The whole weights of a model as they are stored, the vocabulary padded."""
+def specs_of_model(model: Model) -> Iterator[TensorSpec]:
+    """List the whole weights of a model as they are stored, the vocabulary padded."""
     rules = MEGATRON_MOE if model.language.experts else MEGATRON
-    return stored(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
+    return specs_of(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
 
 
-def files(model: Model, wanted: Wanted) -> tuple[list[File], dict[str, Any]]:
-    """The files of a checkpoint to be written, one a tensor, and what it says of itself."""
-    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(stored_of(model))]
-    return found, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": model.language.shape}}}
+def _plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
+    specs = enumerate(specs_of_model(model))
+    files = [PlannedFile(distributed_file(number), (spec,)) for number, spec in specs]
+    return WritePlan(files, {MANIFEST: {"step": 0, "bad_pairs": 0, "identity": {"model": model.language.shape}}})
+
+
+def _finish(written: WrittenTensors) -> None:
+    """Write the places of the tensors and the manifest; a mix has that of its first input, and says what it is of."""
+    folder, source = written.folder, written.source
+    write_metadata(folder, written.files)
+    if written.provenance is not None:
+        manifest = {**source.description, PROVENANCE: written.provenance}
+    else:
+        manifest = {**written.companions[MANIFEST]}
+        manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
+    write_manifest(folder, {**manifest, "files": {".metadata": sha256_of(folder / ".metadata"), **written.checksums}})
+
+
+def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any]:
+    """What the source of a conversion says of its encoders and tokenizer; a tokenizer that was copied is hashed."""
+    known = source.description.get("identity", {})
+    identity = {name: known[name] for name in ("vision", "tokenizer") if name in known}
+    if (folder / "tokenizer.model").is_file():
+        identity["tokenizer"] = sha256_of(folder / "tokenizer.model")
+    return identity
+
+
+FORMAT = Format(
+    name="megatron",
+    is_here=is_here,
+    open=_open,
+    plan=_plan,
+    dtype=torch.float32,
+    finish=_finish,
+    has_manifest=True,
+    is_distributed=True,
+)

@@ -1,39 +1,51 @@
 """What Megatron-LM writes of a GPT model by megatron.core.dist_checkpointing: layers and experts stacked."""
 
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_sphinx.checkpoint.conversion import Source
-from megatron_sphinx.checkpoint.formats.base import File, Opened, Wanted, read_json
-from megatron_sphinx.checkpoint.keymap import Model, Rule, stored
-from megatron_sphinx.checkpoint.stream import read_distributed
+from megatron_sphinx.checkpoint.encoders import Encoders
+from megatron_sphinx.checkpoint.formats.format import (
+    Format,
+    PlannedFile,
+    SourceCheckpoint,
+    WriteOptions,
+    WritePlan,
+    WrittenTensors,
+    distributed_file,
+    finish_with_json,
+)
+from megatron_sphinx.checkpoint.json_files import read_json
+from megatron_sphinx.checkpoint.mapping.axes import Model
+from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
+from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.unpickling import metadata_of
+from megatron_sphinx.tensors.read import read_distributed
+from megatron_sphinx.unpickling import metadata_of, write_metadata
 
 # Source: megatron.core.models.gpt, its sharded_state_dict; norms under the names that transformer-engine's layers have.
 _COMMON = (
-    Rule("embedding.word_embeddings.weight", "v i", ("embedding",)),
-    Rule("decoder.layers.self_attention.linear_qkv.layer_norm_weight", "l i", ("attention_norm",)),
-    Rule("decoder.layers.self_attention.linear_qkv.weight", "l (g * r h) i", ("q", "k", "v")),
-    Rule("decoder.layers.self_attention.linear_proj.weight", "l i (g p r h)", ("o",)),
-    Rule("decoder.final_layernorm.weight", "i", ("norm",)),
-    Rule("output_layer.weight", "v i", ("output",)),
+    Rule("embedding.word_embeddings.weight", "vocabulary hidden", ("embedding",)),
+    Rule("decoder.layers.self_attention.linear_qkv.layer_norm_weight", "layer hidden", ("attention_norm",)),
+    Rule("decoder.layers.self_attention.linear_qkv.weight", "layer (group * half pair) hidden", ("q", "k", "v")),
+    Rule("decoder.layers.self_attention.linear_proj.weight", "layer hidden (group query half pair)", ("o",)),
+    Rule("decoder.final_layernorm.weight", "hidden", ("norm",)),
+    Rule("output_layer.weight", "vocabulary hidden", ("output",)),
 )
 TORCH_DIST = (
     *_COMMON,
-    Rule("decoder.layers.mlp.linear_fc1.layer_norm_weight", "l i", ("ffn_norm",)),
-    Rule("decoder.layers.mlp.linear_fc1.weight", "l (* f) i", ("gate", "up")),
-    Rule("decoder.layers.mlp.linear_fc2.weight", "l i f", ("down",)),
+    Rule("decoder.layers.mlp.linear_fc1.layer_norm_weight", "layer hidden", ("ffn_norm",)),
+    Rule("decoder.layers.mlp.linear_fc1.weight", "layer (* ffn) hidden", ("gate", "up")),
+    Rule("decoder.layers.mlp.linear_fc2.weight", "layer hidden ffn", ("down",)),
 )
 TORCH_DIST_MOE = (
     *_COMMON,
-    Rule("decoder.layers.pre_mlp_layernorm.weight", "l i", ("ffn_norm",)),
-    Rule("decoder.layers.mlp.router.weight", "l e i", ("router",)),
-    Rule("decoder.layers.mlp.experts.experts.linear_fc1.weight", "l e (* f) i", ("gate", "up")),
-    Rule("decoder.layers.mlp.experts.experts.linear_fc2.weight", "l e i f", ("down",)),
+    Rule("decoder.layers.pre_mlp_layernorm.weight", "layer hidden", ("ffn_norm",)),
+    Rule("decoder.layers.mlp.router.weight", "layer expert hidden", ("router",)),
+    Rule("decoder.layers.mlp.experts.experts.linear_fc1.weight", "layer expert (* ffn) hidden", ("gate", "up")),
+    Rule("decoder.layers.mlp.experts.experts.linear_fc2.weight", "layer expert hidden ffn", ("down",)),
 )
 _OTHER_NAMES = {  # megatron-core's own layers, without transformer-engine
     "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
@@ -41,70 +53,76 @@ _OTHER_NAMES = {  # megatron-core's own layers, without transformer-engine
 }
 _STATE = ("optimizer.", "chained_", "rerun_", "rng_state")  # what a training checkpoint holds beside the weights
 _FILE = "weights"
+_COMMON_STATE = "common.pt"  # what all ranks have alike, beside tensors; Megatron-LM does not load without it
 
 
-def folder_of(folder: Path) -> Path:
-    """The newest iteration of a Megatron-LM checkpoint folder, or the folder itself."""
+def _folder_of(folder: Path) -> Path:
+    """The newest iteration in a Megatron-LM checkpoint folder, or the folder itself where it has none."""
     latest = folder / "latest_checkpointed_iteration.txt"
     if latest.is_file() and (number := latest.read_text().strip()).isdigit():
         return folder / f"iter_{int(number):07d}"
     return folder
 
 
-def is_here(folder: Path) -> bool:
-    """Whether a folder holds such a checkpoint."""
-    path = folder_of(folder) / "metadata.json"
+def _is_here(folder: Path) -> bool:
+    path = _folder_of(folder) / "metadata.json"
     return path.is_file() and read_json(path).get("sharded_backend") == "torch_dist"
 
 
-def open_checkpoint(folder: Path, shape: LanguageConfig | None) -> Opened:
-    """Read what a checkpoint holds, not its tensors.
-
-    Args:
-        folder: where it is.
-        shape: of the model, which such a checkpoint does not tell.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or no shape is given.
-    """
-    path = folder_of(folder)
+def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
+    """What a checkpoint holds that has weights of this shape, which it does not tell."""
+    path = _folder_of(folder)
     if shape is None:
         raise CheckpointError(
             f"{path}: a torch_dist checkpoint does not tell its number of heads; name its shape: --preset"
         )
     names = [
         name
-        for name, about in metadata_of(path).state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata) and not name.startswith(_STATE)
+        for name, record in metadata_of(path).state_dict_metadata.items()
+        if isinstance(record, TensorStorageMetadata) and not name.startswith(_STATE)
     ]
     entries = {(_FILE, name): entry for name, entry in read_distributed(path, names).items()}
     model = Model(shape)
     rows = next((entry.shape[0] for (_, name), entry in entries.items() if name.startswith("embedding.")), None)
-    items = stored(_rules(model, names), model, _FILE, vocabulary=rows)
-    return Opened(path, "torch_dist", "any", model, Source(str(path), list(items), entries))
+    specs = list(specs_of(_rules(model, names), model, _FILE, vocabulary=rows))
+    return SourceCheckpoint(path, "torch_dist", "any", model, TensorSource(str(path), specs, entries))
 
 
 def _rules(model: Model, names: list[str]) -> tuple[Rule, ...]:
     """The rules by the names that are there."""
 
-    def named(rule: Rule) -> Rule:
-        others = {one: other for pair in _OTHER_NAMES.items() for one, other in (pair, pair[::-1])}
-        other = others.get(rule.name, rule.name)
+    def renamed(rule: Rule) -> Rule:
+        synonyms = {one: other for pair in _OTHER_NAMES.items() for one, other in (pair, pair[::-1])}
+        other = synonyms.get(rule.name, rule.name)
         return rule if rule.name in names or other not in names else Rule(other, rule.axes, rule.weights, rule.shard)
 
-    return tuple(named(rule) for rule in (TORCH_DIST_MOE if model.language.experts else TORCH_DIST))
+    return tuple(renamed(rule) for rule in (TORCH_DIST_MOE if model.language.experts else TORCH_DIST))
 
 
-def files(model: Model, wanted: Wanted) -> tuple[list[File], dict[str, Any]]:
-    """The files of a checkpoint to be written, one a tensor, and what it says of itself.
-
-    Raises:
-        CheckpointError: the format has no such model.
-    """
+def _plan(model: Model, _: WriteOptions, __: Encoders) -> WritePlan:
     if model.channels:
         raise CheckpointError("--to torch_dist: has no place for projections and tags; use megatron or hf")
     rules = TORCH_DIST_MOE if model.language.experts else TORCH_DIST
-    items = stored(rules, model, _FILE, vocabulary=model.language.padded_vocabulary)
-    found = [File(f"__0_{number}.distcp", (item,)) for number, item in enumerate(items)]
-    about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    return found, {"metadata.json": about | {"common_backend": "torch", "common_backend_version": 1}}
+    specs = enumerate(specs_of(rules, model, _FILE, vocabulary=model.language.padded_vocabulary))
+    files = [PlannedFile(distributed_file(number), (spec,)) for number, spec in specs]
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    return WritePlan(files, {"metadata.json": backends | {"common_backend": "torch", "common_backend_version": 1}})
+
+
+def _finish(written: WrittenTensors) -> None:
+    """Write the places of the tensors, and the file of small things that Megatron-LM looks for."""
+    write_metadata(written.folder, written.files)
+    if written.provenance is None:  # a mix has that of its first input
+        torch.save({}, written.folder / _COMMON_STATE)
+    finish_with_json(written)
+
+
+FORMAT = Format(
+    name="torch_dist",
+    is_here=_is_here,
+    open=_open,
+    plan=_plan,
+    companions=frozenset({_COMMON_STATE}),
+    finish=_finish,
+    is_distributed=True,
+)

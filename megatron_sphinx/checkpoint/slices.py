@@ -1,4 +1,4 @@
-"""Pieces of whole tensors, written and read by torch.distributed.checkpoint, and small objects beside them."""
+"""Slices of whole tensors, written and read by torch.distributed.checkpoint, and small objects beside them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from megatron_sphinx.unpickling import load_torch, metadata_of, only_tensors
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.model.shards import Block
 
-WEIGHTS = "master/"  # begins the names of the whole fp32 weights
+MASTER = "master/"  # begins the names of the whole fp32 weights
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A box of a whole tensor that a rank keeps.
 
     Attributes:
-        name: of the whole tensor.
-        whole: its shape.
-        block: where the piece lies in it.
-        values: the piece, of the block's shape.
+        name: name of the whole tensor.
+        whole: shape of the whole tensor.
+        block: where the slice lies in it.
+        values: the slice, of the block's shape.
     """
 
     name: str
@@ -59,21 +59,25 @@ class Piece:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Writes pieces, and small objects by name."""
+    """Tells torch.distributed.checkpoint which slices, and which small objects by name, a rank writes.
 
-    def __init__(self, pieces: Iterable[Piece], objects: dict[str, Any]) -> None:
+    torch's own planner takes a state dict of tensors as torch.distributed shards them; our slices are boxes of
+    tensors that no rank holds whole. So the plan is made here, of the classes that torch's planner makes its own of.
+    """
+
+    def __init__(self, slices: Iterable[TensorSlice], objects: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
+        self.slices = {MetadataIndex(one.name, torch.Size(one.block.offset)): one for one in slices}
         self.objects = {MetadataIndex(name): value for name, value in objects.items()}
 
     def create_local_plan(self) -> SavePlan:
         """Tell torch what this rank writes."""
         items = [WriteItem(index=index, type=WriteItemType.BYTE_IO) for index in self.objects]
-        for index, piece in self.pieces.items():
+        for index, one in self.slices.items():
             data = TensorWriteData(
-                chunk=_chunk(piece),
-                properties=TensorProperties.create_from_tensor(piece.values),
-                size=torch.Size(piece.whole),
+                chunk=_chunk(one),
+                properties=TensorProperties.create_from_tensor(one.values),
+                size=torch.Size(one.whole),
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
@@ -81,8 +85,8 @@ class SavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Give torch what it is about to write."""
-        found = self.pieces.get(index)
-        return found.values if found is not None else self.objects[index]
+        one = self.slices.get(index)
+        return one.values if one is not None else self.objects[index]
 
 
 class CheckedPlanner(DefaultLoadPlanner):
@@ -94,12 +98,18 @@ class CheckedPlanner(DefaultLoadPlanner):
 
 
 class LoadPlanner(CheckedPlanner):
-    """Fills pieces, and returns small objects by name."""
+    """Tells torch which slices are to be filled, and returns small objects by name.
 
-    def __init__(self, pieces: Iterable[Piece], wanted: Iterable[str], source: str) -> None:
+    Args:
+        slices: what is filled.
+        objects: names of the small objects.
+        source: how messages call the checkpoint.
+    """
+
+    def __init__(self, slices: Iterable[TensorSlice], objects: Iterable[str], source: str) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.block.offset)): piece for piece in pieces}
-        self.wanted, self.source = list(wanted), source
+        self.slices = {MetadataIndex(one.name, torch.Size(one.block.offset)): one for one in slices}
+        self.objects, self.source = list(objects), source
 
     def create_local_plan(self) -> LoadPlan:
         """Tell torch what this rank reads.
@@ -108,34 +118,39 @@ class LoadPlanner(CheckedPlanner):
             CheckpointError: the checkpoint lacks a tensor, or has it in another shape.
         """
         assert self.metadata is not None
-        by_name: dict[str, list[Piece]] = {}
-        for piece in self.pieces.values():
-            by_name.setdefault(piece.name, []).append(piece)
-        plan = super().create_local_plan() if self.wanted else LoadPlan([])
+        by_name: dict[str, list[TensorSlice]] = {}
+        for one in self.slices.values():
+            by_name.setdefault(one.name, []).append(one)
+        plan = super().create_local_plan() if self.objects else LoadPlan([])
         items = list(plan.items)
-        for name, pieces in by_name.items():
+        for name, slices in by_name.items():
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
-                weight = f"{WEIGHTS}{name.partition('/')[2]}"
-                if weight != name and weight in self.metadata.state_dict_metadata:
-                    raise CheckpointError(
-                        f"{self.source}: holds no {name}, only weights; begin a run with them: give it as model.weights"
-                    )
-                raise CheckpointError(
-                    f"{self.source}: holds no {name}; it is of another model: "
-                    f"use the configuration in its run folder, or start in another run.folder"
-                )
-            if tuple(saved.size) != pieces[0].whole:
+                raise self._lacking(name)
+            if tuple(saved.size) != slices[0].whole:
                 raise CheckpointError(
                     f"{self.source}: {name} has shape {list(saved.size)}, this run's has "
-                    f"{list(pieces[0].whole)}; use the configuration in its run folder"
+                    f"{list(slices[0].whole)}; use the configuration in its run folder"
                 )
-            items += create_read_items_for_chunk_list(name, saved, [_chunk(piece) for piece in pieces])
+            items += create_read_items_for_chunk_list(name, saved, [_chunk(one) for one in slices])
         return LoadPlan(items)
 
+    def _lacking(self, name: str) -> CheckpointError:
+        """The error of a tensor that is not there: only the optimizer's state of it, or all of it."""
+        assert self.metadata is not None
+        weight = f"{MASTER}{name.partition('/')[2]}"
+        if weight != name and weight in self.metadata.state_dict_metadata:
+            return CheckpointError(
+                f"{self.source}: holds no {name}, only weights; begin a run with them: give it as model.weights"
+            )
+        return CheckpointError(
+            f"{self.source}: holds no {name}; it is of another model: "
+            f"use the configuration in its run folder, or start in another run.folder"
+        )
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Give torch the memory that a part is read into."""
-        return self.pieces[index].values
+        """Give torch the memory that a slice is read into."""
+        return self.slices[index].values
 
 
 class CheckedReader(FileSystemReader):
@@ -150,31 +165,35 @@ class CheckedReader(FileSystemReader):
         return self.metadata
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(piece.block.offset), sizes=torch.Size(piece.block.shape))
+def _chunk(one: TensorSlice) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(one.block.offset), sizes=torch.Size(one.block.shape))
 
 
-def copied(piece: Piece) -> Piece:
-    """The piece in memory of its own on the CPU."""
-    values = piece.values.detach()
+def copied(one: TensorSlice) -> TensorSlice:
+    """Copy a slice into memory of its own on the CPU."""
+    values = one.values.detach()
     values = values.to("cpu") if values.is_cuda else values.clone()
-    return Piece(piece.name, piece.whole, piece.block, values)
+    return TensorSlice(one.name, one.whole, one.block, values)
 
 
 def reason_of(error: BaseException) -> str:
-    """The text of the error that began it, in one line."""
+    """Return the text of the error that began a failure, in one line."""
     if isinstance(error, CheckpointException):
         return reason_of(next(iter(error.failures.values()))[0])
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def weight_shapes(path: Path) -> dict[str, torch.Size]:
-    """The shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
+    """Return the shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
     return _shapes(metadata_of(path))
 
 
 def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Tensor]:
-    """Whole fp32 tensors of a checkpoint, read by this process alone; of no shapes, its weights.
+    """Read whole fp32 tensors of a checkpoint by this process alone.
+
+    Args:
+        path: the checkpoint.
+        shapes: the tensors by name, with their shapes; all weights unless given.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -193,7 +212,7 @@ def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dic
 
 def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
     return {
-        name: about.size
-        for name, about in metadata.state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(about, TensorStorageMetadata)
+        name: record.size
+        for name, record in metadata.state_dict_metadata.items()
+        if name.startswith(MASTER) and isinstance(record, TensorStorageMetadata)
     }

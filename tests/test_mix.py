@@ -1,4 +1,4 @@
-"""Weights between checkpoints: the formula to the bit in every format, what is refused, and the memory."""
+"""Weights between checkpoints: the formula to the bit in every format, what a mix says of itself, and the memory."""
 
 import hashlib
 import json
@@ -16,68 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixes import SMALL, accessory, by_name, drawn_shape, is_same, make, ours, plain, tensors
 from torch import Tensor
 
-from megatron_sphinx.checkpoint.convert import ENCODERS, convert, open_checkpoint
+from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.base import Wanted
-from megatron_sphinx.checkpoint.interpolate import Interpolated, interpolate, shares_of, sweep
-from megatron_sphinx.checkpoint.keymap import Model
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.checkpoint.mix import MixReport, interpolate, shares_of, sweep
 from megatron_sphinx.checkpoint.store import load_weights
-from megatron_sphinx.checkpoint.stream import Maps, create
-from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
 TOOL = "interpolate_weights.py"
 MIXTRAL = {"model.experts": 4, "model.groups": 4, "model.balance_loss_coefficient": 0.1}
 STILL = {"training.steps": 1, "optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
-SMALL = LanguageConfig(layers=1, hidden=8, ffn=12, heads=2, groups=1, vocabulary=20)
 FORMATS = ("hf", "internlm2", "meta", "accessory", "megatron", "torch_dist")
-# What arithmetic would change, or be stopped by: a negative zero, the largest, one below the normal.
-ODD = (-0.0, torch.finfo(torch.bfloat16).max, 1e-40)
-
-
-def drawn_shape(rng: random.Random, *, experts: int = 0) -> LanguageConfig:
-    groups, queries, width = rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([2, 4])
-    return LanguageConfig(
-        layers=rng.randint(1, 3), hidden=groups * queries * width * 2, ffn=rng.choice([24, 48]),
-        heads=groups * queries, groups=groups, vocabulary=rng.choice([97, 120]), experts=experts,
-    )  # fmt: skip
-
-
-def make(
-    folder: Path,
-    seed: int,
-    shape: LanguageConfig = SMALL,
-    *,
-    dtype: torch.dtype = torch.float32,
-    channels: int = 0,
-    shard_bytes: int = 10**9,
-) -> Path:
-    """A checkpoint of Hugging Face's format, of random weights."""
-    found, about = huggingface.files(Model(shape, channels=channels), Wanted(1, dtype, shard_bytes))
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    for file in found:
-        out = create(folder / file.name, {item.name: (item.shape, dtype) for item in file.tensors})
-        for item in file.tensors:
-            value = torch.randn(item.shape, generator=generator)
-            value.view(-1)[:3] = torch.tensor(ODD)
-            out.put(item.name, value.to(dtype))
-        out.close()
-    for name, content in about.items():
-        (folder / name).write_text(json.dumps(content))
-    return folder
-
-
-def tensors(folder: Path, shape: LanguageConfig | None = None) -> dict[tuple[str, str], Tensor]:
-    """All tensors of a checkpoint, by file and name; frozen experts too."""
-    opened, maps = open_checkpoint(folder, shape), Maps()
-    found = {key: maps.read(entry).clone() for key, entry in opened.source.entries.items()}
-    for expert, entries in opened.encoders.items():
-        found |= {(expert, name): maps.read(entry).clone() for name, entry in entries.items()}
-    return found
 
 
 def formula(sides: list[dict], shares: tuple[float, ...]) -> dict:
@@ -86,15 +39,6 @@ def formula(sides: list[dict], shares: tuple[float, ...]) -> dict:
         key: sum(share * side[key].double() for share, side in zip(shares, sides, strict=True)).to(value.dtype)
         for key, value in sides[0].items()
     }
-
-
-def is_same(found: dict, wanted: dict) -> bool:
-    """Whether two sets of tensors have the same bits."""
-    return found.keys() == wanted.keys() and all(
-        value.dtype == wanted[key].dtype
-        and torch.equal(*(one.contiguous().view(torch.uint8) for one in (value, wanted[key])))
-        for key, value in found.items()
-    )
 
 
 def is_close(found: dict, wanted: dict) -> bool:
@@ -112,17 +56,6 @@ def is_close(found: dict, wanted: dict) -> bool:
     return found.keys() == wanted.keys()
 
 
-def plain(sides: list[dict], shares: tuple[float, ...]) -> dict:
-    """The sum as one writes it in fp32, to the bit."""
-    made = {}
-    for key, value in sides[0].items():
-        total = shares[0] * sides[0][key].float()
-        for share, side in zip(shares[1:], sides[1:], strict=True):
-            total = total + share * side[key].float()
-        made[key] = total.to(value.dtype)
-    return made
-
-
 # the formula
 
 
@@ -137,7 +70,7 @@ def test_a_mix_is_the_formula_in_every_format(tmp_path, form, seed):
     ranks = rng.choice([1, 2]) if form == "accessory" or (form == "meta" and not experts) else 1
     shape = replace(shape, groups=shape.groups * ranks, heads=shape.heads * ranks, vocabulary=120)
     shape = replace(shape, hidden=shape.heads * 4)
-    wanted = Wanted(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    wanted = WriteOptions(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
     inputs = []
     for number in range(3):
         source = make(tmp_path / f"hf{number}", 10 * seed + number, shape, dtype=dtype)
@@ -165,7 +98,7 @@ def test_at_the_ends_tensors_are_copied_to_the_bit(tmp_path, beta, scope):
     inputs = [make(tmp_path / f"{seed}", seed, dtype=torch.bfloat16, channels=6) for seed in range(2)]
     sides = [tensors(folder) for folder in inputs]
     done = interpolate(inputs, {tmp_path / "mix": shares_of(beta)}, scope=scope)
-    assert done == Interpolated(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
+    assert done == MixReport(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
     wanted = sides[0] if beta else sides[1]
     if scope == "language":
         wanted = wanted | {key: value for key, value in sides[0].items() if key[0] == huggingface.EXTRAS}
@@ -223,10 +156,6 @@ def test_other_files_of_the_second_are_no_matter(tmp_path):
     assert is_same(torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True), by_name(tmp_path / "bin"))
 
 
-def by_name(folder: Path) -> dict[str, Tensor]:
-    return {name: value for (_, name), value in tensors(folder).items()}
-
-
 def test_what_is_not_laid_out_row_by_row(tmp_path):
     """Transposed tensors, and parts of larger ones, as torch.save keeps them."""
     for seed in range(2):
@@ -274,16 +203,6 @@ def test_a_mix_says_what_it_is(tmp_path):
     assert (tmp_path / "deep" / "mix" / "tokenizer.model").read_text() == "0"
 
 
-def ours(folder: Path, seed: int, *, tokenizer: str = "", **shape: int) -> Path:
-    """A checkpoint of our own."""
-    source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, **shape))
-    if tokenizer:
-        (source / "tokenizer.model").write_text(tokenizer)
-    convert(source, folder, "megatron", Wanted())
-    shutil.rmtree(source)
-    return folder
-
-
 def test_ours_says_it_in_its_manifest(tmp_path):
     inputs = [ours(tmp_path / f"{seed}", seed) for seed in range(2)]
     interpolate(inputs, {tmp_path / "mix": (0.25, 0.75)})
@@ -299,23 +218,6 @@ def test_ours_says_it_in_its_manifest(tmp_path):
     assert is_same(tensors(tmp_path / "again"), plain(sides, (0.5, 0.5)))
 
 
-def accessory(folder: Path, seed: int, expert: Tensor) -> Path:
-    """A checkpoint of LLaMA2-Accessory of two ranks, with a frozen expert in each file."""
-    source = make(folder.with_name(f"{folder.name}_hf"), seed, replace(SMALL, groups=2), channels=6)
-    with_expert(source, expert, "llma.clip.w")
-    convert(source, folder, "accessory", Wanted(2))
-    return folder
-
-
-def with_expert(folder: Path, expert: Tensor, name: str = "w") -> Path:
-    """Put a frozen expert beside a checkpoint."""
-    (folder / ENCODERS).mkdir(exist_ok=True)
-    out = create(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
-    out.put(name, expert)
-    out.close()
-    return folder
-
-
 def test_frozen_experts_stay(tmp_path):
     expert = torch.randn(3, 5)
     inputs = [accessory(tmp_path / f"{seed}", seed, expert) for seed in range(2)]
@@ -328,131 +230,6 @@ def test_frozen_experts_stay(tmp_path):
         held = torch.load(tmp_path / "mix" / file, weights_only=True)["model"]
         assert held.keys() == torch.load(inputs[0] / file, weights_only=True)["model"].keys()
         assert torch.equal(held["llma.clip.w"], expert)
-
-
-def test_frozen_experts_that_differ_are_refused(tmp_path):
-    expert = torch.randn(3, 5)
-    accessory(tmp_path / "a", 1, expert)
-    accessory(tmp_path / "b", 2, expert + 1e-6)
-    refused(tmp_path, r"b: llma\.clip\.w of clip is frozen, but differs from that of \S+/a; give checkpoints with the")
-    shutil.rmtree(tmp_path / "a")
-    shutil.rmtree(tmp_path / "b")
-    with_expert(make(tmp_path / "a", 1), expert)
-    make(tmp_path / "b", 2)
-    refused(tmp_path, r"b: holds no w of clip, \S+/a does; give checkpoints with the same encoders")
-    with_expert(tmp_path / "b", -expert)
-    refused(tmp_path, r"b: w of clip is frozen, but differs from that of \S+/a; give checkpoints with the same enc")
-    with_expert(tmp_path / "b", expert)
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "a" / ENCODERS / "more").symlink_to(tmp_path / "secret")  # which is not theirs
-    interpolate([tmp_path / "a", tmp_path / "b"], {tmp_path / "mix": (0.5, 0.5)})
-    kept = f"{ENCODERS}/clip.safetensors"
-    assert [path.name for path in (tmp_path / "mix" / ENCODERS).iterdir()] == ["clip.safetensors"]
-    assert (tmp_path / "mix" / kept).read_bytes() == (tmp_path / "a" / kept).read_bytes()
-
-
-# what is refused
-
-
-def refused(folder: Path, message: str, shares: tuple[float, ...] = (0.5, 0.5)) -> None:
-    """Mix `a` and `b` in vain; nothing is left of it."""
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(CheckpointError, match=message):
-        interpolate([folder / "a", folder / "b"], {folder / "mix": shares})
-    assert sorted(folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("beta", [-0.1, 1.001, float("nan"), float("inf")])
-def test_a_share_that_is_none_is_refused(tmp_path, beta):
-    with pytest.raises(CheckpointError, match=r"beta=\S+: is not from 0 to 1; give the share of REAL"):
-        shares_of(beta)
-    refused(tmp_path, r"a=\S+: is not from 0 to 1; give the share of this checkpoint", (beta, 1 - beta))
-
-
-def test_shares_that_are_not_all_are_refused(tmp_path):
-    refused(tmp_path, r"0\.5\+0\.4: sums to 0\.9; give shares that sum to 1", (0.5, 0.4))
-
-
-def test_a_target_that_exists_is_refused(tmp_path):
-    for name in "ab":
-        make(tmp_path / name, 1)
-    (tmp_path / "mix").symlink_to("nowhere")
-    refused(tmp_path, r"mix: exists; give another target, or remove it")
-    (tmp_path / "mix").unlink()
-    (tmp_path / "mix").mkdir()
-    refused(tmp_path, r"mix: exists; give another target, or remove it")
-
-
-def test_another_format_is_refused(tmp_path):
-    ours(tmp_path / "a", 1)
-    make(tmp_path / "b", 2)
-    refused(tmp_path, r"b: is hf, \S+/a is megatron; convert one of them first")
-
-
-def test_other_tensors_are_refused(tmp_path):
-    make(tmp_path / "a", 1)
-    make(tmp_path / "b", 2, channels=6)
-    refused(tmp_path, r"/a: holds no end_tag in sphinx\.safetensors, \S+/b does; give checkpoints of the same model")
-    (tmp_path / "a").rename(tmp_path / "c")
-    (tmp_path / "b").rename(tmp_path / "a")
-    (tmp_path / "c").rename(tmp_path / "b")
-    refused(tmp_path, r"/b: holds no \S+ in sphinx\.safetensors, \S+/a does; give checkpoints of the same model")
-    shutil.rmtree(tmp_path / "a")
-    make(tmp_path / "a", 1, replace(SMALL, vocabulary=24))
-    refused(tmp_path, r"/b: \S+ has shape \[20, 8\], that of \S+/a has \[24, 8\]; give checkpoints of the same model")
-    shutil.rmtree(tmp_path / "a")
-    make(tmp_path / "a", 1, dtype=torch.bfloat16)
-    refused(tmp_path, r"/b: \S+ has type torch\.float32, that of \S+/a has torch\.bfloat16; give checkpoints of the")
-
-
-def test_other_ranks_are_refused(tmp_path):
-    for name, ranks in (("a", 1), ("b", 2)):
-        convert(make(tmp_path / f"hf_{name}", 1), tmp_path / name, "meta", Wanted(ranks), shape=SMALL) if (
-            ranks == 1
-        ) else convert(
-            make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2)), tmp_path / name, "meta", Wanted(ranks)
-        )
-    refused(tmp_path, r"/a: holds no \S+ in consolidated\.01\.pth, \S+/b does; \S+ checkpoints .*, divided alike")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layers": 2}, r"model\.layers=2, \S+/a with 1; give checkpoints with the same model, encoders and tokenizer"),
-        ({"tokenizer": "t2"}, r"tokenizer=\w+, \S+/a with \w+; give checkpoints with the same model, encoders and"),
-    ],
-)
-def test_another_model_is_refused(tmp_path, change, message):
-    ours(tmp_path / "a", 1, tokenizer="t1")
-    ours(tmp_path / "b", 2, **{"tokenizer": "t1"} | change)
-    refused(tmp_path, rf"/b: was made with {message}")
-
-
-@pytest.mark.parametrize("side", ["a", "b"])
-@pytest.mark.parametrize("form", ["megatron", "hf"])
-def test_damage_is_refused(tmp_path, side, form):
-    for seed, name in enumerate("ab"):
-        ours(tmp_path / name, seed) if form == "megatron" else make(tmp_path / name, seed)
-    victim = tmp_path / side / ("__0_1.distcp" if form == "megatron" else "model.safetensors")
-    content = bytearray(victim.read_bytes())
-    if form == "megatron":
-        chunk = next(e.chunks[0] for e in open_checkpoint(tmp_path / side).source.entries.values()
-                     if e.chunks[0].path == victim)  # fmt: skip
-        victim.write_bytes(content[: chunk.start] + bytes([content[chunk.start] ^ 1]) + content[chunk.start + 1 :])
-        refused(tmp_path, rf"/{side}: __0_1\.distcp is damaged \(its checksum differs\); give an earlier checkpoint")
-    victim.write_bytes(content[: len(content) // 2])
-    refused(tmp_path, rf"/{side}/{victim.name}: (is damaged|cannot be read) ")
-    victim.unlink()
-    refused(tmp_path, rf"/{side}: (no checkpoint of a known format|.*__0_1.distcp is missing)|__0_1.distcp is missing")
-    shutil.rmtree(tmp_path / side)
-    refused(tmp_path, rf"/{side}: no such folder; give the folder of a checkpoint")
-
-
-def test_where_nothing_can_be_written(tmp_path):
-    inputs = [make(tmp_path / name, 1) for name in "ab"]
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"mix: could not be written \(.*Not a directory.*\); put that right and"):
-        interpolate(inputs, {tmp_path / "file" / "mix": (0.5, 0.5)})
 
 
 def test_what_a_killed_run_has_left_is_no_matter(tmp_path):
@@ -538,7 +315,7 @@ def test_runs_begin_with_a_mix_of_runs(trained, train, tmp_path):
 PROGRAM = """
 import re, sys
 from pathlib import Path
-from megatron_sphinx.checkpoint.interpolate import interpolate
+from megatron_sphinx.checkpoint.mix import interpolate
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 folder = Path(sys.argv[1])
@@ -554,7 +331,7 @@ def test_the_memory_is_of_buffers_alone(tmp_path, form):
     shape = LanguageConfig(layers=2, hidden=512, ffn=6000, heads=4, groups=2, vocabulary=12000)
     for name, of_it in (("small", SMALL), ("0", shape), ("1", shape)):
         source = make(tmp_path / f"{name}_hf", 1, of_it)
-        convert(source, tmp_path / name, form, Wanted())
+        convert(source, tmp_path / name, form, WriteOptions())
         shutil.rmtree(source)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
@@ -604,7 +381,7 @@ def test_the_tool_takes_the_shape_of_a_preset(tiny, tmp_path, run_tool):
     names = ("layers", "hidden", "ffn", "heads", "groups", "vocabulary")
     model = tiny.write(tmp_path / "run.yaml", {f"model.{name}": getattr(SMALL, name) for name in names})
     for seed, name in enumerate("ab"):
-        convert(make(tmp_path / f"hf_{name}", seed), tmp_path / name, "torch_dist", Wanted())
+        convert(make(tmp_path / f"hf_{name}", seed), tmp_path / name, "torch_dist", WriteOptions())
     pair = ("--real", tmp_path / "a", "--synthetic", tmp_path / "b", "--beta", 0.5, "--output", tmp_path / "mix")
     status, _, error = run_tool(TOOL, *pair)
     assert status == 2

@@ -1,0 +1,203 @@
+"""From the tensors of one checkpoint to those of another: each source element is used once, each target element set.
+
+That is proven on the boxes before anything is written; the first tensor for which it does not hold is named.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from megatron_sphinx.checkpoint.mapping.axes import Box, intersect
+from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry, MappedFiles
+
+_ASSEMBLED = 2  # tensors put together from several chunks that are kept until they have been used
+
+
+@dataclass
+class TensorSource:
+    """The tensors that a conversion reads.
+
+    Attributes:
+        title: how messages call it.
+        specs: what each tensor is.
+        entries: where each tensor lies, by file and name.
+        maps: the files that they are read from.
+    """
+
+    title: str
+    specs: Sequence[TensorSpec]
+    entries: dict[tuple[str, str], Entry]
+    maps: MappedFiles = field(default_factory=MappedFiles)
+
+    def check(self) -> None:
+        """Compare the tensors that are there with what the rules say.
+
+        Raises:
+            CheckpointError: a tensor is missing, misshaped, or of no rule; it is named.
+        """
+        expected = {(spec.file, spec.name): spec for spec in self.specs}
+        for key, spec in expected.items():
+            if key not in self.entries:
+                raise CheckpointError(f"{self.title}: {spec.file} holds no {spec.name}; give a whole checkpoint")
+            if (shape := self.entries[key].shape) != spec.shape:
+                raise CheckpointError(
+                    f"{self.title}: {spec.name} in {spec.file} has shape {list(shape)}, "
+                    f"its configuration says {list(spec.shape)}; give files that belong together"
+                )
+        files = {name: file for file, name in expected}
+        for file, name in self.entries:
+            if (file, name) not in expected and name in files:
+                raise CheckpointError(f"{self.title}: {name} is in {files[name]} and in {file}; remove one of them")
+            if (file, name) not in expected:
+                raise CheckpointError(f"{self.title}: {file} holds {name}, which no rule of its format knows")
+
+
+@dataclass(frozen=True, eq=False)
+class _Region:
+    """What a source tensor holds of one weight."""
+
+    weight: str
+    box: Box
+    spec: TensorSpec
+
+
+class Conversion:
+    """Makes target tensors of source tensors.
+
+    Args:
+        source: what is read; its `check` has passed.
+        targets: all tensors to be made.
+
+    Attributes:
+        copies: source tensors that another rank's file holds as well, with the one that is used.
+
+    Raises:
+        CheckpointError: an element of the source is not used once, or one of the target is not set once.
+    """
+
+    def __init__(self, source: TensorSource, targets: Iterable[TensorSpec]) -> None:
+        self._source = source
+        self._regions: dict[str, list[_Region]] = {}
+        self._assembled: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._lock = Lock()
+        self.copies: list[tuple[TensorSpec, TensorSpec]] = []
+        self._index()
+        self._prove(targets)
+
+    def _index(self) -> None:
+        """Note which source tensor holds what; of equal boxes the first one counts."""
+        first: dict[tuple[str, tuple[tuple[int, int], ...]], TensorSpec] = {}
+        for spec in self._source.specs:
+            for weight, box, _ in spec.regions(torch.empty(spec.shape, device="meta")):
+                known = first.setdefault((weight, tuple(box.values())), spec)
+                if known is spec:
+                    self._regions.setdefault(self._key(weight, box), []).append(_Region(weight, box, spec))
+                else:
+                    self.copies.append((spec, known))
+
+    @staticmethod
+    def _key(weight: str, box: Box) -> str:
+        """Where to look for what overlaps a box: its weight, and its layer if it lies in one."""
+        start, stop = box.get("layer", (0, 0))
+        return f"{weight} {start}" if stop - start == 1 else weight
+
+    def _overlapping(self, weight: str, box: Box) -> Iterator[tuple[Box, _Region]]:
+        """The regions of the source that overlap a box of a weight, and where they do."""
+        start, stop = box.get("layer", (0, 0))
+        for key in [weight, *(f"{weight} {layer}" for layer in range(start, stop))]:
+            for region in self._regions.get(key, []):
+                if (overlap := intersect(box, region.box)) is not None:
+                    yield overlap, region
+
+    def _prove(self, targets: Iterable[TensorSpec]) -> None:
+        used: dict[int, int] = {}
+        made: set[tuple[str, tuple[tuple[int, int], ...]]] = set()
+        for spec in targets:
+            for weight, box, _ in spec.regions(torch.empty(spec.shape, device="meta")):
+                is_copy = (weight, tuple(box.values())) in made
+                made.add((weight, tuple(box.values())))
+                missing = _elements(box)
+                for overlap, region in self._overlapping(weight, box):
+                    missing -= _elements(overlap)
+                    used[id(region)] = used.get(id(region), 0) + (0 if is_copy else _elements(overlap))
+                if missing:
+                    times = "twice" if missing < 0 else "nowhere"
+                    raise CheckpointError(f"{self._source.title}: holds what {spec.name} needs {times} ({weight})")
+        for region in (region for regions in self._regions.values() for region in regions):
+            if (count := used.get(id(region), 0)) != _elements(region.box):
+                raise CheckpointError(
+                    f"{self._source.title}: {count:,} of the {_elements(region.box):,} elements of {region.weight} in "
+                    f"{region.spec.name} would be used; the formats do not fit each other"
+                )
+
+    def make(self, spec: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
+        """Make a target tensor, or a piece of one; rows of padding are zero. Threads may call this side by side.
+
+        Args:
+            spec: what it is.
+            dtype: type of its elements; that of the first source tensor unless given.
+        """
+        out = torch.empty(spec.shape, dtype=dtype or self.dtype_of(spec))
+        self.fill(spec, out)
+        return out
+
+    def fill(self, spec: TensorSpec, out: Tensor) -> None:
+        """Write a target tensor, or a piece of one, into `out`; rows of padding are zero."""
+        if "vocabulary" in spec.box:
+            out.zero_()
+        for weight, box, view in spec.regions(out):
+            for overlap, region in self._overlapping(weight, box):
+                _crop(view, box, overlap).copy_(_crop(self._values(region), region.box, overlap))
+
+    def dtype_of(self, spec: TensorSpec) -> torch.dtype:
+        """Return the type of the elements that a target tensor is made of."""
+        weight, box, _ = next(spec.regions(torch.empty(spec.shape, device="meta")))
+        _, region = next(self._overlapping(weight, box))
+        return self._source.entries[region.spec.file, region.spec.name].dtype
+
+    def _values(self, region: _Region) -> Tensor:
+        regions = region.spec.regions(self._read(region.spec))
+        return next(values for weight, _, values in regions if weight == region.weight)
+
+    def _read(self, spec: TensorSpec) -> Tensor:
+        key = (spec.file, spec.name)
+        entry = self._source.entries[key]
+        if entry.is_view:
+            return self._source.maps.read(entry)
+        with self._lock:
+            if key not in self._assembled:
+                while len(self._assembled) >= _ASSEMBLED:
+                    self._assembled.popitem(last=False)
+                self._assembled[key] = self._source.maps.read(entry)
+            self._assembled.move_to_end(key)
+            return self._assembled[key]
+
+    def release(self) -> None:
+        """Give back the memory of what this thread has read."""
+        self._source.maps.release()
+
+    def differing_copies(self) -> Iterator[tuple[TensorSpec, float]]:
+        """List copies in other ranks' files that differ from the one that is used, with the most they differ by."""
+        for spec, used in self.copies:
+            one, other = (self._source.maps.read(self._source.entries[item.file, item.name]) for item in (spec, used))
+            if not torch.equal(one, other):
+                yield spec, float((one.double() - other.double()).abs().max())
+            self.release()
+
+
+def _crop(values: Tensor, box: Box, inner: Box) -> Tensor:
+    """Cut the values of a box that lies inside another one out of the values of that one."""
+    for dimension, (axis, (start, stop)) in enumerate(inner.items()):
+        values = values.narrow(dimension, start - box[axis][0], stop - start)
+    return values
+
+
+def _elements(box: Box) -> int:
+    return prod(stop - start for start, stop in box.values())

@@ -1,0 +1,214 @@
+"""Weights between checkpoints, tensor by tensor: what a model learned of real and of synthetic captions in one.
+
+Inputs of any format give a mix of the same, its files as those of the first checkpoint. `pairing` finds what belongs
+together, `blend` computes the sums while other threads hash the inputs.
+
+Source: SPHINX, arXiv:2311.07575, equation 1.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sphinx.checkpoint.blend import MixedTensor, MixWriter
+from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
+from megatron_sphinx.checkpoint.encoders import ENCODERS
+from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint, WrittenTensors
+from megatron_sphinx.checkpoint.formats.registry import format_named
+from megatron_sphinx.checkpoint.journal import Journal
+from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE
+from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.checkpoint.pairing import Scope, require_alike, tensors_to_mix
+from megatron_sphinx.checkpoint.slices import reason_of
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.model.architecture import LanguageConfig
+
+_COMPANIONS = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # kinds of files beside the tensors that are copied
+
+
+@dataclass(frozen=True)
+class MixReport:
+    """What has been made, in each target.
+
+    Attributes:
+        mixed: tensors of several checkpoints.
+        copied: tensors of one checkpoint, to the bit.
+        parameters: elements of all tensors.
+    """
+
+    mixed: int
+    copied: int
+    parameters: int
+
+
+def shares_of(beta: float) -> tuple[float, float]:
+    """Return the shares of two checkpoints.
+
+    Raises:
+        CheckpointError: beta is out of range.
+    """
+    if not 0 <= beta <= 1:
+        raise CheckpointError(f"beta={beta}: is not from 0 to 1; give the share of REAL")
+    return beta, 1 - beta
+
+
+def sweep(target: Path, betas: Iterable[float]) -> dict[Path, tuple[float, float]]:
+    """Name folders in `target` for mixes of two checkpoints, with the shares of each."""
+    return {target / f"beta_{beta:g}": shares_of(beta) for beta in betas}
+
+
+def interpolate(
+    inputs: Sequence[Path],
+    targets: Mapping[Path, Sequence[float]],
+    *,
+    scope: Scope = "all",
+    shape: LanguageConfig | None = None,
+    digests: Digests | None = None,
+    show: bool = False,
+) -> MixReport:
+    """Write sums of the weights of checkpoints, each times its share: computed in fp32, rounded once.
+
+    The inputs are read once for all targets. A run that was stopped goes on where it was, file by file. What a target
+    says of itself it takes from the first input; it holds no optimizer state.
+
+    Memory: buffers; of tensors that lie in several pieces, one of each input at a time.
+
+    Args:
+        inputs: checkpoints of one model in one format; in a run folder its newest one is taken.
+        targets: folders to make, each with the inputs' shares, which sum to 1; one of share 1 is copied to the bit.
+        scope: mix every tensor, or those of the language model only and take the others from the first input.
+        shape: shape of the model, for the one format that does not tell it, torch_dist.
+        digests: digests of the inputs' files, if they have been begun with.
+        show: whether there is a progress bar.
+
+    Raises:
+        CheckpointError: shares are none, a target exists or cannot be written; an input is incomplete, damaged, or of
+            another model, other encoders or another tokenizer than the first.
+
+    Source: SPHINX, arXiv:2311.07575, equation 1.
+    """
+    _check_targets(inputs, targets)
+    checkpoints = [open_checkpoint(folder, shape) for folder in inputs]
+    for other in checkpoints[1:]:
+        require_alike(checkpoints[0], other)
+    tensors = tensors_to_mix(checkpoints, scope)
+    partials = [target.with_name(f".{target.name}.partial") for target in targets]
+    try:
+        _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, digests, show)
+    except CheckpointError:  # of a damaged input nothing is kept
+        for partial in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        names = ", ".join(map(str, targets))
+        raise CheckpointError(
+            f"{names}: could not be written ({reason_of(error)}); put that right and run it again"
+        ) from error
+    is_mixed = any(max(shares) < 1 for shares in targets.values())
+    mixed = sum(len(tensor.entries) > 1 for tensor in tensors) if is_mixed else 0
+    parameters = sum(torch.Size(tensor.entries[0].shape).numel() for tensor in tensors)
+    return MixReport(mixed, len(tensors) - mixed, parameters)
+
+
+def _write(
+    checkpoints: Sequence[SourceCheckpoint],
+    tensors: Sequence[MixedTensor],
+    partials: Mapping[Path, Path],
+    targets: Mapping[Path, Sequence[float]],
+    scope: Scope,
+    digests: Digests | None,
+    show: bool,
+) -> None:
+    """Write the targets into folders of their own, while the inputs are hashed, and give them their names at last."""
+    task = [scope, *([str(target), *shares] for target, shares in targets.items())]
+    entries = [entry for one in checkpoints for entry in one.source.entries.values()]
+    journal = Journal(partials.values(), task, entries)
+    form = format_named(checkpoints[0].format)
+    writer = MixWriter(tensors, list(partials.values()), list(targets.values()), form, journal)
+    with digests or Digests() as started:
+        futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
+        writer.run(show)
+        sums = [{name: future.result() for name, future in each.items()} for each in futures]
+    for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
+        _check_sums(checkpoint, digests_of_files)
+    for target, partial in partials.items():
+        _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
+    journal.end()
+    for target, partial in partials.items():
+        os.replace(partial, target)
+
+
+def _check_targets(inputs: Sequence[Path], targets: Mapping[Path, Sequence[float]]) -> None:
+    for target, shares in targets.items():
+        for folder, share in zip(inputs, shares, strict=True):
+            if not 0 <= share <= 1:
+                raise CheckpointError(f"{folder}={share}: is not from 0 to 1; give the share of this checkpoint")
+        if abs(sum(shares) - 1) > 1e-6:
+            raise CheckpointError(f"{'+'.join(map(str, shares))}: sums to {sum(shares):g}; give shares that sum to 1")
+        if os.path.lexists(target):
+            raise CheckpointError(f"{target}: exists; give another target, or remove it")
+
+
+def _files(checkpoint: SourceCheckpoint) -> list[str]:
+    """The files by whose digests a checkpoint is known: those of its manifest and that itself, or those of tensors."""
+    if checkpoint.checksums:
+        return [*checkpoint.checksums, MANIFEST]
+    chunks = (chunk for entry in checkpoint.source.entries.values() for chunk in entry.chunks)
+    return sorted({str(chunk.path.relative_to(checkpoint.folder)) for chunk in chunks})
+
+
+def _check_sums(checkpoint: SourceCheckpoint, digests: Mapping[str, str]) -> None:
+    for name, digest in checkpoint.checksums.items():
+        if digests[name] != digest:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is damaged (its checksum differs); give an earlier checkpoint"
+            )
+
+
+def _provenance(
+    checkpoints: Sequence[SourceCheckpoint], sums: Sequence[Mapping[str, str]], shares: Sequence[float], scope: Scope
+) -> dict[str, Any]:
+    """What a mix was made of, as it says itself."""
+    inputs = [
+        {"path": str(one.folder.resolve()), "share": share, "sha256": dict(digests)}
+        for one, digests, share in zip(checkpoints, sums, shares, strict=True)
+    ]
+    return {"scope": scope, "inputs": inputs}
+
+
+def _finish(
+    partial: Path, first: SourceCheckpoint, tensors: Sequence[MixedTensor], provenance: Mapping[str, Any]
+) -> None:
+    """Write what is beside the tensors: configuration, index, tokenizer, frozen experts, and where all comes from."""
+    for path in _companions(first, tensors):
+        shutil.copyfile(path, partial / path.name)
+    if (first.folder / ENCODERS).is_dir():
+        (partial / ENCODERS).mkdir()
+        for name in (f"{expert}.safetensors" for expert in first.encoders):  # and nothing else that may lie there
+            shutil.copyfile(first.folder / ENCODERS / name, partial / ENCODERS / name)
+    form = format_named(first.format)
+    files: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for tensor in tensors:
+        files.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)
+    sums: dict[str, str] = {}
+    if form.has_manifest:
+        with ThreadPoolExecutor(THREADS) as pool:
+            sums = dict(zip(files, pool.map(sha256_of, (partial / name for name in files)), strict=True))
+    form.finish(WrittenTensors(partial, files, first, checksums=sums, provenance=provenance))
+
+
+def _companions(first: SourceCheckpoint, tensors: Sequence[MixedTensor]) -> Iterator[Path]:
+    """Files beside the tensors; no index of files that are not there."""
+    kind, companions = Path(tensors[0].file).suffix, format_named(first.format).companions
+    for path in sorted(first.folder.iterdir()):
+        is_other_index = path.name.endswith(".index.json") and Path(path.stem.removesuffix(".index")).suffix != kind
+        is_own = path.name in (MANIFEST, f"{PROVENANCE}.json")
+        is_wanted = path.suffix in _COMPANIONS or path.name in companions
+        if path.is_file() and is_wanted and not is_own and not is_other_index:
+            yield path

@@ -1,0 +1,136 @@
+"""Whether checkpoints belong together, and which of their tensors: what must hold before they are mixed."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_sphinx.checkpoint.blend import MixedTensor
+from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
+from megatron_sphinx.checkpoint.formats.registry import format_named
+from megatron_sphinx.checkpoint.identity import differences, in_order
+from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS
+from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.entries import Entry
+
+Scope = Literal["all", "language"]
+
+
+def require_alike(first: SourceCheckpoint, other: SourceCheckpoint) -> None:
+    """Check that two checkpoints are of one model in one format, with one tokenizer and the same frozen experts.
+
+    Raises:
+        CheckpointError: they are not; the first difference is named.
+    """
+    if other.format != first.format:
+        raise CheckpointError(
+            f"{other.folder}: is {other.format}, {first.folder} is {first.format}; convert one of them first"
+        )
+    ours, theirs = (dict(one.description.get("identity", {})) for one in (first, other))
+    for identity in (ours, theirs):
+        if "vision" in identity:
+            identity["vision"] = in_order(identity["vision"])
+    for name in ("model", "vision", "tokenizer"):
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            key, our_value, their_value = next(differences(ours[name], theirs[name], name))
+            raise CheckpointError(
+                f"{other.folder}: was made with {key}={their_value}, {first.folder} with {our_value}; "
+                f"give checkpoints with the same model, encoders and tokenizer"
+            )
+    _require_same_encoders(first, other)
+
+
+def _require_same_encoders(first: SourceCheckpoint, other: SourceCheckpoint) -> None:
+    """Check that two checkpoints have the same frozen experts, to the bit."""
+    ours, theirs = (
+        {(expert, name): entry for expert, entries in one.encoders.items() for name, entry in entries.items()}
+        for one in (first, other)
+    )
+    for expert, name in sorted(ours.keys() ^ theirs.keys()):
+        has, lacks = (first, other) if (expert, name) in ours else (other, first)
+        raise CheckpointError(
+            f"{lacks.folder}: holds no {name} of {expert}, {has.folder} does; give checkpoints with the same encoders"
+        )
+    for key, entry in ours.items():
+        values = [one.source.maps.read(entries[key]) for one, entries in ((first, ours), (other, theirs))]
+        is_same = entry.dtype == values[1].dtype and torch.equal(
+            *(value.contiguous().view(-1).view(torch.uint8) for value in values)
+        )
+        for one in (first, other):
+            one.source.maps.release()
+        if not is_same:
+            raise CheckpointError(
+                f"{other.folder}: {key[1]} of {key[0]} is frozen, but differs from that of {first.folder}; "
+                f"give checkpoints with the same encoders"
+            )
+
+
+def tensors_to_mix(inputs: Sequence[SourceCheckpoint], scope: Scope) -> list[MixedTensor]:
+    """List the tensors to be made, file by file.
+
+    Args:
+        inputs: checkpoints that are alike.
+        scope: whether all tensors are mixed, or those of the language model only.
+
+    Raises:
+        CheckpointError: an input lacks a tensor, or has one of another shape or type.
+    """
+    first = inputs[0]
+    kept = {
+        (spec.file, spec.name)
+        for spec in first.source.specs
+        if scope != "all" and spec.rule.weights[0] in VISION_WEIGHTS
+    }
+    matches = [_Matches(first, other) for other in inputs[1:]]
+    entries = {
+        key: (entry, *(match.counterpart(key, entry) for match in matches))
+        for key, entry in first.source.entries.items()
+    }
+    entries |= {key: entries[key][:1] for key in kept}
+    members = format_named(first.format).members(first)
+    return [MixedTensor(each.file, each.name, entries.get(each.key, (each.entry,))) for each in members]
+
+
+class _Matches:
+    """Finds the tensors of the first input in another one: by file and name, or by a name that is in one file only."""
+
+    def __init__(self, first: SourceCheckpoint, other: SourceCheckpoint) -> None:
+        self._first, self._other = first.folder, other.folder
+        self._entries = other.source.entries
+        files_of_name = [Counter(name for _, name in one.source.entries) for one in (first, other)]
+        is_whole = all(max(count.values()) == 1 for count in files_of_name)
+        self._files = {name: file for file, name in self._entries} if is_whole else {}
+        for file, name in sorted(self._entries):
+            if (file, name) not in first.source.entries and name not in (files_of_name[0] if is_whole else ()):
+                raise _missing(self._first, self._other, file, name)
+
+    def counterpart(self, key: tuple[str, str], entry: Entry) -> Entry:
+        """Return the tensor of the other input that belongs to one of the first.
+
+        Args:
+            key: file and name of the tensor in the first input.
+            entry: the tensor there.
+
+        Raises:
+            CheckpointError: there is none, or it has another shape or type.
+        """
+        file, name = key
+        other = self._entries.get((self._files.get(name, file), name))
+        if other is None:
+            raise _missing(self._other, self._first, file, name)
+        mine, theirs = ((list(one.shape), one.dtype) for one in (entry, other))
+        for kind, my_value, their_value in zip(("shape", "type"), mine, theirs, strict=True):
+            if my_value != their_value:
+                raise CheckpointError(
+                    f"{self._other}: {name} has {kind} {their_value}, that of {self._first} has {my_value}; "
+                    f"give checkpoints of the same model"
+                )
+        return other
+
+
+def _missing(lacks: Path, has: Path, file: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{lacks}: holds no {name} in {file}, {has} does; give checkpoints of the same model, divided alike"
+    )

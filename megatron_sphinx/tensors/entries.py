@@ -1,0 +1,128 @@
+"""Where tensors lie in files, and how they are looked at: a file is mapped into memory, a tensor is a view of it.
+
+Nothing is loaded to be looked at, and the pages of a tensor are given back once it has been used.
+"""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from threading import Lock, local
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The place of a box of a tensor in a file.
+
+    Attributes:
+        path: the file.
+        start: offset of the box's first element in the file, in bytes.
+        stride: strides of the box's dimensions, in elements.
+        offset: corner of the box in the whole tensor.
+        shape: sizes of the box.
+    """
+
+    path: Path
+    start: int
+    stride: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that can be read from files.
+
+    Attributes:
+        shape: sizes of the whole tensor.
+        dtype: type of its elements.
+        chunks: boxes that are together the whole tensor, each element once.
+        added: a difference to be added to it, in fp32 and rounded once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    added: "Entry | None" = None
+
+    @classmethod
+    def contiguous(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> "Entry":
+        """Describe a tensor whose elements lie in one run of bytes, row by row."""
+        return cls(shape, dtype, (Chunk(path, start, contiguous_strides(shape), (0,) * len(shape), shape),))
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the tensor can be read without copying."""
+        return len(self.chunks) == 1 and self.added is None
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the tensor is one run of bytes in one file, row by row."""
+        return self.is_view and self.chunks[0].stride == contiguous_strides(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that the tensor and its difference lie in."""
+        return {chunk.path for chunk in self.chunks} | (self.added.paths if self.added else set())
+
+
+class MappedFiles:
+    """Files mapped into memory, which threads may share; `release` gives back the pages of what was read."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = Lock()
+        self._thread = local()
+
+    def read(self, entry: Entry) -> Tensor:
+        """Return a tensor: a view of its file if it is one chunk, else put together in memory of its own."""
+        if entry.added is not None:
+            whole = self.read(replace(entry, added=None)).float().clone()
+            return whole.add_(self.read(entry.added)).to(entry.dtype)
+        if len(entry.chunks) == 1:
+            return self._view(entry.chunks[0], entry.dtype)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for chunk in entry.chunks:
+            box = tuple(slice(first, first + size) for first, size in zip(chunk.offset, chunk.shape, strict=True))
+            whole[box] = self._view(chunk, entry.dtype)
+        return whole
+
+    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        if 0 in chunk.shape:
+            return torch.empty(chunk.shape, dtype=dtype)
+        with self._lock:
+            if chunk.path not in self._maps:
+                with chunk.path.open("rb") as file:  # private: torch wants what is writable
+                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = self._maps[chunk.path]
+        count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
+        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
+        return flat.as_strided(chunk.shape, chunk.stride)
+
+    @property
+    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
+        """The ranges of files that this thread has read: map, first byte, bytes."""
+        ranges: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+        return ranges
+
+    def release(self) -> None:
+        """Give back the memory of what this thread has read; it can be read again."""
+        for mapped, start, size in self._touched:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+        self._touched.clear()
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a tensor whose last dimension is the fastest."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
