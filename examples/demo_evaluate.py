@@ -24,7 +24,8 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.model.views import GLOBAL
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run.assembly import build_model
+from megatron_sphinx.run.evaluation import newest_weights, open_alone
 from megatron_sphinx.training import metrics
 
 
@@ -87,11 +88,11 @@ def accuracy(model: SphinxModel, config: Config, features: torch.Tensor, labels:
 def evaluate(folder: Path) -> float:
     """Held-out accuracy of the newest checkpoint of a run."""
     config = configuration.load(folder / "config.yaml", ["parallel={}"])
-    job = run.alone(config)
+    context = open_alone(config)
     views, labels = held_out(config)
-    model = run.build_model(config, job.groups, job.platform)
-    encoders = job.encoders()
-    model.load_state_dict(run.newest_weights(job, encoders))
+    model = build_model(config, context.groups, context.platform)
+    encoders = context.encoders()
+    model.load_state_dict(newest_weights(context, encoders))
     return accuracy(model.eval(), config, encoders(views), labels)
 
 

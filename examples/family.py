@@ -22,7 +22,9 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, views_in
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.plan import DataSource
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run.assembly import build_model
+from megatron_sphinx.run.evaluation import open_alone
+from megatron_sphinx.run.job import RankContext
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -40,13 +42,13 @@ def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: 
     count = len(SampleIndex([folder], key))
     amounts = {"pairs_per_step": 0, "conversations_per_step": 0, "text_tokens_per_step": 0, f"{key}_per_step": count}
     data = replace(config.data, **amounts, **{key: (DataSource(path=str(folder)),)})
-    job = run.alone(replace(config, data=data))
-    model = run.build_model(config, job.groups, job.platform)
+    context = open_alone(replace(config, data=data))
+    model = build_model(config, context.groups, context.platform)
     model.load_state_dict(weights)
-    index, builder = job.sources.pairs, BatchBuilder(data, job.sources, config.vision)
-    known = dict(features(job, index))
+    index, builder = context.sources.pairs, BatchBuilder(data, context.sources, config.vision)
+    known = dict(features(context, index))
     total, targets = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
-    for (rows,) in job.planner.step(0).micro_batches:  # every sample is in the one step
+    for (rows,) in context.planner.step(0).micro_batches:  # every sample is in the one step
         batch = builder.build(rows)
         seen = torch.stack([known[index.place(pair), view] for pair, view in views_in(rows)])
         out = batch.spread(model.eval()(batch.to(seen.device), seen).double().cpu())
@@ -56,15 +58,15 @@ def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: 
     return total, targets
 
 
-def features(job: run.RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
+def features(context: RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
     """Features of each view of each image of an index, once where several samples share it."""
     asked = {}
-    for (rows,) in job.planner.step(0).micro_batches:
+    for (rows,) in context.planner.step(0).micro_batches:
         for pair, view in views_in(rows):
             asked.setdefault((index.place(pair), view), (pair, view))
-    loader = PixelLoader(index, job.config.vision, workers=2, quarantine=job.folder / "quarantine.jsonl")
+    loader = PixelLoader(index, context.config.vision, workers=2, quarantine=context.folder / "quarantine.jsonl")
     pixels = loader.submit(list(asked.values())).result()
-    yield from zip(asked, job.encoders()(pixels.views), strict=True)
+    yield from zip(asked, context.encoders()(pixels.views), strict=True)
 
 
 def mix(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from megatron_sphinx.data.loader import make_planner, open_sources
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.pairs import index_shards
-from megatron_sphinx.training.deepspeed_engine import Engine
+from megatron_sphinx.training.engine import Engine
 from megatron_sphinx.training.optimizer import OptimizerConfig, learning_rate
 
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")

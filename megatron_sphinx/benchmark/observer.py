@@ -16,13 +16,13 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.data.loader import views_in
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.run.train import RankContext
+from megatron_sphinx.run.job import RankContext
 
 PROFILED = 3  # steps behind the measured ones
 
 
 class RankObserver:
-    """Watches a rank of a run of `warmup + steps + PROFILED` steps; see `run.Observer`.
+    """Watches a rank of a run of `warmup + steps + PROFILED` steps; see `run.observer`.
 
     The last steps are profiled, so that no profiler slows what is measured. An encoder rank is ahead of the others;
     what it does for a step counts for that step, whenever it does it.
@@ -40,16 +40,16 @@ class RankObserver:
         self._profiled_seconds = self._profiled_exposed = 0.0
         self._micro_batches: list[tuple[int, float, float, float]] = []
 
-    def begin(self, job: RankContext) -> None:
-        """See run.Observer; measures the peak of all ranks at once."""
-        self._job, here, is_encoder = job, job.platform, job.groups.seat.encoder is not None
-        is_bf16 = here.is_bf16_fast if is_encoder else job.config.training.precision == "bf16"
+    def begin(self, context: RankContext) -> None:
+        """See Observer; measures the peak of all ranks at once."""
+        self._job, here, is_encoder = context, context.platform, context.groups.seat.encoder is not None
+        is_bf16 = here.is_bf16_fast if is_encoder else context.config.training.precision == "bf16"
         dist.barrier()
         self._found = {
-            "rank": job.groups.seat.rank,
-            "role": job.groups.seat.role,
-            "seat": asdict(job.groups.seat),
-            "layout": str(job.groups.layout),
+            "rank": context.groups.seat.rank,
+            "role": context.groups.seat.role,
+            "seat": asdict(context.groups.seat),
+            "layout": str(context.groups.layout),
             "host": socket.gethostname(),
             "device": here.model,
             "threads": torch.get_num_threads(),
@@ -59,7 +59,7 @@ class RankObserver:
         dist.barrier()
 
     def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
-        """See run.Observer."""
+        """See Observer."""
         exposed, self._before = feature_seconds - self._before, feature_seconds
         if self._first <= plan.step < self._stop:
             for name, value in zip(self._steps, (seconds, data_seconds, exposed), strict=True):
@@ -74,11 +74,11 @@ class RankObserver:
             self._end_profile()
 
     def micro_batch(self, views: int, read_seconds: float, encode_seconds: float, send_seconds: float) -> None:
-        """See run.Observer."""
+        """See Observer."""
         self._micro_batches.append((views, read_seconds, encode_seconds, send_seconds))
 
     def end(self) -> None:
-        """See run.Observer; writes what was found."""
+        """See Observer; writes what was found."""
         self._found["peak_memory_bytes"] = self._job.platform.peak_memory_bytes()
         self._found |= self._of_encoder() if self._job.groups.seat.encoder is not None else self._of_language()
         folder = self._job.folder / "ranks"

@@ -30,7 +30,7 @@ from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 from megatron_sphinx.sizing.hardware import Efficiency, Flops, Hardware, load
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
@@ -217,7 +217,7 @@ def _link() -> tuple[float, float]:
 def main(config: Path, target: Path) -> None:
     """One measuring rank."""
     asked = configuration.load(config)
-    here = run.join(asked.run.device, asked.run.storage_timeout)
+    here = job.join(asked.run.device, asked.run.storage_timeout)
     layout = ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
     found = measure(asked, ProcessGroups.create(layout, here.backend))
     if dist.get_rank() == 0:

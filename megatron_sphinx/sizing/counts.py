@@ -60,7 +60,7 @@ class TrainingSetup:
 
     @classmethod
     def ours(cls, config: Config, *, is_cuda: bool) -> "TrainingSetup":
-        """As training/deepspeed_engine.py does it."""
+        """As training/engine.py does it."""
         training = config.training
         return cls(
             model=config.model,

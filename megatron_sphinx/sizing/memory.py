@@ -1,7 +1,7 @@
 """The most that a rank holds at once, by what holds it. Arithmetic only.
 
 Counted from the code that runs: what megatron-core's layers and our attention, norms and experts keep for backward
-(tests/test_planning.py compares with autograd's own account), and DeepSpeed's ZeRO-2 as training/deepspeed_engine.py
+(tests/test_planning.py compares with autograd's own account), and DeepSpeed's ZeRO-2 as training/engine.py
 sets it up.
 """
 

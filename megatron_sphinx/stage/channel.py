@@ -29,21 +29,21 @@ def shares_of(rounds: Round, encoders: int) -> list[DealtViews]:
 
 
 class FeatureSource(Protocol):
-    """Where a language rank gets the features of its micro-batches, one after the other.
+    """Where a language rank gets the features of its micro-batches, one after the other."""
 
-    Attributes:
-        waiting: the time spent waiting for features so far.
-        received_bytes: bytes of features that came to this replica from encoder ranks so far.
-    """
+    @property
+    def waiting(self) -> Stopwatch:
+        """The time spent waiting for features so far."""
 
-    waiting: Stopwatch
-    received_bytes: int
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of features that came to this replica from encoder ranks so far."""
 
     def prepare(self, count: int) -> None:
-        """Called before each step with its number of micro-batches, by all ranks of a replica together."""
+        """Get ready for a step of so many micro-batches; all ranks of a replica call this, together."""
 
     def next(self) -> Tensor:
-        """Features of this replica's next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
+        """Take the features of the next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
 
 
 def _spread(parts: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup | None) -> None:

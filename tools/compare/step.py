@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -57,14 +57,12 @@ from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.device import Stopwatch, current_platform, use_platform
-from megatron_sphinx.liveness.stop import StopSignal
-from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import assembly
+from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.stage.channel import Round
-from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.metrics import Reporter, read
 from megatron_sphinx.training.optimizer import learning_rate, parameter_groups
@@ -121,7 +119,7 @@ def configured(args: argparse.Namespace, name: str, folder: Path) -> Config:
     return configuration.build(Config, values)
 
 
-def opened(config: Config, folder: Path) -> run.RankContext:
+def opened(config: Config, folder: Path) -> RankContext:
     """A job of all ranks as replicas, on the made data."""
     here = current_platform()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
@@ -130,13 +128,13 @@ def opened(config: Config, folder: Path) -> run.RankContext:
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
     )
-    return run.RankContext(config, here, groups, sources, planner)
+    return RankContext(config, here, groups, sources, planner)
 
 
 class Features:
     """What the frozen encoders have made of the pictures: a source for our loop, and features for the others."""
 
-    def __init__(self, job: run.RankContext) -> None:
+    def __init__(self, job: RankContext) -> None:
         self.waiting, self.received_bytes = Stopwatch(job.platform), 0
         values = job.config.vision.feature_values
         self.bank = torch.randn(PICTURES, values, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -168,24 +166,20 @@ class Side(Protocol):
 class Ours:
     """Our training loop, one step at a time."""
 
-    def __init__(self, job: run.RankContext) -> None:
+    def __init__(self, job: RankContext) -> None:
         config, groups = job.config, job.groups
-        model = run.build_model(config, groups, job.platform)
-        engine = Engine(
-            model, shards_of(model, config.model, groups), groups, job.platform, config.optimizer,
-            precision=config.training.precision,
-        )  # fmt: skip
+        engine = assembly.build_engine(job, assembly.build_model(config, groups, job.platform))
+        trainer = assembly.build_trainer(job, engine, Features(job), Watch(config.divergence))
         job.folder.mkdir(parents=True, exist_ok=True)
         store = CheckpointStore(job.folder / "checkpoints", groups, keep=1, identity=dict, about={})
         reporter = None
         if groups.seat.rank == 0:
             reporter = Reporter(job.folder, start=0, steps=config.training.steps, interval=config.run.print_interval)
-        loop = run.make_loop(job, engine, store, Features(job), reporter, StopSignal(), Watch(config.divergence))
-        self.loop, self.folder = replace(loop, save=lambda _: None, say_memory=lambda: None), job.folder
+        self.loop, self.folder = assembly.build_loop(job, trainer, store, reporter), job.folder
 
     def __call__(self, step: int) -> None:
         """See Side."""
-        self.loop.run(step, step + 1)
+        self.loop.take_step(step)
 
     def loss(self) -> float:
         """See Side."""
@@ -207,7 +201,7 @@ class WithDeepSpeed:
 
     def __init__(
         self,
-        job: run.RankContext,
+        job: RankContext,
         model: nn.Module,
         batches: Sequence[Sequence[tuple[Any, ...]]],
         targets: Sequence[int],
@@ -268,12 +262,12 @@ class Summed(nn.Module):
         return self.model(batch, features).sum()
 
 
-def bare(job: run.RankContext, plans: Sequence[StepPlan]) -> WithDeepSpeed:
+def bare(job: RankContext, plans: Sequence[StepPlan]) -> WithDeepSpeed:
     """Our model and our micro-batches without our loop."""
     builder, features = BatchBuilder(job.config.data, job.sources, job.config.vision), Features(job)
     mine = [[replicas[job.groups.seat.data] for replicas in plan.micro_batches] for plan in plans]
     batches = [[(builder.build(rows), features.of(rows)) for rows in step] for step in mine]
-    model = Summed(run.build_model(job.config, job.groups, job.platform))
+    model = Summed(assembly.build_model(job.config, job.groups, job.platform))
     settings = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     return WithDeepSpeed(job, model, batches, [targets_of(plan) for plan in plans], settings)
 
@@ -340,7 +334,7 @@ def llama_weights(ours: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     }
 
 
-def padded_batches(job: run.RankContext, plan: StepPlan, size: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def padded_batches(job: RankContext, plan: StepPlan, size: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """A peer's micro-batches of a step on this rank: its samples in the plan's order, `size` at a time, padded."""
     builder, features = BatchBuilder(job.config.data, job.sources, job.config.vision), Features(job)
     pieces = sorted((piece for row in plan.rows for piece in row), key=lambda piece: (piece.item, piece.start))
@@ -355,11 +349,9 @@ def padded_batches(job: run.RankContext, plan: StepPlan, size: int) -> list[tupl
     return batches
 
 
-def transformers(
-    job: run.RankContext, plans: Sequence[StepPlan], size: int, communication: str | None
-) -> WithDeepSpeed:
+def transformers(job: RankContext, plans: Sequence[StepPlan], size: int, communication: str | None) -> WithDeepSpeed:
     """The peer with micro-batches of so many samples; `communication` is DeepSpeed's type for it, None its default."""
-    model = Llama(run.build_model(job.config, job.groups, job.platform), job.config)
+    model = Llama(assembly.build_model(job.config, job.groups, job.platform), job.config)
     batches = [padded_batches(job, plan, size) for plan in plans]
     settings = {"communication_data_type": communication} if communication else {}
     return WithDeepSpeed(job, model, batches, [targets_of(plan) for plan in plans], settings)
