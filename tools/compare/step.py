@@ -123,7 +123,7 @@ def opened(config: Config, folder: Path) -> RankContext:
     """A job of all ranks as replicas, on the made data."""
     here = current_platform()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerIdentity(config.model.vocabulary, "none"))
+    tokenizer: Any = SimpleNamespace(bos=1, eos=2, identity=TokenizerIdentity(config.model.vocabulary, "none"))
     sources = Sources(tokenizer, SampleIndex([folder / "pairs"]), TextIndex([folder / "text"]))
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
