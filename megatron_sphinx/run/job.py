@@ -53,7 +53,7 @@ class RankContext:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """The run folder, as the configuration names it."""
         return Path(self.config.run.folder)
 
     @property
@@ -134,6 +134,7 @@ def open_run(
     """
 
     def work() -> RankContext:
+        """Do what may fail on one rank alone."""
         if hold:
             hold.take()
         sources = open_sources(config.data, config.model)

@@ -83,9 +83,11 @@ class Loop:
         return None if self.observer else self.context.scan
 
     def _scanning(self) -> AbstractContextManager[Any]:
+        """Let the scan read as long as the steps go on, if there is one."""
         return self._scan or nullcontext()
 
     def _train(self, start: int, steps: int) -> bool:
+        """Take the steps, and after each one save, stop or give up where the ranks have agreed to."""
         config = self.context.config
         self.done = start  # also where nothing is left to do
         is_stopping = False

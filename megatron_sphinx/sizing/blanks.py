@@ -83,14 +83,14 @@ class BlankPixels:
 class BlankEncoders(FrozenEncoders):
     """FrozenEncoders with weights of the right shapes. Every batch is alike, so the first one is run for all."""
 
-    def __init__(self, recorder: Recorder, config: Config, here: Platform) -> None:
-        dtype = torch.bfloat16 if here.is_bf16_fast else torch.float32
+    def __init__(self, recorder: Recorder, config: Config, platform: Platform) -> None:
+        dtype = torch.bfloat16 if platform.is_bf16_fast else torch.float32
         drawn = tuple(replace(item, weights="random") for item in config.vision.experts)
         with unset_fake_temporarily(), torch.device("meta"):
             super().__init__(
                 replace(config.vision, experts=drawn), device=torch.device("meta"), dtype=dtype, seed=config.run.seed
             )
-        self.recorder, self.device = recorder, here.device
+        self.recorder, self.device = recorder, platform.device
         self._flops: dict[str, float] | None = None
         for module in self.modules():
             for kind in (module._parameters, module._buffers):
@@ -127,7 +127,7 @@ class BlankContext(RankContext):
     recorder: Recorder
 
     def pixels(self) -> PixelLoader:
-        """Open blank pictures."""
+        """Open pictures without content."""
         return cast(PixelLoader, BlankPixels(self.recorder, self.config.vision))
 
     def encoders(self) -> FrozenEncoders:

@@ -219,6 +219,7 @@ def encoder_step(context: RankContext, recorder: Recorder) -> RankCounts:
     assert number is not None
 
     def take_steps(steps: int) -> None:
+        """Encode so many steps, counted anew."""
         recorder.begin()
         with recorder.memory_for("activations"):
             produce(

@@ -42,6 +42,7 @@ def initialize(
         """Knows of megatron-core's experts; DeepSpeed looks for a layer class of its own."""
 
         def _configure_distributed_model(self, module: Any) -> None:
+            """Set what DeepSpeed would have found out from its own layer class, before it divides the weights."""
             if any(weight.requires_grad for weight in experts):
                 self.has_moe_layers, self.num_experts = True, [module.config.num_moe_experts]
             super()._configure_distributed_model(module)

@@ -31,10 +31,12 @@ def run_schedule(
     """
 
     def scale(output: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Scale a stage's output; on the last stage megatron-core calls it, for the loss."""
         # megatron-core asks for the loss, a count of tokens (the plan knows ours) and something to log
         return output * loss_scale, torch.zeros([], dtype=torch.int, device=output.device), None
 
     def step(remaining: Iterator[MicroBatch], _model: SphinxModel) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Compute the next micro-batch, as megatron-core's schedule asks for it."""
         return forward(next(remaining)), scale
 
     config, sizes = model.config, groups.layout.config
@@ -64,5 +66,6 @@ class _PlannedCommunicator(P2PCommunicator):  # type: ignore[misc]
         self._forward, self._backward = iter(shapes), iter(shapes)
 
     def _communicate_shapes(self, _next: Any, _previous: Any, recv_prev: bool, recv_next: bool) -> tuple[Any, Any]:
+        """Give the shapes of what comes next from the stage before and from the one behind."""
         # megatron-core sends every shape ahead of its tensor, one more round trip, and has no public way to know it
         return next(self._forward) if recv_prev else None, next(self._backward) if recv_next else None

@@ -86,6 +86,7 @@ class ZeroState:
         self._loaded: list[Tensor] = []  # of each frozen weight, all of this rank's part
 
     def _find_fragments(self, model: SphinxModel, shards: dict[str, WeightShard]) -> Iterator[Fragment]:
+        """Find what of which weight lies in this rank's partitions."""
         names = {weight: name for name, weight in model.named_parameters()}
         for group, weights in enumerate(self._optimizer.params_in_partition):
             for weight in weights:
@@ -144,11 +145,13 @@ class ZeroState:
                 yield from _slices(state, fragment.shard, fragment.start, values)
 
     def _frozen_to_save(self) -> Iterator[Piece]:
+        """Give the fp32 values of frozen weights that this rank keeps."""
         for frozen in self.frozen:
             if frozen.shard.is_first_copy:
                 yield from _slices("master", frozen.shard, frozen.start, frozen.master)
 
     def _frozen_to_load(self) -> Iterator[Piece]:
+        """Make room for all of this rank's part of frozen weights: no other rank will hand any of it over."""
         self._loaded = [frozen.weight.detach().flatten().float().cpu().clone() for frozen in self.frozen]
         for frozen, whole in zip(self.frozen, self._loaded, strict=True):
             yield from _slices("master", frozen.shard, 0, whole)
