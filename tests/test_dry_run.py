@@ -15,18 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, Pixels, numbered_rounds, open_sources
+from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, Pixels, open_sources
 from megatron_sphinx.device import Platform, current_platform
-from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.run import assembly
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.sizing import dry_run
 from megatron_sphinx.sizing.rank_counts import RankCounts
 from megatron_sphinx.sizing.recorder import HOST, Recorder
 from megatron_sphinx.sizing.work import CAPTION_TOKENS
-from megatron_sphinx.stage.channel import FeatureSender, shares_of
-from megatron_sphinx.stage.producer import produce
+from megatron_sphinx.stage.channel import shares_of
 
 MIXTRAL = {"model.experts": 4, "model.balance_loss_coefficient": 0.01, "model.z_loss_coefficient": 0.001}
 LAYOUTS = {
@@ -81,13 +80,9 @@ def take_real_step(config: configuration.Config, layout: ParallelLayout, target:
     recorder = Recorder(dry_run.axes(groups))
     sources = open_sources(config.data, config.model)
     context = HostContext(config, here, groups, sources, planner, recorder=recorder)
-    seat, lookahead = groups.seat, config.stage.lookahead
+    seat = groups.seat
     if seat.encoder is not None:
-        produce(
-            numbered_rounds(planner, 0, 1), encoder=seat.encoder, encoder_count=config.parallel.encoder,
-            encoders=context.encoders(), pixels=context.pixels(), sender=FeatureSender(groups, lookahead),
-            lookahead=lookahead, progress=Progress(),
-        )  # fmt: skip
+        assembly.encode_steps(context, context.encoders(), 0, 1)
         dist.barrier()  # what it sent is taken
         return
     builder = BatchBuilder(config.data, sources, config.vision, planner.multiple)

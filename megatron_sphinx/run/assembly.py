@@ -1,4 +1,4 @@
-"""A language rank put together from its configuration: model, engine, features, trainer, loop.
+"""A rank put together from its configuration: model, engine, features, trainer, loop; or an encoder's production.
 
 Training, the dry run and the programs that compare steps all build their ranks here.
 """
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import rounds
+from megatron_sphinx.data.loader import numbered_rounds, rounds
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -21,7 +21,8 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.loop import Loop
 from megatron_sphinx.run.observer import Observer
-from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSource
+from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
+from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.engine import Engine
 from megatron_sphinx.training.metrics import Reporter
@@ -112,6 +113,25 @@ def build_loop(
 ) -> Loop:
     """Make the steps of a language rank ready to run; every language rank calls this, together."""
     return Loop(context, trainer, store, reporter, _measure_peak_flops(context), bad_pairs, observer)
+
+
+def encode_steps(
+    context: RankContext, encoders: FrozenEncoders, first_step: int, last_step: int, observer: Observer | None = None
+) -> None:
+    """Encode an encoder rank's share of the views of steps, `last_step` not among them, and send the features."""
+    config, number = context.config, context.groups.seat.encoder
+    assert number is not None, "a language rank has no encoder's number"
+    produce(
+        numbered_rounds(context.planner, first_step, last_step),
+        encoder=number,
+        encoder_count=config.parallel.encoder,
+        encoders=encoders,
+        pixels=context.pixels(),
+        sender=FeatureSender(context.groups, config.stage.lookahead),
+        lookahead=config.stage.lookahead,
+        progress=context.progress,
+        observer=observer,
+    )
 
 
 def _measure_peak_flops(context: RankContext) -> float:

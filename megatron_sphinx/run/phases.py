@@ -1,8 +1,8 @@
 """The start of a run as a list of phases, which the ranks of all roles take together, one after the other.
 
 Every phase is a method of `Role`. All ranks take it, wait for each other, fail together where one of them fails, and
-hear what each has to tell. A role for which a phase means nothing inherits a method that does nothing: so no role can
-miss a collective, whatever is added to the list.
+hear what each has to tell. A role for which a phase means nothing inherits a method that does nothing: so no role
+can miss a collective, whatever is added to the list.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ START: tuple[str, ...] = (
     "load_state",
     "clear_the_way",  # when nothing can fail any more: until then all stays as it is
     "tell_first_step",
-    "hear_of_stop",
+    "hear_of_stop",  # once more: what is before it may take minutes
     "begin_observing",
     "open_reports",
 )

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, numbered_rounds, open_sources
+from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
 from megatron_sphinx.data.packing import positions
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.device import Platform, use_platform
@@ -37,8 +37,6 @@ from megatron_sphinx.sizing.rank_counts import RankCounts, formulas
 from megatron_sphinx.sizing.recorded import BalancedRouter, RecordedEngine, RecordedFeatures
 from megatron_sphinx.sizing.recorder import Recorder
 from megatron_sphinx.sizing.work import CAPTION_TOKENS
-from megatron_sphinx.stage.channel import FeatureSender
-from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.divergence import Watch
 
 _ENDLESS = 2**62  # steps: what is dealt ahead does not end with the run
@@ -214,30 +212,19 @@ def language_step(context: RankContext, recorder: Recorder, builder: BatchBuilde
 
 def encoder_step(context: RankContext, recorder: Recorder) -> RankCounts:
     """Count an encoder rank: FLOPs and messages of step 0; memory when it is as far ahead as it may be."""
-    config, planner = context.config, context.planner
-    number, lookahead = context.groups.seat.encoder, config.stage.lookahead
-    assert number is not None
+    lookahead, micro_batches = context.config.stage.lookahead, len(context.planner.step(0).micro_batches)
 
     def take_steps(steps: int) -> None:
         """Encode so many steps, counted anew."""
         recorder.begin()
         with recorder.memory_for("activations"):
-            produce(
-                numbered_rounds(planner, 0, steps),
-                encoder=number,
-                encoder_count=config.parallel.encoder,
-                encoders=encoders,
-                pixels=context.pixels(),
-                sender=FeatureSender(context.groups, lookahead),
-                lookahead=lookahead,
-                progress=context.progress,
-            )
+            assembly.encode_steps(context, encoders, 0, steps)
 
     with recorder:
         encoders = context.encoders()
         take_steps(1)
         flops, collectives = recorder.flops, recorder.collectives
-        take_steps(ceil((lookahead + 1) / len(planner.step(0).micro_batches)))
+        take_steps(ceil((lookahead + 1) / micro_batches))
         weights = list(encoders.parameters())
         held = {"weights": sum(weight.nbytes for weight in weights)}
         return RankCounts(sum(weight.numel() for weight in weights), flops, held, recorder.peak(), collectives)
