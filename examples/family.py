@@ -31,13 +31,13 @@ BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @torch.no_grad()
 def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: str) -> tuple[torch.Tensor, ...]:
-    """Loss of each sample of an index, summed over its targets, and how many those are: two of [samples], in nats.
+    """Compute the loss of each sample of an index, summed over its targets, and count those: two of [samples], in nats.
 
     Args:
         config: of the model.
         weights: whole ones.
         folder: the index.
-        key: what it is of, pairs or conversations.
+        key: what the index holds, pairs or conversations.
     """
     count = len(SampleIndex([folder], key))
     amounts = {"pairs_per_step": 0, "conversations_per_step": 0, "text_tokens_per_step": 0, f"{key}_per_step": count}
@@ -59,7 +59,7 @@ def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: 
 
 
 def features(context: RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """Features of each view of each image of an index, once where several samples share it."""
+    """Encode each view of each image of an index, once where several samples share it."""
     asked = {}
     for (rows,) in context.planner.step(0).micro_batches:
         for pair, view in views_in(rows):
@@ -74,7 +74,7 @@ def mix(args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     config = configuration.load(args.real / "config.yaml", ["parallel={}"])
-    found = []
+    losses_by_beta = []
     targets = sweep(args.target, BETAS)
     interpolate([args.real, args.syn], targets)
     for beta, target in zip(BETAS, targets, strict=True):
@@ -82,18 +82,26 @@ def mix(args: argparse.Namespace) -> None:
         for kind in ("real", "syn"):
             total, targets = losses(config, weights, args.data / kind / "held_out", "pairs")
             ends.append(float(total.sum() / targets.sum()))
-        found.append(ends)
+        losses_by_beta.append(ends)
         print(f"beta {beta:4.2f}   real captions {ends[0]:6.3f}   synthetic captions {ends[1]:6.3f}", flush=True)
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     for kind, values in zip(
-        ("captions as people write them", "synthetic captions"), zip(*found, strict=True), strict=True
+        ("captions as people write them", "synthetic captions"), zip(*losses_by_beta, strict=True), strict=True
     ):
         axes.plot(BETAS, values, marker="o", label=kind)
     axes.set(xlabel="beta: share of the weights trained on real captions", ylabel="held-out loss, nats a token")
     axes.legend()
     figure.tight_layout()
     figure.savefig(args.plot, dpi=120)
-    print(json.dumps({"beta": BETAS, "loss_real": [a for a, _ in found], "loss_syn": [b for _, b in found]}))
+    print(
+        json.dumps(
+            {
+                "beta": BETAS,
+                "loss_real": [real for real, _ in losses_by_beta],
+                "loss_syn": [syn for _, syn in losses_by_beta],
+            }
+        )
+    )
 
 
 def test(args: argparse.Namespace) -> None:
@@ -104,12 +112,12 @@ def test(args: argparse.Namespace) -> None:
         total, _ = losses(config, load_weights(folder), exam, "conversations")
         right: dict[str, list[bool]] = {}
         chance: dict[str, list[float]] = {}
-        at = 0
+        first = 0
         for question in json.loads((exam / "questions.json").read_text()):
             task, choices = question["task"], question["choices"]
-            right.setdefault(task, []).append(int(total[at : at + choices].argmin()) == 0)
+            right.setdefault(task, []).append(int(total[first : first + choices].argmin()) == 0)
             chance.setdefault(task, []).append(1 / choices)
-            at += choices
+            first += choices
         summary = {
             task: {"questions": len(answers), "accuracy": sum(answers) / len(answers),
                    "chance": sum(chance[task]) / len(answers)} for task, answers in right.items()
@@ -122,7 +130,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the program; the exit status."""
+    """Run the chosen command; the exit status of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("mix")

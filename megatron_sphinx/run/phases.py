@@ -16,22 +16,6 @@ from megatron_sphinx.run.banner import Holding
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.observer import Observer
 
-START: tuple[str, ...] = (
-    "hear_of_stop",
-    "load_encoders",
-    "build_model",
-    "introduce",
-    "say_start",
-    "build_engine",
-    "choose_state",
-    "load_state",
-    "clear_the_way",  # when nothing can fail any more: until then all stays as it is
-    "tell_first_step",
-    "hear_of_stop",  # once more: what is before it may take minutes
-    "begin_observing",
-    "open_reports",
-)
-
 
 class StopNews(NamedTuple):
     """Whether a rank knows that the job was asked to stop, and by what."""
@@ -126,6 +110,23 @@ class Role:
         return news
 
 
+START: tuple[Callable[[Any], Any], ...] = (
+    Role.hear_of_stop,
+    Role.load_encoders,
+    Role.build_model,
+    Role.introduce,
+    Role.say_start,
+    Role.build_engine,
+    Role.choose_state,
+    Role.load_state,
+    Role.clear_the_way,  # when nothing can fail any more: until then all stays as it is
+    Role.tell_first_step,
+    Role.hear_of_stop,  # once more: what is before it may take minutes
+    Role.begin_observing,
+    Role.open_reports,
+)
+
+
 def start(role: Role) -> bool:
     """Take all phases of the start; False where the job was asked to stop meanwhile.
 
@@ -133,11 +134,11 @@ def start(role: Role) -> bool:
         TypeError: the role lacks a phase; before the first one, since others would wait for this rank in it.
         SphinxError: a phase failed for the user's reasons, on any rank.
     """
-    lacking = [phase for phase in START if not callable(getattr(role, phase, None))]
-    if lacking:
+    names = [phase.__name__ for phase in START]
+    if lacking := [name for name in names if not hasattr(role, name)]:
         raise TypeError(f"{type(role).__name__} lacks {lacking} of the phases of a start; give Role a default")
-    for phase in START:
-        role.told[phase] = take(getattr(role, phase))
+    for name in names:  # a role's own method of that name, where it has one
+        role.told[name] = take(getattr(role, name))
         if role.stop_news.has_come:
             role.context.stop.ask(role.stop_news.reason)
             banner.note_early_stop(role.context, role.stop_news.reason)
