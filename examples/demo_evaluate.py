@@ -25,12 +25,13 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.views import GLOBAL
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run.assembly import build_model
+from megatron_sphinx.run.evaluation import newest_weights, open_alone
 from megatron_sphinx.training import metrics
 
 
 def held_out(config: Config) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Pixels of the held-out digits for each input side, and their labels."""
+    """Read the pixels of the held-out digits for each input side, and their labels."""
     data = np.load(Path(config.data.tokenizer).parent / "held_out.npz")
     pictures = [Image.fromarray(pixels).convert("RGB") for pixels in data["images"]]
     canvases = [Canvas(picture, config.vision) for picture in pictures]
@@ -39,7 +40,7 @@ def held_out(config: Config) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
 
 
 def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tuple[MicroBatch, torch.Tensor]:
-    """Every picture with each of the ten captions as one micro-batch; the captions' number at each of its positions."""
+    """Put every picture with each of the ten captions into one micro-batch; and give each position's caption."""
     tokens, targets, lengths, numbers = [], [], [], []
     captions = [tokenizer.encode(CAPTIONS[0].format(word=word)) for word in DIGITS]
     order = sorted(range(10), key=lambda digit: len(captions[digit]))  # rows are packed by length
@@ -73,7 +74,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
 
 @torch.no_grad()
 def accuracy(model: SphinxModel, config: Config, features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the pictures whose own caption is the likeliest of the ten."""
+    """Compute the share of the pictures whose own caption is the likeliest of the ten."""
     tokenizer, right, size = Tokenizer(config.data.tokenizer), 0, 60
     for first in range(0, len(labels), size):
         chunk = features[first : first + size]
@@ -86,21 +87,22 @@ def accuracy(model: SphinxModel, config: Config, features: torch.Tensor, labels:
 
 
 def evaluate(folder: Path) -> float:
-    """Held-out accuracy of the newest checkpoint of a run."""
+    """Measure the held-out accuracy of the newest checkpoint of a run."""
     config = configuration.load(folder / "config.yaml", ["parallel={}"])
-    job = run.alone(config)
+    context = open_alone(config)
     views, labels = held_out(config)
-    model = run.build_model(config, job.groups, job.platform)
-    encoders = job.encoders()
-    model.load_state_dict(run.newest_weights(job, encoders))
+    model = build_model(config, context.groups, context.platform)
+    encoders = context.encoders()
+    model.load_state_dict(newest_weights(context, encoders))
     return accuracy(model.eval(), config, encoders(views), labels)
 
 
 def summary(folder: Path, control: Path | None) -> dict[str, object]:
-    """What a run reached: accuracies, first and last losses (means of 5 steps), seconds of its steps."""
+    """Sum up what a run reached: accuracies, first and last losses (means of 5 steps), seconds of its steps."""
     lines = metrics.read(folder / "metrics.jsonl")
 
     def ends(name: str) -> dict[str, float]:
+        """Average a number over the first steps and over the last ones."""
         values: Sequence[float] = [line[name] for line in lines]
         return {"first": float(np.mean(values[:5])), "last": float(np.mean(values[-5:]))}
 
@@ -115,7 +117,7 @@ def summary(folder: Path, control: Path | None) -> dict[str, object]:
 
 
 def main() -> int:
-    """Evaluate; the exit status."""
+    """Evaluate the run; the exit status of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("random_run", type=Path, nargs="?")

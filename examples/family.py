@@ -23,31 +23,33 @@ from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.config import DataSource
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.pixels import PixelLoader, views_in
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run.assembly import build_model
+from megatron_sphinx.run.evaluation import open_alone
+from megatron_sphinx.run.job import RankContext
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
 def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: str) -> tuple[torch.Tensor, ...]:
-    """Loss of each sample of an index, summed over its targets, and how many those are: two of [samples], in nats.
+    """Compute the loss of each sample of an index, summed over its targets, and count those: two of [samples], in nats.
 
     Args:
         config: of the model.
         weights: whole ones.
         folder: the index.
-        key: what it is of, pairs or conversations.
+        key: what the index holds, pairs or conversations.
     """
     count = len(SampleIndex([folder], key))
     amounts = {"pairs_per_step": 0, "conversations_per_step": 0, "text_tokens_per_step": 0, f"{key}_per_step": count}
     data = replace(config.data, **amounts, **{key: (DataSource(path=str(folder)),)})
-    job = run.alone(replace(config, data=data))
-    model = run.build_model(config, job.groups, job.platform)
+    context = open_alone(replace(config, data=data))
+    model = build_model(config, context.groups, context.platform)
     model.load_state_dict(weights)
-    index, builder = job.sources.samples, BatchBuilder(data, job.sources, config.vision)
-    known = dict(features(job, index))
+    index, builder = context.sources.samples, BatchBuilder(data, context.sources, config.vision)
+    known = dict(features(context, index))
     total, targets = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
-    for (rows,) in job.planner.step(0).micro_batches:  # every sample is in the one step
+    for (rows,) in context.planner.step(0).micro_batches:  # every sample is in the one step
         batch = builder.build(rows)
         seen = torch.stack([known[index.location(pair), view] for pair, view in views_in(rows)])
         out = batch.spread(model.eval()(batch.to(seen.device), seen).double().cpu())
@@ -57,15 +59,15 @@ def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: 
     return total, targets
 
 
-def features(job: run.RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
-    """Features of each view of each image of an index, once where several samples share it."""
+def features(context: RankContext, index: SampleIndex) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """Encode each view of each image of an index, once where several samples share it."""
     asked = {}
-    for (rows,) in job.planner.step(0).micro_batches:
+    for (rows,) in context.planner.step(0).micro_batches:
         for pair, view in views_in(rows):
             asked.setdefault((index.location(pair), view), (pair, view))
-    loader = PixelLoader(index, job.config.vision, workers=2, quarantine=job.folder / "quarantine.jsonl")
+    loader = PixelLoader(index, context.config.vision, workers=2, quarantine=context.folder / "quarantine.jsonl")
     pixels = loader.submit(list(asked.values())).result()
-    yield from zip(asked, job.encoders()(pixels.views), strict=True)
+    yield from zip(asked, context.encoders()(pixels.views), strict=True)
 
 
 def mix(args: argparse.Namespace) -> None:
@@ -73,7 +75,7 @@ def mix(args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     config = configuration.load(args.real / "config.yaml", ["parallel={}"])
-    found = []
+    losses_by_beta = []
     targets = sweep(args.target, BETAS)
     interpolate([args.real, args.syn], targets)
     for beta, target in zip(BETAS, targets, strict=True):
@@ -81,18 +83,26 @@ def mix(args: argparse.Namespace) -> None:
         for kind in ("real", "syn"):
             total, targets = losses(config, weights, args.data / kind / "held_out", "pairs")
             ends.append(float(total.sum() / targets.sum()))
-        found.append(ends)
+        losses_by_beta.append(ends)
         print(f"beta {beta:4.2f}   real captions {ends[0]:6.3f}   synthetic captions {ends[1]:6.3f}", flush=True)
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     for kind, values in zip(
-        ("captions as people write them", "synthetic captions"), zip(*found, strict=True), strict=True
+        ("captions as people write them", "synthetic captions"), zip(*losses_by_beta, strict=True), strict=True
     ):
         axes.plot(BETAS, values, marker="o", label=kind)
     axes.set(xlabel="beta: share of the weights trained on real captions", ylabel="held-out loss, nats a token")
     axes.legend()
     figure.tight_layout()
     figure.savefig(args.plot, dpi=120)
-    print(json.dumps({"beta": BETAS, "loss_real": [a for a, _ in found], "loss_syn": [b for _, b in found]}))
+    print(
+        json.dumps(
+            {
+                "beta": BETAS,
+                "loss_real": [real for real, _ in losses_by_beta],
+                "loss_syn": [syn for _, syn in losses_by_beta],
+            }
+        )
+    )
 
 
 def test(args: argparse.Namespace) -> None:
@@ -103,12 +113,12 @@ def test(args: argparse.Namespace) -> None:
         total, _ = losses(config, load_weights(folder), exam, "conversations")
         right: dict[str, list[bool]] = {}
         chance: dict[str, list[float]] = {}
-        at = 0
+        first = 0
         for question in json.loads((exam / "questions.json").read_text()):
             task, choices = question["task"], question["choices"]
-            right.setdefault(task, []).append(int(total[at : at + choices].argmin()) == 0)
+            right.setdefault(task, []).append(int(total[first : first + choices].argmin()) == 0)
             chance.setdefault(task, []).append(1 / choices)
-            at += choices
+            first += choices
         summary = {
             task: {"questions": len(answers), "accuracy": sum(answers) / len(answers),
                    "chance": sum(chance[task]) / len(answers)} for task, answers in right.items()
@@ -121,7 +131,7 @@ def test(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the program; the exit status."""
+    """Run the chosen command; the exit status of the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("mix")

@@ -115,13 +115,13 @@ def _train(args: argparse.Namespace, *, is_observed: bool = False) -> int:
 
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
-            from megatron_sphinx.run import train as run
+            from megatron_sphinx.run.train import train as train_rank
 
             if not is_observed:
-                return run.train(config, stop)
+                return train_rank(config, stop)
             from megatron_sphinx.benchmark.observer import RankObserver
 
-            return run.train(config, stop, RankObserver(warmup=args.warmup, steps=args.steps))
+            return train_rank(config, stop, RankObserver(warmup=args.warmup, steps=args.steps))
 
 
 def _parser() -> argparse.ArgumentParser:

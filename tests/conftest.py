@@ -35,7 +35,7 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
 from megatron_sphinx.prepare.text import write_text
-from megatron_sphinx.run import train as run  # noqa: F401
+from megatron_sphinx.run import train as _train  # noqa: F401
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: F401

@@ -21,7 +21,7 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, WeightShard, _blocks_of_rank
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")
 MIXTRAL = {
@@ -256,8 +256,8 @@ def test_a_damaged_checkpoint_is_refused(train):
 
 
 def check_other_tensors(folder: Path):
-    run._place()
-    run.join("cpu", 30)
+    job.find_place()
+    job.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
 
     def piece(name: str, *shape: int) -> TensorSlice:

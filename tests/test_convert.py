@@ -32,7 +32,7 @@ from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -129,8 +129,8 @@ def test_megatron_core_loads_what_is_written_for_it_and_the_other_way(tmp_path, 
         wanted = model(tokens).logits
 
     def check():
-        run._place()
-        run.join("cpu", 30)
+        job.find_place()
+        job.join("cpu", 30)
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
         gpt = gpt_of(shape_of(model))

@@ -17,18 +17,17 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pixels import PixelLoader, Pixels
-from megatron_sphinx.data.plan import numbered_rounds
 from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.device import Platform, current_platform
-from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import assembly
+from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.sizing import dry_run
-from megatron_sphinx.sizing.dry_run import Counted
+from megatron_sphinx.sizing.rank_counts import RankCounts
 from megatron_sphinx.sizing.recorder import HOST, Recorder
-from megatron_sphinx.stage.channel import FeatureSender, shares_of
-from megatron_sphinx.stage.producer import produce
+from megatron_sphinx.sizing.work import CAPTION_TOKENS
+from megatron_sphinx.stage.channel import shares_of
 
 MIXTRAL = {"model.experts": 4, "model.balance_loss_coefficient": 0.01, "model.z_loss_coefficient": 0.001}
 LAYOUTS = {
@@ -64,28 +63,34 @@ class HostPixels:
         return SimpleNamespace(wait=pending.wait, result=result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostContext(RankContext):
+    """A RankContext whose pictures are known to be in the CPU's memory."""
+
+    recorder: Recorder
+
+    def pixels(self):
+        return HostPixels(super().pixels(), self.recorder)
+
+
 def take_real_step(config: configuration.Config, layout: ParallelLayout, target: Path) -> None:
     """A rank's first step in a real world, counted by our counter and by torch's."""
     here = Platform(current_platform().device, "gloo", is_bf16_fast=True)
     dist.init_process_group("gloo")
     groups = ProcessGroups.create(layout, "gloo")
     planner, _ = dry_run.plan_of(config, layout)
-    job = run.RankContext(config, here, groups, open_sources(config.data, config.model), planner)
-    seat, lookahead = groups.seat, config.stage.lookahead
+    recorder = Recorder(dry_run.axes(groups))
+    sources = open_sources(config.data, config.model)
+    context = HostContext(config, here, groups, sources, planner, recorder=recorder)
+    seat = groups.seat
     if seat.encoder is not None:
-        produce(
-            numbered_rounds(planner, 0, 1), encoder=seat.encoder, encoder_count=config.parallel.encoder,
-            encoders=job.encoders(), pixels=job.pixels(), sender=FeatureSender(groups, lookahead), lookahead=lookahead,
-            progress=Progress(),
-        )  # fmt: skip
+        assembly.encode_steps(context, context.encoders(), 0, 1)
         dist.barrier()  # what it sent is taken
         return
-    builder = BatchBuilder(config.data, job.sources, config.vision, planner.multiple)
-    recorder = Recorder(dry_run.axes(groups))
+    builder = BatchBuilder(config.data, sources, config.vision, planner.multiple)
     torchs = FlopCounterMode(display=False)  # it keeps activations alive, so it counts where memory is not compared
     with torchs if seat.rank else nullcontext():
-        pixels = HostPixels(job.pixels(), recorder)
-        counted = dry_run.language_step(config, groups, here, planner, recorder, builder, job.encoders, pixels)
+        counted = dry_run.language_step(context, recorder, builder)
     dist.barrier()
     (target / str(seat.rank)).write_bytes(pickle.dumps((counted, torchs.get_total_flops())))
 
@@ -100,7 +105,7 @@ def test_counts_equal_those_of_real_ranks(run_ranks, tiny, tmp_path, layout):
     for rank in sorted({0, placed.language - 1}):
         real, flops = pickle.loads((tmp_path / str(rank)).read_bytes())
 
-        def check(rank: int = rank, real: Counted = real, flops: int = flops) -> None:
+        def check(rank: int = rank, real: RankCounts = real, flops: int = flops) -> None:
             found = dry_run.count(config, placed, rank)
             assert found.parameters == real.parameters
             assert found.held == real.held
@@ -175,10 +180,12 @@ def test_what_is_made_up_has_the_steps_composition():
     config = configuration.load(Path("sphinx_7b"))
     planner, said = dry_run.plan_of(config, ParallelLayout(world=8, config=config.parallel))
     plan = planner.step(0)
-    assert said.startswith("made up, for weights/tokenizer.model is not there: 640 samples with all views")
+    assert said.startswith(
+        "made up, for weights/tokenizer.model is not there: 640 samples with all views and 20 tokens"
+    )
     assert len(plan.samples) == 640
     assert sum(tokens for _, _, tokens in plan.text) == 65536
-    assert plan.targets(of_samples=True) == 640 * (dry_run.CAPTION_TOKENS + 1)
+    assert plan.targets(of_samples=True) == 640 * (CAPTION_TOKENS + 1)
 
 
 def test_a_rank_that_fails_is_an_error(tiny, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ ORDER = [
     "prepare", "stage", "checkpoint", "training", "config", "run", "sizing", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
-    "deepspeed": {"training/deepspeed_engine.py"},
+    "deepspeed": {"training/deepspeed_setup.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/visual_experts.py", "model/expert_files.py"},

@@ -17,14 +17,14 @@ from megatron_sphinx.model.sphinx import SphinxModel, place_views
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 
 CPU = torch.device("cpu")
 
 
 def groups() -> ProcessGroups:
-    run._place()
-    run.join("cpu", 30)
+    job.find_place()
+    job.join("cpu", 30)
     return ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
 
 

@@ -14,7 +14,7 @@ from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.parallel.seeding import generator, random_state, restore_random_state, seed_rank
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 
 
 @pytest.mark.parametrize(
@@ -96,15 +96,15 @@ def test_stages_that_cannot_be_are_refused(sizes, message):
 
 
 def create(encoder: int = 0, **sizes: int) -> ProcessGroups:
-    _, world = run._place()
-    run.join("cpu", 30)
+    _, world = job.find_place()
+    job.join("cpu", 30)
     layout = ParallelLayout(world=world, config=ParallelConfig(encoder=encoder, **sizes))
     return ProcessGroups.create(layout, "gloo")
 
 
 def wait_for_nobody():
-    _, world = run._place()
-    run.join("cpu", 60)
+    _, world = job.find_place()
+    job.join("cpu", 60)
     layout = ParallelLayout(world=world, config=ParallelConfig())
     groups = ProcessGroups.create(layout, "gloo", timedelta(seconds=1))
     if dist.get_rank() == 0:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.store import load_weights
-from megatron_sphinx.training.deepspeed_engine import Engine
+from megatron_sphinx.training.engine import Engine
 
 SEED = int(os.environ.get("PARITY_SEED", "1"))  # of the models' shapes; printed with a failure
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm")

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.run import loop
 from megatron_sphinx.sizing import counts
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.work import Work
-from megatron_sphinx.training import loop
 
 
 @pytest.mark.parametrize(

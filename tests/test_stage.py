@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 from megatron_sphinx.stage.channel import FeatureReceiver, FeatureSender, shares_of
 from megatron_sphinx.stage.dealing import deal
 
@@ -58,8 +58,8 @@ def features_of(pairs: list[int]) -> torch.Tensor:
 
 
 def exchange(seed: int, tensor: int, encoders: int, lookahead: int, pause: float) -> None:
-    _, world = run._place()
-    run.join("cpu", 30)
+    _, world = job.find_place()
+    job.join("cpu", 30)
     layout = ParallelLayout(world=world, config=ParallelConfig(tensor=tensor, encoder=encoders))
     groups = ProcessGroups.create(layout, "gloo")
     made = rounds_of(seed, layout.data, 25)
@@ -95,8 +95,8 @@ def test_any_number_of_encoders_feeds_any_number_of_replicas(run_ranks, seed):
 
 def run_ahead(lookahead: int) -> None:
     """A reader that takes nothing for a while: how far does the encoder get?"""
-    run._place()
-    run.join("cpu", 30)
+    job.find_place()
+    job.join("cpu", 30)
     layout = ParallelLayout(world=2, config=ParallelConfig(encoder=1))
     groups = ProcessGroups.create(layout, "gloo")
     store = dist.distributed_c10d._get_default_store()

@@ -1,12 +1,14 @@
 """The comparison of steps with peers: both sides do the same work, and the arithmetic of its table."""
 
 import runpy
+import sys
 from argparse import Namespace
 
 import pytest
 import torch.distributed as dist
 from conftest import TOOLS
 
+sys.path.insert(0, str(TOOLS / "compare"))  # as Python does for a program that is started
 TOOL = str(TOOLS / "compare" / "step.py")
 TINY = {
     "ranks": 2, "rounds": 1, "warmup": 1, "layers": 2, "hidden": 64, "ffn": 96, "vocabulary": 640, "grid": 4,

@@ -37,7 +37,7 @@ from megatron_sphinx.model.expert_files import _read
 from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 from megatron_sphinx.tensors.read import read_distributed, read_torch
 from megatron_sphinx.unpickling import load_torch, metadata_of
 
@@ -179,8 +179,8 @@ def checkpoint(tmp_path_factory, request) -> Path:
 
 def opened(folder: Path) -> tuple[CheckpointStore, list[TensorSlice]]:
     """A store of one rank, and a piece to be filled or kept."""
-    run._place()
-    run.join("cpu", 30)
+    job.find_place()
+    job.join("cpu", 30)
     groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), "gloo")
     store = CheckpointStore(folder, groups, keep=1, identity=dict, about={"layout": {}})
     return store, [TensorSlice("master/w", (2, 3), Block((0, 0), (2, 3)), torch.zeros(2, 3))]

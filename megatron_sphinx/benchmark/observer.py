@@ -16,13 +16,13 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from megatron_sphinx.benchmark.communication import seconds_by_axis
 from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.run.train import RankContext
+from megatron_sphinx.run.job import RankContext
 
 PROFILED = 3  # steps after the measured ones
 
 
 class RankObserver:
-    """Observes a rank of a run of `warmup + steps + PROFILED` steps, as run.Observer says when.
+    """Observes a rank of a run of `warmup + steps + PROFILED` steps, as run.observer says when.
 
     The last steps are profiled, so that no profiler slows what is measured. An encoder rank is ahead of the others;
     what it does for a step counts for that step, whenever it does it.

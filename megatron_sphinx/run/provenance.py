@@ -17,13 +17,13 @@ from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.parallel.layout import ParallelLayout
 
 
-def identity(config: Config, sources: Sources, marks: Mapping[str, str]) -> dict[str, Any]:
+def identity(config: Config, sources: Sources, encoder_digests: Mapping[str, str]) -> dict[str, Any]:
     """Tell what a checkpoint must agree with to be resumed. The number of encoder ranks is free: they keep no state.
 
     Args:
         config: of the run.
         sources: its opened data.
-        marks: what identifies the weights of each frozen expert, by its name, in the order of the mixture.
+        encoder_digests: what identifies the weights of each visual expert, by its name, in the order of the mixture.
     """
     data = config.data
     names = (
@@ -38,7 +38,7 @@ def identity(config: Config, sources: Sources, marks: Mapping[str, str]) -> dict
     amounts = {
         name: {
             "bounds": source.bounds,
-            "weights": [of.weight for of in given],
+            "weights": [item.weight for item in given],
             "fingerprint": source.fingerprint,
         }
         if source
@@ -48,20 +48,20 @@ def identity(config: Config, sources: Sources, marks: Mapping[str, str]) -> dict
     return {
         "run": {"seed": config.run.seed},
         "model": config.model.shape,
-        "vision": _vision(config, marks),
+        "vision": _vision(config, encoder_digests),
         "tokenizer": sources.tokenizer.identity.sha256,
         "data": {name: getattr(data, name) for name in names} | amounts,
         "training": {"precision": config.training.precision, "train": config.training.train},
     }
 
 
-def _vision(config: Config, marks: Mapping[str, str]) -> dict[str, Any]:
-    """The frozen experts, and how they are shown pictures."""
-    looks = ("grid", "views", "padding", "skip_padding_views", "resize")
-    return {"experts": dict(marks), **{name: getattr(config.vision, name) for name in looks}}
+def _vision(config: Config, encoder_digests: Mapping[str, str]) -> dict[str, Any]:
+    """Tell which visual experts there are, and how they are shown pictures."""
+    settings = ("grid", "views", "padding", "skip_padding_views", "resize")
+    return {"experts": dict(encoder_digests), **{name: getattr(config.vision, name) for name in settings}}
 
 
-def about(config: Config, layout: ParallelLayout, marks: Mapping[str, str]) -> dict[str, Any]:
+def describe(config: Config, layout: ParallelLayout, encoder_digests: Mapping[str, str]) -> dict[str, Any]:
     """Tell what else a checkpoint says of the run that wrote it.
 
     `layout` is how the run was divided, `encoders` where the frozen weights were, which no checkpoint holds, `config`
@@ -69,7 +69,9 @@ def about(config: Config, layout: ParallelLayout, marks: Mapping[str, str]) -> d
     """
     return {
         "layout": sizes_of(config, layout),
-        "encoders": {item.name: {"path": item.weights, "sha256": marks[item.name]} for item in config.vision.experts},
+        "encoders": {
+            item.name: {"path": item.weights, "sha256": encoder_digests[item.name]} for item in config.vision.experts
+        },
         "config": _plain(config),
     }
 
@@ -107,20 +109,27 @@ def changes(checkpoint: Path, manifest: Mapping[str, Any], config: Config) -> li
         earlier = json.loads(json.dumps(yaml.safe_load(path.read_text())))
     if earlier is None:
         return []
-    return [f"{key}: {one} -> {other}" for key, one, other in differences(earlier, _known_to(earlier, _plain(config)))]
+    now = _known_to(earlier, _plain(config))
+    return [f"{key}: {before} -> {after}" for key, before, after in differences(earlier, now)]
 
 
-def require_trained_as(folder: Path, config: Config, tokenizer: str, marks: Mapping[str, str]) -> None:
-    """Make sure that the newest checkpoint in a folder is of a model, a tokenizer and encoders.
+def require_trained_as(folder: Path, config: Config, tokenizer: str, encoder_digests: Mapping[str, str]) -> None:
+    """Make sure that the newest checkpoint in a folder was trained with a model, a tokenizer and encoders.
+
+    Args:
+        folder: a run folder, or what holds its checkpoints.
+        config: of the model, and of how pictures are shown to its encoders.
+        tokenizer: digest of the tokenizer.
+        encoder_digests: what identifies the weights of each visual expert, by its name, in the order of the mixture.
 
     Raises:
         CheckpointError: there is none, or it is of others.
     """
     path = newest_of(folder)
     made = read_manifest(path)["identity"]
-    here = {"model": config.model.shape, "tokenizer": tokenizer, "vision": in_order(_vision(config, marks))}
+    own = {"model": config.model.shape, "tokenizer": tokenizer, "vision": in_order(_vision(config, encoder_digests))}
     made = {**made, "vision": in_order(made.get("vision", {}))}
-    require_same(str(path), made, here, "take the configuration in its run folder")
+    require_same(str(path), made, own, "take the configuration in its run folder")
 
 
 def _known_to(earlier: Any, values: Any) -> Any:
@@ -131,6 +140,6 @@ def _known_to(earlier: Any, values: Any) -> Any:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    """A configuration as JSON has it."""
+    """Turn a configuration into what JSON holds."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain

@@ -31,7 +31,7 @@ from megatron_sphinx.model.language import build_language
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import train as run
+from megatron_sphinx.run import job
 from megatron_sphinx.sizing.hardware import Efficiency, Flops, Hardware, load
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
@@ -234,7 +234,7 @@ def main(path: Path, target: Path) -> None:
         target: path of the hardware file.
     """
     config = configuration.load(path)
-    platform = run.join(config.run.device, config.run.storage_timeout)
+    platform = job.join(config.run.device, config.run.storage_timeout)
     layout = ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
     measured = measure(config, ProcessGroups.create(layout, platform.backend))
     if dist.get_rank() == 0:

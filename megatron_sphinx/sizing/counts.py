@@ -60,7 +60,7 @@ class TrainingSetup:
 
     @classmethod
     def ours(cls, config: Config, *, is_cuda: bool) -> "TrainingSetup":
-        """Describe how training/deepspeed_engine.py takes a step with this configuration.
+        """Describe how training/engine.py takes a step with this configuration.
 
         Args:
             config: the run.

@@ -1,7 +1,7 @@
 """The most bytes that a rank holds at once, by what holds them. Arithmetic only.
 
 Counted from the code that runs: the activations that activations.py counts, and DeepSpeed's ZeRO-2 as
-training/deepspeed_engine.py sets it up.
+training/engine.py sets it up.
 """
 
 from dataclasses import dataclass

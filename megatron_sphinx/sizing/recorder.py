@@ -21,11 +21,12 @@ aten = torch.ops.aten
 
 
 def _pairs_share(query: Sequence[int], is_causal: bool) -> float:
-    """Of all pairs of positions, those that attention takes."""
+    """Compute the share of all pairs of positions that attention takes."""
     return (1 + 1 / query[-2]) / 2 if is_causal else 1.0
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, _dropout: float = 0.0, is_causal: bool = False) -> float:
+    """Count the FLOPs of attention, forward."""
     whole: int = sdpa_flop_count(query.shape, key.shape, value.shape)
     return whole * _pairs_share(query.shape, is_causal)
 
@@ -34,6 +35,7 @@ def _attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, _out: Tensor, _sums: Tensor, _dropout: float,
     is_causal: bool,
 ) -> float:  # fmt: skip
+    """Count the FLOPs of attention, backward."""
     whole: int = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
     return whole * _pairs_share(query.shape, is_causal)
 
@@ -118,7 +120,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def memory_for(self, part: str) -> Iterator[None]:
-        """What is asked for inside is for this part."""
+        """Say that memory which is asked for inside is for this part."""
         before, self.part = self.part, part
         try:
             yield
@@ -132,20 +134,20 @@ class Recorder(TorchDispatchMode):
             self._live[tensor.untyped_storage()._cdata].part = part
 
     def peak(self) -> dict[str, int]:
-        """Bytes by part when most was held since `begin`, the host's left out."""
+        """Give the bytes by part when most was held since `begin`, the host's left out."""
         changes = defaultdict[int, list[tuple[int, str]]](list)
         for block in self._blocks:
             if block.part != HOST:
                 changes[max(block.born, self._start)].append((block.nbytes, block.part))
                 if block.died is not None:
                     changes[block.died].append((-block.nbytes, block.part))
-        now, most = dict[str, int](), dict[str, int]()
+        now, peak = dict[str, int](), dict[str, int]()
         for moment in sorted(changes):
             for nbytes, part in changes[moment]:
                 now[part] = now.get(part, 0) + nbytes
-            if sum(now.values()) > sum(most.values()):
-                most = dict(now)
-        return most
+            if sum(now.values()) > sum(peak.values()):
+                peak = dict(now)
+        return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -165,7 +167,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """A real result of real tensors, else a fake one; what is made of no tensor is real where it is integers."""
+        """Compute real results of real tensors, else fake ones; integers made of no tensor are real too."""
         if FakeTensor in types:
             return self._answer(func, args, kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
@@ -176,7 +178,10 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What depends on numbers that nobody has: a finite value; that nothing was found; as many as the mask says."""
+        """Answer what depends on numbers that nobody has.
+
+        A number is finite, a search finds nothing, and a mask, which is real, selects as many as it says.
+        """
         packet, first = func._overloadpacket, args[0]
         if packet is aten._local_scalar_dense:
             return 1.0 if first.is_floating_point() else False if first.dtype is torch.bool else 0
@@ -188,6 +193,7 @@ class Recorder(TorchDispatchMode):
         return first.new_empty(count) if packet is aten.masked_select else func(*args, **kwargs)
 
     def _note(self, func: Any, args: Any) -> None:
+        """Count a collective; what ZeRO reduces in and was not named yet is memory for reduction."""
         name = func._overloadpacket.__name__
         if name == "barrier":
             return
@@ -205,6 +211,7 @@ class Recorder(TorchDispatchMode):
         self.collectives[key] = (count + 1, total + nbytes)
 
     def _track(self, tensor: Tensor) -> None:
+        """Follow the memory of a tensor from now on until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or tensor.device.type == "meta":  # that is a shape, also in a real run
@@ -216,5 +223,6 @@ class Recorder(TorchDispatchMode):
         finalize(storage, self._free, key)
 
     def _free(self, key: int) -> None:
+        """Note that memory is freed."""
         self._clock += 1
         self._live.pop(key).died = self._clock

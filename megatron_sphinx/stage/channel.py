@@ -24,30 +24,30 @@ Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next mi
 
 
 def shares_of(rounds: Round, encoders: int) -> list[DealtViews]:
-    """Who encodes what of the next micro-batches of all replicas. All views of a run look alike to its encoders."""
+    """Deal the views of the next micro-batches of all replicas; all views of a run cost its encoders the same."""
     return deal([[1.0] * len(views_in(rows)) for rows in rounds], encoders)
 
 
 class FeatureSource(Protocol):
-    """Where a language rank gets the features of its micro-batches, one after the other.
+    """Where a language rank gets the features of its micro-batches, one after the other."""
 
-    Attributes:
-        waiting: the time spent waiting for features so far.
-        received_bytes: bytes of features that came to this replica from encoder ranks so far.
-    """
+    @property
+    def waiting(self) -> Stopwatch:
+        """The time spent waiting for features so far."""
 
-    waiting: Stopwatch
-    received_bytes: int
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of features that came to this replica from encoder ranks so far."""
 
     def prepare(self, count: int) -> None:
-        """Called before each step with its number of micro-batches, by all ranks of a replica together."""
+        """Get ready for a step of so many micro-batches; all ranks of a replica call this, together."""
 
     def next(self) -> Tensor:
-        """Features of this replica's next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
+        """Take the features of the next micro-batch: bf16 [views, feature_values], NaN where an image is bad."""
 
 
 def _spread(parts: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup | None) -> None:
-    """Give every part, which one rank of the group has, to its others."""
+    """Give every part, which one rank of the group has, to the group's other ranks."""
     if dist.get_world_size(group) > 1:
         for part, owner in zip(parts, owners, strict=True):
             dist.broadcast(part, group=group, group_src=owner)
@@ -57,9 +57,9 @@ class FeatureReceiver:
     """The language rank's end: receives are posted `lookahead` micro-batches ahead, so that encoders can run ahead."""
 
     def __init__(self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int) -> None:
-        here = current_platform()
-        self.waiting, self.received_bytes = Stopwatch(here), 0
-        self._rounds, self._groups, self._values, self._device = rounds, groups, values, here.device
+        platform = current_platform()
+        self.waiting, self.received_bytes = Stopwatch(platform), 0
+        self._rounds, self._groups, self._values, self._device = rounds, groups, values, platform.device
         self._posted: deque[tuple[list[DealtViews], list[Tensor], list[dist.Work]]] = deque()
         for _ in range(lookahead):
             self._post()
@@ -80,10 +80,10 @@ class FeatureReceiver:
         self._posted.append((mine, parts, works))
 
     def prepare(self, count: int) -> None:
-        """See FeatureSource: the encoders are at work already."""
+        """Do nothing: the encoders are at work already."""
 
     def next(self) -> Tensor:
-        """See FeatureSource."""
+        """Take the features of the next micro-batch, once they have come, and spread them over the tensor group."""
         shares, parts, works = self._posted.popleft()
         self._post()
         with self.waiting:
@@ -121,13 +121,14 @@ class FeatureSender:
             self._wait_for_oldest()
 
     def _wait_for_oldest(self) -> None:
+        """Wait until the micro-batch that was sent first is taken."""
         for work, _ in self._sent.popleft():
             work.wait()
         current_platform().synchronize()  # NCCL's wait holds back the stream, not this thread
 
 
 def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
-    """Features of views; all NaN where the image is bad, or where the encoders give a NaN for it."""
+    """Encode views: bf16 [views, feature_values], all NaN where the image is bad or the encoders give a NaN for it."""
     read = pixels.result()
     features: Tensor = encoders(read.views)
     lost = features.isnan().any(1)
@@ -138,7 +139,7 @@ def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
 
 
 class ColocatedEncoders:
-    """No encoder ranks: the tensor x pipeline ranks of a replica share its views among them, then gather the features.
+    """Encoders on the language ranks: those of a replica share its views among them, then gather the features.
 
     In a pipeline that is done for all micro-batches of a step before the first: its stages may not wait for each other.
     """
@@ -169,17 +170,17 @@ class ColocatedEncoders:
         self._reading.append((shares, self._pixels.submit(mine) if self._pixels and mine else None))
 
     def prepare(self, count: int) -> None:
-        """See FeatureSource."""
+        """Encode all micro-batches of the step, in a pipeline."""
         if self._groups.layout.config.pipeline > 1:
             features = [self._encode() for _ in range(count)]
             self._ready.extend(features if self._groups.is_first_stage else [])
 
     def next(self) -> Tensor:
-        """See FeatureSource."""
+        """Take the features of the next micro-batch, encoding it unless that is done already."""
         return self._ready.popleft() if self._groups.layout.config.pipeline > 1 else self._encode()
 
     def _encode(self) -> Tensor:
-        """Features of the next micro-batch, on all ranks of the replica."""
+        """Encode the next micro-batch together with all ranks of the replica."""
         shares, pending = self._reading.popleft()
         self._read()
         values, device = self._encoders.config.feature_values, self._encoders.device

@@ -8,7 +8,7 @@ from megatron_sphinx.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """The encoder stage.
+    """How far the encoder stage may run ahead.
 
     Attributes:
         lookahead: micro-batches that the encoders may be ahead of the language model; bounds the memory of both.
@@ -49,7 +49,7 @@ def deal(costs: Sequence[Sequence[float]], encoders: int) -> list[DealtViews]:
         encoders: how many take part.
 
     Returns:
-        Shares in the order of replicas and views; no view is left out, none is empty.
+        What each encoder takes, in the order of replicas and views; no view is left out, and nothing is empty.
     """
     total = sum(map(sum, costs))
     shares: list[DealtViews] = []

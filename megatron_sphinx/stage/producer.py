@@ -1,7 +1,8 @@
 """The life of an encoder rank: read, encode, send, as far ahead as the channel lets it."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
@@ -9,6 +10,20 @@ from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.stage.channel import FeatureSender, Round, encode, shares_of
 from megatron_sphinx.stage.dealing import DealtViews
+
+
+class MicroBatchObserver(Protocol):
+    """Watches the micro-batches of an encoder rank."""
+
+    def micro_batch(self, views: int, read_seconds: float, encode_seconds: float, send_seconds: float) -> None:
+        """Hear of a micro-batch that is encoded and sent.
+
+        Args:
+            views: that this encoder has encoded of it.
+            read_seconds: that the encoder has waited for pixels so far.
+            encode_seconds: that it has encoded so far.
+            send_seconds: that it has waited for the language ranks so far.
+        """
 
 
 def produce(
@@ -21,7 +36,7 @@ def produce(
     sender: FeatureSender,
     lookahead: int,
     progress: Progress,
-    observe: Callable[[int, float, float, float], None] | None = None,
+    observer: MicroBatchObserver | None = None,
 ) -> None:
     """Encode this encoder's shares of every micro-batch, images decoded `lookahead` micro-batches ahead of that.
 
@@ -36,16 +51,16 @@ def produce(
         sender: where features go.
         lookahead: micro-batches whose images are decoded ahead.
         progress: where it notes what it is at.
-        observe: is told of each micro-batch: its views here, and the seconds so far spent waiting for pixels, encoding,
-            and waiting for the language ranks.
+        observer: hears of each micro-batch.
     """
     watches = reads, encodes, sends = [Stopwatch(current_platform()) for _ in range(3)]
     reading: deque[tuple[int, int, list[DealtViews], PendingPixels | None]] = deque()
 
     def read() -> None:
-        if (found := next(rounds, None)) is None:
+        """Begin to decode one more micro-batch, if there is one."""
+        if (upcoming := next(rounds, None)) is None:
             return
-        step, number, ahead = found
+        step, number, ahead = upcoming
         mine = [share for share in shares_of(ahead, encoder_count) if share.encoder == encoder]
         views = [view for s in mine for view in views_in(ahead[s.replica])[s.first : s.first + s.count]]
         reading.append((step, number, mine, pixels.submit(views) if pixels and views else None))
@@ -65,7 +80,7 @@ def produce(
             progress.at(Doing.SENDING, number)
             with sends:
                 sender.send(shares, features.split([share.count for share in shares]))
-        if observe:
-            observe(sum(share.count for share in shares), *(watch.seconds for watch in watches))
+        if observer:
+            observer.micro_batch(sum(share.count for share in shares), *(watch.seconds for watch in watches))
     progress.at(Doing.SENDING)
     sender.drain()

@@ -61,7 +61,7 @@ class Watch:
         self._norms = deque[float](state["norms"], maxlen=config.window)
 
     def state(self) -> dict[str, Any]:
-        """All that later judgements depend on, as plain values."""
+        """Give all that later judgements depend on, as plain values."""
         return {
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
@@ -70,7 +70,7 @@ class Watch:
         }
 
     def fault(self, loss: float, norm: float) -> str:
-        """What is wrong with a step of this loss and gradient norm; empty where it may change the weights."""
+        """Tell what is wrong with a step of this loss and gradient norm; nothing where it may change the weights."""
         if not isfinite(loss):
             return f"loss is {loss}"
         if not isfinite(norm):

@@ -14,7 +14,7 @@ class RankWeights:
 
     Attributes:
         shared: trained ones that all replicas hold.
-        experts: trained ones that only the copies of its experts hold.
+        experts: trained ones of MoE experts, which only the copies of those hold.
         frozen: those that are not trained.
     """
 
@@ -24,7 +24,7 @@ class RankWeights:
 
 
 def projection_weights(vision: VisionConfig, hidden: int) -> int:
-    """Weights of the projections, their norms, the tags and the skip token."""
+    """Count the weights of the projections, their norms, the tags and the skip token."""
     widths = [vision.channels] + ([vision.qformer.channels] if vision.qformer else [])
     return sum(width * hidden + 3 * hidden for width in widths) + (2 + vision.has_skip_token) * hidden
 
@@ -32,7 +32,7 @@ def projection_weights(vision: VisionConfig, hidden: int) -> int:
 def rank_weights(
     model: LanguageConfig, vision: VisionConfig | None, layout: ParallelLayout, stage: int, train: str
 ) -> RankWeights:
-    """Weights on a rank of a pipeline stage, the vocabulary padded.
+    """Count the weights on a rank of a pipeline stage, the vocabulary padded.
 
     Args:
         model: the language model.
@@ -64,7 +64,7 @@ def rank_weights(
 
 
 def zero2_bytes(weights: RankWeights, layout: ParallelLayout, *, precision: str) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on one rank under ZeRO-2, alignment of partitions left out.
+    """Count the bytes of weights, gradients and optimizer on one rank under ZeRO-2, partitions not aligned.
 
     Weights and whole gradients are 2 bytes each in bf16, 4 in fp32; a partition of the gradient 4; the optimizer 12,
     for the fp32 weight and two moments. In a pipeline the gradients stay whole until the schedule has ended. Frozen

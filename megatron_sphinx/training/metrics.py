@@ -39,7 +39,7 @@ class Reporter:
         self._seconds: deque[float] = deque(maxlen=50)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Record one step.
+        """Record one step in all files, and print the progress now and then.
 
         Raises:
             FolderError: the disk is full, or the folder is another job's.
@@ -67,6 +67,7 @@ class Reporter:
         say(f"step {line['step'] + 1} is skipped: {line['reason']}; its samples are in skipped.jsonl")
 
     def _progress(self, line: dict[str, Any]) -> str:
+        """Make the progress line of a step."""
         left = (self.steps - 1 - line["step"]) * sum(self._seconds) / len(self._seconds)
         text = time.strftime("%H:%M:%S", time.gmtime(left))
         return (
@@ -85,6 +86,7 @@ class Reporter:
 
 
 def _shown(value: float | None, digits: int = 4) -> str:
+    """Write a number, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -112,7 +114,7 @@ def _cut_back(path: Path, start: int) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
+    """Read the lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -141,6 +143,7 @@ def plot(metrics: Path, target: Path) -> None:
 
 
 def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+    """Average each value with those before it, each of which weighs `keep` times the next."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep

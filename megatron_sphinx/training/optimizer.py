@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sphinx.errors import ConfigError
 
-EXPERTS = "experts"  # the name of the group of experts' weights
+EXPERTS = "experts"  # the name of the group of MoE experts' weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class OptimizerConfig:
         learning_rate: the highest one, reached after the warm-up.
         minimum_learning_rate: where the cosine ends, at the last step.
         warmup_steps: steps of linear rise from 0.
-        warmup_epochs: the same in passes over the pairs or conversations; both add up.
+        warmup_epochs: passes over the pairs or conversations of linear rise; added to warmup_steps.
         weight_decay: on matrices only; none on norms, biases and tags.
         beta1, beta2, epsilon: of AdamW.
         gradient_clip: largest global norm of the gradient; 0 for no limit.
@@ -43,7 +43,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step `step` (counted from 0) of `steps`: linear warm-up, then half a cosine."""
+    """Compute the rate of step `step` (counted from 0) of `steps`: linear warm-up, then half a cosine."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
@@ -52,7 +52,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def parameter_groups(model: Any, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable weights in groups: matrices, which decay, vectors, which do not, and experts' matrices.
+    """Sort the trainable weights into groups: matrices, which decay, vectors, which do not, and MoE experts' matrices.
 
     Experts have fewer or more copies than other weights; DeepSpeed knows their group by `moe` and its name.
     """

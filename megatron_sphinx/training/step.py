@@ -1,7 +1,7 @@
 """One optimizer step: every micro-batch forward and backward, one global count of tokens, one update."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 import torch
@@ -15,48 +15,9 @@ from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.sphinx import routing_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.stage.channel import FeatureSource
-from megatron_sphinx.training.deepspeed_engine import Engine
-
-
-@dataclass
-class Sums:
-    """What is summed over the micro-batches and replicas of a step.
-
-    Losses are in nats; `stop`, `failed` and `bad_data` count ranks; the seconds are those of the rank that waited
-    longest; `data_wait_rank` is the one that waited longest for data.
-    """
-
-    loss_pairs: float = 0.0
-    loss_text: float = 0.0
-    targets_pairs: float = 0.0
-    targets_text: float = 0.0
-    bad_pairs: float = 0.0
-    feature_bytes: float = 0.0
-    balance: float = 0.0
-    stop: float = 0.0
-    failed: float = 0.0
-    bad_data: float = 0.0
-    exposed_encoder_seconds: float = 0.0
-    data_wait_seconds: float = 0.0
-    data_wait_rank: float = 0.0
-
-    def over(self, groups: ProcessGroups, device: torch.device) -> "Sums":
-        """The sums over all replicas, the same on every language rank: the ranks must agree on what to do next.
-
-        The tensor ranks of a replica know the same, so the first speaks for all; but a signal may have come to any,
-        and each waits and routes for itself.
-        """
-        own = ("balance", "stop", "failed", "exposed_encoder_seconds", "data_wait_seconds")
-        names = [field.name for field in fields(self)]
-        mine = [getattr(self, name) if groups.seat.tensor == 0 or name in own else 0.0 for name in names]
-        everyone = torch.empty(groups.layout.language, len(mine), dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(
-            everyone, torch.tensor([mine], dtype=torch.float64, device=device), group=groups.language
-        )
-        sums, most = everyone.sum(0).tolist(), everyone.amax(0).tolist()
-        whole = Sums(**{name: most[n] if name.endswith("seconds") else sums[n] for n, name in enumerate(names)})
-        whole.data_wait_rank = int(everyone[:, names.index("data_wait_seconds")].argmax())
-        return whole
+from megatron_sphinx.training.divergence import Watch
+from megatron_sphinx.training.engine import Engine
+from megatron_sphinx.training.sums import Sums
 
 
 @dataclass(frozen=True)
@@ -92,65 +53,138 @@ def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor]:
     return features.masked_fill(bad_views[:, None], 0.0), bad_pairs
 
 
-@dataclass
-class Forward:
-    """Computes micro-batches one after the other, on one stage of the pipeline, and keeps what they report.
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What every step of one language rank is computed with.
 
     Attributes:
-        planned: what the loss is divided by: the step's target tokens, text ones by `text_weight`.
-        weight: of a token in the routers' losses.
-        sums: loss of pairs and of text, their targets, bad pairs: float64 [5]; zeros before the last stage.
-        suspects: micro-batches, each with its loss.
+        engine: holds the model, its gradient and its optimizer.
+        features: where the pictures' features come from; None on a rank that needs none.
+        groups: the rank's process groups.
+        device: where the rank computes.
+        watch: judges losses and gradient norms.
+        progress: where the rank notes what it is at.
+        text_weight: what a target of text weighs; one of a pair weighs 1.
+        layers: of the whole model where it has MoE experts, else 0.
     """
 
     engine: Engine
     features: FeatureSource | None
     groups: ProcessGroups
     device: torch.device
-    text_weight: float
-    planned: float
-    weight: float
-    has_experts: bool
+    watch: Watch
     progress: Progress
+    text_weight: float
+    layers: int
+
+    @property
+    def feature_wait_seconds(self) -> float:
+        """Seconds that this rank has waited for features so far."""
+        return self.features.waiting.seconds if self.features else 0.0
+
+    def step(
+        self, plan: StepPlan, batches: Sequence[MicroBatch], *, rate: float, known: Sums | None = None
+    ) -> StepReport:
+        """Update the weights once from a step's micro-batches, unless there is a fault in loss or gradient norm.
+
+        Each target token of the step weighs the same (text ones by `text_weight`), wherever it is computed: token
+        losses are summed and divided once, by a count that follows from the plan. Where images could not be read, the
+        gradient is scaled afterwards to the count that is left.
+
+        Args:
+            plan: what the step is made of.
+            batches: this replica's micro-batches, on the device.
+            rate: the learning rate.
+            known: what this rank knows already: whether it was asked to stop, how long it waited for data.
+        """
+        engine, planned = self.engine, self._targets(plan.targets(of_samples=True), plan.targets(of_samples=False))
+        waited, received = self.feature_wait_seconds, self.features.received_bytes if self.features else 0
+        forward = Forward(self, planned, engine.loss_scale / plan.positions)
+        if self.features is not None:
+            self.features.prepare(len(batches))
+        engine.backward(forward, batches)
+        self.progress.at(Doing.COUNTING)
+        own = replace(known or Sums(), **forward.loss_sums(), balance=forward.balance())
+        if self.features is not None:
+            own.feature_bytes = self.features.received_bytes - received
+            own.exposed_encoder_seconds = self.feature_wait_seconds - waited
+        whole = own.over_ranks(self.groups, self.device)
+        targets = self._targets(whole.targets_pairs, whole.targets_text)
+        loss = (whole.loss_pairs + self.text_weight * whole.loss_text) / max(targets, 1.0)
+        factor = planned / targets if whole.bad_pairs and targets else 1.0
+        norm = engine.gradient_norm() * factor
+        self.progress.at(Doing.UPDATING)
+        samples: tuple[list[int], list[int]] = ([], [])
+        if fault := self.watch.fault(loss, norm):
+            engine.discard()
+            samples = _suspects(forward.suspects, self.groups, is_spike=isfinite(norm))
+        else:
+            engine.update(rate, norm, factor)
+        whole.balance /= engine.loss_scale * max(self.layers, 1)
+        return StepReport(loss, whole, norm, forward.load(), fault, samples)
+
+    def _targets(self, pairs: float, text: float) -> float:
+        """Count targets of both streams, text ones by their weight."""
+        return pairs + self.text_weight * text
+
+
+@dataclass
+class Forward:
+    """Computes micro-batches one after the other, on one stage of the pipeline, and keeps what they report.
+
+    Attributes:
+        trainer: what the step is computed with.
+        planned: what the loss is divided by: the step's target tokens, text ones by their weight.
+        router_weight: what each token weighs in the routers' losses.
+        sums: loss of pairs and of text, their targets, bad pairs: float64 [5]; zeros before the last stage.
+        suspects: micro-batches, each with its loss.
+        routings: what the routers have found, micro-batch by micro-batch.
+    """
+
+    trainer: Trainer
+    planned: float
+    router_weight: float
     sums: Tensor = field(init=False)
-    suspects: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
-    routings: list[Routing] = field(default_factory=list)
+    suspects: list[tuple[MicroBatch, Tensor]] = field(default_factory=list, init=False)
+    routings: list[Routing] = field(default_factory=list, init=False)
     _number: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.trainer.device)
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        """This stage's output; on the last stage the loss, so divided that those of all micro-batches add up."""
+        """Compute this stage's output; on the last one the loss, so divided that those of all micro-batches add up."""
+        trainer, groups = self.trainer, self.trainer.groups
         self._number += 1
-        self.progress.at(Doing.COMPUTING, self._number)
-        features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=self.device)
-        if self.groups.is_first_stage:
-            assert self.features is not None
-            features, bad = mask_bad(batch, self.features.next())
+        trainer.progress.at(Doing.COMPUTING, self._number)
+        features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=trainer.device)
+        if groups.is_first_stage:
+            assert trainer.features is not None
+            features, bad = mask_bad(batch, trainer.features.next())
         self._tell_last_stage(bad)
-        routing = routing_of(batch, self.weight) if self.has_experts else None
+        routing = routing_of(batch, self.router_weight) if trainer.layers else None
         if routing is not None:
             self.routings.append(routing)
-        out: Tensor = self.engine.model(batch, features, routing)
-        return self._loss(batch, out, bad) if self.groups.is_last_stage else out
+        out: Tensor = trainer.engine.model(batch, features, routing)
+        return self._loss(batch, out, bad) if groups.is_last_stage else out
 
     def _tell_last_stage(self, bad: Tensor) -> None:
         """Hand what the first stage knows of bad pairs to the last one."""
-        stages = self.groups.layout.config.pipeline
+        groups = self.trainer.groups
+        seat, layout, stages = groups.seat, groups.layout, groups.layout.config.pipeline
         if stages == 1 or not len(bad):
             return
-        seat, layout = self.groups.seat, self.groups.layout
-        if self.groups.is_first_stage:
+        if groups.is_first_stage:
             flags = bad.to(torch.uint8)
             last = layout.rank_of(data=seat.data, tensor=seat.tensor, pipeline=stages - 1)
-            self.engine.keep(dist.isend(flags, last, group=self.groups.flags), flags)
-        elif self.groups.is_last_stage:
+            self.trainer.engine.keep(dist.isend(flags, last, group=groups.flags), flags)
+        elif groups.is_last_stage:
             flags = torch.empty_like(bad, dtype=torch.uint8)
-            dist.recv(flags, layout.rank_of(data=seat.data, tensor=seat.tensor), group=self.groups.flags)
+            dist.recv(flags, layout.rank_of(data=seat.data, tensor=seat.tensor), group=groups.flags)
             bad.copy_(flags)
 
     def _loss(self, batch: MicroBatch, losses: Tensor, bad: Tensor) -> Tensor:
+        """Add up the losses of a micro-batch, those of bad pairs left out."""
         is_bad = torch.cat([bad, bad.new_zeros(1)])  # text points at the last, never bad
         pair = batch.sample_of_token[batch.target_positions]
         of_pairs, of_text = (pair >= 0) & ~is_bad[pair], pair < 0
@@ -158,92 +192,49 @@ class Forward:
         counts = [pairs.detach(), text.detach(), of_pairs.sum(), of_text.sum(), bad.sum()]
         self.sums += torch.stack([value.double() for value in counts])
         self.suspects.append((batch, (pairs + text).detach()))
-        return (pairs + self.text_weight * text) / self.planned
+        return (pairs + self.trainer.text_weight * text) / self.planned
+
+    def loss_sums(self) -> dict[str, float]:
+        """Give what `sums` holds by the names that `Sums` has for it."""
+        names = ("loss_pairs", "loss_text", "targets_pairs", "targets_text", "bad_pairs")
+        return dict(zip(names, self.sums.tolist(), strict=True))
 
     def balance(self) -> float:
-        """This rank's part of the balance loss of its layers, before the coefficient."""
-        found = [value for routing in self.routings for value in routing.balance.values()]
-        return float(torch.stack(found).sum()) if found else 0.0
+        """Add up the balance losses of this rank's layers, before the coefficient."""
+        losses = [value for routing in self.routings for value in routing.balance.values()]
+        return float(torch.stack(losses).sum()) if losses else 0.0
 
-    def load(self, layers: int) -> Tensor | None:
-        """Tokens that each expert took in this step, over all ranks: int64 [layers, text and image, experts]."""
-        if not self.has_experts:
+    def load(self) -> Tensor | None:
+        """Count the tokens that each expert took in this step, over all ranks: int64 [layers, text and image, experts].
+
+        None without experts.
+        """
+        trainer, load = self.trainer, None
+        if not trainer.layers:
             return None
-        load: Tensor | None = None
         for routing in self.routings:
             for layer, counts in routing.load.items():
-                load = (
-                    torch.zeros(layers, *counts.shape, dtype=torch.int64, device=self.device) if load is None else load
-                )
+                if load is None:
+                    load = torch.zeros(trainer.layers, *counts.shape, dtype=torch.int64, device=trainer.device)
                 load[layer - 1] += counts
         assert load is not None
-        dist.all_reduce(load, group=self.groups.language)
+        dist.all_reduce(load, group=trainer.groups.language)
         return load
-
-
-def train_step(
-    engine: Engine,
-    plan: StepPlan,
-    batches: Sequence[MicroBatch],
-    features: FeatureSource | None,
-    groups: ProcessGroups,
-    *,
-    text_weight: float,
-    rate: float,
-    device: torch.device,
-    fault: Callable[[float, float], str],
-    progress: Progress,
-    layers: int = 0,
-    known: Sums | None = None,
-) -> StepReport:
-    """Update the weights once from the step's micro-batches, unless `fault` finds one in loss and gradient norm.
-
-    Each target token of the step weighs the same (text ones by `text_weight`), wherever it is computed: token losses
-    are summed and divided once, by a count that follows from the plan. Where images could not be read, the gradient
-    is scaled afterwards to the count that is left.
-
-    `layers` are those of the whole model where it has experts, else 0; `known` is what this rank knows already:
-    whether it was asked to stop, how long it waited for data. It notes in `progress` what it is at.
-    """
-    planned = plan.targets(of_samples=True) + text_weight * plan.targets(of_samples=False)
-    waited, received = (features.waiting.seconds, features.received_bytes) if features else (0.0, 0)
-    weight = engine.loss_scale / plan.positions
-    forward = Forward(engine, features, groups, device, text_weight, planned, weight, layers > 0, progress)
-    if features is not None:
-        features.prepare(len(batches))
-    engine.backward(forward, batches)
-    progress.at(Doing.COUNTING)
-    names = ("loss_pairs", "loss_text", "targets_pairs", "targets_text", "bad_pairs")
-    mine = replace(known or Sums(), **dict(zip(names, forward.sums.tolist(), strict=True)), balance=forward.balance())
-    if features is not None:
-        mine.feature_bytes = features.received_bytes - received
-        mine.exposed_encoder_seconds = features.waiting.seconds - waited
-    whole = mine.over(groups, device)
-    actual = whole.targets_pairs + text_weight * whole.targets_text
-    loss = (whole.loss_pairs + text_weight * whole.loss_text) / max(actual, 1.0)
-    factor = planned / actual if whole.bad_pairs and actual else 1.0
-    norm = engine.gradient_norm() * factor
-    progress.at(Doing.UPDATING)
-    samples: tuple[list[int], list[int]] = ([], [])
-    if found := fault(loss, norm):
-        engine.discard()
-        samples = _suspects(forward.suspects, groups, is_spike=isfinite(norm))
-    else:
-        engine.update(rate, norm, factor)
-    whole.balance /= engine.loss_scale * max(layers, 1)
-    return StepReport(loss, whole, norm, forward.load(layers), found, samples)
 
 
 def _suspects(
     losses: Sequence[tuple[MicroBatch, Tensor]], groups: ProcessGroups, *, is_spike: bool
 ) -> tuple[list[int], list[int]]:
-    """Pairs and text documents of the micro-batch with the highest loss, or else of all whose loss is not finite."""
+    """List pairs and text documents of the micro-batch with the highest loss, or else of all whose loss is not finite.
+
+    Every language rank calls this, together.
+    """
     mine = [
         (float(loss) / max(int((batch.targets >= 0).sum()), 1), batch.samples, batch.documents)
         for batch, loss in losses
     ]
     everyone = [mine] * groups.layout.language
     dist.all_gather_object(everyone, mine, group=groups.language)
-    found = [item for part in everyone for item in part]
-    suspects = [max(found)] if is_spike else [item for item in found if not isfinite(item[0])]
+    batches = [batch for of_rank in everyone for batch in of_rank]
+    suspects = [max(batches)] if is_spike else [batch for batch in batches if not isfinite(batch[0])]
     return sorted({p for _, pairs, _ in suspects for p in pairs}), sorted({d for *_, own in suspects for d in own})

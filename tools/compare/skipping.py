@@ -64,15 +64,15 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"data.pairs={make_pairs(folder, Tokenizer(data.tokenizer))}",
         *args.overrides,
     ]
-    how = sweep.Measurement(
+    measurement = sweep.Measurement(
         config=args.config, overrides=tuple(overrides), ranks=args.ranks, steps=args.steps, warmup=args.warmup,
         repeats=args.repeats, folder=folder / "benchmark",
     )  # fmt: skip
     speeds = ("samples_per_second", "step_seconds", "exposed_encoder_share")
     rows = {
         name: {speed: point[speed] for speed in speeds}
-        | {f"{what}_per_step": point["work"][what] for what in ("views", "positions")}
-        for name, point in sweep.compare(how, VARIANTS).items()
+        | {f"{amount}_per_step": point["work"][amount] for amount in ("views", "positions")}
+        for name, point in sweep.compare(measurement, VARIANTS).items()
     }
     ratio = rows["skipping"]["samples_per_second"] / rows["all views"]["samples_per_second"]
     return {
@@ -85,7 +85,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison, readable."""
+    """Lay out the comparison as text."""
     head = f"{'':12}{'samples/s':>11}{'s/step':>9}{'views/step':>12}{'positions/step':>16}{'waiting for features':>22}"
     rows = [
         f"{name:12}{row['samples_per_second']:11.1f}{row['step_seconds']:9.3f}{row['views_per_step']:12,.0f}"

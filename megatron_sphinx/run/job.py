@@ -1,0 +1,163 @@
+"""How the ranks of a job meet, and what each of them has from then on: platform, groups, data, plan, liveness."""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_sphinx.config import Config
+from megatron_sphinx.console import say
+from megatron_sphinx.data.content import Memory, Scan
+from megatron_sphinx.data.pixels import PixelLoader
+from megatron_sphinx.data.plan import Planner
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
+from megatron_sphinx.device import Platform
+from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.liveness.progress import Progress
+from megatron_sphinx.liveness.stop import StopSignal
+from megatron_sphinx.lock import Hold
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.parallel import devices
+from megatron_sphinx.parallel.groups import ProcessGroups, agree
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What every rank of a running job has.
+
+    Attributes:
+        config: of the run, its epochs counted in steps.
+        platform: what the rank computes on.
+        groups: the rank's process groups.
+        sources: the opened data.
+        planner: plans every step, the same on every rank.
+        progress: where the rank notes what it is at.
+        stop: whether the job was asked to stop.
+        hold: the run folder in this job's hands; None where nothing is written there.
+        scan: on the first rank, what reads data whose content nothing knows, while the steps go on.
+    """
+
+    config: Config
+    platform: Platform
+    groups: ProcessGroups
+    sources: Sources
+    planner: Planner
+    progress: Progress = field(default_factory=Progress)
+    stop: StopSignal = field(default_factory=StopSignal)
+    hold: Hold | None = None
+    scan: Scan | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, as the configuration names it."""
+        return Path(self.config.run.folder)
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.groups.seat.rank == 0
+
+    def pixels(self) -> PixelLoader | None:
+        """Open what reads this rank's images, if the run has any."""
+        if self.sources.samples is None:
+            return None
+        data = self.config.data
+        quarantine = self.folder / "quarantine.jsonl"
+        return PixelLoader(self.sources.samples, self.config.vision, workers=data.workers, quarantine=quarantine)
+
+    def encoders(self) -> FrozenEncoders:
+        """Load the frozen encoders, in bf16 where that is fast."""
+        dtype = torch.bfloat16 if self.platform.is_bf16_fast else torch.float32
+        return FrozenEncoders(self.config.vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
+
+
+def find_place() -> tuple[int, int]:
+    """Find rank and world, as torchrun says them, or srun, or alone; set them for the libraries that read them again.
+
+    Raises:
+        ConfigError: Slurm has started several ranks that do not know of each other.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    if tasks > 1 and not {"MASTER_ADDR", "WORLD_SIZE"} & os.environ.keys():
+        raise ConfigError(
+            f"SLURM_NTASKS={tasks}: the ranks have nowhere to meet, each would train alone; start them by "
+            f"slurm/train.sbatch or torchrun, or export MASTER_ADDR and MASTER_PORT; for one rank set WORLD_SIZE=1"
+        )
+    names = {"RANK": ("SLURM_PROCID", "0"), "WORLD_SIZE": ("SLURM_NTASKS", "1"), "LOCAL_RANK": ("SLURM_LOCALID", "0")}
+    for name, (slurm_name, alone) in names.items():
+        os.environ.setdefault(name, os.environ.get(slurm_name, alone) if "MASTER_ADDR" in os.environ else alone)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def join(device: str, timeout_seconds: float) -> Platform:
+    """Meet the other ranks, agree with them on what to compute on, and join the job's process group.
+
+    Args:
+        device: run.device.
+        timeout_seconds: how long a rank may wait for others, here and in collectives of the world.
+
+    Raises:
+        ConfigError: a rank lacks the device; on all ranks.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    timeout = timedelta(seconds=timeout_seconds)
+    store: Store = HashStore() if world == 1 else next(rendezvous("env://", timeout=timeout))[0]
+    platform, note = devices.choose(device, store, rank, world)
+    if note and rank == 0:
+        say(note)
+    if not dist.is_initialized():
+        world_store = PrefixStore("default_pg", store)
+        dist.init_process_group(platform.backend, store=world_store, rank=rank, world_size=world, timeout=timeout)
+    return platform
+
+
+def open_run(
+    config: Config,
+    platform: Platform,
+    groups: ProcessGroups,
+    *,
+    progress: Progress | None = None,
+    stop: StopSignal | None = None,
+    hold: Hold | None = None,
+) -> RankContext:
+    """Take the run folder and open the data, on all ranks or on none.
+
+    The first rank also compares the data's files with their indexes.
+
+    Raises:
+        SphinxError: another job holds the folder, or data is missing or damaged; on all ranks.
+    """
+
+    def work() -> RankContext:
+        """Do what may fail on one rank alone."""
+        if hold:
+            hold.take()
+        sources = open_sources(config.data, config.model)
+        scan = None
+        if groups.seat.rank == 0:
+            memory = Memory(Path(config.run.folder) / "content")
+            sources.check(memory)
+            scan = sources.scan(memory)
+        planner = make_planner(
+            config.data, sources, config.model, config.vision,
+            replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
+        )  # fmt: skip
+        return RankContext(
+            config.counted(sources.samples.bounds[-1] if sources.samples else 0),
+            platform,
+            groups,
+            sources,
+            planner,
+            progress or Progress(),
+            stop or StopSignal(),
+            hold,
+            scan,
+        )
+
+    return agree(work)

@@ -1,0 +1,161 @@
+"""The start of a run as a list of phases, which the ranks of all roles take together, one after the other.
+
+Every phase is a method of `Role`. All ranks take it, wait for each other, fail together where one of them fails, and
+hear what each has to tell. A role for which a phase means nothing inherits a method that does nothing: so no role
+can miss a collective, whatever is added to the list.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron_sphinx.parallel.groups import agree
+from megatron_sphinx.run import banner
+from megatron_sphinx.run.banner import Holding
+from megatron_sphinx.run.job import RankContext
+from megatron_sphinx.run.observer import Observer
+
+
+class StopNews(NamedTuple):
+    """Whether a rank knows that the job was asked to stop, and by what."""
+
+    has_come: bool
+    reason: str
+
+
+class Role:
+    """The life of one rank: the phases of its start, then `run`.
+
+    Each phase returns what this rank tells all others, small and picklable.
+
+    Args:
+        context: what the rank has.
+        observer: watches the rank.
+
+    Attributes:
+        told: by phase, what each rank told in it, in the order of ranks.
+    """
+
+    def __init__(self, context: RankContext, observer: Observer | None = None) -> None:
+        self.context, self.observer = context, observer
+        self.told: dict[str, list[Any]] = {}
+
+    def run(self) -> bool:
+        """Do the work of the rank once the start is done; whether the run came to its end as far as this rank knows."""
+        raise NotImplementedError
+
+    # the phases
+
+    def hear_of_stop(self) -> StopNews:
+        """Tell whether this rank was asked to stop; what the first rank has heard holds for all."""
+        return StopNews(self.context.stop.has_come, self.context.stop.reason)
+
+    def load_encoders(self) -> Any:
+        """Load the frozen encoders, where this rank encodes."""
+
+    def build_model(self) -> Any:
+        """Build the shard of the language model that this rank has."""
+
+    def introduce(self) -> Holding:
+        """Tell what this rank is for, and what weights it holds."""
+        raise NotImplementedError
+
+    def say_start(self) -> Any:
+        """Say on the first rank what everyone holds, and what the first step is made of."""
+        if self.context.is_first_rank:
+            banner.say_start(self.context, self.told["introduce"])
+
+    def build_engine(self) -> Any:
+        """Put the model under its optimizer."""
+
+    def choose_state(self) -> Any:
+        """Find what the run goes on from, or begins with, and check that it fits."""
+
+    def load_state(self) -> Any:
+        """Load what was found."""
+
+    def clear_the_way(self) -> Any:
+        """Move what stands in the way of the steps to come."""
+
+    def tell_first_step(self) -> int | None:
+        """Tell the step that the run begins at, where this rank knows it."""
+        return None
+
+    def begin_observing(self) -> Any:
+        """Let the observer, if there is one, begin on all ranks together."""
+        if self.observer:
+            self.observer.begin(self.context)
+
+    def open_reports(self) -> Any:
+        """Open the files that the steps are reported in."""
+
+    # what was told
+
+    @property
+    def first_step(self) -> int:
+        """The step that the run begins at, as the first rank told it."""
+        step: int = self.told["tell_first_step"][0]
+        return step
+
+    @property
+    def encoder_digests(self) -> dict[str, str]:
+        """What identifies the weights of each visual expert, by its name, from a rank that holds them."""
+        return next(holding.encoders for holding in self.told["introduce"] if holding.encoders)
+
+    @property
+    def stop_news(self) -> StopNews:
+        """What the first rank has last told of being asked to stop; by then it has heard of the others' signals."""
+        news: StopNews = self.told.get("hear_of_stop", [StopNews(False, "")])[0]
+        return news
+
+
+START: tuple[Callable[[Any], Any], ...] = (
+    Role.hear_of_stop,
+    Role.load_encoders,
+    Role.build_model,
+    Role.introduce,
+    Role.say_start,
+    Role.build_engine,
+    Role.choose_state,
+    Role.load_state,
+    Role.clear_the_way,  # when nothing can fail any more: until then all stays as it is
+    Role.tell_first_step,
+    Role.hear_of_stop,  # once more: what is before it may take minutes
+    Role.begin_observing,
+    Role.open_reports,
+)
+
+
+def start(role: Role) -> bool:
+    """Take all phases of the start; False where the job was asked to stop meanwhile.
+
+    Raises:
+        TypeError: the role lacks a phase; before the first one, since others would wait for this rank in it.
+        SphinxError: a phase failed for the user's reasons, on any rank.
+    """
+    names = [phase.__name__ for phase in START]
+    if lacking := [name for name in names if not hasattr(role, name)]:
+        raise TypeError(f"{type(role).__name__} lacks {lacking} of the phases of a start; give Role a default")
+    for name in names:  # a role's own method of that name, where it has one
+        role.told[name] = take(getattr(role, name))
+        if role.stop_news.has_come:
+            role.context.stop.ask(role.stop_news.reason)
+            banner.note_early_stop(role.context, role.stop_news.reason)
+            return False
+    return True
+
+
+def take(phase: Callable[[], Any]) -> list[Any]:
+    """Take a phase together with all other ranks.
+
+    Returns:
+        What each rank tells, in the order of ranks.
+
+    Raises:
+        SphinxError: the phase failed for the user's reasons, on any rank.
+    """
+    own = agree(phase)
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
