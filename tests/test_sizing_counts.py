@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.run import loop
 from megatron_sphinx.sizing import counts
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.training.step import Trainer
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,15 @@ def test_bytes_of_collectives(run_ranks, tiny, tmp_path, monkeypatch, overrides)
     work, _ = work_of(config)
     planned = counts.communication(TrainingSetup.ours(config, is_cuda=False), layout, work)
     steps: list[Counter[str]] = []
-    train_step = loop.train_step
+    take_step = Trainer.step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         with CountBytes() as counts:
-            report = train_step(*args, **kwargs)
+            report = take_step(*args, **kwargs)
         steps.append(counts.found)
         return report
 
-    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(Trainer, "step", counted)
 
     def check() -> None:
         assert main(["train", str(path)]) == 0
