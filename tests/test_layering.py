@@ -17,6 +17,7 @@ OWNERS = {
     "timm": {"model/encoders.py"},
     "transformers": {"model/encoders.py"},
     "fsspec": {"data/files.py"},
+    "megatron.core.datasets": {"data/text.py", "prepare/text.py"},
     "pymupdf": {"prepare/pdf.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
