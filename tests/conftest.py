@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from threading import RLock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the ranks of a test are more than a machine's GPUs
 
@@ -27,6 +28,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch._C._distributed_c10d import TCPStore
 from torch.utils import tensorboard  # noqa: F401
+from tqdm import tqdm
 
 import megatron_sphinx.device  # noqa: F401
 from megatron_sphinx.__main__ import main
@@ -41,6 +43,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: F401
 
 torch.set_num_threads(1)  # a process that has started threads must not fork
+tqdm.set_lock(RLock())  # its own lock is shared with what is forked: a rank killed while it holds it stops all others
 TOOLS = Path(__file__).parents[1] / "tools"
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")
 

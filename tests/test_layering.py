@@ -19,6 +19,7 @@ OWNERS = {
     "timm": {"model/visual_experts.py", "model/expert_files.py"},
     "transformers": {"model/visual_experts.py"},
     "fsspec": {"data/files.py"},
+    "megatron.core.datasets": {"data/text.py", "prepare/text.py"},
     "pymupdf": {"prepare/pdf.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
