@@ -405,7 +405,7 @@ def test_a_shard_that_is_not_the_indexed_one_is_refused(tiny, copied):
 
 def test_an_index_that_is_missing_or_damaged_is_refused(tiny, copied, tmp_path):
     folder, _ = copied
-    with pytest.raises(DataError, match=r"No such file or directory; make the index by tools/prepare_pairs.py"):
+    with pytest.raises(DataError, match=r"No such file or directory; make the index by megatron-sphinx prepare pairs"):
         SampleIndex([tmp_path / "nowhere"])
     content = (folder / "samples.bin").read_bytes()
     (folder / "samples.bin").write_bytes(content[:-40])
@@ -621,7 +621,7 @@ def test_token_files_that_are_missing_or_damaged_are_refused(tiny, tmp_path):
     with pytest.raises(DataError, match="is not an index of tokens"):
         TokenFile(tmp_path / "t")
     (tmp_path / "t.idx").unlink()
-    with pytest.raises(DataError, match=r"t\.idx is missing; make it by tools/prepare_text.py"):
+    with pytest.raises(DataError, match=r"t\.idx is missing; make it by megatron-sphinx prepare text"):
         TokenFile(tmp_path / "t")
     write_text([tiny.folder / "text.jsonl"], tmp_path / "out", tiny.tokenizer)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -633,7 +633,9 @@ def test_token_files_that_are_missing_or_damaged_are_refused(tiny, tmp_path):
     with pytest.raises(DataError, match=r"damaged index\.json"):
         TextIndex([tmp_path / "out"])
     (tmp_path / "out" / "index.json").unlink()
-    with pytest.raises(DataError, match=r"index\.json: No such file or directory; make it by tools/prepare_text"):
+    with pytest.raises(
+        DataError, match=r"index\.json: No such file or directory; make it by megatron-sphinx prepare text"
+    ):
         TextIndex([tmp_path / "out"])
 
 

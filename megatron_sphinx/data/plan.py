@@ -53,10 +53,10 @@ class DataConfig:
     """The two streams, of samples and of text, and what a step takes of each.
 
     Attributes:
-        pairs: folders of indexes of image-text pairs (tools/prepare_pairs.py): one path, or a list of paths or of
-            {path, weight}.
-        conversations: the same of conversations (tools/prepare_conversations.py); instead of pairs.
-        text: the same of text: folders (tools/prepare_text.py), or prefixes of Megatron's .bin and .idx.
+        pairs: folders of indexes of image-text pairs (megatron-sphinx prepare pairs): one path, or a list of
+            paths or of {path, weight}.
+        conversations: the same of conversations (megatron-sphinx prepare conversations); instead of pairs.
+        text: the same of text: folders (megatron-sphinx prepare text), or prefixes of Megatron's .bin and .idx.
         tokenizer: the sentencepiece model that all were made with.
         pairs_per_step: image-text pairs in every optimizer step.
         conversations_per_step: conversations in every optimizer step, with an image or without.
