@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status: 1 where something required is broken."""
     page = Page()
     config = _configuration(args)
-    variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)}
+    variables = {name: os.environ[name] or "(empty)" for name in sorted(os.environ) if name.startswith(VARIABLES)}
     required = {"torch": _package("torch", "torch", page.broken)}
     # Where no GPU is used, other libraries must not look for one when they are imported: the device is chosen first.
     device = _device(config, page) if not page.broken else None
@@ -191,14 +191,13 @@ def _device(config: "Config | None", page: Page) -> "Platform | None":
     rows["CUDA of torch"] = str(torch.version.cuda)
     if torch.distributed.is_nccl_available():
         rows["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    page.section("devices", rows)
     try:
         (chosen,), note = devices.assign(asked, [sight])
     except ConfigError as error:
         page.broken.append(str(error))
+        page.section("devices", rows)
         return None
-    if note:
-        page.lines.append(f"  {note}")
+    page.section("devices", rows | ({"note": note} if note else {}))
     return chosen_platform() or use_platform(chosen)
 
 
