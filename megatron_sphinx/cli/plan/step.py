@@ -1,8 +1,9 @@
-"""Print which samples a step takes, in which rows, and who computes and encodes what: a JSON object a row.
+"""Print which samples a step takes, in which rows, and who computes and encodes what, as JSON lines.
 
 megatron-sphinx plan step CONFIG [key=value ...] [--step 7] [--ranks N]
 
-Needs the indexes of the data, no picture and no GPU.
+The first line is of the whole step, the others are of a micro-batch and replica each. Needs the indexes of the data, no
+picture and no GPU.
 """
 
 import argparse
