@@ -76,12 +76,12 @@ def test_an_installed_package_goes_from_pictures_to_mixed_weights(command, insta
     command("train", "run.yaml")
     assert len((work / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     steps = [f"run/checkpoints/step_0000000{number}" for number in (1, 2)]
-    assert "exported: " in command("convert", "run", "exported", "--to", "hf")
+    exported = command("convert", "run", "exported", "--to", "hf")
     mixed = command("mix", "--real", steps[0], "--synthetic", steps[1], "--beta", "0.25", "--output", "mixed")
     assert "tensors mixed" in mixed
     described = json.loads(command("inspect", "mixed", "--json"))
     assert described["format"] == "megatron"
-    assert described["parameters"] == json.loads(command("inspect", "exported", "--json"))["parameters"]
+    assert f"{described['parameters']['all']:,} parameters" in exported
 
 
 def test_the_program_has_its_name(installed):

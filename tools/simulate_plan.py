@@ -69,7 +69,7 @@ def simulate_text(folder: Path, tokens: int) -> None:
 
 
 def own_megabytes() -> float:
-    """Memory of this process that is not a file's."""
+    """Megabytes of this process's memory that no file backs."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
@@ -106,7 +106,7 @@ def main() -> int:
         start = time.perf_counter()
         planner.step(step)
         seconds.append(time.perf_counter() - start)
-    found = {
+    figures = {
         "pairs": index.bounds[-1],
         "text_tokens": text.bounds[-1],
         "open_seconds": opened,
@@ -115,9 +115,9 @@ def main() -> int:
         "megabytes": own_megabytes() - before,
     }
     shutil.rmtree(args.folder)
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:20} {value:,.1f}")
-    print(json.dumps(found))
+    print(json.dumps(figures))
     return 0
 
 

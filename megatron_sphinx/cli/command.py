@@ -1,5 +1,7 @@
 """What a command is: a module with a description, arguments and a function, reached by name or by a door in tools/."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
@@ -24,7 +26,7 @@ class Command(Protocol):
         """Run the command; the exit status."""
 
 
-def add_command(subparsers: "Subparsers", name: str, command: Command) -> None:
+def add_command(subparsers: Subparsers, name: str, command: Command) -> None:
     """Make a command known under a name."""
     parser = subparsers.add_parser(
         name,

@@ -6,6 +6,8 @@
 With --get only the values of those keys, a line each: texts as they are, anything else as JSON.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from dataclasses import asdict
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def value_of(config: "Config", key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
     """Look up a dotted key; a whole number in it picks a list's item, counted from 0.
 
     Raises:

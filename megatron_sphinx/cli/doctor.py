@@ -6,6 +6,8 @@ Versions, devices, optional packages, the launcher's variables and the room on t
 the run folder that it names. Exits with 1, and says what it is, where something that every run needs is broken.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import platform
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if page.broken else 0
 
 
-def _configuration(args: argparse.Namespace) -> "Config | None":
+def _configuration(args: argparse.Namespace) -> Config | None:
     """The configuration, if one is given and what reads it imports; where it does not, that is reported later."""
     if args.config is None:
         return None
@@ -171,7 +173,7 @@ def _wrong_versions() -> Iterator[tuple[str, str]]:
             yield requirement.name, f"{version} is installed, {requirement.specifier} is needed"
 
 
-def _device(config: "Config | None", page: Page) -> "Platform | None":
+def _device(config: Config | None, page: Page) -> Platform | None:
     """What this process would compute on as the only rank of a run; None where it can compute on nothing."""
     import torch
 
@@ -213,7 +215,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _paths(device: "Platform") -> dict[str, str]:
+def _paths(device: Platform) -> dict[str, str]:
     """The libraries that a run takes for its parts, on a device."""
     from megatron_sphinx.model.language import has_transformer_engine
 

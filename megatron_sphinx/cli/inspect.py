@@ -9,6 +9,8 @@
 of another format or layout: weights are compared, a tensor of PATH at a time. Needs no GPU, and memory for a tensor.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from pathlib import Path
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return _describe(checkpoint, has_keys=args.keys, is_json=args.json)
 
 
-def _describe(checkpoint: "Opened", *, has_keys: bool, is_json: bool) -> int:
+def _describe(checkpoint: Opened, *, has_keys: bool, is_json: bool) -> int:
     from megatron_sphinx.checkpoint import inspection
 
     description = inspection.describe(checkpoint)
@@ -69,7 +71,7 @@ def _describe(checkpoint: "Opened", *, has_keys: bool, is_json: bool) -> int:
     return 0
 
 
-def _check(checkpoint: "Opened", manifest: Path) -> int:
+def _check(checkpoint: Opened, manifest: Path) -> int:
     from megatron_sphinx.checkpoint import inspection
 
     known = inspection.read_digests(manifest)
@@ -81,7 +83,7 @@ def _check(checkpoint: "Opened", manifest: Path) -> int:
     return 1 if changes else 0
 
 
-def _diff(checkpoint: "Opened", other: "Opened", *, is_json: bool) -> int:
+def _diff(checkpoint: Opened, other: Opened, *, is_json: bool) -> int:
     from megatron_sphinx.checkpoint import inspection
 
     differences = inspection.compare(checkpoint, other, show=True)

@@ -1,5 +1,7 @@
 """The command line: which commands there are, and how they are told from each other."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +51,7 @@ def make_parser(*, has_plan_kinds: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_group(subparsers: "Subparsers", name: str, commands: Mapping[str, Command], title: str) -> None:
+def _add_group(subparsers: Subparsers, name: str, commands: Mapping[str, Command], title: str) -> None:
     group = subparsers.add_parser(name, help=title, description=title)
     kinds = group.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, command in commands.items():

@@ -1,5 +1,7 @@
 """Run one rank of a run that `benchmark` measures, which starts it."""
 
+from __future__ import annotations
+
 import argparse
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
 
-    def make_observer() -> "RankObserver":
+    def make_observer() -> RankObserver:
         from megatron_sphinx.benchmark.observer import RankObserver
 
         return RankObserver(warmup=args.warmup, steps=args.steps)

@@ -8,6 +8,8 @@ step were cut like a rope; `imbalance` is the costliest replica over the mean; a
 the worst imbalance.
 """
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import replace
 from statistics import fmean
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row(length: int, replicas: int, steps: "list[StepPlan]") -> str:
+def _row(length: int, replicas: int, steps: list[StepPlan]) -> str:
     """The line of the table for steps that were planned with this length of a row and this number of replicas."""
     fill = fmean(step.fill for step in steps)
     ideal = fmean(step.positions / length / -(-step.positions // length) for step in steps)

@@ -6,6 +6,8 @@ Started by torchrun or srun this is one rank of a job, alone it is the only one.
 where a signal came and the state is saved: the same command goes on from there.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     return run_rank(args)
 
 
-def run_rank(args: argparse.Namespace, make_observer: "Callable[[], Observer] | None" = None) -> int:
+def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | None = None) -> int:
     """Run one rank of a job; the exit status of its process.
 
     What must hold from the rank's first moment comes before the imports, which take seconds: a signal that arrives

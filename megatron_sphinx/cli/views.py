@@ -9,6 +9,8 @@ views is that of the encoders' work too. Then how many pictures have which ratio
 JSON object.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections import Counter
@@ -87,7 +89,7 @@ def _key_of(folder: Path) -> str:
     return "conversations" if content.get("of") == "conversations" else "pairs"
 
 
-def saved(sizes: Sizes, vision: "VisionConfig", gflop_per_view: float) -> dict[str, Any]:
+def saved(sizes: Sizes, vision: VisionConfig, gflop_per_view: float) -> dict[str, Any]:
     """Work out what skipping saves with these views and this padding: means of an image, and shares."""
     from megatron_sphinx.model.views import encoded_views, image_positions
 

@@ -1,8 +1,12 @@
 """The ranks that something is planned for, as arguments say them."""
 
+from __future__ import annotations
+
 import argparse
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sphinx.cli.command import add_configuration
 
@@ -22,14 +26,18 @@ class Plan:
         ranks: of the job.
     """
 
-    config: "Config"
+    config: Config
     nodes: int
     ranks_per_node: int
     ranks: int
 
     @property
-    def layout(self) -> "ParallelLayout":
-        """The configured layout on these ranks."""
+    def layout(self) -> ParallelLayout:
+        """The configured layout on these ranks.
+
+        Raises:
+            ConfigError: the ranks cannot be divided so.
+        """
         from megatron_sphinx.parallel.layout import ParallelLayout
 
         return ParallelLayout(world=self.ranks, config=self.config.parallel)
@@ -60,3 +68,9 @@ def read(args: argparse.Namespace) -> Plan:
     nodes = args.nodes or 1
     per_node = args.gpus_per_node or args.ranks or config.parallel.smallest_world
     return Plan(config, nodes, per_node, ranks=args.ranks or nodes * per_node)
+
+
+def show(facts: Any, table: Callable[[Any], str], *, is_json: bool) -> int:
+    """Print facts as JSON, or as the table that is made of them; the exit status."""
+    print(json.dumps(facts, indent=1) if is_json else table(facts))
+    return 0

@@ -7,15 +7,11 @@ Each role is a process that is forked here.
 """
 
 import argparse
-import json
 
-from megatron_sphinx.cli.plan.cluster import add_cluster, add_json, read
+from megatron_sphinx.cli.plan.cluster import read, show
+from megatron_sphinx.cli.plan.sizes import add_arguments
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take the command's arguments."""
-    add_cluster(parser)
-    add_json(parser)
+__all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +20,4 @@ def run(args: argparse.Namespace) -> int:
     layout = plan.layout
     from megatron_sphinx.sizing import dry_run
 
-    counts = dry_run.report(plan.config, layout)
-    print(json.dumps(counts, indent=1) if args.json else dry_run.table(counts))
-    return 0
+    return show(dry_run.report(plan.config, layout), dry_run.table, is_json=args.json)

@@ -6,9 +6,8 @@ Needs no configuration: the runs are in sizing/published.yaml, with their source
 """
 
 import argparse
-import json
 
-from megatron_sphinx.cli.plan.cluster import add_json
+from megatron_sphinx.cli.plan.cluster import add_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +19,4 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx.sizing import published
 
-    rows = list(published.rows())
-    print(json.dumps(rows, indent=1) if args.json else published.table(rows))
-    return 0
+    return show(list(published.rows()), published.table, is_json=args.json)

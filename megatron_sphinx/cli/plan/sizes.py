@@ -6,9 +6,8 @@ Needs neither GPU nor data.
 """
 
 import argparse
-import json
 
-from megatron_sphinx.cli.plan.cluster import add_cluster, add_json, read
+from megatron_sphinx.cli.plan.cluster import add_cluster, add_json, read, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     plan = read(args)
-    layout = plan.layout
+    layout = plan.layout  # is refused, where it must be, before torch is imported
     from megatron_sphinx.sizing import sizes
 
-    sizes_of_run = sizes.sizes(plan.config, layout)
-    print(json.dumps(sizes_of_run, indent=1) if args.json else sizes.table(sizes_of_run))
-    return 0
+    return show(sizes.sizes(plan.config, layout), sizes.table, is_json=args.json)
