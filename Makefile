@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS := $(BIN)/python examples/launch.py
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
 RANDOM_RUN := runs/demo_random_expert
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
 FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=$(FIGURE7)
 
+# processes that share the tests: more than cores, for a test's ranks wait for each other more than they compute
+WORKERS ?= 3
+
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe family figure7 test lint benchmark skipping clean
+.PHONY: demo demo_moe family figure7 test test_slow test_all lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -58,9 +62,16 @@ family: $(VENV)/demo.installed
 	$(RANKS) -m megatron_sphinx train examples/family_moe.yaml model.weights=$(FAMILY)/moe_mixed
 	$(BIN)/python examples/family.py test $(FAMILY)/2k $(FAMILY)/moe
 
-## test: every test, on gloo ranks without a GPU
+## test: the tests of every day, on gloo ranks without a GPU; TESTS=... for some files
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+## test_slow: the rest: every layout with every number of encoder ranks, jobs that are interrupted, programs end to end
+test_slow: $(VENV)/dev.installed
+	$(PYTEST) -m slow $(TESTS)
+
+## test_all: both
+test_all: test test_slow
 
 ## lint: style and types
 lint: $(VENV)/dev.installed

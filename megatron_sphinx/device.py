@@ -58,7 +58,7 @@ class Platform:
 
     def measure_peak_flops(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large matrix product of this type on this rank, the best of a few."""
-        size = 8192 if self.is_cuda else 1024
+        size = 8192 if self.is_cuda else 512
         return 2 * size**3 / self._product_seconds(size, dtype, times=4)
 
     def probe_seconds(self) -> float:

@@ -1,5 +1,6 @@
 """Shared fixtures: several ranks without a GPU, a port or a launcher, and a small real data set."""
 
+import gc
 import json
 import os
 import runpy
@@ -42,6 +43,12 @@ from matplotlib import pyplot  # noqa: F401
 torch.set_num_threads(1)  # a process that has started threads must not fork
 TOOLS = Path(__file__).parents[1] / "tools"
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is never garbage: forked ranks that looked through it would each copy all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

@@ -30,7 +30,7 @@ DOORS = {
     "prepare_som.py": "prepare som", "convert_checkpoint.py": "convert", "interpolate_weights.py": "mix",
     "inspect_checkpoint.py": "inspect", "benchmark_report.py": "report", "packing.py": "packing", "views.py": "views",
 }  # fmt: skip
-OURS = {"simulate_plan.py"}  # programs of which only this repository has a use
+OURS = {"simulate_plan.py", "mutate.py"}  # programs of which only this repository has a use
 # Runs a program, then names what it has imported.
 WATCHED = """
 import json, runpy, sys

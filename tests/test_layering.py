@@ -1,6 +1,8 @@
 """The package's dependency rules, checked on its source text."""
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,22 @@ def test_planning_needs_no_torch(module):
 
 def test_no_module_stands_outside_the_order():
     assert {module.parts[0].removesuffix(".py") for module in MODULES} == set(ORDER)
+
+
+def imported_modules(module: Path) -> set[Path]:
+    """The package's own modules that a file imports as it is loaded."""
+    names = {name.removeprefix("megatron_sphinx.") for name in imports(module, of_top_only=True)}
+    paths = {Path(*name.split(".")).with_suffix(".py") for name in names}
+    return (paths | {path.parent.with_suffix(".py") for path in paths if path.parent.name}) & set(MODULES)
+
+
+def test_modules_import_each_other_in_one_direction():
+    TopologicalSorter({module: imported_modules(module) for module in MODULES}).prepare()  # raises CycleError
+
+
+def test_no_room_is_more_than_a_fifth_of_the_package():
+    lines = Counter[str]()
+    for module in MODULES:
+        lines[module.parts[0]] += len((PACKAGE / module).read_text().splitlines())
+    room, count = lines.most_common(1)[0]
+    assert count <= lines.total() / 5, f"{room}: {count} of {lines.total()} lines"

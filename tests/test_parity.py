@@ -4,6 +4,9 @@ import json
 import os
 import random
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,9 @@ MIXTRAL = {
     "DP2xPP2": (4, {"pipeline": 2}),
     "DP2xEP2": (4, {"expert": 2}),
 }
+KINDS = {"llama": DENSE, "mixtral": MIXTRAL}
 ENCODERS = (0, 1, 3)
+Case = tuple[str, str, int]  # model, layout, encoder ranks
 
 
 def shape(*, has_experts: bool) -> dict:
@@ -159,15 +164,72 @@ def compare(compute, references, sizes: dict, language: int, encoder: int, model
     assert difference < 1e-5, f"{name} differs by {difference} after 3 steps"
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("layout", DENSE)
+def axes(case: Case) -> set[tuple[str, object]]:
+    """The size of every axis of a case."""
+    kind, layout, encoder = case
+    language, sizes = KINDS[kind][layout]
+    ones = {"tensor": 1, "sequence": False, "pipeline": 1, "expert": 1, "expert_tensor": 1}
+    replicas = language // (sizes.get("tensor", 1) * sizes.get("pipeline", 1))
+    return {("model", kind), ("encoder", encoder), ("data", replicas), *(ones | sizes).items()}
+
+
+def pairs(cases: Iterable[Case]) -> set[tuple]:
+    """The sizes of any two axes that meet in one of the cases."""
+    return {pair for case in cases for pair in combinations(sorted(axes(case), key=str), 2)}
+
+
+def covering(cases: Sequence[Case]) -> list[Case]:
+    """Few of the cases in which all pairs of axes still meet, and every layout is there."""
+    chosen: list[Case] = []
+    missing = pairs(cases)
+    while missing:
+        chosen.append(max(cases, key=lambda case: (len(pairs([case]) & missing), str(case))))
+        missing -= pairs(chosen)
+    for kind, layout in {(kind, layout): None for kind, layout, _ in cases}:
+        if not any(case[:2] == (kind, layout) for case in chosen):
+            used = Counter(encoder for _, _, encoder in chosen)
+            chosen.append((kind, layout, min(ENCODERS, key=lambda encoder: used[encoder])))
+    return chosen
+
+
+ALL = [(kind, layout, encoder) for kind, layouts in KINDS.items() for layout in layouts for encoder in ENCODERS]
+EVERY_DAY = covering(ALL)
+
+
+def marked(cases: Sequence[Case], kind: str) -> list:
+    """The cases of a kind as parameters; those that are not for every day are slow."""
+    return [
+        pytest.param(layout, encoder, marks=() if (kind, layout, encoder) in EVERY_DAY else pytest.mark.slow)
+        for found, layout, encoder in cases
+        if found == kind
+    ]
+
+
+def test_any_two_axes_meet_every_day():
+    assert pairs(EVERY_DAY) == pairs(ALL)
+    assert {case[:2] for case in EVERY_DAY} == {case[:2] for case in ALL}
+    assert len(EVERY_DAY) < len(ALL) / 2
+
+
+@pytest.mark.parametrize(("layout", "encoder"), marked(ALL, "llama"))
 def test_a_llama_is_the_same_in_every_layout(compute, references, layout, encoder):
     language, sizes = DENSE[layout]
     compare(compute, references, sizes, language, encoder, shape(has_experts=False))
 
 
-@pytest.mark.parametrize("encoder", [0, 2])
-@pytest.mark.parametrize(("layout", "views"), [("DP2", 10), ("TP2+SP", 5), ("PP2", 5), ("TP2+SPxPP2", 10)])
+@pytest.mark.parametrize(
+    ("layout", "views", "encoder"),
+    [
+        ("DP2", 10, 0),
+        ("TP2+SP", 5, 2),
+        ("PP2", 5, 2),
+        ("TP2+SPxPP2", 10, 0),
+        pytest.param("DP2", 10, 2, marks=pytest.mark.slow),
+        pytest.param("TP2+SP", 5, 0, marks=pytest.mark.slow),
+        pytest.param("PP2", 5, 0, marks=pytest.mark.slow),
+        pytest.param("TP2+SPxPP2", 10, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_conversations_with_skipped_views_are_the_same_in_every_layout(
     compute, references, dialogs, layout, encoder, views
 ):
@@ -179,8 +241,7 @@ def test_conversations_with_skipped_views_are_the_same_in_every_layout(
     compare(compute, references, sizes, language, encoder, shape(has_experts=False) | data | vision)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("layout", MIXTRAL)
+@pytest.mark.parametrize(("layout", "encoder"), marked(ALL, "mixtral"))
 def test_a_mixtral_is_the_same_in_every_layout(compute, references, layout, encoder):
     language, sizes = MIXTRAL[layout]
     compare(compute, references, sizes, language, encoder, shape(has_experts=True))

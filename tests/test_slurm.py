@@ -18,7 +18,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytestmark = pytest.mark.timeout(1500)  # every process of a job imports everything anew
+pytestmark = [
+    pytest.mark.timeout(1500),  # every process of a job imports everything anew
+    pytest.mark.xdist_group("slurm"),  # one after the other: a job needs the nodes for itself
+]
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -163,6 +166,7 @@ def test_what_submits_jobs_says_how_it_is_used(script):
     assert refused.stderr.startswith("usage: ")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_is_said(cluster, tiny):
     allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": ",".join(cluster.nodes[:2]), "SLURM_NNODES": "2"}
     refused = call(ROOT / "slurm" / "launch.sh", "true",
@@ -180,6 +184,7 @@ def test_what_cannot_be_started_is_said(cluster, tiny):
         assert message in job.text()
 
 
+@pytest.mark.slow
 def test_requeued_on_three_nodes_a_job_goes_on_with_the_code_it_began_with(cluster, tiny, uninterrupted):
     config = tiny.write(cluster.folder / "run.yaml", SETTINGS)
     code = cluster.folder / "code"
@@ -200,6 +205,7 @@ def test_requeued_on_three_nodes_a_job_goes_on_with_the_code_it_began_with(clust
     assert not [*cluster.folder.glob(".sphinx-*")]
 
 
+@pytest.mark.slow
 def test_usr1_before_the_time_limit_saves_and_requeues(cluster, tiny, uninterrupted):
     config = tiny.write(cluster.folder / "run.yaml", SETTINGS)
     job = cluster.submit("--nodes=2", "--ntasks=3", ROOT / "slurm" / "train.sbatch", config)
@@ -213,6 +219,7 @@ def test_usr1_before_the_time_limit_saves_and_requeues(cluster, tiny, uninterrup
     assert set(re.findall(r"\[(\w+) rank (\d)\]", last.read_text())) == {("encoder", "2")}
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_is_requeued_as_well(cluster, tiny, uninterrupted):
     config = tiny.write(cluster.folder / "run.yaml", SETTINGS)
     script = ROOT / "slurm" / "train.sbatch"
@@ -223,6 +230,7 @@ def test_torchrun_on_two_nodes_is_requeued_as_well(cluster, tiny, uninterrupted)
     assert exact(cluster.folder / "run") == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_node_crashes_and_the_job_goes_on_on_others(cluster, tiny, uninterrupted):
     commands = [os.environ.get(f"SLURM_TEST_{name}_NODE") for name in ("CRASH", "BOOT")]
     if not all(commands):
@@ -243,6 +251,7 @@ def test_a_node_crashes_and_the_job_goes_on_on_others(cluster, tiny, uninterrupt
     assert exact(cluster.folder / "run") == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_crash_is_not_requeued(cluster, tiny):
     """Nor under torchrun, where an earlier run was stopped by a signal."""
     config = tiny.write(cluster.folder / "run.yaml", {"optimizer.learning_rate": 1e30})
@@ -255,6 +264,7 @@ def test_a_crash_is_not_requeued(cluster, tiny):
     assert "loss is nan" in job.text()
 
 
+@pytest.mark.slow
 def test_usr1_is_heard_by_ranks_that_only_start_and_restarts_have_a_bound(cluster, tiny):
     config = tiny.write(cluster.folder / "run.yaml", {"training.steps": 500})
     job = cluster.submit("--ntasks=1", ROOT / "slurm" / "train.sbatch", config, SPHINX_MAX_REQUEUES="0")
@@ -288,6 +298,7 @@ def chain(cluster, tiny):
     return submit
 
 
+@pytest.mark.slow
 def test_a_chain_goes_from_a_released_model_and_captions_to_tasks(cluster, chain, tiny):
     shape = tiny.values["model"]
     model = LlamaForCausalLM(LlamaConfig(
@@ -310,12 +321,14 @@ def test_a_chain_goes_from_a_released_model_and_captions_to_tasks(cluster, chain
     assert len(lines_of(cluster.folder / "stage2")) == 2
 
 
+@pytest.mark.slow
 def test_a_chain_ends_with_the_job_that_fails(chain):
     jobs = chain(LAUNCHER="mpirun")
     assert [job.wait()[0] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     assert "LAUNCHER=mpirun: unknown; use srun or torchrun" in jobs[0].text()
 
 
+@pytest.mark.slow
 def test_a_benchmark_over_numbers_of_nodes_ends_in_one_report(cluster, tiny):
     config = tiny.write(cluster.folder / "run.yaml", {"data.pairs_per_step": 4, "data.text_tokens_per_step": 2000})
     made = call(
