@@ -68,7 +68,7 @@ class Page(HTMLParser):
         self._words.append("\0" if tag in BLOCKS else "")
 
     def handle_data(self, data: str) -> None:
-        """Keep the words."""
+        """Keep words that a reader of the page would see."""
         if not self._hidden:
             self._words.append(data)
 
@@ -113,13 +113,13 @@ def drop_links(folder: Path) -> None:
 
 
 def pairs(root: Path) -> Iterator[tuple[Path, str]]:
-    """Pictures and captions of the unpacked packages."""
+    """Yield pictures and captions of the unpacked packages."""
     for picture in sorted((root / "usr/share/tuxpaint/stamps").rglob("*.png")):
         if (text := picture.with_suffix(".txt")).is_file():
             yield picture, text.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     manual = "usr/share/gimp/2.0/help/en"
-    found = {picture for page in sorted((root / manual).glob("*.html")) for picture in Page(page).pictures}
-    for source, caption in sorted(found):
+    shown = {picture for page in sorted((root / manual).glob("*.html")) for picture in Page(page).pictures}
+    for source, caption in sorted(shown):
         with suppress(DataError):  # a source may lead out of the packages
             yield root / inside(root, f"{manual}/{unquote(source)}"), caption
     art = root / "usr/share/openclipart"
@@ -128,7 +128,7 @@ def pairs(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def described(drawing: Path) -> str:
-    """Title and description in a drawing's RDF; nothing where there is neither."""
+    """Return title and description in a drawing's RDF; nothing where there is neither."""
     try:
         for _, element in ElementTree.iterparse(drawing):
             if element.tag.endswith("}Work"):
@@ -140,7 +140,7 @@ def described(drawing: Path) -> str:
 
 
 def encoded(pair: tuple[Path, str]) -> dict[str, bytes] | None:
-    """The files of a pair; None where there is no caption, or the image does not decode."""
+    """Return the files of a pair; None where there is no caption, or the image does not decode."""
     warnings.simplefilter("ignore")  # of Pillow, about sizes that images.decode refuses
     path, caption = pair
     if not caption.strip() or not path.is_file():
@@ -156,22 +156,23 @@ def encoded(pair: tuple[Path, str]) -> dict[str, bytes] | None:
 
 
 def write(root: Path, folder: Path) -> str:
-    """Write shards and texts; what was made, in one line."""
-    found, count = list(pairs(root)), 0
-    random.Random(0).shuffle(found)  # so that each shard has its share of every source
+    """Write shards and texts; return one line that says what was made."""
+    pictures, count = list(pairs(root)), 0
+    random.Random(0).shuffle(pictures)  # so that each shard has its share of every source
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     with (
         ProcessPoolExecutor(os.cpu_count()) as pool,
         ShardWriter(f"{folder}/shards/%06d.tar", maxcount=1000, verbose=0, encoder=False, mtime=0) as shards,
     ):
-        for count, sample in enumerate(filter(None, pool.map(encoded, found, chunksize=32)), 1):
+        for count, sample in enumerate(filter(None, pool.map(encoded, pictures, chunksize=32)), 1):
             shards.write({"__key__": f"{count - 1:09d}", **sample})
     pages = sorted((root / "usr/share/doc").rglob("*.html"))
     texts = [text for page in pages if (text := Page(page).text)]
     lines = [json.dumps({"content": text}, ensure_ascii=False) + "\n" for text in texts]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     return (
-        f"{count} pairs, {len(found) - count} pictures left out; {len(texts)} texts, {sum(map(len, texts))} characters"
+        f"{count} pairs, {len(pictures) - count} pictures left out; "
+        f"{len(texts)} texts, {sum(map(len, texts))} characters"
     )
 
 

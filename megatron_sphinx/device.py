@@ -1,4 +1,4 @@
-"""CPU or CUDA: the device, the backend, what is fast there, and the adaptation of megatron-core to the CPU."""
+"""CPU or CUDA: the device, its backend, what is fast on it, and the adaptation of megatron-core to the CPU."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ class Platform:
     Attributes:
         device: where tensors live.
         backend: the torch.distributed backend of every group.
-        is_bf16_fast: whether bf16 matrix products beat fp32 ones here.
+        is_bf16_fast: whether bf16 matrix products beat fp32 ones on it.
     """
 
     device: torch.device
@@ -33,12 +33,12 @@ class Platform:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether an accelerator is used."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def model(self) -> str:
-        """What the device is sold as."""
+        """The name that the GPU or the CPU is sold under."""
         if self.is_cuda:
             return torch.cuda.get_device_name(self.device)
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -46,27 +46,28 @@ class Platform:
         return names[0] if names else machine()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was asked to."""
+        """Wait until the device has computed everything that was started on it."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """The most this rank has held so far: device memory on CUDA, resident memory on the CPU."""
+        """The most bytes that this rank has held so far: device memory on CUDA, resident memory on the CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def measure_peak_flops(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a large matrix product of this type on this rank, the best of a few."""
+        """Measure the FLOP/s of a large matrix product of this type on this rank, the best of a few."""
         size = 8192 if self.is_cuda else 512
         return 2 * size**3 / self._product_seconds(size, dtype, times=4)
 
     def probe_seconds(self) -> float:
-        """Seconds of a small matrix product on this rank, the best of a few: how fast the rank is just now."""
+        """Measure the seconds of a small matrix product, the best of a few, which say how fast the rank is just now."""
         size, dtype = (4096, torch.bfloat16) if self.is_cuda else (128, torch.float32)
         return self._product_seconds(size, dtype, times=10)
 
     def _product_seconds(self, size: int, dtype: torch.dtype, times: int) -> float:
+        """Measure the seconds of a product of two square matrices, the best of several times."""
         a = torch.ones(size, size, dtype=dtype, device=self.device)
         best = float("inf")
         for _ in range(times):
@@ -79,7 +80,7 @@ class Platform:
 
 
 class Stopwatch:
-    """Adds up the time that `with` blocks take: on CUDA as its stream sees it, read only when asked."""
+    """Adds up the seconds that `with` blocks take: on CUDA as its stream sees it, read only when asked."""
 
     def __init__(self, platform: Platform) -> None:
         self._platform, self._seconds = platform, 0.0
@@ -100,7 +101,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The sum so far; waits for the device."""
+        """The sum of the seconds so far; waits for the device."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -112,7 +113,7 @@ _chosen: Platform | None = None  # of this process
 
 
 def local_rank() -> int:
-    """Which rank of its machine this process is, as torchrun says it, or srun."""
+    """Number of this process among the ranks of its machine, as torchrun or srun gives it."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
@@ -122,9 +123,12 @@ def chosen_platform() -> Platform | None:
 
 
 def use_platform(gpu: int | None) -> Platform:
-    """Let this process compute on a GPU, given by its number among the visible ones, or on the CPU (None), for good.
+    """Let this process compute on one device for good, and return it.
 
     On the CPU the GPUs are hidden from other libraries, which would take one where they see one.
+
+    Args:
+        gpu: number of the GPU among the visible ones, or None for the CPU.
     """
     global _chosen
     if _chosen is None:
@@ -136,11 +140,12 @@ def use_platform(gpu: int | None) -> Platform:
 
 
 def current_platform() -> Platform:
-    """The platform of this process; where none was chosen, one that suits a process without ranks beside it."""
+    """The platform of this process; where none was chosen, the one that a process takes that is the only rank."""
     return _chosen or use_platform(local_rank() % torch.cuda.device_count() if torch.cuda.is_available() else None)
 
 
 def _on_cuda(gpu: int) -> Platform:
+    """Make the visible GPU with this number the device of this process."""
     # cuDNN's attention is set up anew for each length of documents, which made a step 3.2 times as long on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.cuda.set_device(gpu)
@@ -148,6 +153,7 @@ def _on_cuda(gpu: int) -> Platform:
 
 
 def _on_cpu() -> Platform:
+    """Make the CPU the device of this process, and hide GPUs from libraries that are loaded later."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     _adapt_megatron_to_cpu()
     capability = torch.cpu.get_capabilities()
@@ -157,13 +163,14 @@ def _on_cpu() -> Platform:
 def _adapt_megatron_to_cpu() -> None:
     """Let megatron-core place its tensors on the CPU; called only where no accelerator is used.
 
-    megatron-core asks `torch.cuda` for the current device and for the generator's state; here both are the CPU's. Its
-    pipeline schedule names the device "cuda", its expert dispatch copies split sizes off the device on a stream, and
-    gathers uneven parts, which gloo cannot.
+    megatron-core has no CPU path. It asks `torch.cuda` for the current device and for the generator's state; here both
+    are the CPU's. Its pipeline schedule names the device "cuda", its expert dispatch copies split sizes off the device
+    on a stream, and gathers uneven parts, which gloo cannot. None of that can be set from outside: hence the private
+    names below. They change in this process only, and only while it has no GPU.
     """
     cpu = torch.device("cpu")
 
-    def nothing(*_: Any, **__: Any) -> None:
+    def do_nothing(*_: Any, **__: Any) -> None:
         return None
 
     def current_device() -> torch.device:
@@ -181,7 +188,7 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = current_device  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = get_rng_state
-    torch.cuda.synchronize = nothing
+    torch.cuda.synchronize = do_nothing
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -191,38 +198,63 @@ def _adapt_megatron_to_cpu() -> None:
             self.input_splits, self.output_splits = self.input_splits.tolist(), self.output_splits.tolist()
         return tokens_per_expert
 
+    # The tracker of random streams forks the default generator by these two.
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+    # The schedule makes its counter of tokens by torch.zeros(..., device="cuda").
     schedules.torch = _TorchOnCpu("torch")
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # never used, but looked for
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()  # never used, but looked for: without it a stream is made
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = settle_splits
+    # Behind the autograd functions of the expert-tensor gather and scatter, which take no backend of ours.
     mappings._gather_along_first_dim = partial(_gather_uneven, mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = partial(_scatter_uneven, mappings._reduce_scatter_along_first_dim)
 
 
 def _gather_uneven(
-    even: Callable[..., Tensor], part: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
+    gather_even: Callable[..., Tensor], part: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
 ) -> Tensor:
-    """megatron-core's gather along the first dimension, uneven parts padded on the way."""
+    """Gather the parts of a group's ranks along the first dimension; uneven ones are padded on the way.
+
+    Args:
+        gather_even: megatron-core's own gather, for parts of one size.
+        part: [own rows, ...].
+        group: the ranks that gather.
+        sizes: rows of each rank's part; None where all have as many.
+        rest: further arguments of megatron-core's gather.
+
+    Returns:
+        [sum of `sizes`, ...].
+    """
     if sizes is None or group.size() == 1:
-        return even(part, group, None, *rest)
+        return gather_even(part, group, None, *rest)
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)])
+    return torch.cat([gathered[:size] for gathered, size in zip(parts, sizes, strict=True)])
 
 
 def _scatter_uneven(
-    even: Callable[..., Tensor], whole: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
+    scatter_even: Callable[..., Tensor], whole: Tensor, group: Any, sizes: list[int] | None = None, *rest: Any
 ) -> Tensor:
-    """megatron-core's reduce-scatter along the first dimension; where parts are uneven, of a whole sum."""
+    """Sum over a group's ranks and leave each its part along the first dimension; for uneven parts all is summed.
+
+    Args:
+        scatter_even: megatron-core's own reduce-scatter, for parts of one size.
+        whole: [sum of `sizes`, ...], this rank's summand.
+        group: the ranks that share the sum.
+        sizes: rows of each rank's part; None where all have as many.
+        rest: further arguments of megatron-core's reduce-scatter.
+
+    Returns:
+        [own rows, ...].
+    """
     if sizes is None or group.size() == 1:
-        return even(whole, group, None, *rest)
+        return scatter_even(whole, group, None, *rest)
     total = whole.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
-    mine: Tensor = total.split(sizes)[group.rank()]
-    return mine.clone()
+    own: Tensor = total.split(sizes)[group.rank()]
+    return own.clone()
 
 
 class _TorchOnCpu(ModuleType):
@@ -233,12 +265,12 @@ class _TorchOnCpu(ModuleType):
 
     @staticmethod
     def zeros(*size: Any, device: Any = None, **options: Any) -> Tensor:
-        """torch.zeros on the CPU."""
+        """Make zeros on the CPU, whatever device is named."""
         return torch.zeros(*size, **options)
 
 
 def is_imported(package: str) -> bool:
-    """Whether an optional package can be imported, tried once."""
+    """Whether an optional package can be imported, found out by importing it."""
     try:
         __import__(package)
     except ImportError:

@@ -1,9 +1,9 @@
-"""One job writes a run folder: a lock that says whose it is, and that a job which was killed cannot keep.
+"""A lock, so that only one job writes a run folder: it says whose the folder is, and a killed job cannot keep it.
 
-The lock is a file, made by the one operation that is exclusive on NFS too. Its holder writes a number into it every few
-seconds. Another job knows at once that a holder is gone where both see the same processes, or where Slurm has requeued
-the job; else it watches the number. A holder that was taken for gone, for its machine stood still, finds out within
-seconds, and always before it writes a checkpoint, and ends.
+The lock is a file, made by the one operation that is exclusive on NFS too, a hard link. Its holder writes a number into
+it every few seconds. Another job knows at once that a holder is gone where both see the same processes, or where Slurm
+has requeued the job; else it watches the number. A holder that was taken for gone since its machine stood still finds
+out within seconds, and always before it writes a checkpoint, and ends.
 """
 
 import json
@@ -21,21 +21,21 @@ from uuid import uuid4
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import FolderError, SphinxError, writing
 
-NAME, END = ".lock", "ended.json"
-_TRIES = 100
-_BEAT_SECONDS = 5.0
-_SILENCE_SECONDS = 60.0  # without a beat, the holder is gone
+NAME, END = ".lock", "ended.json"  # files in the run folder: the lock; the exit status of the last job
+_TRIES = 100  # to take the lock while other jobs take and leave it
+_BEAT_SECONDS = 5.0  # between two numbers that the holder writes
+_SILENCE_SECONDS = 60.0  # without a new number, the holder is gone
 
 
 class Hold:
-    """The run folder in the hands of this process, from the start of a run to its end; on the first rank a lock.
+    """This job's hold on its run folder, from the start of a run to its end; the first rank has the lock for all.
 
     Args:
         folder: the run folder.
         rank: number of this rank.
 
     Attributes:
-        end: what is said last: how the run ended, and where the checkpoint and the plot are.
+        end: the last line of the run: how it ended, and where the checkpoint and the plot are.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -54,7 +54,7 @@ class Hold:
                 (self.folder / END).unlink(missing_ok=True)
 
     def require(self) -> None:
-        """Make sure that the folder is this job's still.
+        """Make sure that the folder is still this job's, by reading the lock.
 
         Raises:
             FolderError: another job has taken it, while this one stood still.
@@ -63,7 +63,7 @@ class Hold:
             self._lock.require()
 
     def look(self) -> None:
-        """Make sure of that as far as the lock has found out by itself; this costs nothing.
+        """Make sure that the folder is still this job's, as far as the lock's thread knows; this costs nothing.
 
         Raises:
             FolderError: another job has taken the folder.
@@ -72,7 +72,10 @@ class Hold:
             self._lock.require()
 
     def give_back(self, status: int) -> None:
-        """Say on the first rank how the run ended, and write its exit status down: torchrun makes each failure 1."""
+        """Print on the first rank how the run ended, write its exit status into a file, and give the folder free.
+
+        The status is for the Slurm scripts, since torchrun itself ends with 1 whatever its ranks failed with.
+        """
         if self.end and self.is_first:
             say(self.end)
         if self._lock:
@@ -87,7 +90,7 @@ class RunLock:
 
     Args:
         folder: the run folder; it is made where there is none.
-        say: told that it has to be waited for, and what was found.
+        say: prints a line: that another job has to be waited for, and what was found.
 
     Raises:
         FolderError: another job has it, or the folder cannot be written.
@@ -105,14 +108,14 @@ class RunLock:
         """Make sure that no other job has taken the folder meanwhile; a lock that somebody removed is made again.
 
         Raises:
-            FolderError: one has.
+            FolderError: another job has taken it.
         """
-        found = _read(self.path)
-        if found is None and (file := self._make()) is not None:
+        lock = _read(self.path)
+        if lock is None and (file := self._make()) is not None:
             file, self._file = self._file, file
             os.close(file)
-        elif found is None or found[0].get("token") != self._owner["token"]:
-            other = _named(found[0] if found else {})
+        elif lock is None or lock[0].get("token") != self._owner["token"]:
+            other = _named(lock[0] if lock else {})
             raise FolderError(
                 f"run.folder={self.path.parent}: {other} has taken it while this job stood still; it writes nothing "
                 f"more; see which of them should go on"
@@ -120,22 +123,27 @@ class RunLock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the holder has found, when it last looked, that another job has taken the folder."""
+        """Whether another job had taken the folder when the thread last looked."""
         return self._is_lost
 
     def release(self) -> None:
-        """Give the folder free; what another job has taken stays its own."""
+        """Remove the lock, unless another job has taken the folder."""
         if self._closed.is_set():
             return
         self._closed.set()
         self._beats.join()
         os.close(self._file)
-        found = _read(self.path)
-        if found and found[0].get("token") == self._owner["token"]:
+        lock = _read(self.path)
+        if lock and lock[0].get("token") == self._owner["token"]:
             with suppress(OSError):
                 self.path.unlink()
 
     def _take(self) -> int:
+        """Make the lock, removing the locks of jobs that are gone; return its open file.
+
+        Raises:
+            FolderError: another job has the folder, or it cannot be written.
+        """
         with writing(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(_TRIES):
@@ -145,13 +153,14 @@ class RunLock:
         raise FolderError(f"run.folder={self.path.parent}: other jobs take it again and again; give another folder")
 
     def _make(self) -> int | None:
-        """The lock's file, if there was none; whoever reads it finds it whole."""
+        """Make the lock and return its open file, or None where there is a lock; nobody ever reads half of it."""
         whole = self.path.with_name(f"{NAME}.{self._owner['token']}")
         file = self._write(whole)
         try:
             os.link(whole, self.path)
         except FileExistsError:
-            is_own = os.fstat(file).st_nlink == 2  # a network's file system may answer a second time
+            # A network file system may carry a request out and lose the answer: asked again, it finds our own link.
+            is_own = os.fstat(file).st_nlink == 2
             if not is_own:
                 os.close(file)
             return file if is_own else None
@@ -168,7 +177,7 @@ class RunLock:
         return file
 
     def _write(self, path: Path) -> int:
-        """A new file that says whose the lock is. Its number in the file system tells it from a copy of it."""
+        """Write a new file that says whose the lock is; its inode number tells it from a copy of the run folder."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._owner["file"] = os.fstat(file).st_ino
         os.write(file, f"{json.dumps(self._owner)}\n{0:020d}\n".encode())
@@ -179,21 +188,21 @@ class RunLock:
         """Remove the lock of a job that is gone.
 
         Raises:
-            FolderError: its job is there.
+            FolderError: its job is still there.
         """
-        found = _read(self.path)
-        if found is None:
+        lock = _read(self.path)
+        if lock is None:
             return
-        owner = found[0]
+        owner = lock[0]
         if owner.get("boot") == self._owner["boot"] and self._is_copy(owner):
             self.path.unlink(missing_ok=True)
             return
-        is_there = _is_there(owner, self._owner)
-        if is_there is None and (later := self._listen(found)) != found:
+        is_alive = _is_alive(owner, self._owner)
+        if is_alive is None and (later := self._listen(lock)) != lock:
             if later is None or later[0].get("token") != owner.get("token"):
-                return  # it has passed into other hands: look again
-            is_there = True
-        if is_there:
+                return  # the lock is another job's by now, or gone: look again
+            is_alive = True
+        if is_alive:
             raise FolderError(
                 f"run.folder={self.path.parent}: {_named(owner)} is writing it; end that job or wait for it, "
                 f"or give another folder"
@@ -209,35 +218,43 @@ class RunLock:
             self._say(f"the run folder was left behind by {_named(owner)}, which is gone")
 
     def _is_copy(self, owner: dict[str, Any]) -> bool:
-        """Whether a lock made on this machine came with a copy of another run folder; others may number files anew."""
+        """Whether a lock came with a copy of another run folder: its file has not the inode number that it tells.
+
+        Asked only for locks that were made on this machine; another one may see other inode numbers.
+        """
         with suppress(FileNotFoundError):
             number = self.path.stat().st_ino
             return bool(owner.get("file", number) != number)
         return False
 
-    def _listen(self, found: tuple[dict[str, Any], str]) -> tuple[dict[str, Any], str] | None:
-        """What becomes of a lock, as soon as it changes, or after a time in which its holder must have changed it."""
-        self._say(f"waits up to {_SILENCE_SECONDS:g} s for a sign of {_named(found[0])}, which has the run folder")
+    def _listen(self, lock: tuple[dict[str, Any], str]) -> tuple[dict[str, Any], str] | None:
+        """Wait until a lock changes, or until its holder must have changed it, and read it again.
+
+        Args:
+            lock: what `_read` has returned.
+        """
+        self._say(f"waits up to {_SILENCE_SECONDS:g} s for a sign of {_named(lock[0])}, which has the run folder")
         deadline = time.monotonic() + _SILENCE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(1)
-            if (now := _read(self.path)) != found:
+            if (now := _read(self.path)) != lock:
                 return now
-        return found
+        return lock
 
     def _beat(self) -> None:
+        """The life of the thread that writes a new number into the lock, and looks whether it is still this job's."""
         count = 0
         while not self._closed.wait(_BEAT_SECONDS):
             count += 1
             with suppress(OSError):  # a full disk or a server that is gone for a while: the next one may pass
                 os.pwrite(self._file, f"{count:020d}".encode(), len(json.dumps(self._owner)) + 1)
                 os.fsync(self._file)
-                found = _read(self.path)
-                self._is_lost = found is not None and found[0].get("token") != self._owner["token"]
+                lock = _read(self.path)
+                self._is_lost = lock is not None and lock[0].get("token") != self._owner["token"]
 
 
 def _this_process() -> dict[str, Any]:
-    """What is written into a lock."""
+    """Describe this process as it is written into a lock."""
     return {
         "token": uuid4().hex,
         "host": socket.gethostname(),
@@ -251,33 +268,39 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _is_there(owner: dict[str, Any], here: dict[str, Any]) -> bool | None:
-    """Whether the process that made a lock is there; None where that cannot be seen from here."""
-    if owner.get("boot") == here["boot"] and owner.get("processes") == here["processes"]:
+def _is_alive(owner: dict[str, Any], this: dict[str, Any]) -> bool | None:
+    """Whether the process that made a lock still runs; None where this process cannot see that.
+
+    Args:
+        owner: what the lock says of its process.
+        this: what this process would write into a lock.
+    """
+    if owner.get("boot") == this["boot"] and owner.get("processes") == this["processes"]:
         return _runs(int(owner["pid"]), owner.get("begun"))
-    if here["job"] and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]:
+    if this["job"] and owner.get("job") == this["job"] and owner.get("restart") != this["restart"]:
         return False  # Slurm begins a job again once nothing of it runs
     return None
 
 
 def _runs(pid: int, begun: str | None) -> bool:
-    """Whether a process is there, and is the one that began then, as far as its beginning can be read."""
+    """Whether a process runs and is the one that began at that time, as far as its beginning can be read."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's, of whom /proc may say nothing
         pass
-    return (found := _begun(pid)) == begun or found is None
+    return (read := _begun(pid)) == begun or read is None
 
 
 def _named(owner: dict[str, Any]) -> str:
+    """Name the process that made a lock, for a message."""
     job = f"Slurm job {owner['job']}, " if owner.get("job") else ""
     return f"{job}process {owner.get('pid')} on {owner.get('host')}, since {owner.get('start')}"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str] | None:
-    """Who made a lock, and its number; None where there is none."""
+    """Read who made a lock, and the number in it; None where there is no lock, empty where it cannot be understood."""
     try:
         first, _, second = path.read_text().partition("\n")
         owner = json.loads(first)
@@ -289,21 +312,21 @@ def _read(path: Path) -> tuple[dict[str, Any], str] | None:
 
 
 def _boot() -> str:
-    """Differs each time that this machine is started."""
+    """Return a text that is another one each time that this machine is started."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def _processes() -> str:
-    """Tell in which namespace the numbers of processes are."""
+    """Name the namespace that process numbers are counted in; empty where it cannot be read."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _begun(pid: int) -> str | None:
-    """When a process began, in ticks of this machine's clock; nothing of a zombie, None where it cannot be read."""
+    """Read when a process began, in ticks of this machine's clock; empty for a zombie, None where it cannot be read."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]

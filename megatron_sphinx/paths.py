@@ -10,33 +10,33 @@ _MOST_SHOWN = 200  # characters of a name in a message
 
 
 def is_plain(name: object) -> bool:
-    """Whether something is the name of a file alone, which leads nowhere from the folder that it is joined to."""
+    """Say whether something is the name of a file alone, which leads nowhere from the folder that it is joined to."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def relative(name: str, root: Path | None = None) -> str:
-    """A path from a folder to a file in it or below it, normalised: without `..`, and without `/` before it.
+    """Normalise a path from a folder to a file in it or below it: without `..`, and without `/` before it.
 
-    It is read as text: what `a/../b.png` says is `b.png`, whatever `a` is.
+    The path is read as text: what `a/../b.png` says is `b.png`, whatever `a` is.
 
     Args:
         name: the path.
-        root: the folder, as a message should name it; without it the path is of a folder that is not known yet.
+        root: the folder, as a message should name it; None where it is not known yet.
 
     Raises:
-        DataError: it is absolute, leads out of the folder, or names no file.
+        DataError: the path is absolute, leads out of the folder, or names no file.
     """
-    found = os.path.normpath(name)
-    if not _can_be_path(name) or found == ".":
+    path = os.path.normpath(name)
+    if not _can_be_path(name) or path == ".":
         raise DataError(f"no path: {_shown(name)} names no file")
-    if found.startswith("/") or found.split("/")[0] == "..":
+    if path.startswith("/") or path.split("/")[0] == "..":
         where = f"is not in {root}" if root else "is absolute or leads out by .."
         raise DataError(f"path out of the folder: {_shown(name)} {where}; give paths inside, or a folder that holds it")
-    return found
+    return path
 
 
 def inside(root: Path, name: str, *, follow_links: bool = False) -> str:
-    """The normalised path from a folder to a file that stays inside it, after links are resolved.
+    """Normalise a path from a folder to a file, which must stay inside the folder, also after links are resolved.
 
     Args:
         root: folder that the user named; it may be a link itself.
@@ -44,18 +44,18 @@ def inside(root: Path, name: str, *, follow_links: bool = False) -> str:
         follow_links: whether links in the folder may lead out of it. What the name says may not, even so.
 
     Raises:
-        DataError: it leads out of the folder, or names no file.
+        DataError: the path leads out of the folder, or names no file.
     """
-    found = relative(_from(root, name) if _can_be_path(name) and os.path.isabs(name) else name, root)
+    path = relative(_from(root, name) if _can_be_path(name) and os.path.isabs(name) else name, root)
     if not follow_links:
-        target = os.path.realpath(root / found)
+        target = os.path.realpath(root / path)
         if not _is_below(os.path.realpath(root), target):
-            raise DataError(f"link out of the folder, which --follow-links takes: {root / found} leads to {target}")
-    return found
+            raise DataError(f"link out of the folder, which --follow-links takes: {root / path} leads to {target}")
+    return path
 
 
 def files_in(root: Path, endings: Collection[str], *, follow_links: bool = False) -> list[Path]:
-    """The files of a folder and of all folders in it that have one of the endings, sorted.
+    """Return the files of a folder and of all folders in it that have one of the endings, sorted.
 
     Args:
         root: folder that the user named; it may be a link itself.
@@ -65,17 +65,17 @@ def files_in(root: Path, endings: Collection[str], *, follow_links: bool = False
     Raises:
         DataError: such a file, or a folder, is a link that leads out, and links are not followed; or one to nowhere.
     """
-    found = [path for path in _walk(root, follow_links) if path.suffix.lower().removeprefix(".") in endings]
-    for path in found:
+    paths = [path for path in _walk(root, follow_links) if path.suffix.lower().removeprefix(".") in endings]
+    for path in paths:
         if path.is_symlink():  # folders have been looked at on the way
             inside(root, str(path.relative_to(root)), follow_links=follow_links)
             if not path.exists():
                 raise DataError(f"{path}: is a link to nowhere; mend it or remove it")
-    return sorted(found)
+    return sorted(paths)
 
 
 def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
-    """All files of a folder; what links to a folder that comes anyway is passed over."""
+    """Yield all files of a folder; a link to a folder that is walked anyway is passed over."""
     whole = os.path.realpath(root)
     known = {whole}
     for place, folders, files in os.walk(root, followlinks=True):
@@ -93,7 +93,7 @@ def _walk(root: Path, follow_links: bool) -> Iterator[Path]:
 
 
 def _from(root: Path, name: str) -> str:
-    """An absolute path as one from a folder that it leads into; as it is where it does not."""
+    """Turn an absolute path that leads into a folder into a path from that; leave any other as it is."""
     path = os.path.normpath(name)
     for folder, target in ((os.path.abspath(root), path), (os.path.realpath(root), os.path.realpath(path))):
         if _is_below(folder, target):

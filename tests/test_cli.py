@@ -139,11 +139,11 @@ def test_numbers_in_helps_are_those_of_the_code(capsys):
     from megatron_sphinx.checkpoint.convert import FORMATS
     from megatron_sphinx.cli import convert
     from megatron_sphinx.cli.prepare import ocr, som
-    from megatron_sphinx.prepare.documents import Settings
-    from megatron_sphinx.prepare.marks import MOST_MARKS
+    from megatron_sphinx.prepare.drawing import MOST_MARKS
+    from megatron_sphinx.prepare.pdf import DocumentSettings
 
     assert som.MOST_MARKS == MOST_MARKS
-    assert list(ocr.SETTINGS) == list(Settings.__dataclass_fields__)
+    assert list(ocr.SETTINGS) == list(DocumentSettings.__dataclass_fields__)
     assert all(re.search(rf"\b{name}\b", convert.__doc__) for name in FORMATS)
 
 

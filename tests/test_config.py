@@ -9,7 +9,7 @@ import yaml
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.data.config import DataSource
 from megatron_sphinx.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -1,25 +1,20 @@
-"""What data holds: found once, remembered, compared with the vocabulary, and equal exactly where the data is."""
+"""What data holds: found once, remembered, and identified by a fingerprint that is equal exactly where the data is."""
 
 import json
 import os
 import re
 import shutil
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sphinx import config as configuration
-from megatron_sphinx.__main__ import main
-from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.data.content import Memory, Scan
-from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, open_sources
-from megatron_sphinx.data.pairs import CONVERSATION, SAMPLE, ImageReader, SampleIndex
+from megatron_sphinx.data.index import SAMPLE
+from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.conversations import index_conversations
@@ -45,7 +40,7 @@ def foreign(prefix: Path, documents: int = 400, kind: type = np.int32, bad: dict
 
 def scanned(index: TextIndex | SampleIndex, memory: Path | None = None) -> TextIndex | SampleIndex:
     """The index when all of it was read or remembered."""
-    scan = Scan(index.parts, VOCABULARY, Memory(memory))
+    scan = Scan(index.content_sources, VOCABULARY, Memory(memory))
     with scan:
         scan._thread.join()
     assert scan.error is None
@@ -54,7 +49,7 @@ def scanned(index: TextIndex | SampleIndex, memory: Path | None = None) -> TextI
 
 def refused(index: TextIndex | SampleIndex) -> str:
     """What a scan of it ends with."""
-    scan = Scan(index.parts, VOCABULARY, Memory())
+    scan = Scan(index.content_sources, VOCABULARY, Memory())
     with scan:
         scan._thread.join()
     assert isinstance(scan.error, DataError)
@@ -96,14 +91,14 @@ def test_prepared_data_says_what_it_holds_and_a_scan_of_it_says_the_same(tiny, d
     folder = prepared(tiny, dialogs)[kind]
     known = opened(folder, kind)
     tokens = np.fromfile(folder / ("000000.bin" if kind == "text" else "captions.bin"), np.uint16)
-    (content,) = [part.content for part in known.parts]
+    (content,) = [part.content for part in known.content_sources]
     assert (content.lowest, content.highest) == (tokens.min(), tokens.max())
     assert not list(folder.glob("*content.json"))
     old = opened(as_before(folder, tmp_path / "old"), kind)
     old.check(tiny.tokenizer) if kind == "text" else None  # shards are elsewhere now
-    assert [part.content for part in old.parts] == [None]
+    assert [part.content for part in old.content_sources] == [None]
     assert old.fingerprint is None
-    assert [part.content for part in scanned(old).parts] == [content]
+    assert [part.content for part in scanned(old).content_sources] == [content]
     assert old.fingerprint == known.fingerprint is not None
 
 
@@ -111,9 +106,11 @@ def test_every_part_of_text_says_what_it_holds_and_so_does_the_held_out_share(ti
     write_text([tiny.folder / "text.jsonl"], tmp_path / "out", tiny.tokenizer, held_out=0.2, part_bytes=900, workers=2)
     for folder in (tmp_path / "out", tmp_path / "out" / "held_out"):
         index = TextIndex([folder])
-        assert len(index.parts) > 2
-        found = [part.content for part in index.parts]
-        assert [part.content for part in scanned(TextIndex([part.prefix for part in index.parts])).parts] == found
+        assert len(index.content_sources) > 2
+        found = [part.content for part in index.content_sources]
+        assert [
+            part.content for part in scanned(TextIndex([part.prefix for part in index.content_sources])).content_sources
+        ] == found
         empty = [part for part in json.loads((folder / "index.json").read_text())["files"] if not part["tokens"]]
         assert all("content" not in part for part in empty)
 
@@ -138,12 +135,12 @@ def test_what_a_scan_has_found_is_remembered_beside_the_data(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.bin", "t.content.json", "t.idx"]
     edit(memory, lambda found: found["content"].update(sha256="of nothing that was read"))
     written = memory.stat().st_mtime_ns
-    (part,) = scanned(TextIndex([prefix])).parts  # the second run reads that, not the data
+    (part,) = scanned(TextIndex([prefix])).content_sources  # the second run reads that, not the data
     assert part.content.sha256 == "of nothing that was read"
     assert memory.stat().st_mtime_ns == written
     for path in (tmp_path / "t.bin", tmp_path / "t.idx"):
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-        (part,) = scanned(TextIndex([prefix])).parts
+        (part,) = scanned(TextIndex([prefix])).content_sources
         assert part.content.sha256 != "of nothing that was read"
         edit(memory, lambda found: found["content"].update(sha256="of nothing that was read"))
 
@@ -152,11 +149,11 @@ def test_what_a_scan_has_found_is_remembered_beside_the_data(tmp_path):
 def test_a_memory_that_is_not_ours_is_written_again(tmp_path, nonsense):
     prefix = foreign(tmp_path / "t")
     (tmp_path / "t.content.json").write_text(nonsense)
-    (part,) = scanned(TextIndex([prefix])).parts
+    (part,) = scanned(TextIndex([prefix])).content_sources
     assert (part.content.lowest, part.content.highest) == (3, VOCABULARY - 1)
     assert json.loads((tmp_path / "t.content.json").read_text())["content"]["sha256"] == part.content.sha256
     edit(tmp_path / "t.content.json", lambda found: found["content"].update(lowest="3"))
-    assert scanned(TextIndex([prefix])).parts == [part]
+    assert scanned(TextIndex([prefix])).content_sources == [part]
 
 
 def test_where_nothing_can_be_written_beside_the_data_the_run_remembers(tmp_path):
@@ -165,22 +162,22 @@ def test_where_nothing_can_be_written_beside_the_data_the_run_remembers(tmp_path
     scanned(TextIndex([prefix]), tmp_path / "run" / "content")
     (memory,) = (tmp_path / "run" / "content").iterdir()
     edit(memory, lambda found: found["content"].update(sha256="remembered"))
-    (part,) = scanned(TextIndex([prefix]), tmp_path / "run" / "content").parts
+    (part,) = scanned(TextIndex([prefix]), tmp_path / "run" / "content").content_sources
     assert part.content.sha256 == "remembered"
     (tmp_path / "file").touch()
-    (part,) = scanned(TextIndex([prefix]), tmp_path / "file" / "content").parts  # nowhere, and no error
+    (part,) = scanned(TextIndex([prefix]), tmp_path / "file" / "content").content_sources  # nowhere, and no error
     assert part.content.sha256 != "remembered"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_runs_that_scan_the_same_file_at_once_do_not_hurt_each_other(tmp_path, run_ranks):
     prefix = foreign(tmp_path / "t")
-    (part,) = scanned(TextIndex([prefix])).parts
+    (part,) = scanned(TextIndex([prefix])).content_sources
 
     def scan() -> int:
         for _ in range(60):
             (tmp_path / "t.content.json").unlink(missing_ok=True)
-            assert scanned(TextIndex([prefix])).parts == [part]
+            assert scanned(TextIndex([prefix])).content_sources == [part]
         return 0
 
     run_ranks(3, scan)
@@ -195,7 +192,7 @@ def test_a_scan_stops_when_its_run_ends_and_remembers_nothing_half_read(tmp_path
     os.truncate(tmp_path / "t.bin", 4 * tokens)  # which needs no space
     text = TextIndex([prefix])
     began = time.monotonic()
-    with Scan(text.parts, VOCABULARY, Memory()) as scan:
+    with Scan(text.content_sources, VOCABULARY, Memory()) as scan:
         pass
     assert time.monotonic() - began < 1  # it takes several seconds to read
     assert not scan._thread.is_alive()
@@ -236,7 +233,8 @@ def test_data_prepared_twice_has_one_fingerprint(tiny, dialogs, tmp_path):
             [tiny.folder / "dialogs.json"], tmp_path / name / "conversations", tiny.tokenizer,
             images=tiny.folder / "pictures", samples_per_shard=15,
         )  # fmt: skip
-        time.sleep(1.1)  # a tar keeps the seconds of its members
+        if name == "a":
+            time.sleep(1.1)  # a tar keeps the seconds of its members
     for kind, folder in prepared(tiny, dialogs).items():
         found = {opened(tmp_path / name / kind, kind).fingerprint for name in ("a", "b")}
         assert len(found) == 1, kind
@@ -263,224 +261,6 @@ def test_one_token_one_size_or_another_order_is_another_fingerprint(tiny, tmp_pa
     found = {scanned(SampleIndex([tmp_path / name for name in names])).fingerprint for names in ("p", "q", "pq", "qp")}
     assert len(found) == 4
     assert opened(tiny.folder / "pairs", "pairs").fingerprint in found
-
-
-# ids that the model does not have
-
-
-@pytest.mark.parametrize(
-    ("token", "kind"), [(VOCABULARY, np.uint16), (2**31 - 1, np.int32), (-1, np.int32), (-1, np.int64)]
-)
-def test_a_scan_compares_token_ids_with_the_vocabulary_and_the_next_start_knows(tiny, tmp_path, token, kind):
-    foreign(tmp_path / "good", bad={3: VOCABULARY - 1, 4: 0}, kind=kind)
-    prefix = foreign(tmp_path / "bad", bad={300: token}, kind=kind)
-    scanned(TextIndex([tmp_path / "good"])).check(tiny.tokenizer)
-    TextIndex([prefix]).check(tiny.tokenizer)  # nothing is known yet
-    message = (
-        f"data.text={prefix}: {prefix}.bin holds token id {token}, but model.vocabulary=300; "
-        f"it was made with another tokenizer, or is damaged: prepare it again with data.tokenizer"
-    )
-    assert refused(TextIndex([tmp_path / "good", prefix])) == message
-    written = (tmp_path / "bad.content.json").stat().st_mtime_ns
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
-        TextIndex([prefix]).check(tiny.tokenizer)
-    assert (tmp_path / "bad.content.json").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("key", ["text", "pairs", "conversations"])
-@pytest.mark.parametrize("ids", [{"highest": VOCABULARY}, {"lowest": -1}])
-def test_an_index_that_knows_of_a_bad_id_is_refused(tiny, dialogs, tmp_path, key, ids):
-    folder = prepared(tiny, dialogs)[key]
-    target = folder.with_name(f"{folder.name} of {sorted(ids.items())}")  # beside it, where its shards are found
-    shutil.copytree(folder, target)
-
-    def spoil(index: dict) -> None:
-        (index["files"][0] if key == "text" else index)["content"].update(ids)
-
-    edit(target / "index.json", spoil)
-    (bad,) = ids.values()
-    with pytest.raises(DataError, match=rf"data\.{key}=.*: .*\.bin holds token id {bad}, but model\.vocabulary=300; "):
-        opened(target, key).check(tiny.tokenizer)
-    edit(target / "index.json", lambda index: (index["files"][0] if key == "text" else index).update(content={"a": 1}))
-    with pytest.raises(DataError, match=r"damaged index.*content must have lowest, highest, sha256"):
-        opened(target, key)
-
-
-def test_captions_are_scanned_too(tiny, tmp_path):
-    folder = as_before(tiny.folder / "pairs", tmp_path / "pairs")
-    with (folder / "captions.bin").open("r+b") as file:
-        file.seek(200)
-        file.write(np.uint16(383).tobytes())
-    assert f"data.pairs={folder}: {folder}/captions.bin holds token id 383, but " in refused(SampleIndex([folder]))
-    assert (folder / "content.json").is_file()
-
-
-def test_numbers_that_are_no_ids_are_refused(tmp_path):
-    prefix = foreign(tmp_path / "t", kind=np.float32)
-    with pytest.raises(DataError, match=r"t\.idx is an index of float32, not of tokens; make it again"):
-        TextIndex([prefix])
-
-
-def tamper(folder: Path, place: int, token: int) -> None:
-    """Overwrite a caption token of an index that goes on saying that all is well."""
-    with (folder / "captions.bin").open("r+b") as file:
-        file.seek(2 * place)
-        file.write(np.uint16(token).tobytes())
-
-
-def plans(config: configuration.Config, sources: Sources, steps: int) -> list:
-    planner = make_planner(config.data, sources, config.model, config.vision, replicas=1, seed=config.run.seed)
-    return [planner.step(step) for step in range(steps)]
-
-
-@pytest.mark.parametrize("key", ["pairs", "conversations"])
-def test_a_row_names_the_pair_whose_caption_has_a_bad_id(tiny, dialogs, tmp_path, key):
-    folder, count = tmp_path / "data" / key, {"pairs": 60, "conversations": 40}[key]
-    shutil.copytree(prepared(tiny, dialogs)[key], folder)
-    shutil.copytree(tiny.folder / "shards", tmp_path / "data" / "shards")
-    amounts = {"data.pairs_per_step": 0, "data.text_tokens_per_step": 0} | {f"data.{key}_per_step": count}
-    config = configuration.load(tiny.write(tmp_path / "run.yaml", amounts | {f"data.{key}": str(folder)}))
-    sources = open_sources(config.data, config.model)
-    builder = BatchBuilder(config.data, sources, config.vision)
-    rows = plans(config, sources, 1)[0].rows
-    samples = np.fromfile(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
-    for pair in (2, 3):  # one conversation in four has no picture
-        place = int(samples["caption"][pair]) + 1
-        was = int(np.fromfile(folder / "captions.bin", np.uint16)[place])
-        tamper(folder, place, VOCABULARY + pair)
-        of = "" if key == "conversations" and pair == 3 else r" \(\w+ of .*/000000\.tar\)"
-        wanted = rf"data\.{key}={folder}: {key[:-1]} {pair}{of} holds token id 30{pair}, but model\.vocabulary=300; "
-        with pytest.raises(DataError, match=wanted):
-            builder.build(rows)
-        tamper(folder, place, was)
-        builder.build(rows)
-
-
-@pytest.mark.parametrize("token", [VOCABULARY, 383, 40_000, -1, -2])
-def test_a_row_names_the_document_that_has_a_bad_id_even_as_the_next_token(tiny, tmp_path, token):
-    documents = {"a": foreign(tmp_path / "a", 10), "b": foreign(tmp_path / "b", 30, bad={7: token})}
-    config = configuration.load(
-        tiny.write(tmp_path / "run.yaml", {"data.text": list(map(str, documents.values())), "data.pairs_per_step": 0})
-    )
-    sources = open_sources(config.data, config.model)
-    builder = BatchBuilder(config.data, sources, config.vision)
-    wanted = rf"data\.text={documents['b']}: document 7 of .*b\.bin holds token id {token}, but model\.vocabulary=300; "
-    for plan in plans(config, sources, 12):
-        for row in plan.rows:
-            for piece in row:
-                bad_at = LENGTH // 2 - piece.start
-                if piece.item == 17 and 0 <= bad_at < piece.tokens + (piece.targets == piece.tokens):
-                    with pytest.raises(DataError, match=wanted):
-                        builder.build([(piece,)])
-                else:
-                    builder.build([(piece,)])
-    piece = next(piece for plan in plans(config, sources, 12) for row in plan.rows for piece in row if piece.item == 17)
-    half = type(piece)(False, 17, 0, LENGTH // 2, LENGTH // 2, LENGTH // 2)
-    with pytest.raises(DataError, match=wanted):  # it is only predicted here
-        builder.build([(half,)])
-
-
-# runs
-
-
-def said(ranks: Ranks) -> str:
-    """The one line that a job ended with."""
-    assert "Traceback" not in ranks.text()
-    (line,) = [line for line in ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
-    return line.removeprefix("megatron-sphinx train: ")
-
-
-def documents_of(tiny, tmp_path, prefix: Path, steps: int) -> list[set[int]]:
-    """The documents of the text of each of the first steps."""
-    config = configuration.load(tiny.write(tmp_path / "look.yaml", {"data.text": str(prefix)}))
-    found = plans(config, open_sources(config.data, config.model), steps)
-    return [{document for document, _, _ in plan.text} for plan in found]
-
-
-LAYOUTS = [
-    (1, {}),
-    (2, {"parallel.tensor": 2}),
-    (3, {"parallel.encoder": 1}),
-    (3, {"parallel.tensor": 2, "parallel.encoder": 1}),
-]
-
-
-@pytest.mark.parametrize(
-    ("world", "layout", "token"),
-    [(*layout, token) for layout, token in zip(LAYOUTS, (40_000, VOCABULARY, -3, 383), strict=True)],
-)
-def test_a_bad_id_that_the_scan_finds_ends_the_run_on_every_rank(train, tiny, tmp_path, world, layout, token):
-    prefix = foreign(tmp_path / "t")
-    used = set().union(*documents_of(tiny, tmp_path, prefix, 40))
-    settings = ENDLESS | layout | {"data.text": str(prefix)}
-    done = train(world, settings | {"training.steps": 2})
-    assert (tmp_path / "t.content.json").is_file()
-    foreign(prefix, bad={max(set(range(400)) - used): token})
-    ended = train(world, settings, status=2)
-    assert f"data.text={prefix}: {prefix}.bin holds token id {token}, but model.vocabulary=300; " in said(ended.ranks)
-    if world > 1:
-        assert json.loads((done.folder / "ended.json").read_text()) == {"status": 2}
-    saved = [path.name for path in complete(done.folder / "checkpoints")]
-    assert saved
-    steps = len(ended.metrics)
-    assert 2 < steps < 40
-    written = (tmp_path / "t.content.json").stat().st_mtime_ns
-    again = train(world, settings, status=2)  # now it is known when the data is opened
-    assert said(again.ranks) == said(ended.ranks)
-    assert len(again.metrics) == steps
-    assert [path.name for path in complete(done.folder / "checkpoints")] == saved
-    assert (tmp_path / "t.content.json").stat().st_mtime_ns == written
-    foreign(prefix)
-    mended = train(world, settings | {"training.steps": steps + 1}).metrics
-    assert len(mended) == steps + 1
-
-
-@pytest.mark.parametrize(("world", "layout"), [*LAYOUTS, (2, {}), (3, {"parallel.pipeline": 2, "parallel.encoder": 1})])
-def test_a_bad_id_in_a_row_ends_the_run_on_every_rank(train, tiny, tmp_path, world, layout):
-    prefix = foreign(tmp_path / "t")
-    steps = documents_of(tiny, tmp_path, prefix, 4)
-    bad = min(steps[3] - set().union(*steps[:3]))
-    scanned(TextIndex([prefix]))
-    foreign(prefix, bad={bad: 310})
-    states = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in tmp_path.glob("t.[bi]*")}
-    edit(tmp_path / "t.content.json", lambda found: found.update(files=states))  # a memory that is wrong
-    ended = train(world, ENDLESS | layout | {"data.text": str(prefix)}, status=2)
-    assert said(ended.ranks) == (
-        f"data.text={prefix}: document {bad} of {prefix}.bin holds token id 310, but model.vocabulary=300; "
-        f"it was made with another tokenizer, or is damaged: prepare it again with data.tokenizer"
-    )
-    assert len(ended.metrics) == 3
-    assert [path.name for path in complete(ended.folder / "checkpoints")][-1] == "step_00000003"
-    foreign(prefix)
-    assert len(train(world, layout | {"data.text": str(prefix), "training.steps": 5}).metrics) == 5
-
-
-@pytest.mark.parametrize(("world", "layout"), [(2, {"parallel.tensor": 2}), (3, {"parallel.encoder": 1})])
-def test_a_bad_id_in_a_caption_ends_the_run_on_every_rank(train, tiny, tmp_path, world, layout):
-    folder = tiny.folder / "pairs"
-    shutil.copytree(folder, tmp_path / "pairs")
-    shutil.copytree(tiny.folder / "shards", tmp_path / "shards")
-    size = (folder / "captions.bin").stat().st_size // 2
-    for place in range(0, size, 3):
-        tamper(tmp_path / "pairs", place, 301)
-    ended = train(world, layout | {"data.pairs": str(tmp_path / "pairs")}, status=2)
-    assert re.match(
-        rf"data\.pairs={tmp_path}/pairs: pair \d+ \(\d+ of {tmp_path}/shards/\d+\.tar\) holds token id 301, but ",
-        said(ended.ranks),
-    )
-
-
-def test_a_scan_ends_with_its_run_and_planning_starts_none(train, tiny, tmp_path, capsys):
-    prefix = foreign(tmp_path / "t")
-    config = tiny.write(tmp_path / "plan.yaml", {"data.text": str(prefix)})
-    before = threading.active_count()
-    assert main(["plan", str(config), "--ranks", "1"]) == 0
-    assert main(["plan", str(config), "--step", "1"]) == 0
-    assert threading.active_count() == before
-    assert not (tmp_path / "t.content.json").exists()
-    train(1, {"data.text": str(prefix)})
-    assert json.loads((tmp_path / "t.content.json").read_text())["content"]["highest"] == VOCABULARY - 1
-    assert not (tmp_path / "run" / "content").exists()
 
 
 # indexes of strangers
@@ -515,7 +295,7 @@ def test_what_a_scan_cannot_make_sense_of_is_one_line(tmp_path, monkeypatch):
     def odd(*_: object) -> None:
         raise ValueError("buffer size must be a multiple of element size")
 
-    monkeypatch.setattr(type(index.parts[0]), "measure", odd)
+    monkeypatch.setattr(type(index.content_sources[0]), "measure", odd)
     assert re.search(r"odd\.bin is damaged \(buffer size must be a multiple .*\); make it again", refused(index))
 
 
@@ -526,6 +306,6 @@ def test_a_message_shows_nothing_of_a_file_that_is_no_shard(tiny, tmp_path):
     secret.write_bytes(b"-----BEGIN PRIVATE KEY-----".ljust(4096, b"x"))
     edit(tmp_path / "pairs" / "index.json", lambda index: [one.update(path="../id_rsa") for one in index["shards"]])
     reader = ImageReader(SampleIndex([tmp_path / "pairs"]))
-    assert reader.name(0) == (str(secret), f"at byte {reader.index.place(0).offset}")
+    assert reader.name(0) == (str(secret), f"at byte {reader.index.location(0).offset}")
     with pytest.raises(DataError, match="the shard is not the one its index was made for"):
         reader.read(0)

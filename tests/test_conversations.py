@@ -12,8 +12,9 @@ from PIL import Image
 from test_model import CPU, groups, random_shape
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.data.loader import BatchBuilder, make_planner, open_sources
+from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -190,7 +191,7 @@ def test_bad_conversations_are_left_out_and_listed(tiny, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "c" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["1", "lost", "3", "4"]
     index = SampleIndex([tmp_path / "c"], "conversations")
-    assert index.place(0) == index.place(1)  # an image of two conversations is kept once
+    assert index.location(0) == index.location(1)  # an image of two conversations is kept once
 
 
 def test_text_alone_needs_no_shard(tiny, tmp_path):
@@ -308,7 +309,7 @@ def check_alone_and_packed(config):
                  for pair, n in views]  # fmt: skip
         features = torch.stack(drawn) if drawn else torch.empty(0, config.vision.feature_values)
         out = batch.spread(model(batch, features).detach())
-        return {pair: float(out[batch.sample_of_token == number].sum()) for number, pair in enumerate(batch.pairs)}
+        return {pair: float(out[batch.sample_of_token == number].sum()) for number, pair in enumerate(batch.samples)}
 
     pieces = [piece for row in planner.step(0).rows for piece in row]
     assert {bool(piece.views) for piece in pieces} == {True, False}  # with images and without
@@ -337,7 +338,7 @@ def test_weighted_data_sets_give_their_share(tiny, dialogs, tmp_path):
         config = conversations_of(tiny, dialogs, tmp_path, **{"data.conversations": given})
         planner = make_planner(config.data, open_sources(config.data, config.model), config.model, config.vision,
                                replicas=1, seed=1)  # fmt: skip
-        pairs = [pair for step in range(10) for pair in planner.step(step).pairs]
+        pairs = [pair for step in range(10) for pair in planner.step(step).samples]
         assert len(pairs) == 90
         assert sum(pair >= 40 for pair in pairs) == round(90 * share)
 

@@ -15,7 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, Pixels, numbered_rounds, open_sources
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.plan import numbered_rounds
+from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.device import Platform, current_platform
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -173,9 +176,9 @@ def test_what_is_made_up_has_the_steps_composition():
     planner, said = dry_run.plan_of(config, ParallelLayout(world=8, config=config.parallel))
     plan = planner.step(0)
     assert said.startswith("made up, for weights/tokenizer.model is not there: 640 samples with all views")
-    assert len(plan.pairs) == 640
+    assert len(plan.samples) == 640
     assert sum(tokens for _, _, tokens in plan.text) == 65536
-    assert plan.targets(of_pairs=True) == 640 * (dry_run.CAPTION_TOKENS + 1)
+    assert plan.targets(of_samples=True) == 640 * (dry_run.CAPTION_TOKENS + 1)
 
 
 def test_a_rank_that_fails_is_an_error(tiny, tmp_path, monkeypatch):

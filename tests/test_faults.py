@@ -23,12 +23,14 @@ from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.pixels import PixelLoader
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Beat, Doing, Progress
-from megatron_sphinx.liveness.stalls import Heard, find_stall, find_stragglers
+from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
 from megatron_sphinx.training import step as training_step
 from megatron_sphinx.training.divergence import DivergenceConfig, Watch
 
@@ -100,12 +102,12 @@ def hang(config: Path, doomed: int, where: type, name: str) -> int:
 @pytest.mark.parametrize(
     ("doomed", "where", "name", "place"),
     [
-        (1, BatchBuilder, "build", r"language rank 1 .* step \d+, reading data \(loader.py:\d+ in step\)"),
+        (1, BatchBuilder, "build", r"language rank 1 .* step \d+, reading data \(batches.py:\d+ in step\)"),
         (
             2,
             PixelLoader,
             "_read",
-            r"encoder rank 2 .* step \d+, micro-batch \d, reading data \(loader.py:\d+ in wait\)",
+            r"encoder rank 2 .* step \d+, micro-batch \d, reading data \(pixels.py:\d+ in wait\)",
         ),
         (1, training_step.Forward, "_loss", r"language rank 1 .* step \d+, micro-batch \d, forward and backward \("),
     ],
@@ -194,8 +196,10 @@ def test_a_long_save_is_no_stall_until_it_takes_longer_than_files_may(start_rank
 # the judge
 
 
-def heard(who: str, doing: Doing, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False) -> Heard:
-    return Heard(Beat(1, who, "n0", doing.name, step, None, seconds, waits or doing.is_waiting, "", None), silent)
+def heard(
+    who: str, doing: Doing, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False
+) -> LastBeat:
+    return LastBeat(Beat(1, who, "n0", doing.name, step, None, seconds, waits or doing.is_waiting, "", None), silent)
 
 
 JUDGE = {"timeout": 60.0, "storage_timeout": 600.0, "silence": 60.0}
@@ -285,11 +289,11 @@ def poison(config: Path, pairs: list[int], factor: float | None) -> int:
 
     def overflow(batch, features):
         features, bad = mask_bad(batch, features)
-        is_hit = torch.tensor([pair in pairs for pair in batch.pairs], dtype=torch.bool)[batch.sample_of_view]
+        is_hit = torch.tensor([pair in pairs for pair in batch.samples], dtype=torch.bool)[batch.sample_of_view]
         return torch.where(is_hit[:, None], features * 1e38, features), bad
 
     def enlarge(self, batch, losses, *rest):
-        return loss(self, batch, losses * (factor if set(pairs) & set(batch.pairs) else 1.0), *rest)
+        return loss(self, batch, losses * (factor if set(pairs) & set(batch.samples) else 1.0), *rest)
 
     if factor is None:
         training_step.mask_bad = overflow
@@ -303,7 +307,7 @@ def pairs_of(config: Path, *steps: int) -> list[int]:
     read = configuration.load(config)
     sources = open_sources(read.data, read.model)
     planner = make_planner(read.data, sources, read.model, read.vision, replicas=1, seed=read.run.seed)
-    return [random.choice(planner.step(step).pairs) for step in steps]
+    return [random.choice(planner.step(step).samples) for step in steps]
 
 
 def lines_of(path: Path) -> list[dict]:

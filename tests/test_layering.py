@@ -16,16 +16,17 @@ OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
-    "timm": {"model/encoders.py"},
-    "transformers": {"model/encoders.py"},
+    "timm": {"model/visual_experts.py", "model/expert_files.py"},
+    "transformers": {"model/visual_experts.py"},
     "fsspec": {"data/files.py"},
-    "pymupdf": {"prepare/documents.py"},
+    "pymupdf": {"prepare/pdf.py"},
 }
 LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
-         "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
+         "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
+         "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
-         "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
+         "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
          "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 

@@ -12,7 +12,8 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
 from megatron_sphinx.model.language import build_language, draw_weights
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel, place_views
+from megatron_sphinx.model.micro_batch import MicroBatch
+from megatron_sphinx.model.sphinx import SphinxModel, place_views
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
@@ -110,7 +111,7 @@ def text_batch(documents: list[torch.Tensor]) -> MicroBatch:
         sample_of_token=torch.full((sum(map(len, documents)),), -1), view_positions=none, skip_positions=none,
         sample_of_view=none,
         row_of_token=torch.zeros(sum(map(len, documents)), dtype=torch.int64), rows=1,
-        pairs=(), documents=tuple(range(len(documents))),
+        samples=(), documents=tuple(range(len(documents))),
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def check_views_stand_behind_bos():
         view_positions=torch.cat([torch.arange(block) + 1, torch.arange(block) + 1 + len(tokens)]),
         skip_positions=torch.zeros(0, dtype=torch.int64), sample_of_view=torch.tensor([0, 1]),
         row_of_token=torch.zeros(2 * len(tokens), dtype=torch.int64), rows=1,
-        pairs=(0, 1), documents=(),
+        samples=(0, 1), documents=(),
     )  # fmt: skip
     both = model(batch, features)
     swapped = model(batch, features.flip(0))

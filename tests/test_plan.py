@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.data import plan
-from megatron_sphinx.data.plan import DataConfig, DataSource, Mixture, Planner, Runs, SampleSizes
+from megatron_sphinx.data import streams
+from megatron_sphinx.data.config import DataConfig, DataSource
+from megatron_sphinx.data.plan import Planner
+from megatron_sphinx.data.streams import Mixture, SampleSizes, TextSpans
 from megatron_sphinx.errors import ConfigError
 
 SEEDS = range(12)
@@ -43,11 +45,11 @@ class Text:
         cuts = [round(len(lengths) * n / sources) for n in range(1, sources + 1)]
         self.bounds = [0, *(int(self.ends[cut - 1]) for cut in cuts)]
 
-    def runs(self, first, last):
+    def spans(self, first, last):
         begins = self.ends - self.lengths
         start, stop = np.maximum(begins, first), np.minimum(self.ends, last)
         keep = np.flatnonzero(stop > start)
-        return Runs(keep, (start - begins)[keep], (stop - start)[keep], (stop == self.ends)[keep])
+        return TextSpans(keep, (start - begins)[keep], (stop - start)[keep], (stop == self.ends)[keep])
 
 
 def quadratic(lengths, targets) -> float:
@@ -75,7 +77,7 @@ def planner_of(seed: int, replicas: int = 1, rows: int | None = None, sources: i
     cuts = sorted(rng.sample(range(1, len(captions)), sources - 1))
     return Planner(
         config,
-        pairs=Pairs(captions, [0, *cuts, len(captions)]),
+        samples=Pairs(captions, [0, *cuts, len(captions)]),
         text=Text(texts, sources),
         tokens_of_views=lambda width, height: (9, (0,)),
         cost=quadratic,
@@ -85,8 +87,8 @@ def planner_of(seed: int, replicas: int = 1, rows: int | None = None, sources: i
     )
 
 
-def pieces(planner: Planner, step: int, *, of_pairs: bool):
-    return [piece for row in planner.step(step).rows for piece in row if piece.is_sample is of_pairs]
+def segments(planner: Planner, step: int, *, of_samples: bool):
+    return [segment for row in planner.step(step).rows for segment in row if segment.is_sample is of_samples]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -94,44 +96,44 @@ def test_every_step_has_exactly_its_share_of_both_streams(seed):
     planner = planner_of(seed, sources=1 + seed % 3)
     for step in range(5):
         plan = planner.step(step)
-        assert len(plan.pairs) == planner.config.pairs_per_step
+        assert len(plan.samples) == planner.config.pairs_per_step
         assert sum(tokens for _, _, tokens in plan.text) == planner.config.text_tokens_per_step
         assert all(0 < plan_length(row) <= planner.config.sequence_length for row in plan.rows)
 
 
 def plan_length(row) -> int:
-    return sum(piece.length for piece in row)
+    return sum(segment.length for segment in row)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_epoch_has_every_pair_and_every_token_once(seed, monkeypatch):
     """Whatever the blocks and windows of the shuffle are, and wherever steps and epochs meet."""
     rng = random.Random(seed)
-    for name, most in (("PAIR_BLOCK", 9), ("PAIR_WINDOW", 4), ("TEXT_BLOCK", 500), ("TEXT_WINDOW", 4)):
-        monkeypatch.setattr(plan, name, rng.randint(1, most))
+    for name, most in (("SAMPLE_BLOCK", 9), ("SAMPLE_WINDOW", 4), ("TEXT_BLOCK", 500), ("TEXT_WINDOW", 4)):
+        monkeypatch.setattr(streams, name, rng.randint(1, most))
     planner, steps = planner_of(seed), 40
-    config, count, total = planner.config, len(planner._pairs.captions), planner._text_streams[0]._shuffle.items
-    used = Counter(piece.item for step in range(steps) for piece in pieces(planner, step, of_pairs=True))
+    config, count, total = planner.config, len(planner._samples.captions), planner._text_streams[0]._shuffle.items
+    used = Counter(segment.item for step in range(steps) for segment in segments(planner, step, of_samples=True))
     epochs, more = divmod(steps * config.pairs_per_step, count)
     assert set(used.values()) <= {epochs, epochs + 1}
     assert sum(times == epochs + 1 for times in used.values()) == more
     tokens, targets = Counter(), 0
-    for piece in planner._text_streams[0].pieces(total, total):  # the second epoch
-        tokens.update((piece.item, n) for n in range(piece.start, piece.start + piece.tokens))
-        targets += piece.targets
+    for segment in planner._text_streams[0].segments(total, total):  # the second epoch
+        tokens.update((segment.item, n) for n in range(segment.start, segment.start + segment.tokens))
+        targets += segment.targets
     assert len(tokens) == total
     assert set(tokens.values()) == {1}
     assert targets == total - len(planner._text_streams[0]._text.lengths)  # all but first tokens are predicted
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_piece_that_is_cut_predicts_the_token_behind_the_cut(seed):
+def test_a_segment_that_is_cut_predicts_the_token_behind_the_cut(seed):
     planner = planner_of(seed)
-    for piece in pieces(planner, 1, of_pairs=False):
-        ends = piece.start + piece.tokens == planner._text_streams[0]._text.lengths[piece.item]
-        assert piece.targets == piece.tokens - ends
-    for piece in pieces(planner, 1, of_pairs=True):
-        assert piece.targets == piece.tokens + 1
+    for segment in segments(planner, 1, of_samples=False):
+        ends = segment.start + segment.tokens == planner._text_streams[0]._text.lengths[segment.item]
+        assert segment.targets == segment.tokens - ends
+    for segment in segments(planner, 1, of_samples=True):
+        assert segment.targets == segment.tokens + 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -139,11 +141,15 @@ def test_documents_stay_whole_where_a_row_holds_them(seed):
     planner = planner_of(seed)
     lengths, size = planner._text_streams[0]._text.lengths, planner.config.sequence_length
     for step in range(4):  # documents of several epochs may be in one step
-        cut = [piece for piece in pieces(planner, step, of_pairs=False) if piece.tokens < lengths[piece.item] <= size]
-        assert len({piece.item for piece in cut}) <= 4  # at both ends of the step
-    pieces_of = Counter(piece.item for piece in pieces(planner, 0, of_pairs=False))
+        cut = [
+            segment
+            for segment in segments(planner, step, of_samples=False)
+            if segment.tokens < lengths[segment.item] <= size
+        ]
+        assert len({segment.item for segment in cut}) <= 4  # at both ends of the step
+    segments_of = Counter(segment.item for segment in segments(planner, 0, of_samples=False))
     epochs = planner.config.text_tokens_per_step // lengths.sum() + 1
-    assert all(times <= epochs * (-(-lengths[item] // size) + 2) for item, times in pieces_of.items())
+    assert all(times <= epochs * (-(-lengths[item] // size) + 2) for item, times in segments_of.items())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -176,7 +182,7 @@ def test_the_report_of_a_step_is_what_its_rows_say(seed):
     assert plan.fill == pytest.approx(plan.positions / (len(plan.rows) * planner.config.sequence_length))
     costs = [
         sum(
-            quadratic(planner.lengths(row), sum(piece.targets for piece in row))
+            quadratic(planner.lengths(row), sum(segment.targets for segment in row))
             for micro in plan.micro_batches
             for row in micro[replica]
         )
@@ -202,7 +208,7 @@ def test_weighted_sources_give_their_shares_exactly(seed):
     mixture = Mixture([0, *accumulate(sizes)], weights, amount, "x")
     place = [0] * len(weights)
     for step in range(200):
-        parts = list(mixture.parts(step))
+        parts = list(mixture.takes(step))
         assert sum(count for _, _, count in parts) == amount
         for source, start, count in parts:
             assert start == place[source]  # nothing between two steps is lost
@@ -215,7 +221,7 @@ def test_weighted_sources_give_their_shares_exactly(seed):
 def test_sources_without_weights_are_one():
     mixture = Mixture([0, 10, 40], [None, None], 7, "x")
     assert mixture.spans == [(0, 40)]
-    assert list(mixture.parts(3)) == [(0, 21, 7)]
+    assert list(mixture.takes(3)) == [(0, 21, 7)]
 
 
 def test_more_sources_than_a_step_can_take_from_are_refused():
@@ -225,9 +231,9 @@ def test_more_sources_than_a_step_can_take_from_are_refused():
 
 def test_samples_of_weighted_sources_come_from_their_own(tmp_path):
     planner = planner_of(5, sources=3)
-    bounds, used = planner._pairs.bounds, Counter()
+    bounds, used = planner._samples.bounds, Counter()
     for step in range(60):
-        used.update(int(np.searchsorted(bounds, pair, "right")) - 1 for pair in planner.step(step).pairs)
+        used.update(int(np.searchsorted(bounds, pair, "right")) - 1 for pair in planner.step(step).samples)
     weights = [source.weight for source in planner.config.pairs]
     total = 60 * planner.config.pairs_per_step
     assert all(abs(used[n] - total * weight / sum(weights)) < 3 for n, weight in enumerate(weights))
@@ -251,7 +257,7 @@ def real_planner(sequence_length: int, row_multiple: int, replicas: int, steps_i
     )  # fmt: skip
     return Planner(
         config,
-        pairs=Pairs(captions),
+        samples=Pairs(captions),
         text=Text(texts),
         tokens_of_views=lambda width, height: (291, (0,)),
         cost=lambda lengths, _: sum(6 * 6.6e9 * n + 12 * 32 * 4096 * n * (n + 1) / 2 for n in lengths),  # LLaMA-2 7B
@@ -294,7 +300,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_counted():
     planner = Planner(
         DataConfig(pairs=(DataSource(path="x"),), tokenizer="x", pairs_per_step=2, text_tokens_per_step=0,
                    sequence_length=20),
-        pairs=Pairs([9, 10]),
+        samples=Pairs([9, 10]),
         text=None,
         tokens_of_views=lambda width, height: (9, (0,)),
         cost=lambda lengths, targets: sum(lengths) + targets,
@@ -303,7 +309,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_counted():
     )  # fmt: skip
     plan = planner.step(0)
     assert plan.captions_cut == 1
-    assert {piece.tokens for row in plan.rows for piece in row} == {9}
+    assert {segment.tokens for row in plan.rows for segment in row} == {9}
 
 
 # scale

@@ -22,8 +22,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore
-from megatron_sphinx.data.loader import make_planner, open_sources
 from megatron_sphinx.data.pairs import SampleIndex
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.pairs import index_shards
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -223,7 +223,7 @@ def test_five_kills_and_other_layouts_lose_and_repeat_no_sample(train, tiny):
     planner = make_planner(config.data, sources, config.model, config.vision, replicas=1, seed=config.run.seed)
     plans = [planner.step(step) for step in range(20)]
     assert [line["sample_ids"] for line in lines] == [plan.digest for plan in plans], said
-    assert sorted(pair for plan in plans for pair in plan.pairs) == sorted(2 * list(range(60)))
+    assert sorted(pair for plan in plans for pair in plan.samples) == sorted(2 * list(range(60)))
     times = Counter((item, at) for plan in plans for item, start, n in plan.text for at in range(start, start + n))
     epochs = 20 * config.data.text_tokens_per_step / sources.text.bounds[-1]
     assert set(times.values()) <= {int(epochs), int(epochs) + 1}
@@ -323,7 +323,7 @@ def spoiled(tiny, tmp_path):
     index = SampleIndex([tmp_path / "pairs"])
     bad = [3, 30, 31]
     for pair in bad:
-        place = index.place(pair)
+        place = index.location(pair)
         with Path(place.path).open("r+b") as file:
             file.seek(place.offset + place.bytes // 2)
             file.write(b"\0" * (place.bytes // 2))

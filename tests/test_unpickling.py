@@ -39,7 +39,7 @@ from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
 from megatron_sphinx.checkpoint.stream import read_distributed, read_torch
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
-from megatron_sphinx.model.encoders import _read
+from megatron_sphinx.model.expert_files import _read
 from megatron_sphinx.model.shards import Block
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout

@@ -11,10 +11,12 @@ from PIL import Image
 from test_model import groups, llama_of, random_shape
 from torch.nn import functional as F
 
-from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, Sources, views_in
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.canvas import Canvas, pixel_type, to_square
+from megatron_sphinx.data.config import DataConfig, DataSource
 from megatron_sphinx.data.packing import Segment
-from megatron_sphinx.data.plan import DataConfig, DataSource
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, VisionConfig, VisualExpertConfig
@@ -88,7 +90,7 @@ def test_what_is_skipped_is_one_colour(padding):
         side = parts * rng.randint(5, 40)
         other = max(2, round(side / 20 ** rng.random()))
         width, height = rng.choice([(side, other), (other, side)])
-        square = np.asarray(images.to_square(Image.new("RGB", (width, height), "red"), padding))
+        square = np.asarray(to_square(Image.new("RGB", (width, height), "red"), padding))
         for view in views_of(parts)[1:]:
             size = side // parts
             cut = square[view.row * size : (view.row + 1) * size, view.column * size : (view.column + 1) * size]
@@ -178,18 +180,18 @@ def test_accessory_resizes_as_the_released_code(views, convnext):
     size = {1: 1, 5: 2, 10: 3}[views] * (224 if side == 256 else 512)
     image = Image.fromarray(np.random.default_rng(views).integers(0, 256, (90, 61, 3), np.uint8))
     wanted = released(image, views, size, 224, side)
-    canvas = images.Canvas(image, vision)
+    canvas = Canvas(image, vision)
     mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (CLIP_MEAN, CLIP_STD))
     for number, view in enumerate(views_of(vision.parts)):
         for pixels in (224, side):
             found = (torch.from_numpy(canvas.cut(view, pixels)) - mean) / std
             torch.testing.assert_close(found, wanted[pixels][number], rtol=1e-4, atol=1e-4)
-            assert canvas.cut(view, pixels).dtype == images.pixel_type(vision)
+            assert canvas.cut(view, pixels).dtype == pixel_type(vision)
 
 
 def test_antialiased_parts_lie_in_the_whole():
     image, _ = draw(5)
-    canvas = images.Canvas(image, small(views=5))
+    canvas = Canvas(image, small(views=5))
     whole = canvas.cut(GLOBAL, 64).astype(float)
     rows = [np.concatenate([canvas.cut(View(x, y, 2), 64) for x in range(2)], 2) for y in range(2)]
     halved = np.concatenate(rows, 1).reshape(3, 64, 2, 64, 2).mean((2, 4))
@@ -228,7 +230,7 @@ def check_skipping_equals_encoding_and_dropping(seed: int, views: int):
     pictures = [(rng.randint(20, 400), rng.randint(20, 400)) for _ in range(3)] + [(300, 90), (80, 300)]
     encoders = FrozenEncoders(vision, device=CPU, dtype=torch.float32, seed=1)
     noise = np.random.default_rng(seed)
-    canvases = [images.Canvas(Image.fromarray(noise.integers(0, 256, (high, wide, 3), np.uint8)), vision)
+    canvases = [Canvas(Image.fromarray(noise.integers(0, 256, (high, wide, 3), np.uint8)), vision)
                 for wide, high in pictures]  # fmt: skip
     data = DataConfig(tokenizer="", pairs_per_step=0, text_tokens_per_step=0, conversations_per_step=1,
                       conversations=(DataSource(path="x"),), sequence_length=2000)  # fmt: skip

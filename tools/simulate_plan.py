@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
-from megatron_sphinx.data.plan import DataConfig, DataSource, Planner
+from megatron_sphinx.data.config import DataConfig, DataSource
+from megatron_sphinx.data.index import SAMPLE
+from megatron_sphinx.data.pairs import SampleIndex
+from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.text import TextIndex
 
 PAIRS_PER_SHARD = 10_000
@@ -30,7 +32,7 @@ TOKENIZER = {"vocabulary": 32000, "sha256": "simulated"}
 
 
 def simulate_pairs(folder: Path, pairs: int) -> None:
-    """Write an index of so many pairs, none of which needs space."""
+    """Write an index of so many pairs as sparse files, which take no space on the disk."""
     folder.mkdir(parents=True)
     last = np.zeros(1, SAMPLE)
     last["caption"], last["tokens"] = 10 * pairs - 10, 10
@@ -46,7 +48,7 @@ def simulate_pairs(folder: Path, pairs: int) -> None:
 
 
 def simulate_text(folder: Path, tokens: int) -> None:
-    """Write an index of so many tokens, all of whose files are links to two."""
+    """Write an index of so many tokens, whose files are all links to two: a whole one, and one with the rest."""
     folder.mkdir(parents=True)
     whole, rest = divmod(tokens, TOKENS_PER_FILE)
     for name, size in (("whole", TOKENS_PER_FILE), ("rest", rest)):
@@ -69,7 +71,7 @@ def simulate_text(folder: Path, tokens: int) -> None:
 
 
 def own_megabytes() -> float:
-    """Megabytes of this process's memory that no file backs."""
+    """Return the megabytes of memory that this process has by itself, mapped files not counted."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
@@ -92,7 +94,7 @@ def main() -> int:
     index, text = SampleIndex([args.folder / "pairs"]), TextIndex([args.folder / "text"])
     planner = Planner(
         config,
-        pairs=index,
+        samples=index,
         text=text,
         tokens_of_views=lambda width, height: (291, (0,)),
         cost=lambda lengths, _: sum(4e10 * n + 8e5 * n * n for n in lengths),

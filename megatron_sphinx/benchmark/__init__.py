@@ -1,1 +1,1 @@
-"""Measured runs of `train`: what each rank sees, sweeps over keys, reports, and scaling over several of them."""
+"""Measured runs of `train`: what each rank observes, sweeps over keys, reports, and scaling over several of them."""

@@ -1,4 +1,4 @@
-"""What a measurement was made with, as far as it can be said from where it was started."""
+"""What a measurement was made with, as far as the process that starts it can tell."""
 
 import os
 import platform
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine", "flash-attn", "timm", "numpy")
-_VARIABLES = ("OMP_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS")
+_VARIABLES = ("OMP_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS")  # prefixes
 
 
 def environment() -> dict[str, Any]:
-    """Command line, versions, revision of the code, and the variables that change how fast things are."""
+    """Collect command line, versions, revision of the code, and the variables that change how fast things are."""
     import torch
 
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """The git revision of this package, marked where files have been changed since."""
+    """Ask git for the revision of this package, `-dirty` where files have been changed; None without a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A report of measured points: Markdown with plots, and all that is needed to measure them again."""
+"""Writes a report of measured points: Markdown with plots, and all that is needed to measure them again."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +32,10 @@ _DEFINITIONS = """
 
 
 def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The points of some folders of `benchmark`, folder by folder.
+    """Read the points that `benchmark` wrote into some folders, folder by folder.
 
     Raises:
-        DataError: a folder has none, or what is there is no point.
+        DataError: a folder has no points, or a file there is no point.
     """
     points = []
     for folder in folders:
@@ -51,7 +51,7 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def text_table(points: Sequence[Point]) -> str:
-    """The points, readable on a terminal."""
+    """Format points as a table for a terminal, a line each."""
     width = max(len(point["name"]) for point in points) + 2
     head = (
         f"{'':{width}}{'tokens/s':>10}{'s/step':>9}{'p95':>9}{'utilization':>13}"
@@ -62,6 +62,7 @@ def text_table(points: Sequence[Point]) -> str:
 
 
 def _text_row(point: Point) -> str:
+    """Format the numbers of a point for `text_table`."""
     return (
         f"{point['tokens_per_second']:10.0f}{point['step_seconds']:9.3f}{point['step_seconds_p95']:9.3f}"
         f"{point['roles']['language']['utilization']:13.1%}{point['exposed_encoder_share']:22.1%}"
@@ -70,14 +71,20 @@ def _text_row(point: Point) -> str:
 
 
 def write(folder: Path, points: Sequence[Point], *, ratios: Mapping[str, float] | None = None) -> Path:
-    """Write `report.md` and its plots into a folder; the report's path."""
+    """Write `report.md` and its plots into a folder, and return the report's path.
+
+    Args:
+        folder: made where there is none.
+        points: the measured points.
+        ratios: for other points on the same samples, how many times their tokens/s the first point has.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     good = [point for point in points if "error" not in point]
-    found = curves(good)
+    scaling = curves(good)
     parts = [_head(points)]
     if good:
         parts += [_points(good, ratios or {}), _plot_points(good, folder)]
-    parts += [_scaling(found, folder)] if found else []
+    parts += [_scaling(scaling, folder)] if scaling else []
     parts += [_failures(points)] if len(good) < len(points) else []
     parts += [_roles(point) for point in good]
     parts += [_definitions(points), _repeat(points)]
@@ -87,12 +94,13 @@ def write(folder: Path, points: Sequence[Point], *, ratios: Mapping[str, float] 
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """A table whose first columns are words, the others numbers."""
+    """Format a Markdown table, whose first `words` columns are words and the others numbers."""
     lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _head(points: Sequence[Point]) -> str:
+    """Write the title, and how the points were measured."""
     ranks = sorted({point["ranks"] for point in points})
     steps = sorted({(point["steps"], point["warmup"], point["repeats"]) for point in points})
     how = "; ".join(
@@ -102,6 +110,7 @@ def _head(points: Sequence[Point]) -> str:
 
 
 def _points(points: Sequence[Point], ratios: Mapping[str, float]) -> str:
+    """Write the table of the points, and how the first one compares with others."""
     head = ["point", "ranks", "s/step, median", "p95", "tokens/s", "of each rank", "pairs/s", "waiting for features",
             "waiting for data", "feature bytes/step"]  # fmt: skip
     rows = [
@@ -118,10 +127,11 @@ def _points(points: Sequence[Point], ratios: Mapping[str, float]) -> str:
     return text
 
 
-def _scaling(found: Sequence[Curve], folder: Path) -> str:
+def _scaling(scaling: Sequence[Curve], folder: Path) -> str:
+    """Write a table for each curve, and their plot."""
     parts = ["## Scaling"]
-    for curve in found:
-        of = "the same step on more ranks" if curve.kind == "strong" else "the same work on each rank"
+    for curve in scaling:
+        meaning = "the same step on more ranks" if curve.kind == "strong" else "the same work on each rank"
         rows = [
             [str(point["ranks"]), point["layout"], f"{point['work']['positions']:,.0f}",
              f"{point['work']['positions'] / point['ranks']:,.0f}", f"{point['step_seconds']:.3f}",
@@ -129,11 +139,12 @@ def _scaling(found: Sequence[Curve], folder: Path) -> str:
             for point, efficiency in zip(curve.points, curve.efficiency, strict=True)
         ]  # fmt: skip
         head = ["ranks", "layout", "positions/step", "of each rank", "s/step", "tokens/s", "efficiency"]
-        parts.append(f"### {curve.kind.capitalize()} scaling ({of}), {curve.label}\n\n{_markdown(head, rows)}")
-    return "\n\n".join([*parts, _plot_scaling(found, folder)])
+        parts.append(f"### {curve.kind.capitalize()} scaling ({meaning}), {curve.label}\n\n{_markdown(head, rows)}")
+    return "\n\n".join([*parts, _plot_scaling(scaling, folder)])
 
 
 def _failures(points: Sequence[Point]) -> str:
+    """Write what went wrong with the points that failed."""
     parts = [
         f"`{point['name']}` on {point['ranks']} ranks:\n\n```\n{point['error']}\n```"
         for point in points
@@ -143,11 +154,12 @@ def _failures(points: Sequence[Point]) -> str:
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:
+    """Format a share in percent, empty where the role or rank has none of this name."""
     return f"{row[name]:.1%}" if name in row else ""
 
 
 def _facts(row: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
-    """What is said of a role and of a rank alike."""
+    """Format the columns that the tables of roles and of ranks share."""
     return [
         *(f"{row[name]:.3f}" if name in row else "" for name in ("step_seconds", "step_seconds_p95")),
         f"{row['flops_per_second'] / 1e12:,.3f}", f"{row['peak_flops'] / 1e12:,.3f}", f"{row['utilization']:.1%}",
@@ -157,7 +169,7 @@ def _facts(row: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
 
 
 def _roles(point: Point) -> str:
-    """One point: its roles, its ranks, and where the time goes in communication."""
+    """Write the tables of one point's roles and ranks."""
     axes = sorted({axis for rank in point["per_rank"] for axis in rank["communication"]})
     head = ["s/step", "p95", "TFLOP/s", "peak", "utilization", "waiting for features", "waiting for data",
             "encoding", *(f"{axis} groups" for axis in axes), "GiB"]  # fmt: skip
@@ -170,21 +182,23 @@ def _roles(point: Point) -> str:
 
 
 def _definitions(points: Sequence[Point]) -> str:
+    """Write what the columns of the tables mean."""
     text = f"## What the columns are\n{_DEFINITIONS}"
     if any(point["is_synthetic"] for point in points):
-        text += f"* Synthetic data: {synthetic.ABOUT}.\n"
+        text += f"* Synthetic data: {synthetic.DESCRIPTION}.\n"
     return text.rstrip()
 
 
 def _repeat(points: Sequence[Point]) -> str:
-    """Commands, versions, machines and configurations, each once."""
+    """Write what is needed to measure again: commands, versions, machines and configurations, each once."""
     parts = ["## To measure this again"]
-    for about in _each([point["environment"] for point in points]):
-        lines = [f"{name}: {value}" for name, value in about["versions"].items()]
-        lines += [f"revision: {about['revision'] or 'not from a git checkout'}", f"system: {about['system']}"]
-        lines += [f"{name}={value}" for name, value in about["variables"].items()]
+    for environment in _distinct([point["environment"] for point in points]):
+        lines = [f"{name}: {value}" for name, value in environment["versions"].items()]
+        revision = environment["revision"] or "not from a git checkout"
+        lines += [f"revision: {revision}", f"system: {environment['system']}"]
+        lines += [f"{name}={value}" for name, value in environment["variables"].items()]
         text = "\n".join(lines)
-        parts.append(f"```sh\n{about['command']}\n```\n\n```\n{text}\n```")
+        parts.append(f"```sh\n{environment['command']}\n```\n\n```\n{text}\n```")
     machines = [_machines(point) for point in points if "error" not in point]
     parts.append(
         _markdown(["point", "ranks", "layout", "ranks of each host", "devices", "launcher"], machines, words=6)
@@ -210,18 +224,20 @@ def _repeat(points: Sequence[Point]) -> str:
 
 
 def _machines(point: Point) -> list[str]:
-    """A row of the table of machines."""
+    """Format a point's row in the table of machines."""
     hosts = ", ".join(f"{host}: {count}" for host, count in point["hosts"].items())
     devices = {f"{rank['device']} ({rank['backend']}, {rank['threads']} threads)" for rank in point["per_rank"]}
     launcher = point["launcher"] or "torchrun"
     return [f"`{point['name']}`", str(point["ranks"]), point["layout"], hosts, ", ".join(sorted(devices)), launcher]
 
 
-def _each(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the items that are equal to an earlier one."""
     return [item for number, item in enumerate(items) if item not in items[:number]]
 
 
 def _differences(first: Any, other: Any, path: str) -> Iterator[str]:
+    """Yield `key=value` for each key of `other` whose value in `first` differs; `path` is the key of both."""
     if isinstance(first, Mapping) and isinstance(other, Mapping):
         for name in other:
             yield from _differences(first.get(name), other[name], f"{path}.{name}" if path else name)
@@ -230,7 +246,7 @@ def _differences(first: Any, other: Any, path: str) -> Iterator[str]:
 
 
 def _plot_points(points: Sequence[Point], folder: Path) -> str:
-    """Bars of tokens a second, and of where the language ranks' time goes."""
+    """Plot tokens a second and where the language ranks' time goes, as bars; return the Markdown of the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -255,15 +271,15 @@ def _plot_points(points: Sequence[Point], folder: Path) -> str:
     return "![tokens a second, and waiting and communication of the language ranks](points.png)"
 
 
-def _plot_scaling(found: Sequence[Curve], folder: Path) -> str:
-    """Tokens a second and efficiency over ranks, with the ideal."""
+def _plot_scaling(scaling: Sequence[Curve], folder: Path) -> str:
+    """Plot tokens a second and efficiency over ranks beside the ideal; return the Markdown of the picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     speed, efficiency = figure.subplots(1, 2)
-    for number, curve in enumerate(found):
+    for number, curve in enumerate(scaling):
         ranks = [point["ranks"] for point in curve.points]
         tokens = [point["tokens_per_second"] for point in curve.points]
         label, colour = f"{curve.kind}, {curve.label}", f"C{number}"
@@ -273,7 +289,7 @@ def _plot_scaling(found: Sequence[Curve], folder: Path) -> str:
     speed.set(xlabel="ranks", ylabel="tokens/s (dotted: ideal)", xscale="log", yscale="log")
     efficiency.set(xlabel="ranks", ylabel="efficiency", xscale="log", ylim=(0, None))
     for axes in (speed, efficiency):
-        axes.set_xticks(sorted({point["ranks"] for curve in found for point in curve.points}), minor=False)
+        axes.set_xticks(sorted({point["ranks"] for curve in scaling for point in curve.points}), minor=False)
         axes.get_xaxis().set_major_formatter("{x:.0f}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)

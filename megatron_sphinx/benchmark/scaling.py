@@ -7,10 +7,10 @@ from math import isclose
 from typing import Any
 
 Point = Mapping[str, Any]
-TOLERANCE = 0.05  # how far works may be apart that count as the same
-_AMOUNTS = ("pairs_per_step", "conversations_per_step", "text_tokens_per_step", "row_multiple")
-_WORK = ("pairs", "text_tokens", "positions")
-_PATHS = ("pairs", "conversations", "text", "tokenizer")
+TOLERANCE = 0.05  # how far apart amounts of work may be that count as equal, relative to the larger one
+_AMOUNTS = ("pairs_per_step", "conversations_per_step", "text_tokens_per_step", "row_multiple")  # keys of data
+_PATHS = ("pairs", "conversations", "text", "tokenizer")  # keys of data
+_WORK = ("pairs", "text_tokens", "positions")  # what makes the work of a step, in a point's `work`
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Curve:
     Attributes:
         kind: strong, the same step on more ranks; or weak, the same work on each rank.
         label: what the points have in common.
-        points: by number of ranks.
+        points: the points, by ascending number of ranks.
     """
 
     kind: str
@@ -29,32 +29,32 @@ class Curve:
 
     @property
     def efficiency(self) -> list[float]:
-        """Of each point: its tokens a second and rank over those of the fewest ranks."""
-        each = [point["tokens_per_second"] / point["ranks"] for point in self.points]
-        return [value / each[0] for value in each]
+        """For each point its tokens/s of a rank, over those of the point with the fewest ranks."""
+        speeds = [point["tokens_per_second"] / point["ranks"] for point in self.points]
+        return [speed / speeds[0] for speed in speeds]
 
 
 def curves(points: Sequence[Point]) -> list[Curve]:
-    """Every curve that some points make.
+    """Find every curve that some points make.
 
     Points are of one curve where they have the same configuration but for the amounts of a step and the number of
-    encoder ranks, on different numbers of ranks; strong, where a step takes the same samples, text and positions, weak,
-    where it does for each rank. Encoder ranks are taken to grow with the ranks, unless a number of ranks was measured
-    with several numbers of them.
+    encoder ranks, on different numbers of ranks: a strong one where a step takes as many samples, text and positions,
+    a weak one where it takes as many for each rank. Encoder ranks are taken to grow with the ranks, unless a number of
+    ranks was measured with several numbers of them.
     """
-    found = []
+    made: list[Curve] = []
     for group in _by(lambda point: _key(point, with_encoder=False), [p for p in points if "error" not in p]):
         for kind in ("strong", "weak"):
-            for same in _alike(group, is_per_rank=kind == "weak"):
-                sizes = {(point["ranks"], point["config"]["parallel"]["encoder"]) for point in same}
+            for equal in _equal_work(group, is_per_rank=kind == "weak"):
+                sizes = {(point["ranks"], point["config"]["parallel"]["encoder"]) for point in equal}
                 is_swept = len(sizes) > len({ranks for ranks, _ in sizes})
-                parts = _by(lambda point: _key(point, with_encoder=True), same) if is_swept else [same]
-                found += [curve for part in parts if (curve := _curve(kind, part))]
-    return found
+                parts = _by(lambda point: _key(point, with_encoder=True), equal) if is_swept else [equal]
+                made += [curve for part in parts if (curve := _curve(kind, part))]
+    return made
 
 
 def _by(key: Callable[[Point], str], points: Sequence[Point]) -> list[list[Point]]:
-    """Points in groups of the same key."""
+    """Group points by a key."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(key(point), []).append(point)
@@ -62,7 +62,7 @@ def _by(key: Callable[[Point], str], points: Sequence[Point]) -> list[list[Point
 
 
 def _curve(kind: str, points: Sequence[Point]) -> Curve | None:
-    """A curve through points, the last of each number of ranks; none where all have the same."""
+    """Make a curve through points, the last one of each number of ranks; None where all have as many ranks."""
     chosen = {point["ranks"]: point for point in points}
     if len(chosen) < 2:
         return None
@@ -74,13 +74,13 @@ def _curve(kind: str, points: Sequence[Point]) -> Curve | None:
     return Curve(kind, f"{ordered[0]['config']['model']['preset'] or 'model'}: {layout}", ordered)
 
 
-def _alike(points: Sequence[Point], *, is_per_rank: bool) -> list[list[Point]]:
-    """Points in groups of the same work."""
+def _equal_work(points: Sequence[Point], *, is_per_rank: bool) -> list[list[Point]]:
+    """Group points by the work of a step, or of a step and a rank; works within TOLERANCE are equal."""
     groups: list[tuple[list[float], list[Point]]] = []
     for point in points:
         work = [point["work"][name] / (point["ranks"] if is_per_rank else 1) for name in _WORK]
-        for of_group, group in groups:
-            if all(isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(work, of_group, strict=True)):
+        for group_work, group in groups:
+            if all(isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(work, group_work, strict=True)):
                 group.append(point)
                 break
         else:
@@ -89,7 +89,7 @@ def _alike(points: Sequence[Point], *, is_per_rank: bool) -> list[list[Point]]:
 
 
 def _key(point: Point, *, with_encoder: bool) -> str:
-    """The configuration without what may differ along a curve."""
+    """Put the configuration without what may differ along a curve into a text that can be compared."""
     config = {
         section: dict(values) for section, values in point["config"].items() if section not in ("run", "checkpoint")
     }

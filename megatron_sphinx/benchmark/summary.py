@@ -1,4 +1,4 @@
-"""What the runs of a point come to: medians over all their measured steps, of the whole, of roles and of ranks."""
+"""Sums up the runs of a point: medians over all their measured steps, for the whole, for roles and for ranks."""
 
 import hashlib
 import json
@@ -11,20 +11,30 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.model.architecture import EXPERTS
-from megatron_sphinx.model.encoders import encoder_work
+from megatron_sphinx.model.architecture import VISUAL_EXPERTS
+from megatron_sphinx.model.visual_experts import encoder_work
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What one run left: the lines of its measured steps, and what each rank found."""
+    """A run that the benchmark has measured.
+
+    Attributes:
+        lines: the lines of metrics.jsonl for its measured steps.
+        ranks: what the observer of each rank has written, by rank.
+    """
 
     lines: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
 
 
 def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
-    """The runs of a point, summed up: medians over all their measured steps."""
+    """Sum up the runs of a point: medians over all their measured steps.
+
+    Args:
+        config: the point's configuration.
+        runs: its runs, one or more.
+    """
     lines = [line for run in runs for line in run.lines]
     seconds = [line["step_seconds"] for line in lines]
     work = dict(runs[0].ranks[0]["work"])
@@ -62,25 +72,32 @@ def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
 
 @cache
 def _expert_flops(name: str) -> int:
-    return encoder_work(EXPERTS[name])[0]
+    """FLOPs of a view in a visual expert."""
+    return encoder_work(VISUAL_EXPERTS[name])[0]
 
 
-def _rank(found: Sequence[Mapping[str, Any]], flops: float, step_seconds: float) -> dict[str, Any]:
-    """One rank over all runs of a point, which computes so many FLOPs for a step."""
-    first = found[0]
+def _rank(runs: Sequence[Mapping[str, Any]], flops: float, step_seconds: float) -> dict[str, Any]:
+    """Sum up one rank over all runs of a point.
+
+    Args:
+        runs: what the rank's observer has written in each run.
+        flops: FLOPs that the rank computes for a step.
+        step_seconds: seconds of a step.
+    """
+    first = runs[0]
     row = {name: first[name] for name in ("rank", "role", "host", "device", "threads", "backend", "layout")}
-    row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in found)
-    row["peak_flops"] = median(run["peak_flops"] for run in found)
+    row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in runs)
+    row["peak_flops"] = median(run["peak_flops"] for run in runs)
     row["flops_per_second"] = flops / step_seconds
     row["utilization"] = row["flops_per_second"] / row["peak_flops"]
-    axes = dict.fromkeys(axis for run in found for axis in run["communication"])
-    row["communication"] = {axis: median(run["communication"].get(axis, 0.0) for run in found) for axis in axes}
+    axes = dict.fromkeys(axis for run in runs for axis in run["communication"])
+    row["communication"] = {axis: median(run["communication"].get(axis, 0.0) for run in runs) for axis in axes}
     if first["role"] == "encoder":
-        spent = {name: sum(run[f"{name}_seconds"] for run in found) for name in ("read", "encode", "send")}
-        row["views_per_step"] = fmean(run["views_per_step"] for run in found)
+        spent = {name: sum(run[f"{name}_seconds"] for run in runs) for name in ("read", "encode", "send")}
+        row["views_per_step"] = fmean(run["views_per_step"] for run in runs)
         row["busy_share"], row["data_wait_share"] = (spent[name] / sum(spent.values()) for name in ("encode", "read"))
         return row
-    steps = {name: [value for run in found for value in run["steps"][name]] for name in first["steps"]}
+    steps = {name: [value for run in runs for value in run["steps"][name]] for name in first["steps"]}
     seconds = steps["seconds"]
     row |= {"step_seconds": median(seconds), "step_seconds_p95": float(np.percentile(seconds, 95))}
     row["data_wait_share"] = sum(steps["data_wait_seconds"]) / sum(seconds)
@@ -89,7 +106,7 @@ def _rank(found: Sequence[Mapping[str, Any]], flops: float, step_seconds: float)
 
 
 def _role(per_rank: Sequence[Mapping[str, Any]], role: str) -> dict[str, Any]:
-    """The ranks of a role together: FLOPs and peaks summed, memory of the one with most, shares and times averaged."""
+    """Sum up the ranks of a role: FLOPs and peaks added, memory of the one with most, shares and times averaged."""
     ranks = [rank for rank in per_rank if rank["role"] == role]
     flops, peak = (sum(rank[name] for rank in ranks) for name in ("flops_per_second", "peak_flops"))
     axes = dict.fromkeys(axis for rank in ranks for axis in rank["communication"])

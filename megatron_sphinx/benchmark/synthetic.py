@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.plan import DataSource
+from megatron_sphinx.data.config import DataSource
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
 from megatron_sphinx.prepare.text import TokenWriter
 
-# Sizes of what is made: a picture's shorter side in pixels and most aspect ratio, log-normal lengths in tokens
-# (median, sigma, most), and how many tokens of text.
+# Sizes of what is made: a picture's shorter side in pixels (least, most) and its largest aspect ratio; log-normal
+# lengths in tokens (median, sigma, most); how many pictures, and how many tokens of text.
 SHORTER_SIDE, MOST_RATIO, QUALITY = (224, 512), 2.0, 90
 CAPTION, DOCUMENT = (16, 0.6, 128), (400, 1.0, 16384)
 PICTURES, TEXT_TOKENS = 256, 2**20
 PATHS = [f"data.{name}=synthetic" for name in ("pairs", "conversations", "text", "tokenizer")]  # until they are made
-ABOUT = (
+DESCRIPTION = (
     f"{PICTURES} JPEG pictures (quality {QUALITY}) of smooth noise, shorter side {SHORTER_SIDE[0]} to {SHORTER_SIDE[1]}"
     f" pixels, sides up to {MOST_RATIO:g}:1; captions and documents of random words, one token each, lengths log-normal"
     f" with medians {CAPTION[0]} and {DOCUMENT[0]}, sigmas {CAPTION[1]} and {DOCUMENT[1]}; used again and again;"
@@ -38,7 +38,15 @@ ABOUT = (
 
 
 def prepared(config: Config, folder: Path) -> Config:
-    """The configuration with data that is made up in a folder, unless it is there, and with drawn weights."""
+    """Make up the data of a configuration, unless it is there, and return the configuration that reads it.
+
+    Args:
+        config: the configuration; its paths of data are replaced, and its weights are drawn.
+        folder: where the data is made.
+
+    Raises:
+        ConfigError: the vocabulary has no room for a word.
+    """
     data, vocabulary = config.data, config.model.vocabulary
     kind = "conversations" if data.conversations_per_step else "pairs"
     folder = folder.resolve() / f"{kind}_of_{vocabulary}_words"
@@ -61,7 +69,11 @@ def prepared(config: Config, folder: Path) -> Config:
 
 
 def _tokenizer(vocabulary: int) -> bytes:
-    """A sentencepiece model of so many pieces, all words but three."""
+    """Make a sentencepiece model of so many pieces, all words but three.
+
+    Raises:
+        ConfigError: the vocabulary has no room for a word.
+    """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     if vocabulary < 4:
@@ -79,22 +91,24 @@ def _tokenizer(vocabulary: int) -> bytes:
 
 
 def _word(number: int) -> str:
+    """The word with a number: a letter for each of its digits."""
     return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
-def _lengths(count: int, about: tuple[int, float, int], rng: np.random.Generator) -> NDArray[np.int64]:
-    middle, sigma, most = about
-    return np.clip(np.rint(rng.lognormal(np.log(middle), sigma, count)), 1, most).astype(np.int64)
+def _lengths(count: int, distribution: tuple[int, float, int], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `count` lengths from a log-normal distribution, given as median, sigma and largest length."""
+    center, sigma, largest = distribution
+    return np.clip(np.rint(rng.lognormal(np.log(center), sigma, count)), 1, largest).astype(np.int64)
 
 
 def _sentences(vocabulary: int, rng: np.random.Generator) -> Iterator[str]:
-    """Random words for each picture, as many as a caption has."""
+    """Yield a caption of random words for each picture."""
     for length in _lengths(PICTURES, CAPTION, rng):
         yield " ".join(_word(int(number)) for number in rng.integers(vocabulary - 3, size=length))
 
 
 def _picture(rng: np.random.Generator) -> bytes:
-    """A JPEG of smooth noise with some fine noise on it."""
+    """Draw a picture of smooth noise with some fine noise on it, as the bytes of a JPEG."""
     short = int(rng.integers(*SHORTER_SIDE))
     size = [short, round(short * MOST_RATIO ** float(rng.random()))]
     rng.shuffle(size)
@@ -106,7 +120,7 @@ def _picture(rng: np.random.Generator) -> bytes:
 
 
 def _write_samples(folder: Path, kind: str, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
-    """An index of pairs, or of conversations of one question and one answer."""
+    """Write pictures, and an index of pairs, or of conversations of one question and one answer."""
     pictures, vocabulary = folder / "pictures", tokenizer.identity.vocabulary
     pictures.mkdir(exist_ok=True)
     names = [f"{number:06d}" for number in range(PICTURES)]
@@ -126,7 +140,7 @@ def _write_samples(folder: Path, kind: str, tokenizer: Tokenizer, rng: np.random
 
 
 def _write_text(prefix: Path, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
-    """Documents of random tokens."""
+    """Write documents of random tokens."""
     tokens = TEXT_TOKENS
     with TokenWriter(prefix, tokenizer) as writer:
         while tokens > 0:

@@ -7,7 +7,7 @@ from megatron_sphinx.checkpoint.formats.accessory import RELEASED
 from megatron_sphinx.checkpoint.formats.base import Opened
 from megatron_sphinx.checkpoint.stream import Chunk, Entry
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.model.architecture import EXPERTS
+from megatron_sphinx.model.architecture import VISUAL_EXPERTS
 
 _PROJECTION = "visual_proj.0.weight"
 
@@ -26,7 +26,7 @@ def select(opened: Opened, kept: Sequence[str]) -> Opened:
         raise CheckpointError(f"--experts: {unknown[0]}: unknown; known: {', '.join(RELEASED)}")
     ranges, at = {}, 0
     for name in RELEASED:
-        width = EXPERTS[name].channels if EXPERTS[name].grid else 0
+        width = VISUAL_EXPERTS[name].channels if VISUAL_EXPERTS[name].grid else 0
         ranges[name] = (at, at := at + width)
     if opened.model.channels != at:
         raise CheckpointError(

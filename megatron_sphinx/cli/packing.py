@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx import config as configuration
 
     config = configuration.load(args.config, args.overrides)
-    from megatron_sphinx.data.loader import make_planner, open_sources
+    from megatron_sphinx.data.sources import make_planner, open_sources
 
     sources = open_sources(config.data, config.model)
     sources.check()
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
 def _row(length: int, replicas: int, steps: list[StepPlan]) -> str:
     """The line of the table for steps that were planned with this length of a row and this number of replicas."""
     fill = fmean(step.fill for step in steps)
-    ideal = fmean(step.positions / length / -(-step.positions // length) for step in steps)
+    most_fill = fmean(step.positions / length / -(-step.positions // length) for step in steps)
     rows = fmean(len(step.rows) for step in steps)
     imbalance = [step.imbalance for step in steps]
     return (
-        f"{length:15}{replicas:10}{replicas:14}{rows:6.0f}{fill:8.1%}{ideal:9.1%}"
+        f"{length:15}{replicas:10}{replicas:14}{rows:6.0f}{fill:8.1%}{most_fill:9.1%}"
         f"{fmean(imbalance):11.4f}{max(imbalance):8.4f}"
     )

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     vision = replace(configuration.load(args.preset).vision, skip_padding_views=True)
     sizes = sizes_of(args.indexes)
-    from megatron_sphinx.model.encoders import encoder_work
+    from megatron_sphinx.model.visual_experts import encoder_work
 
     gflop = sum(encoder_work(item.expert)[0] for item in vision.experts) / 1e9
     rows = [

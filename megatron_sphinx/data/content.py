@@ -25,12 +25,12 @@ _STOP_SECONDS = 2.0  # that a disk which does not answer may hold up the end of 
 
 @dataclass(frozen=True)
 class Content:
-    """What a token file or an index holds.
+    """What a token file or an index holds, as far as samples depend on it.
 
     Attributes:
-        lowest: token id.
-        highest: token id.
-        sha256: of the SHA-256 digests of its files, one behind the other; their names and times do not count.
+        lowest: the lowest token id.
+        highest: the highest token id.
+        sha256: SHA-256 of the SHA-256 digests of the files, one behind the other; their names and times do not count.
     """
 
     lowest: int
@@ -38,13 +38,13 @@ class Content:
     sha256: str
 
 
-def content_in(about: Mapping[str, Any]) -> Content | None:
-    """The `content` that a JSON object holds; None where it has none.
+def content_in(document: Mapping[str, Any]) -> Content | None:
+    """Return the `content` that a JSON object holds; None where it has none.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value under that key is something else.
     """
-    if (value := about.get("content")) is None:
+    if (value := document.get("content")) is None:
         return None
     types = {"lowest": int, "highest": int, "sha256": str}
     if not isinstance(value, dict) or {name: type(part) for name, part in value.items()} != types:
@@ -53,21 +53,21 @@ def content_in(about: Mapping[str, Any]) -> Content | None:
 
 
 class Gauge:
-    """Finds the Content of files while their bytes pass by: block by block, and several files in turns."""
+    """Finds the Content of files while their bytes pass by, block by block; several files may take turns."""
 
     def __init__(self) -> None:
         self._digests: dict[str, Any] = {}
         self._ids: list[int] = []
 
     def add(self, file: str, records: NDArray[Any], *, are_tokens: bool) -> None:
-        """Take what comes next in a file; files count in the order in which they begin."""
+        """Take what comes next in a file; files count in the order in which they are added first."""
         self._digests.setdefault(file, hashlib.sha256()).update(records)
         if are_tokens and len(records):
             ids = [*self._ids, int(records.min()), int(records.max())]
             self._ids = [min(ids), max(ids)]
 
     def content(self) -> Content:
-        """What all that was taken is; ids are 0 where there was no token."""
+        """Return the content of all files that were added; its ids are 0 where there was no token."""
         whole = hashlib.sha256(b"".join(digest.digest() for digest in self._digests.values()))
         return Content(min(self._ids, default=0), max(self._ids, default=0), whole.hexdigest())
 
@@ -75,10 +75,14 @@ class Gauge:
 def measure(
     files: Mapping[Path, np.dtype[Any] | None], is_stopped: Callable[[], bool] = lambda: False
 ) -> Content | None:
-    """Read files from begin to end, given with the type of the token ids in them, or None where there are none.
+    """Read files from begin to end.
+
+    Args:
+        files: each with the type of the token ids in it, or None where it holds no token ids.
+        is_stopped: asked again and again whether to give up.
 
     Returns:
-        What they hold; None where it was stopped.
+        What they hold; None where `is_stopped` said so.
 
     Raises:
         OSError: a file cannot be read.
@@ -94,8 +98,8 @@ def measure(
     return gauge.content()
 
 
-class Measured(Protocol):
-    """Data whose content decides samples: a token file, or an index.
+class ContentSource(Protocol):
+    """Data whose content decides which samples a run sees: a token file, or an index.
 
     Attributes:
         content: what it holds; None while that is not known.
@@ -105,65 +109,71 @@ class Measured(Protocol):
 
     @property
     def label(self) -> str:
-        """Key and value that name it in the configuration."""
+        """Key and value that name the data in the configuration."""
 
     @property
     def paths(self) -> Sequence[Path]:
-        """Its files; the token ids are in the first."""
+        """Files of the data; the token ids are in the first."""
 
     @property
-    def memory(self) -> Path:
-        """The file beside it that says what it holds."""
+    def memory_file(self) -> Path:
+        """The file beside the data in which its content is remembered."""
 
     def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
-        """Read it from begin to end; None where that was stopped."""
+        """Read the data from begin to end; None where `is_stopped` said to give up."""
 
 
 def bad_id(where: str, token: int, vocabulary: int) -> DataError:
-    """The error of a token id that the model does not have."""
+    """Return the error of a token id that the model does not have.
+
+    Args:
+        where: the data, as the error should name it.
+        token: the id.
+        vocabulary: how many ids the model has.
+    """
     return DataError(
         f"{where} holds token id {token}, but model.vocabulary={vocabulary}; "
         f"it was made with another tokenizer, or is damaged: prepare it again with data.tokenizer"
     )
 
 
-def check_ids(data: Measured, content: Content, vocabulary: int) -> None:
-    """Raise DataError where data holds a token id that the model does not have."""
+def check_ids(data: ContentSource, content: Content, vocabulary: int) -> None:
+    """Raise DataError where data with such a content holds a token id that the model does not have."""
     if content.lowest < 0 or content.highest >= vocabulary:
         bad = content.lowest if content.lowest < 0 else content.highest
         raise bad_id(f"{data.label}: {data.paths[0]}", bad, vocabulary)
 
 
-def fingerprint(data: Iterable[Measured]) -> str | None:
-    """Identifies the content of data in its order, wherever it lies; None where some of it is not known yet."""
-    contents = [one.content for one in data]
+def fingerprint(data: Iterable[ContentSource]) -> str | None:
+    """Identify the content of data in its order, wherever it lies; None where some of it is not known yet."""
+    contents = [source.content for source in data]
     digests = [content.sha256 for content in contents if content is not None]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) == len(contents) else None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What was found in data, kept in a file beside it; where that cannot be written, in a folder of the run.
+    """Remembers the content of data in a file beside it; where that cannot be written, in a folder of the run.
 
-    It is good as long as no file of the data has another size or time.
+    What is remembered holds as long as no file of the data has another size or time.
 
     Attributes:
-        folder: of the run; None where there is no run.
+        folder: where a run remembers; None where there is no run.
     """
 
     folder: Path | None = None
 
-    def recall(self, data: Measured) -> Content | None:
-        """What was found in data as it is now."""
-        for place in self._places(data):
+    def recall(self, data: ContentSource) -> Content | None:
+        """Return the content of data as it is now; None where that is not remembered."""
+        for file in self._files(data):
             with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or somebody else's
-                found = json.loads(place.read_text())
-                if found["files"] == _states(data):
-                    return content_in(found)
+                remembered = json.loads(file.read_text())
+                if remembered["files"] == _states(data):
+                    return content_in(remembered)
         return None
 
-    def find(self, data: Measured, is_stopped: Callable[[], bool]) -> Content | None:
-        """Read data, and keep what is found; None where that was stopped.
+    def find(self, data: ContentSource, is_stopped: Callable[[], bool]) -> Content | None:
+        """Read data, and remember its content; None where `is_stopped` said to give up.
 
         Raises:
             OSError: a file of the data cannot be read.
@@ -171,47 +181,48 @@ class Memory:
         states = _states(data)
         if (content := data.measure(is_stopped)) is None:
             return None
-        for place in self._places(data):
+        for file in self._files(data):
             with suppress(OSError):  # the folder of the data may be another's
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with renamed(place) as partial:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with renamed(file) as partial:
                     partial.write_text(json.dumps({"content": asdict(content), "files": states}, indent=1) + "\n")
                 break
         return content
 
-    def _places(self, data: Measured) -> Iterable[Path]:
-        yield data.memory
+    def _files(self, data: ContentSource) -> Iterable[Path]:
+        """Yield the files that may remember data, the one beside it first."""
+        yield data.memory_file
         if self.folder is not None:
-            yield self.folder / f"{hashlib.sha256(str(data.memory.absolute()).encode()).hexdigest()[:24]}.json"
+            yield self.folder / f"{hashlib.sha256(str(data.memory_file.absolute()).encode()).hexdigest()[:24]}.json"
 
 
-def _states(data: Measured) -> dict[str, list[int]]:
-    """Size and time of each file."""
+def _states(data: ContentSource) -> dict[str, list[int]]:
+    """Return size and time of each file of data, by its name."""
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in data.paths}
 
 
-BESIDE = Memory()  # nothing is kept but beside the data
+BESIDE = Memory()  # remembers beside the data only
 
 
-def check_known(data: Measured, memory: Memory, vocabulary: int) -> None:
-    """Raise DataError where data is known, to itself or a memory, to hold a token id that the model does not have."""
+def check_known(data: ContentSource, memory: Memory, vocabulary: int) -> None:
+    """Raise DataError where data is known to hold a token id that the model does not have; nothing is scanned."""
     data.content = data.content or memory.recall(data)
     if data.content is not None:
         check_ids(data, data.content, vocabulary)
 
 
 class Scan:
-    """Reads data whose content is not known, in a thread of its own from `with` on; a bad token id ends it.
+    """Reads all data whose content is not known, in a thread that runs while its `with` block does.
 
-    What it finds becomes the `content` of the data.
+    The content becomes that of the data; a token id that the model does not have ends the scan.
 
     Attributes:
-        error: what it ended with.
+        error: what the scan ended with, if it failed.
         then: called when everything is known; what it raises becomes the error.
     """
 
-    def __init__(self, data: Iterable[Measured], vocabulary: int, memory: Memory) -> None:
-        self._unknown = [one for one in data if one.content is None]
+    def __init__(self, data: Iterable[ContentSource], vocabulary: int, memory: Memory) -> None:
+        self._unknown = [source for source in data if source.content is None]
         self._vocabulary, self._memory = vocabulary, memory
         self.error: Exception | None = None
         self.then: Callable[[], None] = lambda: None
@@ -236,7 +247,7 @@ class Scan:
         except Exception as error:  # whatever it is, the thread that waits for it raises it
             self.error = error
 
-    def _read(self, data: Measured) -> None:
+    def _read(self, data: ContentSource) -> None:
         try:
             content = self._memory.recall(data) or self._memory.find(data, self._stop.is_set)
         except (ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ _OPEN_FILES = 256
 
 @contextmanager
 def renamed(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` at the end, or goes away on an error."""
+    """Give a temporary name to write to, which becomes `path` at the end, or goes away on an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -30,18 +30,18 @@ def renamed(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a process that was killed has left unfinished."""
+    """Remove from a folder the files that a process has left unfinished when it was killed."""
     for path in folder.glob(".*.partial*"):
         path.unlink(missing_ok=True)
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL, such as s3://bucket/shard.tar."""
+    """Say whether a path is a URL, such as s3://bucket/shard.tar."""
     return "://" in path
 
 
 def _remote(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and what it calls the file."""
+    """Return the file system of a URL, and what it calls the file."""
     return _remote_of(url, os.getpid())
 
 
@@ -54,7 +54,7 @@ def _remote_of(url: str, _process: int) -> tuple[Any, str]:  # a connection does
 
 
 def state_of(path: str) -> tuple[int, str]:
-    """Bytes of a file, and a mark that differs when it has been written again.
+    """Return the size of a file in bytes, and a version that differs when the file has been written again.
 
     Raises:
         OSError: there is no such file.
@@ -64,13 +64,13 @@ def state_of(path: str) -> tuple[int, str]:
         state = os.stat(path)
         return state.st_size, str(state.st_mtime_ns)
     system, name = _remote(path)
-    about = system.info(name)
-    mark = next((str(about[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in about), "")
-    return int(about["size"]), mark
+    info = system.info(name)  # its keys are those of each file system
+    version = next((str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info), "")
+    return int(info["size"]), version
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file to read from its beginning; it can seek.
+    """Open a file to be read from its beginning; it can seek.
 
     Raises:
         OSError: there is no such file.
@@ -87,38 +87,41 @@ class Mapped:
 
     Args:
         path: of the file; it must not be empty.
-        kind: of a record.
+        record: type of a record.
+
+    Attributes:
+        size: how many records there are.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is empty.
+        ValueError: the file is empty.
     """
 
-    def __init__(self, path: Path, kind: np.dtype[Any]) -> None:
+    def __init__(self, path: Path, record: np.dtype[Any]) -> None:
         with path.open("rb") as file:
             self._map = mmap(file.fileno(), 0, prot=PROT_READ)
         self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
-        self.size, self._kind = len(self._map) // kind.itemsize, kind
+        self.size, self._record = len(self._map) // record.itemsize, record
 
     def read(self, first: int, last: int) -> NDArray[Any]:
-        """A copy of records `first` to `last`."""
-        begin = first * self._kind.itemsize
+        """Return a copy of records `first` to `last`, the last not among them."""
+        begin = first * self._record.itemsize
         aligned = begin - begin % ALLOCATIONGRANULARITY
-        size = (last - first) * self._kind.itemsize
+        size = (last - first) * self._record.itemsize
         if size > ALLOCATIONGRANULARITY:
             self._map.madvise(MADV_WILLNEED, aligned, begin + size - aligned)
-        return np.frombuffer(self._map, self._kind, last - first, begin).copy()
+        return np.frombuffer(self._map, self._record, last - first, begin).copy()
 
 
 class RangeReader:
-    """Reads parts of many files. Threads may share it."""
+    """Reads ranges of bytes of many files, of which it keeps some open. Threads may share it."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._lock = Lock()
 
     def read(self, path: str, start: int, size: int) -> bytes:
-        """Bytes `start` to `start + size`; fewer where the file ends before.
+        """Return bytes `start` to `start + size` of a file; fewer where it ends before.
 
         Raises:
             OSError: the file cannot be read.

@@ -1,27 +1,19 @@
-"""Pixels: decode, pad to a square, resize, cut views. Everything on the CPU."""
+"""Encoded images: their sizes, and what they decode to; whatever is damaged gets an error that says why."""
 
 import io
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.nn.functional import interpolate
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.model.architecture import CLIP_MEAN, VisionConfig
-from megatron_sphinx.model.views import View, place
 
 MOST_PIXELS = 89_478_485  # Pillow's own limit, a quarter of a gibibyte of RGB
-BACKGROUND = tuple(int(255 * channel) for channel in CLIP_MEAN)
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height from the header of an encoded image; nothing is decoded.
+    """Return width and height from the header of an encoded image; nothing is decoded.
 
     Raises:
-        DataError: it is not an image that Pillow knows.
+        DataError: the content is not an image that Pillow knows.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -41,10 +33,10 @@ def check_size(width: int, height: int) -> None:
 
 
 def decode(content: bytes) -> Image.Image:
-    """The RGB image; transparent pixels become white.
+    """Decode an image to RGB; transparent pixels become white.
 
     Raises:
-        DataError: it does not decode, is truncated, or has a size that `check_size` refuses.
+        DataError: the image does not decode, is truncated, or has a size that `check_size` refuses.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -62,63 +54,5 @@ def decode(content: bytes) -> Image.Image:
         raise DataError(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"not an image: {error}") from error
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow's plugins raise what they meet in damaged bytes
         raise DataError(f"does not decode: {error}") from error
-
-
-def to_square(image: Image.Image, padding: str) -> Image.Image:
-    """The image on a square of the mean colour, in its centre or its top left corner."""
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    square = Image.new("RGB", (side, side), BACKGROUND)
-    square.paste(image, place(width, height, padding))
-    return square
-
-
-class Canvas:
-    """A picture on its square, cut into views. Each size that the square is resized to is made once.
-
-    Args:
-        image: the picture.
-        vision: how it is padded and resized.
-    """
-
-    def __init__(self, image: Image.Image, vision: VisionConfig) -> None:
-        self._square, self._vision = to_square(image, vision.padding), vision
-        self._resized: dict[int, Tensor] = {}
-        self._nearest = {item.expert.pixels: item.expert.nearest_from for item in vision.experts}
-
-    def cut(self, view: View, side: int) -> NDArray[np.uint8] | NDArray[np.float32]:
-        """A view at `side` pixels: [3, side, side].
-
-        Antialiased: uint8, the whole square resized bicubic by torch (the same to 2 of 255 as Pillow's, in half the
-        time), then cut. Accessory: float32 from 0 to 255, with what bicubic overshoots.
-
-        Source of the latter: T_padded_resize of the released accessory/data/transform.py, then encode_image of
-        accessory/model/LLM/llama_ens*.py; in fp32, where those resize in fp16.
-        """
-        is_released = self._vision.resize == "accessory"
-        own = (self._nearest[side] if is_released else 0) or side
-        left, top = view.column * own, view.row * own
-        part = self._whole(own * view.parts, is_released)[:, top : top + own, left : left + own]
-        if own != side:
-            part = interpolate(part[None], (side, side), mode="nearest")[0]
-        return part.numpy()
-
-    def _whole(self, side: int, is_released: bool) -> Tensor:
-        if side not in self._resized:
-            size = self._vision.released_pixels
-            square = self._square.resize((size, size), Image.Resampling.BICUBIC) if is_released else self._square
-            pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
-            pixels = pixels.float() if is_released else pixels
-            if pixels.shape[-1] != side:
-                pixels = interpolate(pixels, (side, side), mode="bicubic", antialias=not is_released)
-            self._resized[side] = pixels[0]
-        return self._resized[side]
-
-
-def pixel_type(vision: VisionConfig) -> type[np.uint8] | type[np.float32]:
-    """What a view's pixels are."""
-    return np.uint8 if vision.resize == "antialiased" else np.float32

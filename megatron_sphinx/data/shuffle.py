@@ -1,4 +1,4 @@
-"""Endless seeded orders that any place can be looked up in: arithmetic only, no list of all items.
+"""Endless seeded orders in which any place can be looked up: arithmetic only, no list of all items.
 
 An epoch cuts the items into blocks of neighbours, draws an order of the blocks, and joins so many blocks to a window.
 Inside a window the items come in a drawn order; windows come one behind the other. So a reader touches few places of
@@ -20,12 +20,15 @@ _ROUNDS = 8  # of the permutation; with 4, small ones are visibly uneven
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key that follows from any values with a stable text."""
+    """Return a 64-bit key that follows from any values whose text is stable."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def mix(values: Hashes) -> Hashes:
-    """Hash 64-bit numbers, one to one. Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """Hash 64-bit numbers, one to one.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -46,13 +49,14 @@ class Permutation:
         self._keys = mix(np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
 
     def __call__(self, places: Numbers) -> Numbers:
-        """The items at some places."""
+        """Return the items at some places of the order."""
         items = self._once(places)
         while (outside := items >= self.size).any():
             items[outside] = self._once(items[outside])
         return items
 
     def _once(self, places: Numbers) -> Numbers:
+        """Send places through the network once; what comes out may lie outside the size."""
         high, low = (half.astype(np.uint64) for half in np.divmod(places, self._width))
         for number, key in enumerate(self._keys):
             if number % 2:
@@ -64,12 +68,12 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Window:
-    """Some blocks of an epoch.
+    """Some blocks of an epoch, whose items come in a drawn order.
 
     Attributes:
         begins: first item of each block, in the drawn order of the blocks.
-        sizes: items of each block.
-        key: what orders the items inside.
+        sizes: how many items each block has.
+        key: what the order of the items follows from.
     """
 
     begins: Numbers
@@ -77,25 +81,25 @@ class Window:
     key: int
 
     def order(self, size: int) -> Numbers:
-        """An order of so many things that the window holds."""
+        """Return a drawn order of `size` things that the window holds."""
         return Permutation(size, self.key)(np.arange(size, dtype=np.int64))
 
     def draw(self, places: Numbers) -> Numbers:
-        """What is at some places of the window, counted block by block."""
+        """Return which items, counted through the blocks of the window, are at some places of its drawn order."""
         return Permutation(int(self.sizes.sum()), self.key)(places)
 
     def item(self, drawn: Numbers) -> Numbers:
-        """The items of what was drawn."""
+        """Return the items whose count through the blocks of the window is given, as `draw` returns it."""
         ends = np.cumsum(self.sizes)
         block = np.searchsorted(ends, drawn, side="right")
         return np.asarray(self.begins[block] + drawn - (ends[block] - self.sizes[block]))
 
 
 class Shuffle:
-    """An endless order of items: every epoch all of them once.
+    """An endless order of items, in which every epoch has all of them once.
 
     Args:
-        items: how many there are.
+        items: how many items there are.
         block: neighbours that stay in one window.
         window: blocks of a window.
         key: what the order follows from.
@@ -107,19 +111,19 @@ class Shuffle:
         self._slots = self._full + (self._rest > 0)
 
     def spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """(epoch, number of the window, first place in it, places) that hold `start` to `start + count`."""
+        """Yield where places `start` to `start + count` of the order are: (epoch, window, first place in it, count)."""
         while count:
-            epoch, here = divmod(start, self.items)
-            number = min(here // (self.window * self.block), (self._slots - 1) // self.window)
-            if here >= self._begin(epoch, number + 1):  # the block that is not full lies before it
+            epoch, place = divmod(start, self.items)
+            number = min(place // (self.window * self.block), (self._slots - 1) // self.window)
+            if place >= self._begin(epoch, number + 1):  # the block that is not full lies before it
                 number += 1
             begin = self._begin(epoch, number)
-            taken = min(count, self._begin(epoch, number + 1) - here)
-            yield epoch, number, here - begin, taken
+            taken = min(count, self._begin(epoch, number + 1) - place)
+            yield epoch, number, place - begin, taken
             start, count = start + taken, count - taken
 
     def open(self, epoch: int, number: int) -> Window:
-        """A window of an epoch."""
+        """Return a window of an epoch by its number."""
         slots = np.arange(number * self.window, min((number + 1) * self.window, self._slots), dtype=np.int64)
         short = self._short(epoch)
         order = Permutation(self._full, key_of(self.key, epoch))
@@ -130,7 +134,7 @@ class Shuffle:
         return Window(blocks * self.block, sizes, key_of(self.key, epoch, number))
 
     def take(self, start: int, count: int) -> Numbers:
-        """Items `start` to `start + count` of the endless order."""
+        """Return items `start` to `start + count` of the endless order."""
         parts = [
             window.item(window.draw(np.arange(first, first + taken, dtype=np.int64)))
             for epoch, number, first, taken in self.spans(start, count)
@@ -139,10 +143,10 @@ class Shuffle:
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def _short(self, epoch: int) -> int:
-        """Where in the order of an epoch the block stands that is not full; behind all others if there is none."""
+        """Return where the block that is not full stands in an epoch; behind all blocks where every block is full."""
         return key_of(self.key, epoch, "short") % self._slots if self._rest else self._slots
 
     def _begin(self, epoch: int, number: int) -> int:
-        """First place of a window in its epoch."""
+        """Return the first place of a window in its epoch."""
         slot = min(number * self.window, self._slots)
         return slot * self.block - (self.block - self._rest if self._short(epoch) < slot else 0)

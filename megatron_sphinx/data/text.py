@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
-from megatron_sphinx.data.content import BESIDE, Content, Memory, check_known, content_in, fingerprint, measure
-from megatron_sphinx.data.plan import Runs
+from megatron_sphinx.data.content import (
+    BESIDE,
+    Content,
+    ContentSource,
+    Memory,
+    check_known,
+    content_in,
+    fingerprint,
+    measure,
+)
+from megatron_sphinx.data.streams import TextSpans
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import is_plain
@@ -29,23 +37,26 @@ _REMEDY = "make it by megatron-sphinx prepare text"
 
 
 def _paths(prefix: Path) -> list[Path]:
-    """The files of a token file: of its tokens, and of where documents begin."""
+    """Return the two files of a token file: its tokens, and where its documents begin."""
     return [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx")]
 
 
 class TokenFile:
-    """Documents of tokens. Every array it returns is a copy: the maps close with this object.
+    """Documents of tokens, memory-mapped. Every array it returns is a copy: the maps close with this object.
 
     Attributes:
-        documents: how many there are.
-        tokens: how many there are.
-        kind: type of a token id.
+        documents: how many documents it has.
+        tokens: how many tokens it has.
+        token_type: of a token id.
 
     Raises:
         DataError: a file is missing, damaged, or shorter than its index says.
     """
 
     def __init__(self, prefix: str | Path) -> None:
+        # here, since megatron-core takes seconds to import, and what plans by sizes alone opens no token file
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
         prefix = Path(prefix)
         bin_path, idx_path = _paths(prefix)
         for path in (bin_path, idx_path):
@@ -61,37 +72,48 @@ class TokenFile:
                 f"data.text={prefix}: {idx_path} is not an index of tokens ({error}); make it again"
             ) from error
         index = self._dataset.index
-        self.kind, self._item = np.dtype(index.dtype), DType.size(index.dtype)
-        if self.kind.kind not in "iu":
-            raise DataError(f"data.text={prefix}: {idx_path} is an index of {self.kind}, not of tokens; make it again")
+        self.token_type = np.dtype(index.dtype)
+        if self.token_type.kind not in "iu":
+            raise DataError(
+                f"data.text={prefix}: {idx_path} is an index of {self.token_type}, not of tokens; make it again"
+            )
+        self._bytes = self.token_type.itemsize
         self.documents = int(index.sequence_count)
-        if not self.documents or size % self._item:
+        if not self.documents or size % self._bytes:
             raise DataError(f"data.text={prefix}: {bin_path} and {idx_path} do not belong together; make them again")
-        end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._item
+        end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._bytes
         if size != end:
             raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
-        self.tokens = size // self._item
+        self.tokens = size // self._bytes
 
-    def runs(self, first: int, last: int) -> Runs:
-        """The documents, or parts of them, that tokens `first` to `last` are of."""
-        index, item = self._dataset.index, self._item
-        lowest = int(np.searchsorted(index.sequence_pointers, first * item, side="right")) - 1
-        highest = int(np.searchsorted(index.sequence_pointers, last * item, side="left"))
-        begins = index.sequence_pointers[lowest:highest] // item
+    def spans(self, first: int, last: int) -> TextSpans:
+        """Return what tokens `first` to `last`, the last not among them, are in documents; no span is empty."""
+        index = self._dataset.index  # its pointers are in bytes
+        lowest = int(np.searchsorted(index.sequence_pointers, first * self._bytes, side="right")) - 1
+        highest = int(np.searchsorted(index.sequence_pointers, last * self._bytes, side="left"))
+        begins = index.sequence_pointers[lowest:highest] // self._bytes
         ends = begins + index.sequence_lengths[lowest:highest]
         start, stop = np.maximum(begins, first), np.minimum(ends, last)
-        found = Runs(np.arange(lowest, highest, dtype=np.int64), start - begins, stop - start, stop == ends)
-        return found[np.flatnonzero(found.length)]
+        spans = TextSpans(np.arange(lowest, highest, dtype=np.int64), start - begins, stop - start, stop == ends)
+        return spans[np.flatnonzero(spans.length)]
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens `start` to `start + length` of a document."""
+        """Return tokens `start` to `start + length` of a document."""
         tokens: NDArray[Any] = self._dataset.get(document, start, length)
         return tokens.astype(np.int64)
 
 
 @dataclass
-class _Part:
-    """One of the token files; see Measured for what it holds."""
+class _TokenFileEntry:
+    """A token file as its index lists it, not opened; a ContentSource.
+
+    Attributes:
+        source: what the configuration names: the folder that the file is in, or its prefix.
+        prefix: of the file.
+        documents: how many documents it has.
+        tokens: how many tokens it has.
+        content: what it holds; None while that is not known.
+    """
 
     source: str
     prefix: Path
@@ -108,7 +130,7 @@ class _Part:
         return _paths(self.prefix)
 
     @property
-    def memory(self) -> Path:
+    def memory_file(self) -> Path:
         return self.prefix.with_name(f"{self.prefix.name}.content.json")
 
     def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
@@ -116,105 +138,115 @@ class _Part:
 
 
 class TextIndex:
-    """The documents of all sources, numbered one source behind the other; so are their tokens.
+    """The documents of all sources; documents and tokens are numbered one source behind the other.
 
     Token files are opened when something of them is needed. Threads may share it.
 
     Attributes:
-        bounds: first token of each source, and how many there are.
-        documents: how many there are.
-        parts: the token files.
+        bounds: number of the first token of each source, and how many tokens there are in all.
+        documents: how many documents there are in all.
+        files: the token files of all sources.
 
     Raises:
         DataError: a source is missing or damaged.
     """
 
     def __init__(self, sources: Sequence[str | Path]) -> None:
-        found = [_open_source(Path(source)) for source in sources]
-        self._marks = [(str(source), mark) for source, (_, mark) in zip(sources, found, strict=True)]
-        self.parts = [part for parts, _ in found for part in parts]
-        self.bounds = [0, *accumulate(sum(part.tokens for part in parts) for parts, _ in found)]
-        self._first_token = [0, *accumulate(part.tokens for part in self.parts)]
-        self._first_document = [0, *accumulate(part.documents for part in self.parts)]
+        opened = [_open_source(Path(source)) for source in sources]
+        self._tokenizers = [(str(source), identity) for source, (_, identity) in zip(sources, opened, strict=True)]
+        self.files = [file for files, _ in opened for file in files]
+        self.bounds = [0, *accumulate(sum(file.tokens for file in files) for files, _ in opened)]
+        self._first_token = [0, *accumulate(file.tokens for file in self.files)]
+        self._first_document = [0, *accumulate(file.documents for file in self.files)]
         self.documents = self._first_document[-1]
-        self._file = lru_cache(maxsize=_OPEN_FILES)(lambda part: TokenFile(self.parts[part].prefix))
+        self._open = lru_cache(maxsize=_OPEN_FILES)(lambda number: TokenFile(self.files[number].prefix))
+
+    @property
+    def content_sources(self) -> Sequence[ContentSource]:
+        """The token files, as data whose content is scanned and compared."""
+        return self.files
 
     @property
     def fingerprint(self) -> str | None:
-        """Equal exactly where all documents are, wherever they lie; None while a file has not been read yet."""
-        return fingerprint(self.parts)
+        """Identifies the documents, wherever they lie; None while one of the files has not been read yet."""
+        return fingerprint(self.files)
 
     def check(self, tokenizer: Tokenizer, memory: Memory = BESIDE) -> None:
         """Raise DataError where a file is missing or damaged, or was made with another tokenizer.
 
         Token ids are compared with the vocabulary as far as `index.json` or the memory know them.
         """
-        for source, mark in self._marks:
-            check_tokenizer(f"data.text={source}", mark, tokenizer)
+        for source, identity in self._tokenizers:
+            check_tokenizer(f"data.text={source}", identity, tokenizer)
         with ThreadPoolExecutor(16, "check") as pool:
-            for _ in pool.map(lambda part: self._check(part, memory, tokenizer.identity.vocabulary), self.parts):
+            for _ in pool.map(lambda entry: self._check(entry, memory, tokenizer.identity.vocabulary), self.files):
                 pass
 
-    def _check(self, part: _Part, memory: Memory, vocabulary: int) -> None:
-        file = TokenFile(part.prefix)
-        if (file.documents, file.tokens) != (part.documents, part.tokens):
-            raise DataError(f"data.text={part.source}: {part.prefix} is not the file its index was made for; {_REMEDY}")
-        check_known(part, memory, vocabulary)
+    def _check(self, entry: _TokenFileEntry, memory: Memory, vocabulary: int) -> None:
+        file = TokenFile(entry.prefix)
+        if (file.documents, file.tokens) != (entry.documents, entry.tokens):
+            raise DataError(
+                f"data.text={entry.source}: {entry.prefix} is not the file its index was made for; {_REMEDY}"
+            )
+        check_known(entry, memory, vocabulary)
 
-    def runs(self, first: int, last: int) -> Runs:
-        """The documents, or parts of them, that tokens `first` to `last` are of; none is empty."""
-        found = []
+    def spans(self, first: int, last: int) -> TextSpans:
+        """Return what tokens `first` to `last`, the last not among them, are in documents; no span is empty."""
+        tables = []
         while first < last:
-            part = bisect_right(self._first_token, first) - 1
-            begin, stop = self._first_token[part], min(last, self._first_token[part + 1])
-            runs = self._file(part).runs(first - begin, stop - begin)
-            found.append(Runs(runs.document + self._first_document[part], runs.start, runs.length, runs.is_end))
+            file = bisect_right(self._first_token, first) - 1
+            begin, stop = self._first_token[file], min(last, self._first_token[file + 1])
+            spans = self._open(file).spans(first - begin, stop - begin)
+            document = spans.document + self._first_document[file]
+            tables.append(TextSpans(document, spans.start, spans.length, spans.is_end))
             first = stop
-        return Runs.joined(found)
+        return TextSpans.joined(tables)
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens `start` to `start + length` of a document."""
-        part = bisect_right(self._first_document, document) - 1
-        return self._file(part).read(document - self._first_document[part], start, length)
+        """Return tokens `start` to `start + length` of a document."""
+        file = bisect_right(self._first_document, document) - 1
+        return self._open(file).read(document - self._first_document[file], start, length)
 
     def name(self, document: int) -> str:
-        """A document as an error should name it: its source, file, and number in that."""
+        """Name a document as an error should: by its source, its file, and its number in that."""
         number = bisect_right(self._first_document, document) - 1
-        part = self.parts[number]
-        return f"{part.label}: document {document - self._first_document[number]} of {part.paths[0]}"
+        file = self.files[number]
+        return f"{file.label}: document {document - self._first_document[number]} of {file.paths[0]}"
 
 
 def content_of(prefix: Path, is_stopped: Callable[[], bool] = lambda: False) -> Content | None:
-    """What a token file holds, read from begin to end; None where that was stopped."""
+    """Return what a token file holds, read from begin to end; None where `is_stopped` said to give up."""
     tokens, index = _paths(prefix)
-    return measure({tokens: TokenFile(prefix).kind, index: None}, is_stopped)
+    return measure({tokens: TokenFile(prefix).token_type, index: None}, is_stopped)
 
 
-def _open_source(source: Path) -> tuple[list[_Part], TokenizerIdentity | None]:
-    """The token files of a source, and the tokenizer that made them where it is known."""
+def _open_source(source: Path) -> tuple[list[_TokenFileEntry], TokenizerIdentity | None]:
+    """Return the token files of a source, and the tokenizer that made them where it is known."""
     if not source.is_dir():
         file = TokenFile(source)
-        return [_Part(str(source), source, file.documents, file.tokens)], None
+        return [_TokenFileEntry(str(source), source, file.documents, file.tokens)], None
     try:
         content = json.loads((source / "index.json").read_text())
-        mark = TokenizerIdentity(**content["tokenizer"])
-        parts = [
-            _Part(str(source), _prefix(source, part["name"]), part["documents"], part["tokens"], content_in(part))
-            for part in content["files"]
-            if part["tokens"]
+        identity = TokenizerIdentity(**content["tokenizer"])
+        files = [
+            _TokenFileEntry(
+                str(source), _prefix(source, entry["name"]), entry["documents"], entry["tokens"], content_in(entry)
+            )
+            for entry in content["files"]
+            if entry["tokens"]
         ]
     except OSError as error:
         raise DataError(f"data.text={source}: {error.filename}: {error.strerror}; {_REMEDY}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"data.text={source}: damaged index.json ({error}); {_REMEDY}") from error
-    return parts, mark
+    return files, identity
 
 
 def _prefix(folder: Path, name: object) -> Path:
-    """The prefix of a token file, by the name that an index has for it.
+    """Return the prefix of a token file, by the name that an index has for it.
 
     Raises:
-        ValueError: it is no name of a file beside the index.
+        ValueError: the name is not that of a file beside the index.
     """
     if not is_plain(name):
         raise ValueError(f"{name!r} is no name of a file beside it")

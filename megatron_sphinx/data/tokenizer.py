@@ -3,7 +3,9 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from megatron_sphinx.errors import DataError
@@ -11,10 +13,23 @@ from megatron_sphinx.errors import DataError
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What identifies a tokenizer: written beside data that was made with it."""
+    """What a tokenizer is recognised by; it is written beside data that was made with it.
+
+    Attributes:
+        vocabulary: how many token ids it has.
+        sha256: of the model's file.
+    """
 
     vocabulary: int
     sha256: str
+
+    @property
+    def token_type(self) -> np.dtype[Any]:
+        """The type in which token files and indexes hold the ids.
+
+        Source: DType.optimal_dtype of megatron.core.datasets.indexed_dataset, which takes seconds to import.
+        """
+        return np.dtype(np.uint16 if self.vocabulary < 65500 else np.int32)
 
 
 class Tokenizer:
@@ -39,29 +54,35 @@ class Tokenizer:
         self.identity = TokenizerIdentity(self._model.vocab_size(), hashlib.sha256(content).hexdigest())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without BOS and EOS."""
+        """Return the token ids of a text, without BOS and EOS."""
         ids: list[int] = self._model.encode(text)
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a text, and the characters that each stands for, as (begin, end).
+        """Return the token ids of a text, and the characters that each stands for, as (begin, end).
 
         A character of several tokens belongs to the last of them; the others are empty spans at its begin.
         """
-        found = self._model.encode(text, return_type="offset_mapping")
-        return found["ids"], found["offsets"]
+        mapping = self._model.encode(text, return_type="offset_mapping")
+        return mapping["ids"], mapping["offsets"]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids."""
+        """Return the text that token ids stand for."""
         text: str = self._model.decode(ids)
         return text
 
 
-def check_tokenizer(source: str, mark: TokenizerIdentity | None, tokenizer: Tokenizer) -> None:
-    """Raise DataError where data was made with another tokenizer."""
-    if mark is not None and mark != tokenizer.identity:
+def check_tokenizer(source: str, identity: TokenizerIdentity | None, tokenizer: Tokenizer) -> None:
+    """Raise DataError where data was made with another tokenizer.
+
+    Args:
+        source: the data, as the error should name it.
+        identity: of the tokenizer that it was made with; None where nothing knows.
+        tokenizer: of the run.
+    """
+    if identity is not None and identity != tokenizer.identity:
         raise DataError(
-            f"{source}: was made with a tokenizer of {mark.vocabulary} pieces ({mark.sha256[:12]}), "
+            f"{source}: was made with a tokenizer of {identity.vocabulary} pieces ({identity.sha256[:12]}), "
             f"data.tokenizer has {tokenizer.identity.vocabulary} ({tokenizer.identity.sha256[:12]}); "
             f"give the same one, or prepare the data again"
         )

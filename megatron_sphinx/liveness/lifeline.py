@@ -1,9 +1,9 @@
 """How ranks learn that the job ends: a failing rank's own error comes first, and the others follow within seconds.
 
 Every rank watches one key of the job's store from a thread. Whoever ends the job writes it; a rank that is stuck in a
-collective, or far ahead of the others, sees it and leaves. The same thread publishes where the rank is. The first rank
-reads that of all ranks and ends the job when one of them holds the others up; so does the last rank, a little later,
-in case that the first is the one.
+collective, or far ahead of the others, sees it and leaves. The same thread publishes how far the rank is (a beat). The
+first rank reads the beats of all ranks and ends the job when one of them holds the others up; so does the last rank, a
+little later, for the case that it is the first that does.
 """
 
 import json
@@ -21,26 +21,27 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_sphinx.console import complain, say
 from megatron_sphinx.liveness.progress import Beat, Progress
-from megatron_sphinx.liveness.stalls import Heard, find_stall, find_stragglers
+from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
 from megatron_sphinx.liveness.stop import StopSignal
 
-_ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"
-_GRACE_SECONDS = 3.0
-_LOOK_SECONDS = 0.5
+_ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"  # keys of the job's store
+_GRACE_SECONDS = 3.0  # in which a rank that is not stuck leaves in its own way
+_STORE_SECONDS = 1.5  # that the first rank stays longer than the others, who still read the store
+_LOOK_SECONDS = 0.5  # between two looks at the store
 _MOST_BEAT_SECONDS = 3.0
 
 
 class Lifeline:
-    """The end of the job, as one rank sees and announces it.
+    """Watches for the end of the job on one rank, and announces it to the others.
 
     Args:
         store: a connection of this rank's own to the job's store.
         name: what this rank is called in messages.
         rank: number of this rank in the world.
         world: ranks in the job.
-        progress: where this rank is; nobody is ever blamed without limits in it.
-        stop: set where another rank was told to stop.
-        straggler_ratio: how many times slower than the others a rank is that is reported.
+        progress: how far this rank is, and the limits by which ranks are blamed; without it nobody ever is.
+        stop: asked to stop on the first rank where another rank was told to.
+        straggler_ratio: how many times as long as the median rank a rank takes that is reported.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Lifeline:
         self._progress = progress or Progress()
         self._store, self._closed = store, Event()
         self._beat_seconds = min(_MOST_BEAT_SECONDS, max(_LOOK_SECONDS, self._progress.timeout / 30))
-        self._heard: dict[int, tuple[Beat, float]] = {}
+        self._last_beats: dict[int, tuple[Beat, float]] = {}  # by rank, and when each was first seen
         self._answered, self._blamed_since = time.monotonic(), inf
         with suppress(RuntimeError):  # the store is gone: the watchers find out
             self._publish()  # at once: a rank that is lost in its first moment was there
@@ -70,7 +71,12 @@ class Lifeline:
 
     @classmethod
     def connect(cls, name: str, **options: Any) -> "Lifeline":
-        """A lifeline over the store that the ranks met at, by torchrun's MASTER_ADDR and MASTER_PORT."""
+        """Make a lifeline over the store that the ranks met at, by torchrun's MASTER_ADDR and MASTER_PORT.
+
+        Args:
+            name: what this rank is called in messages.
+            options: arguments of the constructor: `progress`, `stop`, `straggler_ratio`.
+        """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         store: Store = HashStore()
         if world > 1:
@@ -86,10 +92,10 @@ class Lifeline:
         """
         self._closed.set()
         self.announce(status, reason)
-        self._go(status, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
+        self._exit(status, _GRACE_SECONDS + _STORE_SECONDS if self.is_first_rank else 0.0)
 
     def announce(self, status: int, reason: str) -> bool:
-        """Announce that the job ends with `status`; False where another rank has done so before."""
+        """Announce that the job ends with `status`; return False where another rank has done so before."""
         try:
             return self._announce(status, reason)
         except RuntimeError:  # the store is gone, and nobody will hear of anything
@@ -102,13 +108,14 @@ class Lifeline:
             watcher.join()
 
     def ended(self) -> dict[str, Any] | None:
-        """How another rank ended the job, if one did: its `status`, who it was (`by`), and the `reason`."""
+        """Read how another rank ended the job: its `status`, who it was (`by`), and the `reason`; None if none did."""
         return _read(self._store)
 
     def why_broken(self) -> dict[str, Any] | None:
-        """How the job ended, asked by a rank whose connection to another one broke; waits until who is gone is known.
+        """Find out how the job ended, on a rank whose connection to another rank broke.
 
-        None where nobody is gone, which takes some seconds to be sure of.
+        Waits until it is known who is gone, and returns what `ended` does; None where nobody is gone, which takes some
+        seconds to be sure of.
         """
         with suppress(RuntimeError):
             self._store.set(_BROKEN, self.name)
@@ -123,7 +130,7 @@ class Lifeline:
         return 2 * self._beat_seconds + 1
 
     def _announce(self, status: int, reason: str) -> bool:
-        """Write how the job ends, which may fail; whether no other rank had done so before.
+        """Write how the job ends into the store; return False where another rank had done so before.
 
         Raises:
             RuntimeError: the store is gone.
@@ -132,7 +139,7 @@ class Lifeline:
         return bool(self._store.compare_set(_ENDED, "", end) == end.encode())
 
     def _publish(self) -> None:
-        """Say where this rank is.
+        """Write this rank's beat into the store.
 
         Raises:
             RuntimeError: the store is gone.
@@ -163,10 +170,10 @@ class Lifeline:
             if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
             complain(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})")
-            self._go(end["status"], 1.5 if self.is_first_rank else 0.0)
+            self._exit(end["status"], _STORE_SECONDS if self.is_first_rank else 0.0)
 
     def _pass_on_stop(self) -> None:
-        """Tell the first rank what this one was told, and it tells all at the end of its step."""
+        """Pass a request to stop on to the first rank, which tells all ranks at the end of its step."""
         if self._stop is None:
             return
         if not self.is_first_rank and self._stop.has_come:
@@ -175,31 +182,36 @@ class Lifeline:
             self._stop.ask(self._store.get(_STOP).decode())
 
     def _judge(self, *, is_broken: bool) -> None:
-        """Read where all ranks are; end the job if one holds it up, say which are slow."""
+        """Read the beats of all ranks; end the job if a rank holds it up, and say which are slow.
+
+        Args:
+            is_broken: whether a rank has lost its connection to another one, so that silence means more.
+        """
         now, keys = time.monotonic(), [f"{_BEAT}/{rank}" for rank in range(self._world)]
-        if len(self._heard) < self._world and not self._store.check(keys):
+        if len(self._last_beats) < self._world and not self._store.check(keys):
             return
         for rank, text in enumerate(self._store.multi_get(keys)):
             beat = Beat(**json.loads(text))
-            if rank not in self._heard or self._heard[rank][0].number != beat.number:
-                self._heard[rank] = (beat, now)
-        found = find_stall(
-            [Heard(beat, now - since) for beat, since in self._heard.values()],
+            if rank not in self._last_beats or self._last_beats[rank][0].number != beat.number:
+                self._last_beats[rank] = (beat, now)
+        stall = find_stall(
+            [LastBeat(beat, now - since) for beat, since in self._last_beats.values()],
             timeout=self._progress.timeout,
             storage_timeout=self._progress.storage_timeout,
             silence=self._silence_when_broken if is_broken else self._progress.timeout,
         )
-        self._blamed_since = min(self._blamed_since, now) if found else inf
-        later = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
-        if found and now - self._blamed_since >= later and self._announce(1, found):
+        self._blamed_since = min(self._blamed_since, now) if stall else inf
+        patience = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
+        if stall and now - self._blamed_since >= patience and self._announce(1, stall):
             self._closed.set()
-            complain(f"megatron-sphinx train: {found}")
-            self._go(1, _GRACE_SECONDS + 1.5 if self.is_first_rank else 0.0)
+            complain(f"megatron-sphinx train: {stall}")
+            self._exit(1, _GRACE_SECONDS + _STORE_SECONDS if self.is_first_rank else 0.0)
         if self.is_first_rank:
             self._report_stragglers()
 
     def _report_stragglers(self) -> None:
-        slow = find_stragglers([beat for beat, _ in self._heard.values()], self._ratio)
+        """Say which ranks have become slow, and which are no longer."""
+        slow = find_stragglers([beat for beat, _ in self._last_beats.values()], self._ratio)
         for who in slow.keys() - self._progress.stragglers.keys():
             say(f"straggler: {who} takes {slow[who]:.2f} times as long as the median rank for the same work")
         for who in self._progress.stragglers.keys() - slow.keys():
@@ -207,7 +219,7 @@ class Lifeline:
         self._progress.stragglers = slow
 
     def _watch_store(self) -> None:
-        """The life of the thread that never talks to the store: does it still answer?"""
+        """The life of the thread that never talks to the store, but watches whether it still answers."""
         limit = self._progress.timeout
 
         def silence() -> float:
@@ -221,10 +233,10 @@ class Lifeline:
                 f"[{self.name}] leaves: run.timeout={limit:g}: the job's store on {where} has not answered for "
                 f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto"
             )
-            self._go(1)
+            self._exit(1)
 
-    def _go(self, status: int, seconds: float = 0.0) -> NoReturn:
-        """End this process after so many seconds: no destructor waits for a message that will never come."""
+    def _exit(self, status: int, seconds: float = 0.0) -> NoReturn:
+        """End this process after so many seconds, and let no destructor wait for a message that will never come."""
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(seconds)
@@ -232,7 +244,7 @@ class Lifeline:
 
 
 def _read(store: Store) -> dict[str, Any] | None:
-    """The announcement, if there is one; a store that is gone says that the job is."""
+    """Read from the store how the job ended; None where it has not. A store that is gone says that it has."""
     try:
         if not store.check([_ENDED]):
             return None

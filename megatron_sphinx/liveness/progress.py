@@ -1,4 +1,4 @@
-"""Where a rank is in the run: its main thread notes it at no cost, its watcher publishes it, others judge by it."""
+"""How far a rank is in the run: its main thread notes it at no cost, its watcher publishes it, others judge by it."""
 
 import socket
 import sys
@@ -12,11 +12,11 @@ from threading import get_ident
 from types import FrameType
 
 PACKAGE = __name__.partition(".")[0]
-_PROBES = 3
+_PROBES = 3  # how many of the last probes count
 
 
 class Doing(Enum):
-    """What a rank can be at, in the order of a step."""
+    """What a rank can be doing, in the order of a step."""
 
     STARTING = "starting up"
     READING = "reading data"
@@ -31,30 +31,30 @@ class Doing(Enum):
 
     @property
     def is_long(self) -> bool:
-        """Whether it may take as long as files do."""
+        """Whether it reads or writes large files, and may take as long as they do."""
         return self in (Doing.STARTING, Doing.SAVING, Doing.ENDING)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is nothing but waiting for other ranks."""
+        """Whether it consists of waiting for other ranks."""
         return self in (Doing.SENDING, Doing.COUNTING, Doing.ENDING)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank publishes of itself every few seconds.
+    """What a rank publishes about itself every few seconds.
 
     Attributes:
-        number: of the beat; one that has not changed says that the process is stopped or gone.
-        who: its role and rank.
-        host: the machine.
-        doing: name of what it is at.
-        step: optimizer step; -1 before the first.
-        micro_batch: of the step, counted from 0; None where it makes no difference.
-        seconds: since when it is at that.
+        number: how many beats the rank has published; unchanged, it says that the process is stopped or gone.
+        who: the rank's role and number.
+        host: the name of its machine.
+        doing: what it is doing, by the name of a `Doing`.
+        step: the optimizer step it is at; -1 before the first.
+        micro_batch: the micro-batch of the step, counted from 0; None where it makes no difference.
+        seconds: how long it has been doing that.
         is_waiting: whether it waits for other ranks.
-        place: line of this package that it is in, as file:line in function.
-        probe_seconds: the least of its last probes; None before there are enough.
+        place: the line of this package that it is in, as `file:line in function`.
+        probe_seconds: the least seconds of its last probes; None before there are enough.
     """
 
     number: int
@@ -70,20 +70,20 @@ class Beat:
 
     @property
     def kind(self) -> Doing:
-        """What it is at."""
+        """What the rank is doing."""
         return Doing[self.doing]
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Sorts by how far the rank has come."""
+        """A key that sorts beats by how far their ranks have come."""
         return self.step, list(Doing).index(self.kind), self.micro_batch or 0
 
     @property
     def where(self) -> str:
-        """For a message: step, micro-batch, what it is at, and the line of code."""
+        """How far the rank is, for a message: step, micro-batch, what it is doing, and the line of code."""
         step = f"step {self.step}, " if self.step >= 0 else ""
-        part = f"micro-batch {self.micro_batch}, " if self.micro_batch is not None else ""
-        return f"{step}{part}{self.kind.value}" + (f" ({self.place})" if self.place else "")
+        micro_batch = f"micro-batch {self.micro_batch}, " if self.micro_batch is not None else ""
+        return f"{step}{micro_batch}{self.kind.value}" + (f" ({self.place})" if self.place else "")
 
 
 class Progress:
@@ -91,12 +91,13 @@ class Progress:
 
     Args:
         timeout: seconds that a rank may stay at one thing.
-        storage_timeout: the same for what reads or writes large files.
-        probe: takes a fixed small piece of work, and says how many seconds it took.
+        storage_timeout: seconds that a rank may stay at one thing that reads or writes large files.
+        probe: does a small fixed amount of work, and returns how many seconds it took.
         probe_interval: steps between two probes; 0 for none.
 
     Attributes:
-        stragglers: how many times slower than the others some ranks are, as the first rank's watcher sees it.
+        stragglers: slow ranks by name, and how many times as long as the median rank each takes; known on the first
+            rank, whose watcher writes it.
         saver: the thread that writes checkpoints, for which the rank may have to wait; None before the first.
     """
 
@@ -115,25 +116,26 @@ class Progress:
         self._probes: deque[float] = deque(maxlen=_PROBES)
         self._thread, self._host = get_ident(), socket.gethostname()
         self._step, self._beats = -1, 0
-        self._mark: tuple[Doing, int | None, float] = (Doing.STARTING, None, time.monotonic())
+        self._noted: tuple[Doing, int | None, float] = (Doing.STARTING, None, time.monotonic())
 
     def begin(self, step: int, micro_batch: int | None = None) -> None:
-        """The rank reads what a step needs; now and then its speed is probed first."""
+        """Note that the rank reads what a step needs; now and then probe its speed first."""
         is_new, self._step = step != self._step, step
         if is_new and self._probe and self._probe_interval and step % self._probe_interval == 0:
             self._probes.append(self._probe())
         self.at(Doing.READING, micro_batch)
 
     def at(self, doing: Doing, micro_batch: int | None = None) -> None:
-        """Note what the rank is at."""
-        self._mark = (doing, micro_batch, time.monotonic())
+        """Note what the rank is doing from now on."""
+        self._noted = (doing, micro_batch, time.monotonic())
 
     def beat(self, who: str) -> Beat:
-        """What is to be published now; may be called from any thread."""
+        """Describe how far the rank `who` is now; may be called from any thread."""
         self._beats += 1
-        doing, micro_batch, since = self._mark
+        doing, micro_batch, since = self._noted
         thread = self.saver if doing is Doing.SAVING and self.saver else self._thread
-        is_waiting, place = _look(sys._current_frames().get(thread))
+        # CPython's only way to see what another thread is doing; a snapshot, and it stops nobody
+        is_waiting, place = _inspect(sys._current_frames().get(thread))
         return Beat(
             number=self._beats,
             who=who,
@@ -148,8 +150,12 @@ class Progress:
         )
 
 
-def _look(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and the line of this package that it is in; reads no file."""
+def _inspect(frame: FrameType | None) -> tuple[bool, str]:
+    """Tell whether a thread waits for other ranks, and the line of this package that it is in; reads no file.
+
+    Args:
+        frame: the innermost frame of the thread; None where the thread has ended.
+    """
     is_waiting = frame is not None and (
         (_module(frame).startswith("torch.distributed") and "checkpoint" not in _module(frame))
         or not {"wait", "synchronize"}.isdisjoint(frame.f_code.co_names)
@@ -163,4 +169,5 @@ def _look(frame: FrameType | None) -> tuple[bool, str]:
 
 
 def _module(frame: FrameType) -> str:
+    """The name of the module whose code a frame runs, empty where it has none."""
     return str(frame.f_globals.get("__name__", ""))

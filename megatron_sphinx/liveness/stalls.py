@@ -1,4 +1,4 @@
-"""Who holds the job up, and who is slow: judged from what every rank says of itself. Arithmetic only."""
+"""Which ranks hold the job up, and which are slow: judged from what every rank publishes. Arithmetic only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ _NAMED = 3  # ranks of whom a message says where they are
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What is known of a rank.
+class LastBeat:
+    """The last beat of a rank, and how old it is.
 
     Attributes:
-        beat: the last that it published.
-        silent_seconds: since when that has been all.
+        beat: what the rank published last.
+        silent_seconds: seconds since then, in which it has published nothing.
     """
 
     beat: Beat
@@ -23,25 +23,25 @@ class Heard:
 
     @property
     def seconds(self) -> float:
-        """How long it has been where it is."""
+        """How long the rank has been doing what it says."""
         return self.beat.seconds + self.silent_seconds
 
 
-def find_stall(ranks: Sequence[Heard], *, timeout: float, storage_timeout: float, silence: float) -> str | None:
-    """One line on who holds the others up, if the job does not get on; else None.
+def find_stall(ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: float, silence: float) -> str | None:
+    """Find who holds the job up, if anybody does; return a line that says so, or None.
 
-    A rank that is not heard of is to blame before all others; then one that waits for nobody and is furthest behind.
+    A rank that publishes nothing is to blame before all others; then one that waits for nobody and is furthest behind.
     Where all wait for one another, those furthest behind are named. While a rank reads or writes large files the
     others may wait for it.
 
     Args:
-        ranks: all of the job.
+        ranks: the last beats of all ranks of the job.
         timeout: seconds that a rank may stay at one thing.
-        storage_timeout: the same for what reads or writes large files.
+        storage_timeout: seconds that a rank may stay at one thing that reads or writes large files.
         silence: seconds after which a rank that publishes nothing is gone.
     """
 
-    def limit(rank: Heard) -> float:
+    def limit(rank: LastBeat) -> float:
         return storage_timeout if rank.beat.kind.is_long else timeout
 
     if gone := [rank for rank in ranks if rank.silent_seconds >= silence]:
@@ -61,7 +61,8 @@ def find_stall(ranks: Sequence[Heard], *, timeout: float, storage_timeout: float
     return _line(f"{key}={limit(stuck[0]):g}", stuck, what, ranks)
 
 
-def _line(key: str, blamed: Sequence[Heard], what: str, ranks: Sequence[Heard]) -> str:
+def _line(key: str, blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastBeat]) -> str:
+    """Put into words which ranks are to blame for `what`, and how many wait for them; `key` is the limit's key."""
     named = "; ".join(f"{rank.beat.who} on host {rank.beat.host} {what} {rank.beat.where}" for rank in blamed[:_NAMED])
     more = f" and {len(blamed) - _NAMED} more" if len(blamed) > _NAMED else ""
     known = {id(rank) for rank in blamed}
@@ -73,9 +74,16 @@ def _line(key: str, blamed: Sequence[Heard], what: str, ranks: Sequence[Heard]) 
 
 
 def find_stragglers(beats: Sequence[Beat], ratio: float) -> dict[str, float]:
-    """Ranks that took `ratio` times as long as the median rank for the same work in each of their last probes, or more.
+    """Find the ranks that took at least `ratio` times as long as the median rank for the same work.
 
     Noise only ever adds time, so a rank is as fast as the best of its last probes.
+
+    Args:
+        beats: the last beat of every rank.
+        ratio: how many times as long a straggler takes, at least.
+
+    Returns:
+        Each straggler's name and host, and how many times as long it took.
     """
     known = {f"{beat.who} on host {beat.host}": beat.probe_seconds for beat in beats if beat.probe_seconds is not None}
     if len(known) < 2:

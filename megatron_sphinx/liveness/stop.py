@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_sphinx.console import complain
 
-_MEETING_SECONDS = 20.0
+_MEETING_SECONDS = 20.0  # enough to import everything and to meet the other ranks
 STOPPED = os.EX_TEMPFAIL  # the exit status that says: submit me again
-_LEFT_AT_ONCE = 128 + signal.SIGINT
+_LEFT_AT_ONCE = 128 + signal.SIGINT  # the exit status of a run that was interrupted twice
 
 
 class StopSignal:
@@ -27,7 +27,7 @@ class StopSignal:
 
     Attributes:
         has_come: whether the process was asked to stop.
-        reason: by which signal, and where another rank was asked, which; empty before.
+        reason: which signal came, and to which rank where it was another one; empty before.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back to who had them."""
+        """Give the signals back to their former handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -76,6 +76,7 @@ class StopSignal:
                     self._hear(signal.Signals(number))
 
     def _hear(self, number: signal.Signals) -> None:
+        """Note a signal; a second SIGINT ends the process, and so does any signal before the ranks meet in time."""
         if not self.has_come and not self._met.is_set():
             Thread(target=self._leave_alone, args=(number.name,), name="stop", daemon=True).start()
         self.ask(number.name)
@@ -91,7 +92,7 @@ class StopSignal:
             os._exit(_LEFT_AT_ONCE)
 
     def _leave_alone(self, name: str) -> None:
-        """End this process where it still has met no other one when it should have."""
+        """End this process if it has not met the other ranks within the time that this should take."""
         if not self._met.wait(_MEETING_SECONDS):
             with suppress(OSError):
                 complain(f"stopped by {name} before the ranks had met; nothing new to save")
@@ -99,4 +100,4 @@ class StopSignal:
 
 
 def _leave_to_the_thread(_number: int, _frame: object) -> None:
-    """Python must have a handler for a signal, or its C handler wakes nobody."""
+    """Do nothing, for the thread hears of the signal; but without a Python handler its C handler wakes nobody."""

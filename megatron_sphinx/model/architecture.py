@@ -9,7 +9,7 @@ from megatron_sphinx.errors import ConfigError, nearest
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-PARTS = {1: 1, 5: 2, 10: 3}  # parts along each side of the square, by the number of views
+PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +19,17 @@ class LanguageConfig:
     Attributes:
         preset: the file of presets/ that fills what is not given.
         weights: a checkpoint whose weights this run begins with, in any format that megatron-sphinx convert reads;
-            of another run's folder, its newest one; drawn from the seed unless given.
+            another run's folder stands for its newest checkpoint; drawn from the seed unless given.
         layers: decoder layers.
         hidden: width of the residual stream.
         ffn: width inside a feed-forward layer, or inside each expert.
         heads: query heads.
         groups: key-value heads.
         vocabulary: tokens of the tokenizer, without padding.
-        experts: feed-forward experts of every layer; 0 for the one layer of a LLaMA.
+        experts: MoE experts of every layer; 0 for the one feed-forward layer of a LLaMA.
         experts_per_token: how many of them compute a token; the softmax is over their logits only.
-        balance_loss_coefficient: of the load-balancing loss of each layer.
-        z_loss_coefficient: of the squared log-sum-exp of each layer's router logits.
+        balance_loss_coefficient: weight of each layer's load-balancing loss in the loss.
+        z_loss_coefficient: weight of the squared log-sum-exp of each layer's router logits in the loss.
         rope_theta: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
@@ -75,7 +75,7 @@ class LanguageConfig:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What makes weights those of one model and no other."""
+        """The fields that say whether weights fit this model; others may differ."""
         free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
@@ -91,12 +91,12 @@ class LanguageConfig:
 
     @property
     def expert_matrices(self) -> int:
-        """Weights in the matrices of one expert, or of a LLaMA's feed-forward layer."""
+        """Weights in the matrices of one MoE expert, or of a LLaMA's feed-forward layer."""
         return 3 * self.hidden * self.ffn
 
     @property
     def active_matrices(self) -> int:
-        """Weights in the matrices of one layer that a token meets."""
+        """Weights in those matrices of one layer that compute a token: not in the experts it is not sent to."""
         feed_forward = self.expert_matrices * (self.experts_per_token if self.experts else 1)
         return self.attention_matrices + feed_forward + self.experts * self.hidden
 
@@ -113,19 +113,29 @@ class LanguageConfig:
 
     @property
     def active_parameters(self) -> int:
-        """Weights of the language model that a token meets."""
+        """Weights of the language model that compute a token: without the experts it is not sent to."""
         return self.parameters - self.layers * (self.layer_matrices - self.active_matrices)
 
     def train_flops(self, lengths: Sequence[int], targets: int) -> float:
-        """FLOPs of forward and backward over documents of these lengths, attention causal and inside each.
+        """Count the FLOPs of forward and backward over documents, attention causal and inside each.
 
-        Counts the matrix products that are needed: 6 for each weight that a token meets, those of the output layer
-        only at `targets` positions, and 12 hidden for each layer and pair of positions attended.
+        Counts the matrix products that are needed: 6 for each weight that computes a token, those of the output layer
+        only at target positions, and 12 hidden for each layer and pair of positions attended.
+
+        Args:
+            lengths: tokens of each document.
+            targets: positions whose loss is computed.
         """
         return self.flops_of(sum(lengths), sum(n * (n + 1) / 2 for n in lengths), targets)
 
     def flops_of(self, tokens: float, attended: float, targets: float) -> float:
-        """The same from the number of tokens, and of pairs of them of which one sees the other."""
+        """Count the FLOPs of forward and backward as `train_flops` does, from totals or means of all documents.
+
+        Args:
+            tokens: tokens of all documents.
+            attended: pairs of tokens of which one sees the other.
+            targets: positions whose loss is computed.
+        """
         layer = 6 * self.active_matrices * tokens + 12 * self.hidden * attended
         return self.layers * layer + 6 * self.vocabulary * self.hidden * targets
 
@@ -158,12 +168,13 @@ class VisualExpert:
     options: dict[str, object] = field(default_factory=dict)
 
 
-def _vit(width: int, depth: int, heads: int, pixels: int, **more: object) -> dict[str, object]:
-    return {"embed_dim": width, "depth": depth, "num_heads": heads, "img_size": pixels} | more
+def _vit(width: int, depth: int, heads: int, pixels: int) -> dict[str, object]:
+    """The options of timm's vision transformers that make one of this shape."""
+    return {"embed_dim": width, "depth": depth, "num_heads": heads, "img_size": pixels}
 
 
 # Source: SPHINX, arXiv:2311.07575, section 3.2; shapes as in the released accessory/model/LLM/llama_ens.py.
-EXPERTS: dict[str, VisualExpert] = {
+VISUAL_EXPERTS: dict[str, VisualExpert] = {
     "clip_vit_l14": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=224, channels=1024, grid=16
     ),
@@ -203,10 +214,10 @@ EXPERTS: dict[str, VisualExpert] = {
 
 @dataclass(frozen=True, kw_only=True)
 class VisualExpertConfig:
-    """One expert of a mixture.
+    """One visual expert of a mixture, and where its weights are.
 
     Attributes:
-        name: a name of EXPERTS.
+        name: which expert, by its name in VISUAL_EXPERTS.
         weights: a local .safetensors or torch file, or `random`: drawn from the run's seed.
     """
 
@@ -214,13 +225,15 @@ class VisualExpertConfig:
     weights: str
 
     def __post_init__(self) -> None:
-        if self.name not in EXPERTS:
-            raise ConfigError(f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(EXPERTS))}")
+        if self.name not in VISUAL_EXPERTS:
+            raise ConfigError(
+                f"vision.experts: {self.name}: unknown expert; {nearest(self.name, list(VISUAL_EXPERTS))}"
+            )
 
     @property
     def expert(self) -> VisualExpert:
-        """What the name stands for."""
-        return EXPERTS[self.name]
+        """The expert that the name stands for."""
+        return VISUAL_EXPERTS[self.name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +283,7 @@ class VisionConfig:
 
     @property
     def channels(self) -> int:
-        """Width of a mixed token."""
+        """Width of a mixed token: the channels of all experts but the Q-Former."""
         return sum(item.expert.channels for item in self.experts if item.expert.grid)
 
     @property
@@ -290,12 +303,12 @@ class VisionConfig:
 
     @property
     def has_skip_token(self) -> bool:
-        """Whether a view can be skipped."""
+        """Whether a view of a picture may be skipped, so that a learned token stands for it."""
         return self.skip_padding_views and self.views > 1
 
     @property
     def parts(self) -> int:
-        """Parts along each side of the square that the views behind the global one show; 1 without such views."""
+        """How many parts each side of the square is cut in by the views after the global one; 1 without such views."""
         return PARTS[self.views]
 
     @property
@@ -315,11 +328,11 @@ class VisionConfig:
 
     @property
     def feature_values(self) -> int:
-        """Numbers that the encoders give for one view: what crosses to the language ranks, in bf16."""
+        """How many numbers the encoders give for one view; they go to the language ranks in bf16."""
         queries = self.qformer.queries * self.qformer.channels if self.qformer else 0
         return self.mixed_tokens * self.channels + queries
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The input sizes that the experts need, each once."""
+        """Sides of the square inputs that the experts need, in pixels, each once, ascending."""
         return tuple(sorted({item.expert.pixels for item in self.experts}))

@@ -16,14 +16,17 @@ from megatron_sphinx.model.experts import Routing
 
 @dataclass
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
-    """Documents that lie one behind the other, best sorted by length; none sees another.
+    """Documents that lie one after the other, best sorted by length; none sees another.
+
+    It is how a micro-batch reaches the layers: megatron-core hands its `packed_seq_params` on to each of them, so what
+    else the layers need to know of the tokens goes with it.
 
     Attributes:
-        runs: (documents, length of each), in the order they lie.
-        routing: what routers must know of the same tokens; None without experts.
+        runs: neighbouring documents of one length: how many, and their length; in the order in which they lie.
+        routing: what routers must know of the same tokens; None without MoE experts.
         target_positions: int64 [targets], the tokens whose logits are wanted; None for all.
-        rotation: cosine and sine of each token's place in its document, [tokens, 1, head width / 2]; None for no RoPE,
-            or where megatron-core rotates.
+        rotation: cosine and sine of each token's position in its document, [tokens, 1, head width / 2]; None for no
+            RoPE, or where megatron-core rotates.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
@@ -33,7 +36,13 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, **known: Any) -> "PackedRows":
-        """The boundaries of documents of these lengths; what else is known of them, under the attributes' names."""
+        """Describe documents of these lengths.
+
+        Args:
+            lengths: tokens of each document, in the order in which they lie.
+            device: where the boundaries are needed.
+            known: the attributes `routing`, `target_positions` and `rotation`, where they are not None.
+        """
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         longest = max(lengths)
         return cls(
@@ -68,14 +77,14 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedRows,
         **_: Any,
     ) -> Tensor:
-        """Attend.
+        """Rotate queries and keys, and attend inside each document.
 
         Args:
             query: [tokens, heads, head width].
             key: [tokens, groups, head width]; each serves heads / groups neighbouring query heads.
-            value: like `key`.
-            attention_mask: not used; the boundaries say all.
-            packed_seq_params: the boundaries.
+            value: [tokens, groups, head width].
+            attention_mask: not used, since the documents' boundaries say what sees what.
+            packed_seq_params: the documents.
 
         Returns:
             [tokens, heads * head width].
@@ -96,31 +105,45 @@ class PackedAttention(nn.Module):
 
 
 def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [tokens, 1, head width / 2] for documents of these lengths, made once for all layers.
+    """Compute cosine and sine of the rotation of each token, once for all layers.
+
+    Args:
+        lengths: tokens of each document; positions are counted anew in each.
+        frequencies: fp32 [head width / 2].
+        dtype: type of the result.
+
+    Returns:
+        Cosine and sine, [tokens, 1, head width / 2] each.
 
     Source: Su et al., arXiv:2104.09864, section 3.2.2.
     """
     sizes = torch.tensor(lengths)
-    places = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    angles = places.to(frequencies.device)[:, None, None] * frequencies
+    positions = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    angles = positions.to(frequencies.device)[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates the two halves of each head against each other; back by the same angle."""
+    """Rotates the two halves of each head against each other; backward turns the gradients by the opposite angle.
+
+    It saves cosine and sine only, while autograd's own would keep both products.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate [tokens, heads, head width] by the angles of `rotation`."""
         ctx.save_for_backward(cos, sin)
         return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Rotate the gradients back."""
         cos, sin = ctx.saved_tensors
         return _rotated(gradients[0], cos, -sin), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair of a head's first and second half: [tokens, heads, head width] to a new tensor like it."""
     out = torch.empty_like(x)
     (first, second), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
@@ -142,7 +165,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm over the last dimension."""
+        """Divide by the root of the mean square over the last dimension, and weigh."""
         if x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         out: Tensor = _NormOnCpu.apply(x, self.weight, self.eps)
@@ -150,10 +173,11 @@ class RMSNorm(nn.Module):
 
 
 class _NormOnCpu(torch.autograd.Function):
-    """The norm in fp32, half the time and memory of torch's own, which is not one kernel on CPUs."""
+    """The norm computed in fp32; on CPUs it takes half the time and memory of torch's own, which is several kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Norm over the last dimension of [..., hidden], computed in fp32 and returned in the type of `x`."""
         wide = x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -162,6 +186,7 @@ class _NormOnCpu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Compute the gradients of `x` and the weight in fp32, and return them in their types."""
         x, weight, scale = ctx.saved_tensors
         wide, of_out = (part.flatten(0, -2).float() for part in (x, gradients[0]))
         scale, product = scale.flatten(0, -2), wide * of_out

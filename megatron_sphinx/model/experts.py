@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from megatron_sphinx.device import current_platform
 
-TEXT, IMAGE, PADDING = 0, 1, 2
-_MOST_PADDING = 2.0  # rows with padding over rows without it, up to which batched products pay
+TEXT, IMAGE, PADDING = 0, 1, 2  # kinds of tokens
+_MOST_PADDING = 2.0  # rows with padding over rows without it, up to which batched products are faster
 
 
 @dataclass
 class Routing:
-    """What the routers must know of a micro-batch, and what they report of it.
+    """What the routers must know of a micro-batch, and what they report about it.
 
     A row of the plan is computed by one replica at once in every layout, a micro-batch is not: so the balance loss is
     taken over each row, and weighted with the row's share of the step's tokens.
@@ -34,8 +34,8 @@ class Routing:
         row_of_token: int64 [tokens]; the rows are numbered from 0, padding has the last number.
         kind_of_token: int64 [tokens]: TEXT, IMAGE or PADDING.
         row_lengths: int64 [rows], tokens of each row.
-        weight: of a token in the balance loss: 1 / tokens of the step, times what the loss is scaled by.
-        load: for each layer, tokens each expert took, int64 [TEXT and IMAGE, experts], of this rank's tokens.
+        weight: weight of a token in the balance loss: 1 / tokens of the step, times what the loss is scaled by.
+        load: for each layer, how many of this rank's tokens each expert took, int64 [TEXT and IMAGE, experts].
         balance: for each layer, this rank's part of the balance loss before its coefficient.
     """
 
@@ -63,19 +63,19 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
         self.balance, self.z_loss = balance, z_loss
 
     def gating(self, hidden: Tensor) -> Tensor:
-        """Logits in fp32."""
+        """Compute logits [..., experts] in fp32 from hidden states [..., hidden]."""
         logits: Tensor = F.linear(hidden.float(), self.weight.float())
         return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and choice of experts.
+        """Choose the experts of each token and their weights, and attach the routers' losses to the weights.
 
         Args:
             logits: fp32 [tokens, 1, experts], under sequence parallelism this rank's part of the tokens.
             padding_mask: not used; the rows say what is padding.
 
         Returns:
-            [tokens, experts] weights, zero where not chosen, and what is chosen.
+            Weights [tokens, experts], zero where not chosen, and bool [tokens, experts], which are chosen.
         """
         weights, chosen = super().routing(logits)
         if self.routing_of_batch is not None and torch.is_grad_enabled():
@@ -84,7 +84,13 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
         return weights, chosen
 
     def _losses(self, logits: Tensor, chosen: Tensor, batch: Routing) -> Tensor:
-        """This rank's part of both losses; reports load and balance."""
+        """Compute this rank's part of both losses, and write load and balance into the batch's Routing.
+
+        Args:
+            logits: fp32 [tokens of this rank, experts].
+            chosen: bool [tokens of this rank, experts].
+            batch: the rows and kinds of all tokens.
+        """
         row, kind = batch.row_of_token, batch.kind_of_token
         if self.config.sequence_parallel:
             row, kind = (part.chunk(self.tp_group.size())[self.tp_group.rank()] for part in (row, kind))
@@ -104,7 +110,7 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
 
 
 class RowMoE(MoELayer):  # type: ignore[misc]
-    """megatron-core's layer, told of the rows; can be computed again in backward instead of keeping activations."""
+    """megatron-core's MoE layer, which knows the rows; its activations can be computed again in backward."""
 
     routing_of_batch: Routing | None = None  # set before every forward
 
@@ -113,7 +119,7 @@ class RowMoE(MoELayer):  # type: ignore[misc]
         self.is_recomputed = is_recomputed
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """Through the chosen experts: [tokens, 1, hidden] to the same, and no bias."""
+        """Send each token through its chosen experts: [tokens, 1, hidden] to a tensor of this shape, and no bias."""
         batch = self.routing_of_batch
 
         def work(hidden: Tensor) -> Tensor:
@@ -125,29 +131,29 @@ class RowMoE(MoELayer):  # type: ignore[misc]
 
 
 class RowLayer(TransformerLayer):  # type: ignore[misc]
-    """megatron-core's layer, which hands what is known of the micro-batch on to its experts."""
+    """megatron-core's decoder layer, which hands what is known of the micro-batch on to its MoE experts."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer's."""
+        """Compute the layer; arguments and result are those of TransformerLayer."""
         self.mlp.routing_of_batch = kwargs["packed_seq_params"].routing
         return super().forward(*args, **kwargs)
 
 
 class GroupedExperts(nn.Module):
-    """The experts of this rank: their matrices in one tensor each, one product for all; a megatron-core `experts`.
+    """The MoE experts of this rank: one tensor for each of their matrices, one product for all; megatron-core's API.
 
     Args:
-        num_local_experts: how many are here.
+        num_local_experts: how many experts this rank has.
         config: the widths; `expert_tensor_parallel_size` ranks share each matrix.
     """
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
-        here, dtype = current_platform().device, config.params_dtype
+        device, dtype = current_platform().device, config.params_dtype
         ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
 
         def matrices(rows: int, columns: int) -> nn.Parameter:
-            weight = nn.Parameter(torch.empty(num_local_experts, rows, columns, dtype=dtype, device=here))
+            weight = nn.Parameter(torch.empty(num_local_experts, rows, columns, dtype=dtype, device=device))
             weight.allreduce = False  # type: ignore[attr-defined]  # megatron-core's mark of an expert's weight
             return weight
 
@@ -155,15 +161,15 @@ class GroupedExperts(nn.Module):
         self.weight2 = matrices(config.hidden_size, ffn)  # down
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """SwiGLU of each token by its expert, times the router's weight.
+        """Compute SwiGLU of each token by its expert, times the router's weight.
 
         Args:
             hidden: [tokens, hidden], those of the first expert first.
-            tokens_per_expert: how many each has.
-            weights: [tokens].
+            tokens_per_expert: int64 [local experts], how many tokens each has.
+            weights: the router's weight of each token, [tokens].
 
         Returns:
-            [tokens, hidden]; under expert-tensor parallelism this rank's summand. No bias.
+            [tokens, hidden], under expert-tensor parallelism this rank's summand; and no bias.
         """
         counts = tokens_per_expert.tolist()
         is_even = len(hidden) > 0 and len(counts) * max(counts) <= _MOST_PADDING * len(hidden)
@@ -173,7 +179,7 @@ class GroupedExperts(nn.Module):
 
 
 class _AtOnce(torch.autograd.Function):
-    """Does some work so that the gradients of all its inputs come at once.
+    """Does some work in such a way that backward gives the gradients of all its inputs at once.
 
     How a rank's experts are computed depends on the tokens it gets, and so would the order of their gradients; but
     DeepSpeed adds up the gradients of replicas in the order in which they come.
@@ -181,6 +187,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Do `work(*inputs)` in a graph of its own."""
         with torch.enable_grad():
             ctx.inputs = [value.detach().requires_grad_() for value in inputs]
             ctx.out = work(*ctx.inputs)
@@ -189,46 +196,60 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = torch.autograd.grad(ctx.out, ctx.inputs, gradients)
+        """Go back through that graph at once."""
+        of_inputs = torch.autograd.grad(ctx.out, ctx.inputs, gradients)
         del ctx.out, ctx.inputs
-        return None, *found
+        return None, *of_inputs
 
 
 def _grouped_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:
+    """Compute all experts by torch's grouped products; see GroupedExperts.forward."""
     ends = torch.tensor(counts).cumsum(0).to(hidden.device, torch.int32)
     gate, up = _grouped(hidden, weight1, ends).chunk(2, -1)
     return _grouped(F.silu(gate) * up, weight2, ends) * weights[:, None].to(hidden.dtype)
 
 
 def _padded_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:
+    """Compute all experts by batched products, their tokens padded to one number; see GroupedExperts.forward."""
     out: Tensor = _PaddedExperts.apply(hidden, weight1, weight2, weights, counts)
     return out
 
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Rows `ends[i - 1]` to `ends[i]` times the transpose of matrix i."""
+    """Multiply groups of rows by a matrix each.
+
+    Args:
+        rows: [tokens, columns].
+        matrices: [groups, outputs, columns].
+        ends: int32 [groups], where each group of rows ends.
+
+    Returns:
+        [tokens, outputs]: the rows of group i times the transpose of matrix i.
+    """
     is_known = rows.dtype is torch.bfloat16 or (rows.dtype is torch.float32 and not rows.is_cuda)
     is_aligned = all(width * rows.itemsize % 16 == 0 for width in matrices.shape[1:])
     if is_known and is_aligned and len(rows):
         return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
-    parts = rows.tensor_split(ends[:-1].cpu().long())  # what the kernel does not take
+    parts = rows.tensor_split(ends[:-1].cpu().long())  # for types and widths that the kernel does not take
     return torch.cat([part @ matrix.t() for part, matrix in zip(parts, matrices, strict=True)])
 
 
 class _PaddedExperts(torch.autograd.Function):
-    """All experts as batched products over as many rows each: on a CPU twice as fast as one after the other.
+    """Computes all experts as batched products over as many rows each: on a CPU twice as fast as one by one.
 
-    Rows of the experts that have fewer are zeros. Nothing is written that is not used again.
+    Experts with fewer tokens get rows of zeros. Its backward is written out so that it reuses buffers.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor, counts: list[int]
     ) -> Tensor:
-        """As GroupedExperts.forward."""
-        experts, most = len(counts), max(counts)
-        places = torch.cat([torch.arange(most * n, most * n + count) for n, count in enumerate(counts)])
-        rows = hidden.new_zeros(experts * most, hidden.shape[1]).index_copy_(0, places, hidden).view(experts, most, -1)
+        """Compute what GroupedExperts.forward does; `counts` are the tokens of each expert."""
+        experts, rows_each = len(counts), max(counts)
+        starts = range(0, experts * rows_each, rows_each)
+        places = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+        rows = hidden.new_zeros(experts * rows_each, hidden.shape[1]).index_copy_(0, places, hidden)
+        rows = rows.view(experts, rows_each, -1)
         both = torch.bmm(rows, weight1.transpose(1, 2))
         gate, up = both.chunk(2, -1)
         gated = F.silu(gate)
@@ -239,14 +260,15 @@ class _PaddedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tokens, the matrices and the router's weights."""
+        """Compute the gradients of the tokens, the matrices and the router's weights."""
         (of_out,) = gradients
         rows, weight1, weight2, weights, both, gated, active, out, places = ctx.saved_tensors
-        experts, most, width = rows.shape
+        experts, rows_each, width = rows.shape
         gate, up = both.chunk(2, -1)
         of_weights = (of_out * out).sum(-1, dtype=weights.dtype)
         weighted = of_out * weights[:, None].to(of_out.dtype)
-        padded = of_out.new_zeros(experts * most, width).index_copy_(0, places, weighted).view(experts, most, -1)
+        padded = of_out.new_zeros(experts * rows_each, width).index_copy_(0, places, weighted)
+        padded = padded.view(experts, rows_each, -1)
         of_active, of_both = torch.bmm(padded, weight2), torch.empty_like(both)
         of_gate, of_up = of_both.chunk(2, -1)
         torch.mul(of_active, gated, out=of_up)

@@ -1,4 +1,4 @@
-"""The language model: what SPHINX asks of megatron-core's GPT."""
+"""The language model: megatron-core's GPT, composed and configured for SPHINX."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -46,17 +46,21 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
         embedding = "none" if self.is_portable else "rope"
         super().__init__(*args, position_embedding_type=embedding, rotary_base=rotary_base, **kwargs)
         width = self.config.kv_channels
-        places = torch.arange(0, width, 2, dtype=torch.float32, device=current_platform().device)
-        self.frequencies = rotary_base ** (-places / width)
+        channels = torch.arange(0, width, 2, dtype=torch.float32, device=current_platform().device)
+        self.frequencies = rotary_base ** (-channels / width)
         if self.post_process and self.config.sequence_parallel:
             self.output_layer.sequence_parallel = False
             self.output_layer.disable_grad_reduce = True
 
     def rotation(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Of documents of these lengths, for the portable layers; None for transformer-engine's."""
+        """Compute cosine and sine of each token of documents of these lengths, [tokens, 1, head width / 2] each.
+
+        None where transformer-engine's layers rotate by themselves.
+        """
         return rotation(lengths, self.frequencies, self.config.params_dtype) if self.is_portable else None
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedRows, **kwargs: Any) -> Tensor:
+        """Choose the positions with a target before the output layer, the private hook that is nearest before it."""
         positions = packed_seq_params.target_positions
         if self.post_process:
             if self.config.sequence_parallel:
@@ -70,12 +74,12 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
 def block_spec(
     config: LanguageConfig, groups: ProcessGroups, *, is_recomputed: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Which modules the decoder is made of: transformer-engine's where it imports, else torch's own kernels.
+    """Choose the modules that the decoder is made of: transformer-engine's where it imports, else torch's own kernels.
 
     Args:
-        config: the model.
+        config: the shape of the model.
         groups: the groups it computes in.
-        is_recomputed: whether experts are computed again in backward.
+        is_recomputed: whether MoE experts are computed again in backward.
     """
     dense = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -117,7 +121,7 @@ def block_spec(
 
 
 def has_transformer_engine() -> bool:
-    """Whether the layers are transformer-engine's: where a GPU is used and the package imports."""
+    """Whether the layers are transformer-engine's: on GPUs where it is installed."""
     return current_platform().is_cuda and is_imported("transformer_engine")
 
 
@@ -130,15 +134,15 @@ def build_language(
     recompute: str = "none",
     recompute_layers: int | None = None,
 ) -> TargetGPT:
-    """This rank's shard of the decoder, its weights not yet set.
+    """Build this rank's shard of the decoder, its weights not yet set.
 
     Args:
-        config: its shape.
+        config: the shape of the decoder.
         groups: the groups it computes in.
         dtype: type of weights and activations.
-        sequence_length: longest document it will see.
+        sequence_length: tokens of the longest document it will see.
         recompute: what backward computes again: none, selective (feed-forward layers and experts), or full (layers).
-        recompute_layers: of full: how many layers of each stage; None for all.
+        recompute_layers: with `full`, how many layers of each stage are computed again; None for all.
     """
     transformer = _transformer_config(config, groups.layout.config, dtype, **_recompute(recompute, recompute_layers))
     model = TargetGPT(
@@ -162,7 +166,7 @@ def build_language(
 
 
 def _recompute(recompute: str, layers: int | None) -> dict[str, Any]:
-    """megatron-core's words for what is computed again; experts do it themselves."""
+    """Say in megatron-core's options what is computed again in backward; MoE experts see to it themselves."""
     if recompute == "none":
         return {}
     if recompute == "selective":
@@ -174,12 +178,12 @@ def _recompute(recompute: str, layers: int | None) -> dict[str, Any]:
 def _transformer_config(
     config: LanguageConfig, sizes: ParallelConfig, dtype: torch.dtype, **recompute: Any
 ) -> TransformerConfig:
-    stages = sizes.stage_layers(config.layers)
-    parts = [["decoder"] * layers for layers in stages]
-    parts[0].insert(0, "embedding")
-    parts[-1].append("loss")
+    """Say the shape and the layout of the model in megatron-core's options."""
+    stages = [["decoder"] * layers for layers in sizes.stage_layers(config.layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
     pipeline = {
-        "pipeline_model_parallel_layout": parts,
+        "pipeline_model_parallel_layout": stages,
         "pipeline_dtype": dtype,
         "variable_seq_lengths": True,
         "deallocate_pipeline_outputs": True,
@@ -230,7 +234,10 @@ def _transformer_config(
 
 
 def _sum_over_sequence(model: nn.Module, groups: ProcessGroups) -> None:
-    """Let the tensor ranks sum the gradients of what each applies to its own part of the tokens: norms and routers."""
+    """Let tensor ranks sum the gradients of the weights that each applies to its own tokens only: norms and routers.
+
+    megatron-core marks those weights with `sequence_parallel`, and sums them in its own optimizer, which is not used.
+    """
 
     def sum_up(gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
@@ -243,17 +250,17 @@ def _sum_over_sequence(model: nn.Module, groups: ProcessGroups) -> None:
 
 
 def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups) -> None:
-    """Give the padded rows of the vocabulary no probability, so that the loss does not know of them."""
-    shard = config.padded_vocabulary // groups.layout.config.tensor
-    first = groups.seat.tensor * shard
-    real = min(max(config.vocabulary - first, 0), shard)
-    if real == shard:
+    """Give the padded rows of the vocabulary no probability, so that the loss does not depend on them."""
+    own_rows = config.padded_vocabulary // groups.layout.config.tensor
+    first = groups.seat.tensor * own_rows
+    used = min(max(config.vocabulary - first, 0), own_rows)
+    if used == own_rows:
         return
 
     def hide(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         logits, bias = output
-        hidden = torch.arange(shard, device=logits.device) >= real
-        return logits.masked_fill(hidden, torch.finfo(logits.dtype).min), bias
+        is_padding = torch.arange(own_rows, device=logits.device) >= used
+        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min), bias
 
     model.output_layer.register_forward_hook(hide)
 
@@ -281,14 +288,15 @@ def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups
             whole, begin = torch.stack(draws), first
         else:
             whole, begin = _normal(shard.whole, std, seed, name), 0
-        at = 0
+        position = 0
         for block in shard.blocks:
             (offset, *others), count = block.offset, prod(block.shape)
             corners = zip((offset - begin, *others), block.shape, strict=True)
             part = whole[tuple(slice(corner, corner + size) for corner, size in corners)]
-            weight.view(-1)[at : at + count] = part.flatten()
-            at += count
+            weight.view(-1)[position : position + count] = part.flatten()
+            position += count
 
 
 def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
+    """Draw a tensor from the normal distribution, by the run's seed and the weight's name."""
     return torch.empty(*shape).normal_(0.0, std, generator=generator(seed, name))

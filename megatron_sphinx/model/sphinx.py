@@ -1,7 +1,5 @@
 """SPHINX: features of pictures placed among the token embeddings of a language model."""
 
-from dataclasses import dataclass, replace
-
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
@@ -10,56 +8,20 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.attention import PackedRows
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, Routing
 from megatron_sphinx.model.language import TargetGPT
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.parallel.groups import ProcessGroups
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What one replica computes at once: documents and pairs, one behind the other, sorted by length, then padding.
-
-    Attributes:
-        tokens: int64 [tokens]; 0 at the positions of views.
-        targets: int64 [tokens], -100 where no loss is taken.
-        target_positions: int64 [targets], where loss is taken, ascending: with it no device must be asked how many.
-        lengths: length of each document or pair, ascending; attention stays inside it.
-        sample_of_token: int64 [tokens], index into `pairs` for tokens of a pair, -1 for text and padding.
-        row_of_token: int64 [tokens], number of the planned row among those that are here, -1 for padding.
-        rows: how many planned rows are here.
-        view_positions: int64 [views * tokens_per_view], of the encoded views, view by view.
-        skip_positions: int64 [views that are skipped].
-        sample_of_view: int64 [views], index into `pairs`.
-        pairs: ids of the pairs, in the order in which their views come.
-        documents: ids of the text documents.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    target_positions: Tensor
-    lengths: tuple[int, ...]
-    sample_of_token: Tensor
-    row_of_token: Tensor
-    rows: int
-    view_positions: Tensor
-    skip_positions: Tensor
-    sample_of_view: Tensor
-    pairs: tuple[int, ...]
-    documents: tuple[int, ...]
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro-batch with every tensor on a device; copies to it may still be under way."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})  # type: ignore[arg-type]
-
-    def spread(self, losses: Tensor) -> Tensor:
-        """Losses of the targets laid out over all positions: [targets] to [tokens], 0 where no loss is taken."""
-        return losses.new_zeros(self.tokens.shape).index_copy(0, self.target_positions, losses)
-
-
 class SphinxModel(nn.Module):
-    """SPHINX on one language rank, all but its encoders: a shard of the language model.
+    """SPHINX on one language rank, without the encoders: a shard of the language model.
 
     The first pipeline stage also has the projections and tags; only the last one computes losses.
+
+    Attributes:
+        language: this rank's shard of the decoder.
+        vision: projections and tags; None after the first stage.
+        groups: the groups it computes in.
     """
 
     def __init__(self, language: TargetGPT, vision: VisualProjection | None, groups: ProcessGroups) -> None:
@@ -70,28 +32,32 @@ class SphinxModel(nn.Module):
         self.config, self.model_type = language.config, language.model_type  # megatron-core's schedules ask for them
 
     def freeze(self, train: str) -> None:
-        """Let gradients reach only what is trained: all, projections (with tags and skip token) or language."""
+        """Let gradients reach only what is trained.
+
+        Args:
+            train: what is trained: all, projections (with tags and skip token) or language.
+        """
         self.language.requires_grad_(train != "projections")
         if self.vision is not None:
             self.vision.requires_grad_(train != "language")
 
     def set_input_tensor(self, hidden: Tensor) -> None:
-        """Take what the stage before this one has computed, before `forward`; megatron-core's schedules call this."""
+        """Take what the stage before this one has computed; megatron-core's schedules call this before `forward`."""
         self.language.set_input_tensor(hidden)
 
     def forward(self, batch: MicroBatch, features: Tensor | None, routing: Routing | None = None) -> Tensor:
-        """Losses of a micro-batch's targets, or what the next pipeline stage goes on from.
+        """Compute the losses of a micro-batch's targets, or what the next pipeline stage goes on from.
 
         Args:
             batch: tokens [tokens] and where the views sit among them.
-            features: [views, feature_values], in the batch's order of views; None behind the first stage.
-            routing: what the routers must know; with experts only.
+            features: [views, feature_values], in the batch's order of views; None after the first stage.
+            routing: what the routers must know; with MoE experts only.
 
         Returns:
             Cross entropy in nats, fp32 [targets], in the order of `target_positions`. Before the last stage: hidden
             states [tokens of this rank, 1, hidden].
 
-        Source: SPHINX, arXiv:2311.07575, section 3; the view blocks stand right behind BOS.
+        Source: SPHINX, arXiv:2311.07575, section 3; the view blocks stand right after BOS.
         """
         tokens = batch.tokens[None]
         out: Tensor = self.language(
@@ -111,7 +77,7 @@ class SphinxModel(nn.Module):
         return out[0] if self.groups.is_last_stage else out
 
     def _embed(self, batch: MicroBatch, features: Tensor) -> Tensor:
-        """Embeddings [tokens of this rank, 1, hidden] of tokens and views."""
+        """Embed tokens and views: [tokens of this rank, 1, hidden]."""
         assert self.vision is not None
         text = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
         blocks, positions = self.vision(features).flatten(0, 1), batch.view_positions
@@ -125,7 +91,12 @@ class SphinxModel(nn.Module):
 
 
 def routing_of(batch: MicroBatch, weight: float) -> Routing:
-    """What routers must know of a micro-batch whose every token weighs `weight` in their losses."""
+    """Describe a micro-batch to the routers.
+
+    Args:
+        batch: the micro-batch.
+        weight: of every token in the routers' losses.
+    """
     row = batch.row_of_token
     images = torch.cat([batch.view_positions, batch.skip_positions])
     kind = torch.full_like(row, TEXT).index_fill(0, images, IMAGE).masked_fill(row < 0, PADDING)
@@ -134,12 +105,12 @@ def routing_of(batch: MicroBatch, weight: float) -> Routing:
 
 
 def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
-    """Put what stands for views into a row of token embeddings.
+    """Put the embeddings that stand for views into a row of token embeddings.
 
     Args:
-        text: [tokens, hidden]; what stands at a view's positions is ignored.
-        blocks: [positions, hidden].
-        positions: int64 [positions].
+        text: embeddings of all tokens, [tokens, hidden]; those at a view's positions are ignored.
+        blocks: embeddings that stand for views, [positions, hidden].
+        positions: where they go in the row, int64 [positions].
 
     Returns:
         [tokens, hidden]; gradients reach `text` and `blocks`, neither is changed.

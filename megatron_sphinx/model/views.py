@@ -1,4 +1,4 @@
-"""Which views of a picture a model looks at. Arithmetic on sizes, so that a plan knows them without the pixels."""
+"""Which views of a picture a model sees. Arithmetic on sizes, so that a plan knows them without the pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,7 +8,12 @@ from megatron_sphinx.model.architecture import PARTS, VisionConfig
 
 @dataclass(frozen=True)
 class View:
-    """A part of the padded square: one of `parts` along each side, counted from the top left."""
+    """A part of the padded square that a picture is put in.
+
+    Attributes:
+        column, row: which part it is, counted from the top left.
+        parts: how many parts each side of the square is cut in; 1 for the whole square.
+    """
 
     column: int
     row: int
@@ -19,7 +24,7 @@ GLOBAL = View(0, 0, 1)
 
 
 def views_of(parts: int) -> tuple[View, ...]:
-    """All views of a square that is cut in so many parts along each side: the whole, then its parts row by row.
+    """List the views of a square whose sides are cut in so many parts: the whole, then its parts row by row.
 
     Source: encode_image of the released accessory/model/LLM/llama_ens5.py and llama_ens10.py.
     """
@@ -28,7 +33,12 @@ def views_of(parts: int) -> tuple[View, ...]:
 
 
 def place(width: int, height: int, padding: str) -> tuple[int, int]:
-    """Left and top of a picture in the square that it is padded to.
+    """Find left and top of a picture in the square that it is padded to, in pixels.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        padding: where it sits in the square: centre or corner.
 
     Source: PadToSquare of the released accessory/data/transform.py (centre).
     """
@@ -40,12 +50,17 @@ def is_shown(view: View, width: int, height: int, padding: str) -> bool:
     """Whether a view holds any pixel of a picture of this size. Whole numbers only, so it is exact."""
     side = max(width, height)
     spans = zip(place(width, height, padding), (width, height), (view.column, view.row), strict=True)
-    return all(at * view.parts < (part + 1) * side and (at + size) * view.parts > part * side
-               for at, size, part in spans)  # fmt: skip
+    return all(begin * view.parts < (part + 1) * side and (begin + size) * view.parts > part * side
+               for begin, size, part in spans)  # fmt: skip
 
 
 def encoded_views(width: int, height: int, vision: VisionConfig) -> tuple[int, ...]:
-    """Numbers of the views of a picture that are encoded; the global one, 0, is always among them.
+    """List the numbers of a picture's views that are encoded; the global one, 0, is always among them.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        vision: the views, the padding, and whether views of padding are skipped.
 
     Source: SPHINX-X, arXiv:2402.05935, section 3.1: a fully padded sub-image is a learnable skip token.
     """
@@ -59,10 +74,16 @@ _ALL = {views: tuple(range(views)) for views in PARTS}
 
 @lru_cache(maxsize=4096)
 def _encoded_views(width: int, height: int, parts: int, padding: str) -> tuple[int, ...]:
+    """List the numbers of the views that hold a pixel of the picture, remembered for the next one of this size."""
     views = views_of(parts)
     return tuple(number for number, view in enumerate(views) if is_shown(view, width, height, padding))
 
 
 def image_positions(encoded: int, vision: VisionConfig) -> int:
-    """Positions that an image takes in the sequence: the blocks of its encoded views, one for each skipped one."""
+    """Count the positions of an image in the sequence: the blocks of its encoded views, and one for each skipped one.
+
+    Args:
+        encoded: how many of its views are encoded.
+        vision: the views, and the tokens of each.
+    """
     return encoded * vision.tokens_per_view + vision.views - encoded

@@ -10,7 +10,8 @@ class VisualProjection(nn.Module):
     """Projects features of views to blocks of embeddings `[start][Q-Former][global][patches][end]`.
 
     Attributes:
-        skip_token: stands for a view that is skipped, without tags; None where none can be.
+        config: the mixture that the features come from.
+        skip_token: [hidden], stands for a view that is skipped, without tags; None where none can be skipped.
 
     Source: visual_proj, qformer_proj, start_img, end_img of the released accessory/model/LLM/llama_ens.py.
     """
@@ -32,7 +33,7 @@ class VisualProjection(nn.Module):
             self.skip_token = nn.Parameter(torch.empty(hidden, dtype=dtype, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project.
+        """Project the features of views to embeddings.
 
         Args:
             features: [views, feature_values] as FrozenEncoders gives them; no views at all is fine, and still gives

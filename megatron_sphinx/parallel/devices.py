@@ -1,7 +1,7 @@
-"""What each rank computes on: a GPU of its own, or else every rank of the job on the CPU.
+"""Decides what each rank computes on: a GPU of its own, or else every rank of the job on the CPU.
 
-Ranks see all GPUs of their host, or each only its own, so a number says nothing: GPUs are told apart by their UUIDs.
-The ranks exchange what they see before any process group exists, since its backend follows from the answer.
+Some launchers show a rank all GPUs of its host, some only its own, so a GPU's number says nothing: GPUs are told apart
+by their UUIDs. The ranks exchange what they see before any process group exists, since its backend follows from it.
 """
 
 import json
@@ -26,15 +26,15 @@ _MOST_SECONDS = 120.0  # to import torch and to initialise CUDA
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
-    """What one rank sees.
+class VisibleDevices:
+    """The GPUs that one rank sees on its machine.
 
     Attributes:
         host: the name of the rank's machine.
         local_rank: which rank of its machine it is.
         gpus: UUIDs of the visible GPUs, in CUDA's order.
-        reason: why torch can use none, where it says so.
-        failure: why it is not known which there are; empty where it is.
+        reason: why torch can use no GPU, where it says so.
+        failure: why it could not be found out which GPUs there are; empty where it could.
         is_given: whether Slurm has given the job GPUs on this machine.
     """
 
@@ -47,16 +47,16 @@ class Sight:
 
     @property
     def device(self) -> int:
-        """The number of the rank's GPU among those that it sees."""
+        """The number of the rank's own GPU among those that it sees."""
         return self.local_rank % len(self.gpus)
 
 
-def assign(asked: str, sights: Sequence[Sight]) -> tuple[list[int | None], str]:
-    """Decide for the whole job.
+def assign(device: str, ranks: Sequence[VisibleDevices]) -> tuple[list[int | None], str]:
+    """Decide for the whole job which GPU each rank takes, or that all compute on the CPU.
 
     Args:
-        asked: run.device.
-        sights: what each rank sees, by rank.
+        device: what the user asks for, run.device: auto, cuda or cpu.
+        ranks: what each rank sees, by rank.
 
     Returns:
         For each rank the number of its GPU among those that it sees, or None on all for the CPU; and what the user
@@ -66,98 +66,102 @@ def assign(asked: str, sights: Sequence[Sight]) -> tuple[list[int | None], str]:
         ConfigError: a rank has no GPU of its own, and run.device is cuda, or Slurm has given the job GPUs: nobody wants
             those to idle while CPUs compute; or a rank could not find out.
     """
-    missing, remedy = ("", "") if asked == "cpu" else _shortage(sights)
-    if asked == "auto":
-        for rank, sight in enumerate(sights):
-            if sight.failure:
+    missing, remedy = ("", "") if device == "cpu" else _shortage(ranks)
+    if device == "auto":
+        for number, seen in enumerate(ranks):
+            if seen.failure:
                 raise ConfigError(
-                    f"run.device=auto: rank {rank} on host {sight.host} could not look for GPUs ({sight.failure}); "
+                    f"run.device=auto: rank {number} on host {seen.host} could not look for GPUs ({seen.failure}); "
                     f"give run.device=cuda or run.device=cpu"
                 )
-    is_wanted = asked == "cuda" or (asked == "auto" and any(sight.is_given for sight in sights))
+    is_wanted = device == "cuda" or (device == "auto" and any(seen.is_given for seen in ranks))
     if is_wanted and missing:
-        given = ", though Slurm has given the job GPUs" if asked == "auto" else ""
-        raise ConfigError(f"run.device={asked}: {missing}{given}; {remedy}, or use run.device=cpu")
-    if asked != "cpu" and not missing:
-        return [sight.device for sight in sights], ""
-    is_news = asked == "auto" and any(sight.gpus or sight.reason for sight in sights)
+        given = ", though Slurm has given the job GPUs" if device == "auto" else ""
+        raise ConfigError(f"run.device={device}: {missing}{given}; {remedy}, or use run.device=cpu")
+    if device != "cpu" and not missing:
+        return [seen.device for seen in ranks], ""
+    is_news = device == "auto" and any(seen.gpus or seen.reason for seen in ranks)
     note = f"run.device=auto: {missing}, so all ranks compute on the CPU; to compute on GPUs {remedy}"
-    return [None] * len(sights), note if is_news else ""
+    return [None] * len(ranks), note if is_news else ""
 
 
-def _shortage(sights: Sequence[Sight]) -> tuple[str, str]:
-    """Which ranks have no GPU of their own, and what to do; both empty where every rank has one."""
+def _shortage(ranks: Sequence[VisibleDevices]) -> tuple[str, str]:
+    """Say which ranks have no GPU of their own, and what to do; both empty where every rank has one."""
     owners: dict[str, int] = {}
-    for rank, sight in enumerate(sights):
-        if not sight.gpus:
-            why = f" ({sight.reason})" if sight.reason else ""
-            return f"rank {rank} on host {sight.host} sees no GPU{why}", "give every host of the job GPUs"
-        owner = owners.setdefault(sight.gpus[sight.device], rank)
-        if owner == rank:
+    for number, seen in enumerate(ranks):
+        if not seen.gpus:
+            why = f" ({seen.reason})" if seen.reason else ""
+            return f"rank {number} on host {seen.host} sees no GPU{why}", "give every host of the job GPUs"
+        owner = owners.setdefault(seen.gpus[seen.device], number)
+        if owner == number:
             continue
-        beside = [other for other in sights if other.host == sight.host]
-        visible = len({gpu for other in beside for gpu in other.gpus})
-        if visible < len(beside):
+        neighbours = [other for other in ranks if other.host == seen.host]
+        gpus = len({gpu for other in neighbours for gpu in other.gpus})
+        if gpus < len(neighbours):
             return (
-                f"{len(beside)} ranks on host {sight.host} share {visible} GPU{'s' if visible > 1 else ''}",
+                f"{len(neighbours)} ranks on host {seen.host} share {gpus} GPU{'s' if gpus > 1 else ''}",
                 "start no more ranks on a host than it has GPUs (parallel.encoder=0 needs none for encoders)",
             )
         return (
-            f"ranks {owner} and {rank} on host {sight.host} take one and the same GPU, as LOCAL_RANK is "
-            f"{sights[owner].local_rank} and {sight.local_rank}",
+            f"ranks {owner} and {number} on host {seen.host} take one and the same GPU, as LOCAL_RANK is "
+            f"{ranks[owner].local_rank} and {seen.local_rank}",
             "start the ranks with torchrun or srun, which number those of a host",
         )
     return "", ""
 
 
-def choose(asked: str, store: Store, rank: int, world: int) -> tuple[Platform, str]:
-    """Agree with all ranks of the job on what each computes on, and let this process do so; called by all together.
+def choose(device: str, store: Store, rank: int, world: int) -> tuple[Platform, str]:
+    """Agree with all ranks of the job on what each computes on, and set this process to it; called by all together.
 
     Args:
-        asked: run.device.
+        device: what the user asks for, run.device: auto, cuda or cpu.
         store: where the ranks meet.
-        rank: of this process.
+        rank: number of this process in the job.
         world: ranks of the job.
 
     Returns:
-        The platform, and what the user must be told, see `assign`.
+        The platform, and what the user must be told, as `assign` words it.
 
     Raises:
         ConfigError: a rank has no GPU of its own, on all ranks; or this process computes on another device already.
     """
     known = chosen_platform() if world == 1 else None  # a program may open several runs, one after the other
     if known is not None:
-        if asked not in ("auto", known.device.type):
+        if device not in ("auto", known.device.type):
             raise ConfigError(
-                f"run.device={asked}: this process computes on {known.device.type} already; start another one for it"
+                f"run.device={device}: this process computes on {known.device.type} already; start another one for it"
             )
         return known, ""
-    answer = _answer(asked, look(asked, is_alone=world == 1), store, rank, world)
-    if error := answer["error"]:
+    decision = _decide_together(device, look(device, is_alone=world == 1), store, rank, world)
+    if error := decision["error"]:
         raise ConfigError(error)
-    return use_platform(answer["devices"][rank]), answer["note"]
+    return use_platform(decision["devices"][rank]), decision["note"]
 
 
-def look(asked: str, *, is_alone: bool) -> Sight:
-    """What this rank sees.
+def look(device: str, *, is_alone: bool) -> VisibleDevices:
+    """Find out which GPUs this rank sees.
 
     Where other ranks may yet decide for the CPU, another process asks CUDA: what has been initialised cannot be hidden
     from libraries any more. That takes seconds, and only happens for `auto` where there are GPUs.
+
+    Args:
+        device: what the user asks for, run.device: auto, cuda or cpu.
+        is_alone: whether this rank is the only one of the job.
     """
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
-    here = Sight(host=socket.gethostname(), local_rank=local_rank(), is_given=given)
-    if asked == "cpu":
-        return here
-    if asked == "auto" and not _may_have_gpus():
-        return replace(here, reason=_reason_for_none())
-    if is_alone or asked == "cuda":
+    seen = VisibleDevices(host=socket.gethostname(), local_rank=local_rank(), is_given=given)
+    if device == "cpu":
+        return seen
+    if device == "auto" and not _may_have_gpus():
+        return replace(seen, reason=_reason_for_none())
+    if is_alone or device == "cuda":
         gpus, reason = visible()
-        return replace(here, gpus=gpus, reason=reason)
+        return replace(seen, gpus=gpus, reason=reason)
     try:
         gpus, reason = _visible_to_another_process()
     except _LookError as error:
-        return replace(here, failure=str(error))
-    return replace(here, gpus=gpus, reason=reason)
+        return replace(seen, failure=str(error))
+    return replace(seen, gpus=gpus, reason=reason)
 
 
 class _LookError(Exception):
@@ -165,20 +169,20 @@ class _LookError(Exception):
 
 
 def _reason_for_none() -> str:
-    """Why the driver seems to know of no GPU, where it has some that nobody has hidden."""
+    """Say why torch counts no GPU although the driver lists some that nobody has hidden; empty where it lists none."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
     return "" if is_hidden or not any(_DRIVER.glob("*")) else "the driver has some, but does not answer for them"
 
 
 def _may_have_gpus() -> bool:
-    """Whether the driver knows of GPUs that are not hidden; CUDA stays as it is."""
+    """Whether the driver knows of GPUs that are not hidden; this does not initialise CUDA."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a driver's library without a driver
         return torch.cuda.device_count() > 0
 
 
 def visible() -> tuple[list[str], str]:
-    """UUIDs of the GPUs that torch can use here, in CUDA's order, or why it can use none; this initialises CUDA."""
+    """List the UUIDs of the GPUs that torch can use, in CUDA's order, or say why it can use none; initialises CUDA."""
     try:
         torch.cuda.init()
         return [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())], ""
@@ -187,12 +191,12 @@ def visible() -> tuple[list[str], str]:
 
 
 def _visible_to_another_process() -> tuple[list[str], str]:
-    """The answer of `visible` in a new process.
+    """Call `visible` in a new process, so that CUDA is not initialised in this one.
 
     Raises:
-        _LookError: there is none.
+        _LookError: the process failed, or took too long.
     """
-    path = os.pathsep.join(place or os.getcwd() for place in sys.path)  # also where a program has added to it
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # also where a program has added to it
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__], capture_output=True, text=True, check=False, timeout=_MOST_SECONDS,
@@ -207,27 +211,28 @@ def _visible_to_another_process() -> tuple[list[str], str]:
     return gpus, reason
 
 
-def _answer(asked: str, mine: Sight, store: Store, rank: int, world: int) -> dict[str, Any]:
-    """What the first rank decides once it knows what each rank sees: `devices`, `note` and `error`.
+def _decide_together(device: str, own: VisibleDevices, store: Store, rank: int, world: int) -> dict[str, Any]:
+    """Tell the first rank what this one sees, and read what it decides: `devices`, `note` and `error`.
 
-    It may hold the store, so it goes on when all others have read the answer.
+    The first rank's process may hold the store, so it goes on only when all others have read the decision.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives it
-    place = PrefixStore(f"megatron_sphinx/{attempt}/devices", store)
-    place.set(f"sight/{rank}", json.dumps(asdict(mine)))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
+    shared = PrefixStore(f"megatron_sphinx/{attempt}/devices", store)
+    shared.set(f"visible/{rank}", json.dumps(asdict(own)))
     if rank == 0:
-        sights = [json.loads(text) for text in place.multi_get([f"sight/{number}" for number in range(world)])]
-        answer: dict[str, Any] = {"devices": [], "note": "", "error": ""}
+        texts = shared.multi_get([f"visible/{number}" for number in range(world)])
+        ranks = [VisibleDevices(**json.loads(text)) for text in texts]
+        decision: dict[str, Any] = {"devices": [], "note": "", "error": ""}
         try:
-            answer["devices"], answer["note"] = assign(asked, [Sight(**sight) for sight in sights])
+            decision["devices"], decision["note"] = assign(device, ranks)
         except ConfigError as error:
-            answer["error"] = str(error)
-        place.set("answer", json.dumps(answer))
-    found: dict[str, Any] = json.loads(place.get("answer"))
-    place.set(f"read/{rank}", "")
+            decision["error"] = str(error)
+        shared.set("decision", json.dumps(decision))
+    read: dict[str, Any] = json.loads(shared.get("decision"))
+    shared.set(f"read/{rank}", "")
     if rank == 0:
-        place.wait([f"read/{number}" for number in range(world)])
-    return found
+        shared.wait([f"read/{number}" for number in range(world)])
+    return read
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.parallel.layout import ParallelLayout, Seat
 
 T = TypeVar("T")
+# megatron-core names its grids' axes and the groups over them; these are the axes of each group that it asks for.
 _DENSE = {
     "tp": ["tp"],
     "cp": ["cp"],
@@ -31,21 +32,21 @@ _EXPERTS = {"expt_tp": ["expt_tp"], "ep": ["ep"], "expt_dp": ["expt_dp"], "tp_ep
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups of this rank. On an encoder rank all but the world are None.
+    """The process groups that this rank belongs to; on an encoder rank, which belongs to none, all are None.
 
     Attributes:
         layout: the sizes of all axes.
         seat: where this rank sits on them.
         tensor: ranks that share this rank's matrices.
         data: ranks that hold the same shard for other samples; ZeRO-2 partitions over them.
-        pipeline: the stages of this rank's replica, as far as they have its place in the tensor group.
-        flags: the same ranks, to talk beside the pipeline's own messages; None without a pipeline.
+        pipeline: one rank of each stage of this rank's replica: those with its place in the tensor group.
+        flags: the ranks of `pipeline` again, to talk beside the pipeline's own messages; None without a pipeline.
         model: tensor x pipeline, one whole replica.
-        expert: ranks that share the experts.
-        expert_data: ranks that hold the same experts; ZeRO-2 partitions those over them.
+        expert: ranks that share the MoE experts of a layer.
+        expert_data: ranks that hold the same MoE experts; ZeRO-2 partitions those over them.
         language: every language rank.
-        storage: the language ranks, over gloo: for checkpoints that are written while the run goes on.
-        collection: the same groups as megatron-core's layers take them.
+        storage: every language rank, over gloo: for checkpoints that are written while the run goes on.
+        collection: all these groups in the form that megatron-core's layers take.
     """
 
     layout: ParallelLayout
@@ -71,10 +72,16 @@ class ProcessGroups:
         *,
         storage_backend: str = "gloo",
     ) -> "ProcessGroups":
-        """Build every group on the initialised world; each rank calls this once, together.
+        """Build every group on the initialised world; all ranks call this together, once.
 
-        A group does not take over the world's `timeout`: without one of its own it waits as long as the backend likes.
-        `storage_timeout` is that of `storage`.
+        A group does not take over the world's timeout: without one of its own it waits as long as the backend likes.
+
+        Args:
+            layout: how the ranks are divided.
+            backend: of every group but `storage`: nccl or gloo.
+            timeout: how long an operation of these groups may take.
+            storage_timeout: how long an operation of `storage` may take.
+            storage_backend: of `storage`.
         """
         sizes = layout.config
         dense = {"tp": sizes.tensor, "cp": 1, "dp": layout.data, "pp": sizes.pipeline}
@@ -85,8 +92,8 @@ class ProcessGroups:
         def create(
             grid: dict[str, int], axes: dict[str, list[str]], backend: str, timeout: timedelta | None = timeout
         ) -> dict[str, ProcessGroup]:
-            made = HyperCommGrid(list(grid.values()), list(grid), rank_offset=0, backend=backend)
-            return {name: made.create_pg(dims, timeout=timeout, group_desc=name) for name, dims in axes.items()}
+            ranks = HyperCommGrid(list(grid.values()), list(grid), rank_offset=0, backend=backend)
+            return {name: ranks.create_pg(dims, timeout=timeout, group_desc=name) for name, dims in axes.items()}
 
         groups = create(dense, _DENSE, backend) | create(experts, _EXPERTS, backend)
         flags = create(dense, {"flags": ["pp"]}, backend) if sizes.pipeline > 1 else {}
@@ -126,7 +133,12 @@ class ProcessGroups:
 
 
 def _install_globals(collection: ProcessGroupCollection) -> None:
-    """Give megatron-core's global state the same groups, for the few places that still read it."""
+    """Give megatron-core's global state the same groups, for the few places that still read it.
+
+    Its layers take groups as arguments, but its cross entropy, random states, gather and scatter functions and pipeline
+    schedule ask `parallel_state`. The public way to fill that, `initialize_model_parallel`, makes groups of its own: a
+    second set of communicators, and an order of ranks that knows no encoder ranks. So its private variables are set.
+    """
     parallel_state._TENSOR_MODEL_PARALLEL_GROUP = collection.tp
     parallel_state._PIPELINE_MODEL_PARALLEL_GROUP = collection.pp
     parallel_state._CONTEXT_PARALLEL_GROUP = collection.cp
@@ -140,7 +152,9 @@ def _install_globals(collection: ProcessGroupCollection) -> None:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Do something that may fail for the user's reasons, on every rank, and fail on all where one fails.
+    """Do something on every rank that may fail for the user's reasons, and fail on all where one fails.
+
+    All ranks of the job call this together; each returns its own result.
 
     Raises:
         SphinxError: the error of the lowest rank that had one, marked as shared.

@@ -15,8 +15,8 @@ class ParallelConfig:
         pipeline: stages its layers are cut into.
         pipeline_layers: decoder layers of each stage; without it as even as they go, the first stages taking more.
         sequence: whether tensor ranks also share the tokens between the matrices (norms, residuals, routers).
-        expert: ranks of a pipeline stage that share the experts of a layer.
-        expert_tensor: ranks that share every matrix of an expert.
+        expert: ranks of a pipeline stage that share the MoE experts of a layer.
+        expert_tensor: ranks that share every matrix of an MoE expert.
         encoder: ranks that hold the frozen encoders and nothing else; 0 puts the encoders on the language ranks.
     """
 
@@ -53,11 +53,11 @@ class ParallelConfig:
 
     @property
     def token_multiple(self) -> int:
-        """What the positions of a micro-batch must be a multiple of: tensor ranks that share them have as many each."""
+        """A number that divides the positions of every micro-batch: tensor ranks that share them have as many each."""
         return self.tensor if self.sequence else 1
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """How many of a model's decoder layers each pipeline stage holds.
+        """Divide a model's decoder layers among the pipeline stages: how many each one holds.
 
         Raises:
             ConfigError: a stage would hold none, or the stages hold more or fewer than there are.
@@ -79,17 +79,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """Where one rank sits. On an encoder rank all places but `rank` and `encoder` are 0.
+    """A rank's coordinates in the layout. On an encoder rank all but `rank` and `encoder` are 0.
 
     Attributes:
-        rank: number in the world.
+        rank: number of the rank in the world.
         encoder: number among the encoder ranks, None on a language rank.
-        tensor: place in its tensor-parallel group.
+        tensor: number in its tensor-parallel group.
         data: number of its data-parallel replica.
         pipeline: number of its pipeline stage.
-        expert: place among the ranks that share the experts.
-        expert_tensor: place among the ranks that share each expert's matrices.
-        expert_data: number among the copies of its experts.
+        expert: number among the ranks that share the MoE experts.
+        expert_tensor: number among the ranks that share each MoE expert's matrices.
+        expert_data: number among the copies of its MoE experts.
     """
 
     rank: int
@@ -103,7 +103,7 @@ class Seat:
 
     @property
     def role(self) -> str:
-        """What this rank is for, in one word."""
+        """What this rank is for: language or encoder."""
         return "language" if self.encoder is None else "encoder"
 
 
@@ -111,11 +111,11 @@ class Seat:
 class ParallelLayout:
     """A world of ranks: language ranks first (tensor fastest, then data, then pipeline), encoder ranks last.
 
-    The experts divide the ranks of a stage anew: expert-tensor fastest, then expert, then expert-data.
+    The MoE experts divide the ranks of a stage anew: expert-tensor fastest, then expert, then expert-data.
 
     Attributes:
         world: ranks in the job.
-        config: the sizes asked for.
+        config: the sizes of the axes that the user asks for.
 
     Raises:
         ConfigError: the sizes do not fit the world.
@@ -131,65 +131,65 @@ class ParallelLayout:
                 f"parallel.encoder={encoder}: leaves no language rank of the {self.world} in the job; "
                 f"use 0 to {self.world - 1}, or start more ranks"
             )
-        of_job = f"({self.world} in the job, {encoder} of them encoders)"
+        job_ranks = f"({self.world} in the job, {encoder} of them encoders)"
         if self.language % sizes.pipeline:
             raise ConfigError(
-                f"parallel.pipeline={sizes.pipeline}: must divide the {self.language} language ranks {of_job}; "
-                f"use one of {_divisors(self.language)}, or another number of ranks"
+                f"parallel.pipeline={sizes.pipeline}: must divide the {self.language} language ranks {job_ranks}; "
+                f"use one of {divisors(self.language)}, or another number of ranks"
             )
         if self.stage % sizes.tensor:
             raise ConfigError(
                 f"parallel.tensor={sizes.tensor}: must divide the {self.stage} language ranks of a pipeline stage "
-                f"{of_job}; use one of {_divisors(self.stage)}, or another number of ranks"
+                f"{job_ranks}; use one of {divisors(self.stage)}, or another number of ranks"
             )
         if self.stage % (sizes.expert * sizes.expert_tensor):
             raise ConfigError(
                 f"parallel.expert={sizes.expert}: times parallel.expert_tensor={sizes.expert_tensor} must divide the "
-                f"{self.stage} language ranks of a pipeline stage {of_job}; use for both together one of "
-                f"{_divisors(self.stage)}, or another number of ranks"
+                f"{self.stage} language ranks of a pipeline stage {job_ranks}; use for both together one of "
+                f"{divisors(self.stage)}, or another number of ranks"
             )
 
     @property
     def language(self) -> int:
-        """Ranks that hold the language model."""
+        """How many ranks hold the language model."""
         return self.world - self.config.encoder
 
     @property
     def stage(self) -> int:
-        """Language ranks of one pipeline stage."""
+        """How many language ranks one pipeline stage has."""
         return self.language // self.config.pipeline
 
     @property
     def data(self) -> int:
-        """Replicas of the language model; each sees other samples."""
+        """How many replicas of the language model there are; each sees other samples."""
         return self.stage // self.config.tensor
 
     @property
     def expert_data(self) -> int:
-        """Copies of each expert."""
+        """How many copies of each MoE expert there are."""
         return self.stage // (self.config.expert * self.config.expert_tensor)
 
     def seat(self, rank: int) -> Seat:
-        """Where `rank` sits."""
+        """Return the coordinates of a rank in this layout."""
         if rank >= self.language:
             return Seat(rank=rank, encoder=rank - self.language)
-        sizes, here = self.config, rank % self.stage
+        sizes, rank_of_stage = self.config, rank % self.stage
         return Seat(
             rank=rank,
-            tensor=here % sizes.tensor,
-            data=here // sizes.tensor,
+            tensor=rank_of_stage % sizes.tensor,
+            data=rank_of_stage // sizes.tensor,
             pipeline=rank // self.stage,
-            expert=here // sizes.expert_tensor % sizes.expert,
-            expert_tensor=here % sizes.expert_tensor,
-            expert_data=here // (sizes.expert_tensor * sizes.expert),
+            expert=rank_of_stage // sizes.expert_tensor % sizes.expert,
+            expert_tensor=rank_of_stage % sizes.expert_tensor,
+            expert_data=rank_of_stage // (sizes.expert_tensor * sizes.expert),
         )
 
     def rank_of(self, *, data: int, tensor: int, pipeline: int = 0) -> int:
-        """The language rank at these places."""
+        """Return the language rank with these coordinates."""
         return (pipeline * self.data + data) * self.config.tensor + tensor
 
     def encoder_rank(self, encoder: int) -> int:
-        """The rank of the encoder with this number."""
+        """Return the number in the world of an encoder rank, given its number among the encoder ranks."""
         return self.language + encoder
 
     def __str__(self) -> str:
@@ -202,5 +202,6 @@ class ParallelLayout:
         return " x ".join(parts) + (f" [{inside}]" if inside else "") + f" + encoder {sizes.encoder}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """List the whole numbers that divide `number`, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]

@@ -11,12 +11,12 @@ from megatron_sphinx.parallel.layout import Seat
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A 63-bit seed of the stream `name` of the run."""
+    """Derive the 63-bit seed of the random stream `name` from the run's seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of the stream `name`: the same numbers on every rank of every layout."""
+    """Make a CPU generator of the random stream `name`: it draws the same numbers on every rank of every layout."""
     return torch.Generator().manual_seed(stream_seed(seed, name))
 
 
@@ -29,13 +29,13 @@ def seed_rank(seed: int, seat: Seat) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of every generator that a step may draw from, to be saved."""
+    """Collect the state of every generator that a step may draw from, to be saved."""
     states = {"cpu": torch.get_rng_state()} | dict(get_cuda_rng_tracker().get_states())
     return states | ({"cuda": torch.cuda.get_rng_state()} if current_platform().is_cuda else {})
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
-    """Go on from what `random_state` returned; states of another kind of device's generators are left out."""
+    """Set the generators to what `random_state` returned; without the device's where that was of another kind."""
     torch.set_rng_state(states["cpu"])
     if ("cuda" in states) != current_platform().is_cuda:
         return

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.data.files import renamed
-from megatron_sphinx.data.pairs import CONVERSATION
+from megatron_sphinx.data.index import CONVERSATION
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import inside
 from megatron_sphinx.prepare.index import (
     PARTS,
-    Image,
-    Part,
     Quarantine,
+    ShardImage,
+    UnitResult,
     image_of,
     members,
     write_index,
@@ -30,12 +30,21 @@ from megatron_sphinx.prepare.index import (
 from megatron_sphinx.prepare.template import Conversation, parse
 from megatron_sphinx.prepare.workers import Report, is_held_out
 
-_NO_IMAGE = Image(0, 0, 0, 0, 0)
+_NO_IMAGE = ShardImage(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Neighbouring conversations of a file: some of its list, or the lines from byte `begin` to `end`."""
+    """Neighbouring conversations of a file, whose images share a shard.
+
+    Attributes:
+        number: of the unit, and of its shard.
+        source: the file.
+        first: number of its first conversation in the file.
+        items: the conversations; None where they are the lines of the file from byte `begin` to `end`.
+        begin: first byte.
+        end: behind the last byte.
+    """
 
     number: int
     source: Path
@@ -45,14 +54,14 @@ class _Unit:
     end: int = 0
 
     def read(self) -> Iterator[tuple[str, Any]]:
-        """Each conversation as it stands there, with a name for it; None where a line is not JSON."""
+        """Yield each conversation as the file has it, behind a name for it; it is None where a line is not JSON."""
         if self.items is not None:
-            found = list(self.items)
+            items = list(self.items)
         else:
             with self.source.open("rb") as file:
                 file.seek(self.begin)
-                found = [_json(line) for line in file.read(self.end - self.begin).splitlines()]
-        for number, item in enumerate(found, self.first):
+                items = [_json(line) for line in file.read(self.end - self.begin).splitlines()]
+        for number, item in enumerate(items, self.first):
             known = item.get("id") if isinstance(item, dict) else None
             yield str(number if known is None else known), item
 
@@ -76,13 +85,13 @@ def index_conversations(
     workers: int = 1,
     show: bool = False,
 ) -> Report:
-    """Write the index of conversations, see `pairs.py`; their images are copied to `folder / "shards"`.
+    """Write the index of conversations; their images are copied to `folder / "shards"`.
 
     What cannot be used is left out, and listed in `quarantine.jsonl`. What is done is kept in `.parts` until the index
     is whole: killed, this goes on where it was.
 
     Args:
-        sources: .json files, each a list of what `conversation.parse` takes, or .jsonl files with one a line.
+        sources: .json files, each a list of what `template.parse` takes, or .jsonl files with one a line.
         folder: of the index.
         tokenizer: of the model that will be trained.
         images: folder that the paths of images are relative to, and must stay in; without it, each source's own.
@@ -101,14 +110,14 @@ def index_conversations(
         units += _units(source, len(units), samples_per_shard)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
 
-    def work(number: int) -> Part:
+    def work(number: int) -> UnitResult:
         unit = units[number]
         return _index_unit(unit, images or unit.source.parent, folder, tokenizer, (held_out, follow_links))
 
     report = write_index(
         work, range(len(units)), folder, tokenizer,
-        of="conversations", held_out=held_out, workers=workers, what="shard", show=show,
-        nothing=f"{', '.join(map(str, sources[:3]))}: holds no conversation that can be used",
+        sample_kind="conversations", held_out=held_out, workers=workers, unit_name="shard", show=show,
+        empty_error=f"{', '.join(map(str, sources[:3]))}: holds no conversation that can be used",
     )  # fmt: skip
     used = {unit.number for unit in units}
     for shard in (folder / "shards").glob("*.tar"):  # of another run
@@ -118,7 +127,7 @@ def index_conversations(
 
 
 def _units(source: Path, first: int, size: int) -> Iterator[_Unit]:
-    """A file in parts of so many conversations; numbers count from `first`."""
+    """Divide a file into units of `size` conversations, whose numbers count from `first`."""
     try:
         if source.suffix == ".jsonl":
             ends = [0]
@@ -140,24 +149,32 @@ def _units(source: Path, first: int, size: int) -> Iterator[_Unit]:
         yield _Unit(number, source, begin, items[begin : begin + size])
 
 
-def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, options: tuple[float, bool]) -> Part:
-    """Copy the images of a unit to a shard, and index its conversations, if that is not done yet."""
+def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, options: tuple[float, bool]) -> UnitResult:
+    """Copy the images of a unit to a shard, and index its conversations, if that is not done yet.
+
+    Args:
+        unit: the conversations.
+        root: folder that the paths of images are relative to.
+        folder: of the index.
+        tokenizer: of the model that will be trained.
+        options: held-out share, and whether links are followed; what is made depends on them.
+    """
     state = unit.source.stat()
     settings = (unit.number, unit.first, unit.end, str(unit.source), state.st_size, state.st_mtime_ns, str(root))
     name = hashlib.sha256(repr((settings, options, tokenizer.identity)).encode()).hexdigest()[:24]
     part, shard = folder / PARTS / f"{name}.npz", folder / "shards" / f"{unit.number:06d}.tar"
     if part.is_file():
-        return _part(shard, part)
+        return _result(shard, part)
     held_out, follow_links = options
     usable, contents, quarantine = _usable(unit, root, follow_links)
-    found = dict(zip(contents, _write_shard(shard, contents), strict=True))
+    images = dict(zip(contents, _write_shard(shard, contents), strict=True))
     samples, tokens, answers, is_held = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], []
     count = 0
     for key, conversation in usable:
-        image = found[conversation.image] if conversation.image is not None else _NO_IMAGE
+        image = images[conversation.image] if conversation.image is not None else _NO_IMAGE
         ids, is_answer = conversation.encode(tokenizer)
-        place = (0, image.offset, image.bytes, image.header, image.width, image.height)
-        samples.append((*place, count, len(ids), int(is_answer.sum()) + 1))  # EOS too
+        located = (0, image.offset, image.bytes, image.header, image.width, image.height)
+        samples.append((*located, count, len(ids), int(is_answer.sum()) + 1))  # EOS too
         tokens.append(np.array(ids, np.int64))
         answers.append(is_answer)
         is_held.append(is_held_out(conversation.image or key, held_out))
@@ -167,15 +184,22 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, opt
         samples=np.array(samples, CONVERSATION), captions=np.concatenate(tokens), answers=np.concatenate(answers),
         is_held_out=is_held, quarantine=quarantine,
     )  # fmt: skip
-    return _part(shard, part)
+    return _result(shard, part)
 
 
 def _usable(
     unit: _Unit, root: Path, follow_links: bool
 ) -> tuple[list[tuple[str, Conversation]], dict[str, bytes], Quarantine]:
-    """The conversations of a unit that can be used, by key; the files of their images, by path; and what is left out.
+    """Read the conversations of a unit.
 
-    Paths of images are made normalised ones from `root`, however they are written.
+    Args:
+        unit: the conversations.
+        root: folder that the paths of images are relative to.
+        follow_links: whether links in that folder may lead out of it.
+
+    Returns:
+        Those that can be used, each behind its key; the files of their images, by their normalised paths from `root`;
+        and what is left out.
     """
     usable: list[tuple[str, Conversation]] = []
     contents: dict[str, bytes] = {}
@@ -195,15 +219,15 @@ def _usable(
     return usable, contents, quarantine
 
 
-def _part(shard: Path, file: Path) -> Part:
-    return Part(str(shard), shard.stat().st_size if shard.is_file() else 0, file)
+def _result(shard: Path, file: Path) -> UnitResult:
+    return UnitResult(str(shard), shard.stat().st_size if shard.is_file() else 0, file)
 
 
 def _content(path: Path) -> bytes:
-    """The file of an image that can be used.
+    """Read the file of an image.
 
     Raises:
-        DataError: it cannot be read, or is no image.
+        DataError: the file cannot be read, or is no image that can be used.
     """
     try:
         content = path.read_bytes()
@@ -213,8 +237,8 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _write_shard(shard: Path, contents: dict[str, bytes]) -> list[Image]:
-    """A tar of the images under their normalised paths, and where each is in it; no tar without images."""
+def _write_shard(shard: Path, contents: dict[str, bytes]) -> list[ShardImage]:
+    """Write a tar of images under their normalised paths, and return where each is; without images there is no tar."""
     shard.unlink(missing_ok=True)
     if not contents:
         return []

@@ -1,4 +1,4 @@
-"""Write an index of samples, see `pairs.py`: unit by unit in parallel, joined when all are there."""
+"""Write an index of samples (`data/index.py` says what is in one): unit by unit in parallel, joined at the end."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
 from numpy.typing import NDArray
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.content import Gauge
 from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed
-from megatron_sphinx.data.pairs import Shard, split_name
+from megatron_sphinx.data.index import Shard
+from megatron_sphinx.data.pairs import split_name
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.workers import Report, in_parallel, write_json
@@ -30,8 +30,16 @@ Quarantine = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image as it lies in a shard."""
+class ShardImage:
+    """An image as it lies in a shard.
+
+    Attributes:
+        offset: its first byte in the shard.
+        bytes: its size.
+        header: CRC-32 of the tar header before it.
+        width: in pixels.
+        height: in pixels.
+    """
 
     offset: int
     bytes: int
@@ -41,13 +49,13 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What was made of a unit.
+class UnitResult:
+    """What was made of a unit of the work.
 
     Attributes:
         shard: path or URL of the shard that its images are in.
-        bytes: of that; 0 where there is none.
-        file: its samples, as `write_part` writes them.
+        bytes: size of that shard; 0 where there is none.
+        file: its samples, in the form that `write_part` writes.
     """
 
     shard: str
@@ -56,31 +64,31 @@ class Part:
 
 
 def write_index(
-    work: Callable[[Unit], Part],
+    work: Callable[[Unit], UnitResult],
     units: Sequence[Unit],
     folder: Path,
     tokenizer: Tokenizer,
     *,
-    of: str,
+    sample_kind: str,
     held_out: float,
     workers: int,
-    what: str,
+    unit_name: str,
     show: bool,
-    nothing: str,
+    empty_error: str,
 ) -> Report:
     """Write an index from units that are worked on in parallel; killed, the same call goes on where it was.
 
     Args:
-        work: makes the part of a unit in `folder / PARTS`, or finds it there.
+        work: makes the result of a unit in `folder / PARTS`, or finds it there.
         units: what there is to do.
         folder: of the index.
         tokenizer: of the model that will be trained.
-        of: what the index is of: pairs or conversations.
+        sample_kind: what the index has: pairs or conversations.
         held_out: share of the samples whose index goes to `folder / "held_out"` instead.
         workers: processes at a time.
-        what: the units' name beside the progress bar.
-        show: whether there is one.
-        nothing: the error where there is no sample.
+        unit_name: what a unit is called beside the progress bar.
+        show: whether there is a progress bar.
+        empty_error: the message of the error where there is no sample.
 
     Raises:
         DataError: there is no sample, or `work` raises it.
@@ -88,18 +96,18 @@ def write_index(
     parts = folder / PARTS
     parts.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
-    for used in (folder, parts):
-        remove_partial(used)
-    done = list(in_parallel(work, units, workers=workers, what=what, show=show))
+    for written in (folder, parts):
+        remove_partial(written)
+    results = list(in_parallel(work, units, workers=workers, unit_name=unit_name, show=show))
     report = Report()
-    for part in done:
-        report.reject(_quarantine(part.file))
-    report.taken, report.tokens = _join(done, folder, tokenizer, of, held_out=False)
+    for result in results:
+        report.reject(_quarantine(result.file))
+    report.taken, report.tokens = _join(results, folder, tokenizer, sample_kind, held_out=False)
     if not report.taken:
-        raise DataError(nothing + report.why())
+        raise DataError(empty_error + report.why())
     (folder / "held_out" / "index.json").unlink(missing_ok=True)
     if held_out:
-        report.held_out, _ = _join(done, folder / "held_out", tokenizer, of, held_out=True)
+        report.held_out, _ = _join(results, folder / "held_out", tokenizer, sample_kind, held_out=True)
     shutil.rmtree(parts)
     return report
 
@@ -114,10 +122,20 @@ def write_part(
     quarantine: Quarantine,
     answers: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Write the samples of a unit; `caption` of each counts from the unit's first token."""
+    """Write the samples of a unit to a file.
+
+    Args:
+        file: .npz file.
+        tokenizer: of the model that will be trained.
+        samples: a SAMPLE or CONVERSATION for each sample; its `caption` counts from the unit's first token.
+        captions: token ids of all samples, one behind the other.
+        is_held_out: for each sample.
+        quarantine: what was left out.
+        answers: for each token whether it belongs to an answer; None of pairs.
+    """
     arrays = {
         "samples": samples,
-        "captions": captions.astype(_token_type(tokenizer)),
+        "captions": captions.astype(tokenizer.identity.token_type),
         "is_held_out": np.array(is_held_out, np.bool_),
         "quarantine": np.frombuffer(json.dumps(quarantine).encode(), np.uint8),
     }
@@ -127,43 +145,40 @@ def write_part(
         np.savez(whole, **arrays)  # type: ignore[arg-type]
 
 
-def _token_type(tokenizer: Tokenizer) -> np.dtype[Any]:
-    kind: np.dtype[Any] = np.dtype(DType.optimal_dtype(tokenizer.identity.vocabulary))
-    return kind
-
-
 def _quarantine(file: Path) -> Quarantine:
     with np.load(file) as arrays:
         lines: Quarantine = json.loads(arrays["quarantine"].tobytes())
     return lines
 
 
-def _join(done: Sequence[Part], folder: Path, tokenizer: Tokenizer, of: str, *, held_out: bool) -> tuple[int, int]:
-    """Join the parts of all units to one index; how many samples and tokens it has."""
+def _join(
+    results: Sequence[UnitResult], folder: Path, tokenizer: Tokenizer, sample_kind: str, *, held_out: bool
+) -> tuple[int, int]:
+    """Join the results of all units to one index, and return how many samples and tokens it has."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
     gauge = Gauge()
     count = tokens = 0
     with ExitStack() as stack:
-        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (of == "conversations")
+        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (sample_kind == "conversations")
         files = {name: stack.enter_context(_whole(folder / name)) for name in names}
         quarantine = stack.enter_context(_whole(folder / "quarantine.jsonl"))
-        for number, part in enumerate(done):
-            samples, captions, *answers = _chosen(part.file, held_out)
+        for number, result in enumerate(results):
+            samples, captions, *answers = _chosen(result.file, held_out)
             samples["shard"] = number
             samples["caption"] += tokens
             for (name, file), array in zip(files.items(), (captions, samples, *answers), strict=True):
                 array.tofile(file)
                 gauge.add(name, array, are_tokens=name == "captions.bin")
-            relative = part.shard if is_url(part.shard) else os.path.relpath(part.shard, folder)
-            shards.append(Shard(relative, part.bytes, len(samples)))
+            relative = result.shard if is_url(result.shard) else os.path.relpath(result.shard, folder)
+            shards.append(Shard(relative, result.bytes, len(samples)))
             count, tokens = count + len(samples), tokens + len(captions)
             if not held_out:
-                quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(part.file))
+                quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(result.file))
     content = {
-        "of": of,
+        "of": sample_kind,
         "tokenizer": asdict(tokenizer.identity),
-        "caption_type": _token_type(tokenizer).str,
+        "caption_type": tokenizer.identity.token_type.str,
         "shards": [asdict(shard) for shard in shards],
         "content": asdict(gauge.content()),
     }
@@ -174,7 +189,7 @@ def _join(done: Sequence[Part], folder: Path, tokenizer: Tokenizer, of: str, *, 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that has its name when it is whole, and on the disk."""
+    """Open a file to write, which gets its name when it is whole and on the disk."""
     with renamed(path) as unfinished, unfinished.open("wb") as file:
         yield file
         file.flush()
@@ -182,20 +197,28 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _chosen(file: Path, held_out: bool) -> list[NDArray[Any]]:
-    """Samples of a unit, those that are held out or the others, and what there is for each of their tokens."""
+    """Return the samples of a unit that are held out, or those that are not, then the arrays with an item a token."""
     with np.load(file) as arrays:
         samples, chosen = arrays["samples"], arrays["is_held_out"] == held_out
         kept = np.repeat(chosen, samples["tokens"])
-        of_tokens = [arrays[name][kept] for name in ("captions", "answers") if name in arrays]
+        token_arrays = [arrays[name][kept] for name in ("captions", "answers") if name in arrays]
     samples = samples[chosen]
     samples["caption"] = np.cumsum(samples["tokens"], dtype=np.uint64) - samples["tokens"]
-    return [samples, *of_tokens]
+    return [samples, *token_arrays]
 
 
 def members(path: str, leave_out: Callable[[str | None, str], None]) -> Iterator[tuple[str, int, bytes]]:
-    """Name, offset of the content, and header and content of each regular file of a tar, as far as it can be read.
+    """Yield the regular files of a tar, as far as it can be read.
 
-    What cannot is told to `leave_out`, as key and reason.
+    Args:
+        path: of the tar, or its URL.
+        leave_out: told key and reason where the tar cannot be read on.
+
+    Yields:
+        Name, offset of the content in the tar, and header and content in one.
+
+    Raises:
+        DataError: the disk or the network fails, so that nothing is known of the tar.
     """
     name = None
     try:
@@ -214,21 +237,21 @@ def members(path: str, leave_out: Callable[[str | None, str], None]) -> Iterator
     except OSError as error:  # of a network perhaps: nothing is known of the shard
         raise DataError(f"{path}: cannot be read ({error}); run this again: what is done is kept") from error
     except (tarfile.TarError, EOFError) as error:
-        what = "not a tar file" if name is None else "the shard is cut short"
-        leave_out(split_name(name)[0] if name else None, f"{what}: {error}")
+        fault = "not a tar file" if name is None else "the shard is cut short"
+        leave_out(split_name(name)[0] if name else None, f"{fault}: {error}")
 
 
-def image_of(offset: int, block: bytes) -> Image:
-    """What an index knows of an image; it is opened, not decoded.
+def image_of(offset: int, block: bytes) -> ShardImage:
+    """Return what an index knows of an image, which is opened, not decoded.
 
     Args:
         offset: of the content in the shard.
         block: header and content.
 
     Raises:
-        DataError: it is none that can be used.
+        DataError: the image cannot be used.
     """
     content = block[tarfile.BLOCKSIZE :]
     width, height = images.size_of(content)
     images.check_size(width, height)
-    return Image(offset, len(content), zlib.crc32(block[: tarfile.BLOCKSIZE]), width, height)
+    return ShardImage(offset, len(content), zlib.crc32(block[: tarfile.BLOCKSIZE]), width, height)

@@ -7,31 +7,24 @@ Source: SPHINX-X, arXiv:2402.05935, section 3.2; Set-of-Mark prompting, arXiv:23
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from megatron_sphinx.data.images import decode
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import inside, relative
-from megatron_sphinx.prepare.boxes import Box, clip_box, format_box, format_point, from_coco
-from megatron_sphinx.prepare.tasks import Conversation, conversation
+from megatron_sphinx.prepare.boxes import Box, clip_box, from_coco
+from megatron_sphinx.prepare.drawing import MOST_MARKS, Mark, Polygon, describe, draw_marks, place_of
+from megatron_sphinx.prepare.tasks import ConversationJson, conversation
 from megatron_sphinx.prepare.workers import Report, in_parallel, write_lines
 
-COLOURS = {
-    "red": (220, 20, 40), "green": (20, 140, 40), "blue": (20, 60, 220), "yellow": (255, 225, 25),
-    "purple": (130, 20, 160), "cyan": (70, 220, 240), "pink": (250, 150, 200), "brown": (130, 80, 20),
-}  # fmt: skip
-SHAPES = ("circle", "square", "diamond")
-MOST_MARKS = len(COLOURS) * len(SHAPES)  # more would look the same
-
-INTRODUCTION = "There are numbered marks on objects in the image:"
 QUESTIONS = (
     "Describe each marked object: what it is, how it looks and what it does.",
     "What is going on in the image? Explain it by the marked objects.",
@@ -40,99 +33,7 @@ QUESTIONS = (
 REQUEST = "Call objects by their marks, such as mark 1. Answer in plain sentences, without headings or lists."
 _MENTIONED = re.compile(r"\bmark\s+#?(\d+)|\bmarks\s+(#?\d+(?:(?:[\s,&#-]|and|or|to)+\d+)*)", re.IGNORECASE)
 
-Polygon = list[tuple[float, float]]
 Entry = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A mark on an object.
-
-    Attributes:
-        number: counted from 1.
-        name: of the object.
-        box: of the object; left, top, right, bottom in pixels.
-        polygons: its outline; none where only the box is known.
-        place: of the mark's centre.
-    """
-
-    number: int
-    name: str
-    box: Box
-    polygons: Sequence[Polygon]
-    place: tuple[float, float]
-
-    @property
-    def colour(self) -> str:
-        """Its name."""
-        return list(COLOURS)[(self.number - 1) % len(COLOURS)]
-
-    @property
-    def shape(self) -> str:
-        """Its name."""
-        return SHAPES[(self.number - 1) // len(COLOURS) % len(SHAPES)]
-
-
-def place_of(box: Box, polygons: Sequence[Polygon], size: tuple[int, int]) -> tuple[float, float]:
-    """Where an object's mark is: the pixel of its mask that is nearest to the mask's centre, else the box's centre.
-
-    Args:
-        box: of the object, in pixels.
-        polygons: its outline, if that is known.
-        size: width and height of the image.
-    """
-    mask = Image.new("1", size)
-    for polygon in polygons:
-        ImageDraw.Draw(mask).polygon(polygon, fill=1)
-    pixels = np.argwhere(np.asarray(mask))[:, ::-1]
-    if not len(pixels):
-        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    x, y = pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()]
-    return float(x), float(y)
-
-
-def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
-    """A copy of an image with the outlines of objects and the marks on them, the first ones on top."""
-    marked = image.copy()
-    draw = ImageDraw.Draw(marked)
-    side = max(image.size)
-    radius, width = max(10, side // 45), max(2, side // 250)
-    font = ImageFont.load_default(1.2 * radius)
-    for mark in marks:
-        outline = [[*polygon, polygon[0]] for polygon in mark.polygons]
-        left, top, right, bottom = mark.box
-        for line in outline or [[(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]]:
-            draw.line(line, COLOURS[mark.colour], width, joint="curve")
-    for mark in reversed(marks):
-        x, y = mark.place
-        colour = COLOURS[mark.colour]
-        ink = "black" if sum(colour) > 400 else "white"
-        around = (x - radius, y - radius, x + radius, y + radius)
-        if mark.shape == "circle":
-            draw.ellipse(around, colour, ink, width)
-        elif mark.shape == "square":
-            draw.rectangle(around, colour, ink, width)
-        else:
-            reach = 1.4 * radius
-            draw.polygon([(x - reach, y), (x, y - reach), (x + reach, y), (x, y + reach)], colour, ink, width)
-        draw.text((x, y), str(mark.number), ink, font, anchor="mm")
-    return marked
-
-
-def describe(marks: Sequence[Mark], size: tuple[int, int] | None = None, padding: str = "centre") -> str:
-    """Marks in words, a line each; with places and boxes where the size of the image is given.
-
-    Args:
-        marks: in the order of their numbers.
-        size: width and height of the image.
-        padding: where the image is in its square, `centre` or `corner`; places are fractions of the square.
-    """
-    lines = [INTRODUCTION]
-    for mark in marks:
-        at = f" at {format_point(mark.place, *size, padding)}" if size else ""
-        box = f" {format_box(mark.box, *size, padding)}" if size else ""
-        lines.append(f"Mark {mark.number}: a {mark.colour} {mark.shape}{at} on the {mark.name}{box}.")
-    return "\n".join(lines)
 
 
 def write_marks(
@@ -173,7 +74,7 @@ def write_marks(
     (target / "images").mkdir(parents=True, exist_ok=True)
     read = partial(_read_image, images, follow_links=follow_links)
     work = partial(_mark_image, read=read, target=target, padding=padding, most_marks=most_marks)
-    done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, what="image", show=show))
+    done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, unit_name="image", show=show))
     report = Report(taken=sum(prompt is not None for prompt, _ in done))
     quarantine += [entry for _, left_out in done for entry in left_out]
     report.reject(quarantine)
@@ -224,12 +125,17 @@ def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
 
 
 def mentioned(text: str) -> set[int]:
-    """The numbers of the marks that a text speaks of: `mark 1`, `marks 1, 2 and 3`."""
-    return {int(number) for found in _MENTIONED.findall(text) for number in re.findall(r"\d+", " ".join(found))}
+    """Return the numbers of the marks that a text speaks of: `mark 1`, `marks 1, 2 and 3`."""
+    return {int(number) for groups in _MENTIONED.findall(text) for number in re.findall(r"\d+", " ".join(groups))}
 
 
-def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> Conversation:
-    """The conversation of a prompt and its answer.
+def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> ConversationJson:
+    """Return the conversation that a prompt and its answer make.
+
+    Args:
+        asked: the prompt; None where no prompt has the answer's id.
+        entry: the line with the answer; None where it is no JSON object.
+        is_taken: whether another answer to the prompt has been taken.
 
     Raises:
         DataError: the answer cannot be used.
@@ -250,7 +156,13 @@ def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> Conversa
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image as annotations have it: the objects are COCO's, each with the name of its category."""
+    """An image as annotations have it.
+
+    Attributes:
+        key: its id, as text.
+        name: of its file.
+        objects: COCO's annotations of it, each with the `name` of its category.
+    """
 
     key: str
     name: str
@@ -258,7 +170,7 @@ class _Picture:
 
 
 def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry]]:
-    """The images, and the objects that are in none of them."""
+    """Return the images, and the quarantine's entries for objects that are in none of them."""
     quarantine = []
     try:
         content = json.loads(path.read_bytes())
@@ -273,18 +185,18 @@ def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error
     except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__} {error}"
+        fault = f"{type(error).__name__} {error}"
         raise DataError(
-            f"{path}: not as COCO's instances are ({what}); give images, annotations, categories"
+            f"{path}: not as COCO's instances are ({fault}); give images, annotations, categories"
         ) from error
     return list(pictures.values()), quarantine
 
 
 def _read_image(images: Path, name: str, *, follow_links: bool) -> tuple[str, Image.Image]:
-    """The normalised path of an image in its folder, and the image.
+    """Return the normalised path of an image in its folder, and the image.
 
     Raises:
-        DataError: it is not in the folder, cannot be read, or does not decode.
+        DataError: the image is not in the folder, cannot be read, or does not decode.
     """
     path = inside(images, name, follow_links=follow_links)
     try:
@@ -302,7 +214,18 @@ def _mark_image(
     padding: str,
     most_marks: int,
 ) -> tuple[Entry | None, list[Entry]]:
-    """Write the marked copy of an image: what is asked about it, and what of it is left out."""
+    """Write the marked copy of an image.
+
+    Args:
+        job: number and annotations of the image.
+        read: gives the path and the image for its name.
+        target: folder.
+        padding: where an image is in its square, `centre` or `corner`.
+        most_marks: on an image.
+
+    Returns:
+        The prompt, or None where there is nothing to mark; and the quarantine's entries for what is left out.
+    """
     number, picture = job
     quarantine: list[Entry] = []
 
@@ -314,21 +237,21 @@ def _mark_image(
     except DataError as error:
         leave_out(None, str(error))
         return None, quarantine
-    found: list[tuple[str, Box, list[Polygon]]] = []
+    objects: list[tuple[str, Box, list[Polygon]]] = []
     for entry in picture.objects:
         try:
-            found.append(_object(entry, image.size))
+            objects.append(_object(entry, image.size))
         except DataError as error:
             leave_out(entry.get("id"), str(error))
-    largest = sorted(range(len(found)), key=lambda place: -_area(found[place][1]))[:most_marks]
-    if len(found) > most_marks:
-        leave_out(None, f"too many objects: {len(found) - most_marks} smaller ones have no mark")
-    if not found:
+    largest = sorted(range(len(objects)), key=lambda index: -_area(objects[index][1]))[:most_marks]
+    if len(objects) > most_marks:
+        leave_out(None, f"too many objects: {len(objects) - most_marks} smaller ones have no mark")
+    if not objects:
         leave_out(None, "no object to mark")
         return None, quarantine
     marks = [
         Mark(count, name, box, polygons, place_of(box, polygons, image.size))
-        for count, (name, box, polygons) in enumerate((found[place] for place in sorted(largest)), 1)
+        for count, (name, box, polygons) in enumerate((objects[index] for index in sorted(largest)), 1)
     ]
     marked = Path("images") / f"{number:06d}.png"
     draw_marks(image, marks).save(target / marked)
@@ -346,10 +269,10 @@ def _mark_image(
 
 
 def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon]]:
-    """Name, box and outline of an object.
+    """Return name, box and outline of an object, in pixels of an image of such a size.
 
     Raises:
-        DataError: it cannot be marked.
+        DataError: the object cannot be marked.
     """
     if not isinstance(entry["name"], str):
         raise DataError(f"unknown category: {entry['category_id']}")
@@ -375,7 +298,7 @@ def _area(box: Box) -> float:
 
 
 def _read_lines(path: Path) -> Iterator[Entry | None]:
-    """The lines of a file that are JSON objects, nothing for each other one."""
+    """Yield the lines of a file that are JSON objects, and None for each other line."""
     try:
         with path.open("rb") as file:
             for line in filter(bytes.strip, file):

@@ -24,8 +24,8 @@ class Conversation:
 
     Attributes:
         turns: (question, answer).
-        image: path of the picture they are about, if there is one.
-        system: what stands before them.
+        image: path of the picture that they are about; None where there is none.
+        system: what stands before the first question.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -33,7 +33,7 @@ class Conversation:
     system: str = SYSTEM
 
     def text(self) -> tuple[str, list[tuple[int, int]]]:
-        """The whole as text, and the characters of each answer and the stop string behind it, as (begin, end).
+        """Return the whole as text, and the characters of each answer and the stop string behind it, as (begin, end).
 
         Source: conv_v1_2 of the released accessory/data/conversation/lib.py.
         """
@@ -46,14 +46,14 @@ class Conversation:
         return text, answers
 
     def prompt(self, question: str) -> str:
-        """The text that an answer to one more question is generated from."""
+        """Return the text from which an answer to one more question is generated."""
         return self.text()[0] + _asked(question)
 
     def encode(self, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:
-        """Token ids of the whole, without BOS and EOS, and for each whether it is of an answer.
+        """Return the token ids of the whole, without BOS and EOS, and for each whether it belongs to an answer.
 
-        Tokens are found by the characters that they stand for. One that begins with the space before an answer is of
-        the answer: it is what a model generates.
+        Tokens are found by the characters that they stand for. One that begins with the space before an answer belongs
+        to the answer: it is what a model generates.
         """
         text, answers = self.text()
         ids, spans = tokenizer.encode_with_spans(text)
@@ -73,7 +73,7 @@ def _asked(question: str) -> str:
 
 
 def parse(item: Any) -> Conversation:
-    """A conversation from what a JSON file has of it.
+    """Return the conversation that a JSON file has in its form.
 
     Args:
         item: `{"image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}`,
@@ -81,7 +81,7 @@ def parse(item: Any) -> Conversation:
             image always stands before the text.
 
     Raises:
-        DataError: it cannot be used, and why.
+        DataError: the conversation cannot be used; the message says why.
     """
     if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
         raise DataError("no conversations: must be an object with a list of that name")
@@ -105,7 +105,7 @@ def _pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _turn(turn: Any) -> tuple[str, str]:
-    """Role and text of a turn."""
+    """Return role and text of a turn; raise DataError where it cannot be used."""
     role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
     if not isinstance(text, str):
         raise DataError(f"a turn without text: {str(turn)[:80]}")

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+import numpy as np
 
 from megatron_sphinx.data.files import open_file, remove_partial, renamed, state_of
 from megatron_sphinx.data.text import content_of
@@ -27,22 +26,24 @@ _COMPRESSED = {".zst": "zstd", ".gz": "gzip"}
 
 
 class TokenWriter:
-    """Writes a token file; its files appear at the end, or not at all."""
+    """Writes a token file, whose two files appear at the end, or not at all."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # here, since it takes seconds
+
         self.prefix = prefix
         self._partial = prefix.with_name(f".{prefix.name}.{os.getpid()}.partial")
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(
-            f"{self._partial}.bin", dtype=DType.optimal_dtype(tokenizer.identity.vocabulary)
-        )
+        self._builder = IndexedDatasetBuilder(f"{self._partial}.bin", dtype=tokenizer.identity.token_type.type)
 
     def __enter__(self) -> "TokenWriter":
         return self
 
     def add(self, tokens: list[int]) -> None:
-        """Append one document."""
-        self._builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
+        """Append one document, given by its token ids."""
+        self._builder.add_document(
+            np.array(tokens, np.int64), [len(tokens)]
+        )  # its type says tensor, but it takes whatever numpy copies
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,8 +60,15 @@ class TokenWriter:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of the input: bytes of a .jsonl, row groups of a .parquet, or a whole file."""
+class InputRange:
+    """What becomes one token file: bytes of a .jsonl, row groups of a .parquet, or a whole file.
+
+    Attributes:
+        number: of the token file.
+        path: of the input, or its URL.
+        begin: first byte or row group.
+        end: behind the last byte or row group.
+    """
 
     number: int
     path: str
@@ -79,7 +87,7 @@ def write_text(
     part_bytes: int = PART_BYTES,
     show: bool = False,
 ) -> Report:
-    """Tokenise files to a folder of token files, `[BOS] text [EOS]` a document; see `text.py`.
+    """Tokenise files to a folder of token files, in which a document is `[BOS] text [EOS]`.
 
     Empty texts are left out; documents that cannot be read too, and listed in `quarantine.jsonl`. A part of the input
     that is done stays so: killed, this goes on where it was.
@@ -98,36 +106,40 @@ def write_text(
     Raises:
         DataError: a file is missing or is not what its name says, or there is no text in any of them.
     """
+    import megatron.core.datasets.indexed_dataset  # noqa: F401 (before workers are forked, so that none has to)
+
     folder.mkdir(parents=True, exist_ok=True)
-    parts = list(_parts(paths, key, part_bytes))
-    marks = [_mark(part, (key, held_out, part_bytes, tokenizer.identity)) for part in parts]
+    ranges = list(_divide(paths, key, part_bytes))
+    settings = (key, held_out, part_bytes, tokenizer.identity)
+    digests = [digest_of(part, state_of(part.path), settings) for part in ranges]
     work = partial(_write_part, folder=folder, tokenizer=tokenizer, key=key, held_out=held_out)
     targets = [folder, *([folder / "held_out"] if held_out else [])]
     for target in (folder, folder / "held_out"):
         (target / "index.json").unlink(missing_ok=True)
         remove_partial(target)
-    jobs = list(zip(parts, marks, strict=True))
-    done = list(in_parallel(work, jobs, workers=workers, what="part", show=show))
+    jobs = list(zip(ranges, digests, strict=True))
+    summaries = list(in_parallel(work, jobs, workers=workers, unit_name="part", show=show))
     report = Report()
-    for about in done:
-        report.reject(about["quarantine"])
-    sums = [[sum(about["written"][which][what] for about in done) for what in (0, 1)] for which in range(len(targets))]
-    report.taken, report.tokens = sums[0]
-    report.held_out = sums[1][0] if held_out else 0
+    for summary in summaries:
+        report.reject(summary["quarantine"])
+    report.taken = sum(summary["written"][0][0] for summary in summaries)
+    report.tokens = sum(summary["written"][0][1] for summary in summaries)
+    report.held_out = sum(summary["written"][1][0] for summary in summaries) if held_out else 0
     if not report.taken:
         raise DataError(f"{', '.join(map(str, paths[:3]))}: no text{report.why()}; name its column or key by --key")
     with renamed(folder / "quarantine.jsonl") as unfinished, unfinished.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for about in done for line in about["quarantine"])
-    for which, target in enumerate(targets):
-        _write_index(target, tokenizer, [_entry(part, about, which) for part, about in zip(parts, done, strict=True)])
+        file.writelines(json.dumps(line) + "\n" for summary in summaries for line in summary["quarantine"])
+    for number, target in enumerate(targets):
+        entries = [_entry(part, summary, number) for part, summary in zip(ranges, summaries, strict=True)]
+        _write_index(target, tokenizer, entries)
     return report
 
 
-def _entry(part: _Part, about: dict[str, Any], which: int) -> dict[str, Any]:
-    """What the index says of the token file of a part, in the folder or in that of the held-out share."""
-    documents, tokens = about["written"][which]
+def _entry(part: InputRange, summary: dict[str, Any], target: int) -> dict[str, Any]:
+    """Return what an index says of the token file of a part: 0 for the folder's, 1 for that of the held-out share."""
+    documents, tokens = summary["written"][target]
     entry = {"name": f"{part.number:06d}", "documents": documents, "tokens": tokens}
-    return entry | ({"content": about["contents"][which]} if tokens else {})
+    return entry | ({"content": summary["contents"][target]} if tokens else {})
 
 
 def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, Any]]) -> None:
@@ -140,8 +152,8 @@ def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, A
         write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.identity), "files": files})
 
 
-def _parts(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[_Part]:
-    """The input, divided."""
+def _divide(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[InputRange]:
+    """Divide the input into parts of about so many bytes, as far as its files can be read from the middle."""
     number = 0
     for path in map(str, paths):
         try:
@@ -154,19 +166,19 @@ def _parts(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[_
         elif path.endswith(".parquet"):
             bounds = _row_groups(path, key, part_bytes)
         for begin, end in pairwise(bounds):
-            yield _Part(number, path, begin, end)
+            yield InputRange(number, path, begin, end)
             number += 1
 
 
 def _row_groups(path: str, key: str, part_bytes: int) -> list[int]:
-    """Where a parquet file is divided, in row groups."""
+    """Return where a parquet file is divided, in row groups: 0, the cuts, and how many there are."""
     from pyarrow import ArrowException, parquet
 
     try:
         with open_file(path) as file:
-            about = parquet.ParquetFile(file)
-            names = about.schema_arrow.names
-            sizes = [about.metadata.row_group(group).total_byte_size for group in range(about.num_row_groups)]
+            table = parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: not a parquet file ({' '.join(str(error).split())[:200]}); copy it again") from error
     if key not in names:
@@ -180,23 +192,31 @@ def _row_groups(path: str, key: str, part_bytes: int) -> list[int]:
     return [*bounds, len(sizes)]
 
 
-def _mark(part: _Part, settings: tuple[Any, ...]) -> str:
-    """Differs where what is written for a part would differ."""
-    return hashlib.sha256(repr((part, state_of(part.path), settings)).encode()).hexdigest()
+def digest_of(part: InputRange, state: tuple[int, str], settings: tuple[Any, ...]) -> str:
+    """Return a digest that differs where what is written for a part would differ.
+
+    Args:
+        part: of the input.
+        state: size and version of the file that it is in.
+        settings: whatever else decides what is written.
+    """
+    values = ", ".join(f"{name}={value!r}" for name, value in vars(part).items())
+    # the class was called _Part when the first folders were made, whose parts must still be known
+    return hashlib.sha256(f"(_Part({values}), {state!r}, {settings!r})".encode()).hexdigest()
 
 
 def _write_part(
-    job: tuple[_Part, str], *, folder: Path, tokenizer: Tokenizer, key: str, held_out: float
+    job: tuple[InputRange, str], *, folder: Path, tokenizer: Tokenizer, key: str, held_out: float
 ) -> dict[str, Any]:
-    """Write the token file of one part, if it is not there yet; what its own .json says of it."""
-    part, mark = job
+    """Write the token file of one part, if it is not there yet; return what its own .json says of it."""
+    part, digest = job
     name = f"{part.number:06d}"
     done = folder / f"{name}.json"
     targets = [folder, *([folder / "held_out"] if held_out else [])]
     if done.is_file() and all((target / f"{name}.idx").is_file() for target in targets):
-        about: dict[str, Any] = json.loads(done.read_text())
-        if about["mark"] == mark:
-            return about if "contents" in about else about | _contents(targets, name, about["written"])
+        known: dict[str, Any] = json.loads(done.read_text())
+        if known["mark"] == digest:
+            return known if "contents" in known else known | _contents(targets, name, known["written"])
     done.unlink(missing_ok=True)
     quarantine: list[dict[str, Any]] = []
     written = [[0, 0] for _ in targets]
@@ -204,32 +224,32 @@ def _write_part(
     try:
         for text in _documents(part, key, quarantine):
             ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-            which = int(is_held_out(text, held_out))
-            writers[which].add(ids)
-            written[which][0] += 1
-            written[which][1] += len(ids)
+            target = int(is_held_out(text, held_out))
+            writers[target].add(ids)
+            written[target][0] += 1
+            written[target][1] += len(ids)
     except BaseException as error:
         for writer in writers:
             writer.__exit__(type(error), error, None)
         raise
     for writer in writers:
         writer.__exit__(None, None, None)
-    about = {"mark": mark, "written": written, "quarantine": quarantine, **_contents(targets, name, written)}
-    write_json(done, about)
-    return about
+    summary = {"mark": digest, "written": written, "quarantine": quarantine, **_contents(targets, name, written)}
+    write_json(done, summary)
+    return summary
 
 
 def _contents(targets: Sequence[Path], name: str, written: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What the token files of a part hold; None of one without tokens."""
-    found: list[dict[str, Any] | None] = []
+    """Return what the token files of a part hold, under `contents`; None for a file without tokens."""
+    contents: list[dict[str, Any] | None] = []
     for target, (_, tokens) in zip(targets, written, strict=True):
         content = content_of(target / name) if tokens else None
-        found.append(asdict(content) if content else None)
-    return {"contents": found}
+        contents.append(asdict(content) if content else None)
+    return {"contents": contents}
 
 
-def _documents(part: _Part, key: str, quarantine: list[dict[str, Any]]) -> Iterator[str]:
-    """The texts of a part that hold something."""
+def _documents(part: InputRange, key: str, quarantine: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the texts of a part that hold something; those that cannot be used get an entry of the quarantine."""
     for place, value in _values(part, key):
         if isinstance(value, DataError):
             quarantine.append({"shard": part.path, "key": place, "reason": str(value)})
@@ -239,16 +259,16 @@ def _documents(part: _Part, key: str, quarantine: list[dict[str, Any]]) -> Itera
             yield value
 
 
-def _values(part: _Part, key: str) -> Iterator[tuple[str, object]]:
-    """Where each document of a part stands, and what stands there: text, or the reason why not."""
+def _values(part: InputRange, key: str) -> Iterator[tuple[str, object]]:
+    """Yield where each document of a part stands, and what stands there: text, or the reason why not."""
     kind = Path(part.path).suffix
     with open_file(part.path) as file:
         if part.path.endswith((".jsonl", *(f".jsonl{ending}" for ending in _COMPRESSED))):
-            for at, line in _lines(file, part, kind):
+            for offset, line in _lines(file, part, kind):
                 try:
-                    yield f"byte {at}", json.loads(line)[key]
+                    yield f"byte {offset}", json.loads(line)[key]
                 except (ValueError, KeyError, TypeError):
-                    yield f"byte {at}", DataError(f"not a JSON object with the key {key!r}")
+                    yield f"byte {offset}", DataError(f"not a JSON object with the key {key!r}")
         elif kind == ".parquet":
             from pyarrow import parquet
 
@@ -261,24 +281,24 @@ def _values(part: _Part, key: str) -> Iterator[tuple[str, object]]:
             yield "whole", file.read().decode(errors="replace")
 
 
-def _lines(file: Any, part: _Part, kind: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a .jsonl that begin in a part, and where."""
+def _lines(file: Any, part: InputRange, kind: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a .jsonl that begin in a part, each behind the offset of its first byte."""
     if kind in _COMPRESSED:
         from pyarrow import input_stream
 
-        at = 0
+        offset = 0
         try:
             for line in io.BufferedReader(input_stream(file, compression=_COMPRESSED[kind])):
-                yield at, line
-                at += len(line)
+                yield offset, line
+                offset += len(line)
         except OSError as error:
             raise DataError(f"{part.path}: does not decompress ({error}); copy it again") from error
         return
-    at = part.begin
-    if at:
-        file.seek(at - 1)
-        at += len(file.readline()) - 1
-    while at < part.end and (line := file.readline()):
+    offset = part.begin
+    if offset:  # a line that begins before belongs to the part before
+        file.seek(offset - 1)
+        offset += len(file.readline()) - 1
+    while offset < part.end and (line := file.readline()):
         if line.strip():
-            yield at, line
-        at += len(line)
+            yield offset, line
+        offset += len(line)

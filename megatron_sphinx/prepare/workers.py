@@ -26,12 +26,12 @@ Done = TypeVar("Done")
 
 @dataclass
 class Report:
-    """What was taken, and what was left out and why.
+    """How much was taken, and what was left out and why.
 
     Attributes:
-        taken: pairs or documents.
-        tokens: of captions or text.
-        held_out: pairs or documents of the held-out share.
+        taken: how many samples, documents or pages were taken.
+        tokens: how many tokens these have.
+        held_out: how many samples or documents the held-out share has.
         rejected: how many were left out, by reason.
     """
 
@@ -41,36 +41,36 @@ class Report:
     rejected: dict[str, int] = field(default_factory=dict)
 
     def reject(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Count what a quarantine has."""
+        """Count the entries of a quarantine by the first words of their reasons, up to a colon."""
         for line in lines:
             reason = line["reason"].split(":")[0]
             self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
     def why(self) -> str:
-        """What was left out, as the end of an error's line."""
+        """Say what was left out, as the end of an error's line."""
         return "".join(f"; {count} left out ({reason})" for reason, count in sorted(self.rejected.items()))
 
     def left_out(self) -> str:
-        """What was left out, a line for each reason."""
+        """Say what was left out, a line for each reason."""
         return "".join(f"  left out: {count} ({reason})\n" for reason, count in sorted(self.rejected.items()))
 
 
 def in_parallel(
-    work: Callable[[Unit], Done], units: Sequence[Unit], *, workers: int, what: str, show: bool = False
+    work: Callable[[Unit], Done], units: Sequence[Unit], *, workers: int, unit_name: str, show: bool = False
 ) -> Iterator[Done]:
-    """What `work` makes of each unit, in their order; several at a time in processes of their own.
+    """Yield what `work` makes of each unit, in their order; several are worked on at a time.
 
     Args:
-        work: done in another process, which is forked: it may hold anything.
+        work: called in another process, which is forked, so it may hold anything.
         units: sent to that process.
-        workers: processes at a time; 1 works in this one.
-        what: the units' name beside the progress bar.
-        show: whether there is one.
+        workers: processes at a time; with 1 the work is done in this process.
+        unit_name: what a unit is called beside the progress bar.
+        show: whether there is a progress bar.
 
     Raises:
         DataError: a process was killed; or whatever `work` raises.
     """
-    bar = {"total": len(units), "unit": what, "disable": not show, "dynamic_ncols": True, "mininterval": 1.0}
+    bar = {"total": len(units), "unit": unit_name, "disable": not show, "dynamic_ncols": True, "mininterval": 1.0}
     if workers == 1 or len(units) < 2:
         yield from tqdm(map(work, units), **bar)
         return
@@ -90,7 +90,7 @@ _work: Callable[[Any], Any]
 
 
 def _begin(parent: int, work: Callable[[Any], Any]) -> None:
-    """Keep the work of a process, and let it end when the one that forked it is gone, however it went."""
+    """Keep the work of this process, and let it end when the one that forked it is gone, however that ended."""
     global _work
     _work = work
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -103,7 +103,7 @@ def _do(unit: Any) -> Any:
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether a sample is of the held-out share: a function of its key alone."""
+    """Say whether a sample belongs to the held-out share, which follows from its key alone."""
     return share > 0 and key_of("held out", key) < share * 2.0**64
 
 

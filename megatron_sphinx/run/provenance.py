@@ -13,7 +13,7 @@ from megatron_sphinx.checkpoint.identity import differences, in_order, require_s
 from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import Sources
+from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.parallel.layout import ParallelLayout
 
 
@@ -34,7 +34,7 @@ def identity(config: Config, sources: Sources, marks: Mapping[str, str]) -> dict
         "row_multiple",
         "isolate_documents",
     )
-    streams = {"pairs": (sources.pairs, data.samples), "text": (sources.text, data.text)}
+    streams = {"pairs": (sources.samples, data.samples), "text": (sources.text, data.text)}
     amounts = {
         name: {
             "bounds": source.bounds,

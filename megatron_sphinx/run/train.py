@@ -19,18 +19,11 @@ from megatron_sphinx.checkpoint.store import CheckpointStore, Chosen, load_weigh
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain, say, say_of_ranks
+from megatron_sphinx.data.batches import BatchBuilder, BatchLoader
 from megatron_sphinx.data.content import Memory, Scan
-from megatron_sphinx.data.loader import (
-    BatchBuilder,
-    BatchLoader,
-    PixelLoader,
-    Sources,
-    make_planner,
-    numbered_rounds,
-    open_sources,
-    rounds,
-)
-from megatron_sphinx.data.plan import Planner, StepPlan
+from megatron_sphinx.data.pixels import PixelLoader
+from megatron_sphinx.data.plan import Planner, StepPlan, numbered_rounds, rounds
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
 from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, SphinxError, writing
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -81,11 +74,11 @@ class RankContext:
 
     def pixels(self) -> PixelLoader | None:
         """Where this rank reads images, if the run has any."""
-        if self.sources.pairs is None:
+        if self.sources.samples is None:
             return None
         data = self.config.data
         quarantine = self.folder / "quarantine.jsonl"
-        return PixelLoader(self.sources.pairs, self.config.vision, workers=data.workers, quarantine=quarantine)
+        return PixelLoader(self.sources.samples, self.config.vision, workers=data.workers, quarantine=quarantine)
 
     def encoders(self) -> FrozenEncoders:
         """The frozen encoders, in bf16 where that is fast."""
@@ -267,7 +260,7 @@ def _open(
             memory = Memory(Path(config.run.folder) / "content")
             sources.check(memory)
             scan = sources.scan(memory)
-        counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
+        counted = config.counted(sources.samples.bounds[-1] if sources.samples else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,

@@ -1,6 +1,7 @@
-"""This machine as a hardware file: what as many ranks as a job has here reach together, at the shapes of its model.
+"""Measures this machine and writes a hardware file: what a job's ranks on it reach, at the shapes of its model.
 
-Run by torchrun, one process a rank: the ranks of a job share cores, memory and links, so they are measured at once.
+torchrun starts this module once for each rank: the ranks of a job share cores, memory and links, so all are measured
+at the same time.
 """
 
 import os
@@ -37,8 +38,9 @@ from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.step_time import OPERATIONS
 from megatron_sphinx.sizing.work import Work
 
-_REPEATS, _LARGE, _SMALL = 5, 4 * 2**20, 16  # numbers of a large and of a small message
-_LAYERS = 4  # that are timed on next to no tokens
+_REPEATS = 5  # of each measurement, after one that warms up
+_LARGE, _SMALL = 4 * 2**20, 16  # numbers in a large and in a small message
+_LAYERS = 4  # how many decoder layers are timed on next to no tokens
 
 
 class CalibrationError(SphinxError):
@@ -48,7 +50,12 @@ class CalibrationError(SphinxError):
 
 
 def calibrate(config: Config, *, ranks: int, target: Path) -> Hardware:
-    """Measure with `ranks` processes on this machine, write the hardware file `target`, say what was found.
+    """Measure this machine, write a hardware file, and say what was measured.
+
+    Args:
+        config: the run whose shapes are measured.
+        ranks: how many processes measure at once.
+        target: path of the hardware file.
 
     Raises:
         CalibrationError: a rank failed.
@@ -62,41 +69,41 @@ def calibrate(config: Config, *, ranks: int, target: Path) -> Hardware:
         resolved.write_text(config.to_yaml())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["-m", __name__, str(resolved), str(target)]
-        said = Path(folder) / "stderr.txt"
-        with open(os.devnull, "w") as nowhere, said.open("w") as errors:
-            status = run_launcher(command, stdout=nowhere, stderr=errors)
+        errors = Path(folder) / "stderr.txt"
+        with open(os.devnull, "w") as nowhere, errors.open("w") as stderr:
+            status = run_launcher(command, stdout=nowhere, stderr=stderr)
         if status:
-            raise CalibrationError(f"{' '.join(command)}: ended with {status}: {said.read_text()[-2000:]}")
-    found = load(str(target))
-    say(f"{target}: {found.source}")
-    for name, value in asdict(found).items():
+            raise CalibrationError(f"{' '.join(command)}: ended with {status}: {errors.read_text()[-2000:]}")
+    measured = load(str(target))
+    say(f"{target}: {measured.source}")
+    for name, value in asdict(measured).items():
         if name not in ("source", "shares"):
             say(f"  {name:20}{value}")
-    return found
+    return measured
 
 
 def measure(config: Config, groups: ProcessGroups) -> Hardware:
-    """What this rank reaches while the others of the process group measure the same; the slowest rank's numbers."""
-    here = current_platform()
+    """Measure what this rank reaches while all others measure at the same time; return the slowest rank's numbers."""
+    platform = current_platform()
     work, _ = work_of(config)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     positions = max(1, round(min(work.rows, config.data.micro_batch_rows) * work.positions))
     dtype = dtypes[config.training.precision]
     products = {name: _least(_matmul_flops(config.model, positions, kind)) for name, kind in dtypes.items()}
     attention = _least(_attention_flops(config.model, work, dtype)) / products[config.training.precision]
-    encoding = _least(_encoder_flops(config)) / products["bf16" if here.is_bf16_fast else "fp32"]
+    encoding = _least(_encoder_flops(config)) / products["bf16" if platform.is_bf16_fast else "fp32"]
     bandwidth = _least(_memory_bandwidth())
-    kernel = -_least(-_kernel_seconds(config, groups, dtype))
+    kernel = _most(_kernel_seconds(config, groups, dtype))
     latency, link = _link()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if here.is_cuda:
-        memory = torch.cuda.get_device_properties(here.device).total_memory * dist.get_world_size()
+    if platform.is_cuda:
+        memory = torch.cuda.get_device_properties(platform.device).total_memory * dist.get_world_size()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Hardware(
-        source=f"measured by {dist.get_world_size()} ranks on one {here.device.type} machine, at the shapes of "
+        source=f"measured by {dist.get_world_size()} ranks on one {platform.device.type} machine, at the shapes of "
         f"{config.model.preset or config.run.folder}",
         memory_bytes=memory / dist.get_world_size(),
-        process_bytes=-_least(-float(resident)),
+        process_bytes=_most(float(resident)),
         memory_bandwidth=bandwidth,
         node_bandwidth=link,
         network_bandwidth=link,
@@ -104,32 +111,37 @@ def measure(config: Config, groups: ProcessGroups) -> Hardware:
         kernel_seconds=kernel,
         flops=Flops(bf16=products["bf16"], fp32=products["fp32"]),
         shares=Efficiency(attention=attention, encoders=encoding),
-        is_cuda=here.is_cuda,
+        is_cuda=platform.is_cuda,
     )
 
 
 def _least(value: float) -> float:
-    """The least of all ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=current_platform().device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return float(found)
+    """Return the least of the values that all ranks have."""
+    least = torch.tensor(value, dtype=torch.float64, device=current_platform().device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return float(least)
+
+
+def _most(value: float) -> float:
+    """Return the largest of the values that all ranks have."""
+    return -_least(-value)
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Median seconds of some work, begun by all ranks at once."""
-    here, found = current_platform(), []
+    """Time some work that all ranks begin at once; the median of some repetitions, in seconds."""
+    platform, seconds = current_platform(), []
     for _ in range(_REPEATS + 1):
         dist.barrier()
-        here.synchronize()
+        platform.synchronize()
         begin = time.perf_counter()
         work()
-        here.synchronize()
-        found.append(time.perf_counter() - begin)
-    return median(found[1:])
+        platform.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds[1:])
 
 
 def _shapes(model: LanguageConfig) -> Iterator[tuple[int, int]]:
-    """Rows and columns of the matrices of a layer, and of the output."""
+    """Yield rows and columns of each matrix of a layer: queries, keys and values; output; gate and up; down."""
     keys = model.groups * (model.hidden // model.heads)
     yield model.hidden + 2 * keys, model.hidden
     yield model.hidden, model.hidden
@@ -175,7 +187,7 @@ def _memory_bandwidth() -> float:
 
 
 def _kernel_seconds(config: Config, groups: ProcessGroups, dtype: torch.dtype) -> float:
-    """Seconds of starting an operation: what a decoder layer takes on next to no tokens, over its operations."""
+    """Seconds to start an operation: what a decoder layer takes on next to no tokens, over its operations."""
     model, device = replace(config.model, experts=0, vocabulary=128), current_platform().device
     seconds = []
     for layers in (1, 1 + _LAYERS):
@@ -194,34 +206,39 @@ def _kernel_seconds(config: Config, groups: ProcessGroups, dtype: torch.dtype) -
 
 def _encoder_flops(config: Config) -> float:
     """FLOP/s of the encoders on one of their batches; weights drawn, as they do not matter here."""
-    here, vision = current_platform(), config.vision
+    platform, vision = current_platform(), config.vision
     drawn = replace(vision, experts=tuple(replace(item, weights="random") for item in vision.experts))
-    dtype = torch.bfloat16 if here.is_bf16_fast else torch.float32
-    encoders = FrozenEncoders(drawn, device=here.device, dtype=dtype, seed=config.run.seed)
+    dtype = torch.bfloat16 if platform.is_bf16_fast else torch.float32
+    encoders = FrozenEncoders(drawn, device=platform.device, dtype=dtype, seed=config.run.seed)
     views = {side: torch.zeros(vision.batch_views, 3, side, side) for side in vision.sides}
     return encoder_cost(vision).flops * vision.batch_views / _seconds(lambda: encoders(views))
 
 
 def _link() -> tuple[float, float]:
-    """Latency of a message, and bytes/s between two ranks, from all-reduces of small and large tensors."""
+    """Measure the seconds of an empty message and the bytes/s between two ranks, by small and large all-reduces."""
     ranks, device = dist.get_world_size(), current_platform().device
     if ranks == 1:
         return 1e-6, 1e12  # nobody to talk to
     small, large = torch.ones(_SMALL, device=device), torch.ones(_LARGE, device=device)
-    short = -_least(-_seconds(lambda: dist.all_reduce(small)))
-    long = -_least(-_seconds(lambda: dist.all_reduce(large)))
+    short = _most(_seconds(lambda: dist.all_reduce(small)))
+    long = _most(_seconds(lambda: dist.all_reduce(large)))
     rounds = 2 * max(1.0, (ranks - 1).bit_length())
     return short / rounds, 2 * (ranks - 1) / ranks * large.nbytes / max(long - short, 1e-9)
 
 
-def main(config: Path, target: Path) -> None:
-    """One measuring rank."""
-    asked = configuration.load(config)
-    here = run.join(asked.run.device, asked.run.storage_timeout)
+def main(path: Path, target: Path) -> None:
+    """Measure as one rank of several; the first one writes the hardware file.
+
+    Args:
+        path: the configuration, resolved.
+        target: path of the hardware file.
+    """
+    config = configuration.load(path)
+    platform = run.join(config.run.device, config.run.storage_timeout)
     layout = ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
-    found = measure(asked, ProcessGroups.create(layout, here.backend))
+    measured = measure(config, ProcessGroups.create(layout, platform.backend))
     if dist.get_rank() == 0:
-        target.write_text(yaml.safe_dump(asdict(found), sort_keys=False))
+        target.write_text(yaml.safe_dump(asdict(measured), sort_keys=False))
     dist.destroy_process_group()
 
 

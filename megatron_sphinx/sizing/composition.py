@@ -1,18 +1,25 @@
-"""The composition of any step, read from the indexes."""
+"""What is in a given step of a run, row by row, read from the indexes of its data."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import make_planner, open_sources, views_in
 from megatron_sphinx.data.packing import Segment, positions
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
 
 def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
-    """The composition of one step, read from the indexes: first the whole, then a line per micro-batch and replica."""
+    """Yield what is in a step: first the whole step, then each micro-batch of each replica.
+
+    Args:
+        config: the run, whose data is there.
+        layout: how its ranks are divided.
+        number: of the step, counted from 0.
+    """
     sources = open_sources(config.data, config.model)
     planner = make_planner(
         config.data, sources, config.model, config.vision,
@@ -22,10 +29,10 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
     yield {
         "step": number,
         "sample_ids": plan.digest,
-        "pairs": plan.pairs,
+        "pairs": plan.samples,
         "text": plan.text,
-        "target_tokens_pairs": plan.targets(of_pairs=True),
-        "target_tokens_text": plan.targets(of_pairs=False),
+        "target_tokens_pairs": plan.targets(of_samples=True),
+        "target_tokens_text": plan.targets(of_samples=False),
         "captions_cut": plan.captions_cut,
         "positions_of_rows": [positions([row]) for row in plan.rows],
         "fill": plan.fill,
@@ -34,20 +41,21 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
     }
     for micro, replicas in enumerate(plan.micro_batches):
         counts = [len(views_in(rows)) for rows in replicas]
-        shares = deal([[1.0] * count for count in counts], layout.config.encoder or 1)
+        dealt = deal([[1.0] * count for count in counts], layout.config.encoder or 1)
         for replica, rows in enumerate(replicas):
             yield {
                 "micro_batch": micro,
                 "replica": replica,
-                "rows": [[_name(piece) for piece in row] for row in rows],
-                "tokens": sum(piece.length for row in rows for piece in row),
+                "rows": [[_name(segment) for segment in row] for row in rows],
+                "tokens": sum(segment.length for row in rows for segment in row),
                 "flops": sum(map(planner.cost, rows)),
                 "views": counts[replica],
-                "encoders": [asdict(share) for share in shares if share.replica == replica and layout.config.encoder],
+                "encoders": [asdict(views) for views in dealt if views.replica == replica and layout.config.encoder],
             }
 
 
-def _name(piece: Segment) -> str:
-    if piece.is_sample:
-        return f"pair {piece.item}"
-    return f"text {piece.item}[{piece.start}:{piece.start + piece.tokens}]"
+def _name(segment: Segment) -> str:
+    """Name a segment of a row: the number of its sample, or of its document and which tokens of it."""
+    if segment.is_sample:
+        return f"pair {segment.item}"
+    return f"text {segment.item}[{segment.start}:{segment.start + segment.tokens}]"

@@ -24,27 +24,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import (
-    BatchBuilder,
-    PixelLoader,
-    Pixels,
-    Sources,
-    make_planner,
-    numbered_rounds,
-    open_sources,
-    rounds,
-)
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.canvas import pixel_type
 from megatron_sphinx.data.packing import Segment, positions
-from megatron_sphinx.data.plan import Planner, Runs, SampleSizes, StepPlan
+from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.plan import Planner, StepPlan, numbered_rounds, rounds
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
+from megatron_sphinx.data.streams import SampleSizes, TextSpans
 from megatron_sphinx.device import Platform, use_platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.experts import Routing, RowRouter
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import shards_of
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import seed_rank
@@ -53,15 +48,13 @@ from megatron_sphinx.sizing import counts
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.recorder import HOST, Recorder
 from megatron_sphinx.sizing.sizes import encoder_cost
-from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.sizing.work import CAPTION_TOKENS, Work
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
 from megatron_sphinx.training.deepspeed_engine import Engine
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
 from megatron_sphinx.training.step import train_step
-
-CAPTION_TOKENS = 25  # of a pair that is made up where there is no data
 
 
 def axes(groups: ProcessGroups) -> dict[str, Any]:
@@ -184,9 +177,9 @@ class MadeUpText:
 
     bounds: Sequence[int] = (0, 2**30)
 
-    def runs(self, first: int, last: int) -> Runs:
+    def spans(self, first: int, last: int) -> TextSpans:
         """See TextSource."""
-        return Runs(np.array([0]), np.array([first]), np.array([last - first]), np.array([False]))
+        return TextSpans(np.array([0]), np.array([first]), np.array([last - first]), np.array([False]))
 
 
 class BlankPixels:
@@ -197,7 +190,7 @@ class BlankPixels:
 
     def submit(self, views: Sequence[tuple[int, int]]) -> SimpleNamespace:
         """See PixelLoader; what `result` gives is in the CPU's memory."""
-        kind = torch.from_numpy(np.zeros(0, images.pixel_type(self.vision))).dtype
+        kind = torch.from_numpy(np.zeros(0, pixel_type(self.vision))).dtype
         with self.recorder.memory_for(HOST):
             pixels = {side: torch.empty(len(views), 3, side, side).to(kind) for side in self.vision.sides}
         return SimpleNamespace(wait=lambda: None, result=lambda: Pixels(pixels, ()))
@@ -211,7 +204,7 @@ def plan_of(config: Config, layout: ParallelLayout) -> tuple[Planner, str]:
     if absent:
         pairs = MadeUpSamples(CAPTION_TOKENS) if data.samples_per_step else None
         text = MadeUpText() if data.text_tokens_per_step else None
-        sources = cast(Sources, SimpleNamespace(pairs=pairs, text=text))
+        sources = cast(Sources, SimpleNamespace(samples=pairs, text=text))
         parts = [f"{data.samples_per_step} samples with all views and {CAPTION_TOKENS} tokens each"] if pairs else []
         parts += [f"{data.text_tokens_per_step:,} tokens of one text without an end"] if text else []
         said = f"made up, for {absent[0]} is not there: {', '.join(parts)}"

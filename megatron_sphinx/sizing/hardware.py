@@ -14,7 +14,7 @@ KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """FLOP/s of matrix products at most, by their precision; 0 where there is none."""
+    """Peak FLOP/s of matrix products, by their precision; 0 where the hardware has none."""
 
     bf16: float
     fp32: float
@@ -23,15 +23,16 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """What a training step reaches of the peaks, from 0 to 1.
+    """Which share of each peak a training step reaches, from 0 to 1: the `shares:` of a hardware file.
 
     Attributes:
-        bf16, fp8, fp32: of the FLOP/s of large matrix products.
-        attention: of those of the precision that attention is computed in.
-        encoders: of those of the precision that encoders compute in.
-        memory: of the memory's bandwidth.
-        link: of the bandwidth inside a node and between nodes.
-        usable: of the memory; allocators lose some, and the planner's arithmetic has been up to 10 % low (README).
+        bf16, fp8, fp32: share of the peak FLOP/s of this precision that large matrix products reach.
+        attention: share that attention reaches of the peak FLOP/s of its precision.
+        encoders: share that the visual experts reach of the peak FLOP/s of their precision.
+        memory: share of the memory's bandwidth that element-wise operations reach.
+        link: share of the bandwidth inside a node and between nodes that collectives reach.
+        usable: share of the memory that a plan may fill; allocators lose some, and the arithmetic has been up to 10 %
+            low.
     """
 
     bf16: float = 1.0
@@ -46,22 +47,22 @@ class Efficiency:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One rank's share of a machine.
+    """One rank's share of a machine: the keys of a hardware file.
 
     Attributes:
         source: where the numbers are from.
-        memory_bytes: what the rank may use.
-        process_bytes: of it, what is gone before a model is built: on CUDA the context and NCCL's buffers, on a CPU the
-            interpreter with its libraries.
-        memory_bandwidth: bytes/s.
+        memory_bytes: bytes of memory that the rank has.
+        process_bytes: bytes of it that are gone before a model is built: on CUDA the context and NCCL's buffers, on a
+            CPU the interpreter with its libraries.
+        memory_bandwidth: bytes/s of the memory.
         node_bandwidth: bytes/s to ranks of the same node, in one direction.
-        network_bandwidth: the same to other nodes.
-        latency_seconds: of one message between two ranks.
-        kernel_seconds: of starting an operation, the program around it included; where kernels are queued ahead of the
-            device, only what of it shows.
-        flops: of matrix products.
-        shares: what is reached of all these.
-        is_cuda: a GPU, or ranks on a CPU.
+        network_bandwidth: bytes/s to ranks of other nodes, in one direction.
+        latency_seconds: seconds of an empty message between two ranks.
+        kernel_seconds: seconds to start an operation, the program around it included; where kernels are queued ahead
+            of the device, only what the device waits.
+        flops: peak FLOP/s of matrix products.
+        shares: which share of all these a training step reaches.
+        is_cuda: whether the rank has a GPU; else it computes on a CPU.
     """
 
     source: str
@@ -83,11 +84,15 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """What a plan may fill."""
+        """Bytes of memory that a plan may fill."""
         return self.memory_bytes * self.shares.usable
 
     def matmul_flops(self, precision: str) -> float:
-        """FLOP/s that large matrix products reach."""
+        """FLOP/s that large matrix products of this precision reach.
+
+        Raises:
+            ConfigError: the hardware has no matrix products of it.
+        """
         peak: float = getattr(self.flops, precision)
         if not peak:
             raise ConfigError(f"training.precision={precision}: {self.source}: has no such matrix products")
@@ -96,7 +101,7 @@ class Hardware:
 
     @property
     def encoder_precision(self) -> str:
-        """What encoders compute in: bf16 on a GPU, and on a CPU where it is the faster one."""
+        """The precision that encoders compute in: bf16 on a GPU, and on a CPU where it is the faster one."""
         return "bf16" if self.is_cuda or self.flops.bf16 > self.flops.fp32 else "fp32"
 
     @property
@@ -106,22 +111,22 @@ class Hardware:
         return peak * self.shares.encoders
 
     def attention_flops(self, precision: str) -> float:
-        """FLOP/s that attention reaches; fp8 models attend in bf16."""
+        """FLOP/s that attention reaches in a model of this precision; fp8 models attend in bf16."""
         peak: float = getattr(self.flops, "fp32" if precision == "fp32" else "bf16")
         return peak * self.shares.attention
 
 
 def kinds() -> list[str]:
-    """Names of the hardware that is known."""
+    """List the names of the hardware that hardware.yaml knows."""
     return sorted(_read(KINDS))
 
 
 @cache
 def load(kind: str) -> Hardware:
-    """The hardware of a name of hardware.yaml, or of a file of the same keys.
+    """Read the hardware of a name of hardware.yaml, or of a file of the same keys.
 
     Args:
-        kind: e.g. a100-80g; or the path of a YAML file, which may say `base: a100-80g` and only what differs.
+        kind: a name, such as a100-80g; or the path of a YAML file, which may say `base: a100-80g` and what differs.
 
     Raises:
         ConfigError: no such name or file, an unknown key, a value of the wrong type.
@@ -135,12 +140,17 @@ def load(kind: str) -> Hardware:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a YAML file of hardware, ours or the user's, as it stands.
+
+    Raises:
+        ConfigError: no such file, or one that holds no keys.
+    """
     known = f"give one of {', '.join(kinds())}" if path != KINDS else ""
     return read_mapping(path, f"--gpu={path}", otherwise=known, holds="keys such as memory_bytes and flops")
 
 
 def _with_base(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """The values over those of their base, if they name one."""
+    """Fill in what `values` leaves out from the hardware that its `base` names, if it names one."""
     if (base := values.get("base")) is None:
         return values
     if base not in known:

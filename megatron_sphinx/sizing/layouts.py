@@ -3,16 +3,16 @@
 import json
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.loader import make_planner, open_sources
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.sizing import hardware, search
-from megatron_sphinx.sizing.search import Candidate, PlanError, Refusals, SizingRequest
+from megatron_sphinx.sizing.search import Candidate, PlanError, RefusedLayouts, SizingRequest
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
 
 
 def work_of(config: Config) -> tuple[Work, str]:
-    """The rows of the first step: planned where the data is there, else expected; and which of both."""
+    """Return the rows of the first step, and how they are known: planned where the data is there, else expected."""
     try:
         sources = open_sources(config.data, config.model)
     except DataError as error:
@@ -25,40 +25,55 @@ def work_of(config: Config) -> tuple[Work, str]:
 
 
 def request_of(config: Config, *, nodes: int, ranks_per_node: int, kind: str) -> tuple[SizingRequest, str]:
-    """What is to be planned, and where its work comes from."""
+    """Return what is to be laid out, and how the rows of its steps are known.
+
+    Args:
+        config: the run.
+        nodes: how many nodes the job has.
+        ranks_per_node: GPUs of each node.
+        kind: a name of hardware.yaml, or the path of a file of the same keys.
+    """
     work, origin = work_of(config)
     machine = hardware.load(kind)
     encoders = encoder_cost(config.vision)
-    job = SizingRequest(
+    request = SizingRequest(
         config=config, nodes=nodes, ranks_per_node=ranks_per_node, hardware=machine, work=work, encoders=encoders
     )
-    return job, origin
+    return request, origin
 
 
 def plan(config: Config, *, nodes: int, ranks_per_node: int, kind: str, is_json: bool, is_as_configured: bool) -> str:
-    """The best layouts, or the configured one, as a table or as JSON.
+    """Lay out a run: the best layouts, or the configured one, as a table or as JSON.
+
+    Args:
+        config: the run.
+        nodes: how many nodes the job has.
+        ranks_per_node: GPUs of each node.
+        kind: a name of hardware.yaml, or the path of a file of the same keys.
+        is_json: whether JSON is asked for; else a table.
+        is_as_configured: whether only the configured layout is asked for.
 
     Raises:
-        PlanError: none can be run, or not the configured one.
+        PlanError: no layout can be run, or the configured one cannot.
     """
-    job, origin = request_of(config, nodes=nodes, ranks_per_node=ranks_per_node, kind=kind)
-    found: list[Candidate]
+    request, origin = request_of(config, nodes=nodes, ranks_per_node=ranks_per_node, kind=kind)
+    candidates: list[Candidate]
     if is_as_configured:
-        found, refusals = [search.evaluate(job, config)], Refusals()
+        candidates, refusals = [search.evaluate(request, config)], RefusedLayouts()
     else:
-        found, refusals = search.search(job)
-    if not found:
+        candidates, refusals = search.search(request)
+    if not candidates:
         reason = max(refusals.counts, key=lambda name: refusals.counts[name])
         raise PlanError(
-            f"--nodes={nodes}: none of the {sum(refusals.counts.values())} layouts of {job.world} ranks can be run, "
-            f"most for this reason: {refusals.examples[reason]}"
+            f"--nodes={nodes}: none of the {sum(refusals.counts.values())} layouts of {request.world} ranks can be "
+            f"run, most for this reason: {refusals.examples[reason]}"
         )
     if is_json:
-        return json.dumps(search.report(job, found, refusals) | {"work_origin": origin}, indent=1)
-    work = job.work
+        return json.dumps(search.report(request, candidates, refusals) | {"work_origin": origin}, indent=1)
+    work = request.work
     head = (
-        f"{job.world} ranks, {kind}: {job.hardware.usable_bytes / 1e9:.0f} usable GB each; {work.rows} rows of "
+        f"{request.world} ranks, {kind}: {request.hardware.usable_bytes / 1e9:.0f} usable GB each; {work.rows} rows of "
         f"{work.positions:,.0f} positions and {work.views:.1f} views a step ({origin})"
     )
-    best = f"the first one: {' '.join(found[0].overrides)}"
-    return "\n".join([head, search.table(job, found, refusals), best])
+    best = f"the first one: {' '.join(candidates[0].overrides)}"
+    return "\n".join([head, search.table(request, candidates, refusals), best])

@@ -14,34 +14,35 @@ from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing import hardware as machines
 from megatron_sphinx.sizing.counts import TrainingSetup
-from megatron_sphinx.sizing.step_time import Timing, step_time
+from megatron_sphinx.sizing.step_time import StepSeconds, step_time
 from megatron_sphinx.sizing.work import Work
 
 RUNS = Path(str(resources.files("megatron_sphinx") / "sizing" / "published.yaml"))
+_GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRun:
-    """One run of published.yaml, on nodes of eight GPUs.
+    """A run whose speed was published: one item of published.yaml's `runs`, on nodes of eight GPUs.
 
     Attributes:
-        name: of software and model.
+        name: which software and model it is.
         source: where its number was published.
-        gpu: of hardware.yaml.
-        nodes: of eight GPUs.
-        model: of the file's models; or
-        preset: one of ours, whose recipe it is.
-        network_bandwidth, memory_bandwidth: where they are not the GPU's of hardware.yaml.
-        sequences: of a step.
-        sequence_length: tokens of each.
-        document: tokens of the documents in it; None where they fill it.
+        gpu: the GPU, by its name in hardware.yaml.
+        nodes: how many nodes of eight GPUs.
+        model: the model, by its name in published.yaml; None where `preset` is given.
+        preset: one of our presets, whose recipe it is; None where `model` is given.
+        network_bandwidth, memory_bandwidth: bytes/s, where they are not the GPU's of hardware.yaml.
+        sequences: how many sequences a step has.
+        sequence_length: tokens of each sequence.
+        document: tokens of each document in a sequence; None where one fills it.
         micro_batch_rows: sequences that a replica computes at once.
         tensor, pipeline, virtual_stages, expert: the layout; data is what is left.
-        tokens_per_second: published, of a GPU; or
-        seconds: published, of a step.
-        software: keys of TrainingSetup.
-        is_fitted: whether a number of hardware.yaml is from it.
-        assumed: what the source does not say.
+        tokens_per_second: the published tokens/s of one GPU; None where `seconds` is given.
+        seconds: the published seconds of a step; None where `tokens_per_second` is given.
+        software: fields of TrainingSetup.
+        is_fitted: whether a number of hardware.yaml is from this run.
+        assumed: what the source does not say, and what is taken for it.
     """
 
     name: str
@@ -68,19 +69,19 @@ class PublishedRun:
 
     @property
     def gpus(self) -> int:
-        """GPUs of the job."""
-        return 8 * self.nodes
+        """How many GPUs the run had."""
+        return _GPUS_PER_NODE * self.nodes
 
 
 def read() -> list[tuple[PublishedRun, LanguageConfig | None]]:
-    """The published runs, each with its model."""
+    """Read the published runs, each with its model; None for a run of one of our presets."""
     values = yaml.safe_load(RUNS.read_text())
     models = {name: configuration.build(LanguageConfig, shape) for name, shape in values["models"].items()}
     return [(PublishedRun(**run), models.get(run.get("model"))) for run in values["runs"]]
 
 
-def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[Timing, Work]:
-    """The step of a published run as the model sees it."""
+def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[StepSeconds, Work]:
+    """Predict the step of a published run: its seconds, and its rows."""
     machine = machines.load(run.gpu)
     for name in ("network_bandwidth", "memory_bandwidth"):
         if (value := getattr(run, name)) is not None:
@@ -97,16 +98,17 @@ def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[Timing, Wo
         work, model, vision = Work.expected(config), config.model, config.vision
         encoders = encoder_cost(vision)
     else:
-        work = _of_text(run)
+        work = _text_work(run)
     assert model is not None
-    software = TrainingSetup(
+    setup = TrainingSetup(
         model=model, vision=vision, micro_batch_rows=run.micro_batch_rows, virtual_stages=run.virtual_stages,
         **run.software,
     )  # fmt: skip
-    return step_time(software, layout, work, machine, ranks_per_node=8, encoders=encoders), work
+    return step_time(setup, layout, work, machine, ranks_per_node=_GPUS_PER_NODE, encoders=encoders), work
 
 
-def _of_text(run: PublishedRun) -> Work:
+def _text_work(run: PublishedRun) -> Work:
+    """The rows of a step of a run that trains on text alone."""
     size = run.sequence_length
     document = run.document or size
     return Work(
@@ -116,10 +118,10 @@ def _of_text(run: PublishedRun) -> Work:
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """For each published run what was published, what is predicted, and predicted over published speed."""
+    """Yield for each published run what was published, what is predicted, and predicted over published speed."""
     for run, model in read():
-        timing, work = predict(run, model)
-        speed = work.rows * work.positions / timing.total / run.gpus
+        seconds, work = predict(run, model)
+        speed = work.rows * work.positions / seconds.total / run.gpus
         published = run.tokens_per_second or work.rows * work.positions / (run.seconds or 1.0) / run.gpus
         yield {
             "name": run.name,
@@ -145,15 +147,15 @@ def rows() -> Iterator[dict[str, Any]]:
         }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Predicted beside published, tokens/s of a GPU."""
+def table(compared: list[dict[str, Any]]) -> str:
+    """Format what `rows` yields as a table of predicted beside published speeds, in tokens/s of one GPU."""
     lines = [f"{'run':36}{'GPUs':>6} {'kind':>11}  {'layout':12}{'':5}{'published':>10}{'predicted':>10}{'ratio':>7}"]
-    for row in found:
+    for row in compared:
         lines.append(
             f"{row['name']:36}{row['gpus']:>6} {row['gpu']:>11}  {row['layout']:12}{row['precision']:5}"
             f"{row['published']:10,.0f}{row['predicted']:10,.0f}{row['ratio']:7.2f}{'  fitted' * row['is_fitted']}"
         )
-    predictions = [row["ratio"] for row in found if not row["is_fitted"]]
+    predictions = [row["ratio"] for row in compared if not row["is_fitted"]]
     near = sum(abs(ratio - 1) <= 0.15 for ratio in predictions)
     lines.append(
         f"tokens/s of a GPU; {near} of {len(predictions)} predictions within 15 %, "

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.model.architecture import EXPERTS, VisionConfig
-from megatron_sphinx.model.encoders import build_expert, encoder_work
+from megatron_sphinx.model.architecture import VISUAL_EXPERTS, VisionConfig
+from megatron_sphinx.model.visual_experts import build_expert, encoder_work
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 
 def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
-    """Parameters, tokens, work and memory of a run. Builds the experts without memory, opens no data."""
+    """Count the parameters, tokens, work and memory of a run; builds the experts without memory, opens no data."""
     vision, model, data = config.vision, config.model, config.data
-    found = {item.name: expert_cost(item.name) for item in vision.experts}
-    experts = {name: cost.weights for name, cost in found.items()}
-    flops = {name: cost.flops for name, cost in found.items()}
+    costs = {item.name: expert_cost(item.name) for item in vision.experts}
+    experts = {name: cost.weights for name, cost in costs.items()}
+    flops = {name: cost.flops for name, cost in costs.items()}
     weights = {"projections": projection_weights(vision, model.hidden), "language": model.parameters}
     trained = sum(weights.values()) if config.training.train == "all" else weights[config.training.train]
     memory = [
@@ -58,8 +58,8 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
 
 @cache
 def expert_cost(name: str) -> EncoderCost:
-    """What it takes to encode with one expert; built without memory."""
-    expert = EXPERTS[name]
+    """Count what it takes to encode with one visual expert, which is built without memory."""
+    expert = VISUAL_EXPERTS[name]
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in build_expert(expert).parameters())
     flops, values = encoder_work(expert)
@@ -67,18 +67,18 @@ def expert_cost(name: str) -> EncoderCost:
 
 
 def encoder_cost(config: VisionConfig) -> EncoderCost:
-    """What it takes to encode with the mixture, one expert after the other."""
+    """Count what it takes to encode with the mixture, one expert after the other."""
     costs = [expert_cost(item.name) for item in config.experts]
     return EncoderCost(
         sum(cost.weights for cost in costs), sum(cost.flops for cost in costs), max(cost.values for cost in costs)
     )
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `sizes` has found, readable: a line for each number, sections indented."""
+def table(values: dict[str, Any]) -> str:
+    """Format what `sizes` returns: a line for each number, sections indented."""
 
-    def lines(values: dict[str, Any], indent: str) -> Iterator[str]:
-        for name, value in values.items():
+    def lines(section: dict[str, Any], indent: str) -> Iterator[str]:
+        for name, value in section.items():
             if isinstance(value, dict):
                 yield f"{indent}{name}"
                 yield from lines(value, f"{indent}  ")
@@ -86,4 +86,4 @@ def table(found: dict[str, Any]) -> str:
                 text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
                 yield f"{indent}{name:{40 - len(indent)}}{text:>28}"
 
-    return "\n".join(lines(found, ""))
+    return "\n".join(lines(values, ""))

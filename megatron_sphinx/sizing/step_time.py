@@ -1,6 +1,6 @@
 """How long a step takes: what counts.py counts, over what the hardware reaches. Arithmetic only.
 
-Only hardware's numbers are measured or fitted, everything here follows from the sizes.
+Only the numbers of the hardware are measured or fitted; everything here follows from the sizes.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -27,25 +27,32 @@ from megatron_sphinx.training.memory import rank_weights
 
 
 @dataclass(frozen=True)
-class Group:
-    """Where the ranks of a group are.
+class GroupPlacement:
+    """How the ranks of a process group lie on the nodes of the job.
 
     Attributes:
-        ranks: of the group.
-        in_node: how many of them share a node.
+        ranks: how many are in the group.
+        ranks_of_node: how many of them share a node.
     """
 
     ranks: int
-    in_node: int
+    ranks_of_node: int
 
     @property
     def nodes(self) -> float:
-        """Nodes that the group spans."""
-        return self.ranks / self.in_node
+        """How many nodes the group spans."""
+        return self.ranks / self.ranks_of_node
 
 
-def group_of(name: str, layout: ParallelLayout, ranks_per_node: int, shards: int | None = None) -> Group:
-    """The ranks of a group, of which neighbours are `stride` apart in the world."""
+def placement_of(name: str, layout: ParallelLayout, ranks_per_node: int, shards: int | None = None) -> GroupPlacement:
+    """Find how the ranks of a group lie on nodes, from the distance (stride) of neighbours' numbers in the world.
+
+    Args:
+        name: the group, as `Transfer.group` names it.
+        layout: how the job is divided.
+        ranks_per_node: ranks of the job on each node.
+        shards: ranks that gradients and optimizer are partitioned over; None for all replicas.
+    """
     sizes = layout.config
     data_shards = min(shards or layout.data, layout.data)
     expert_shards = min(shards or layout.expert_data, layout.expert_data)
@@ -64,11 +71,11 @@ def group_of(name: str, layout: ParallelLayout, ranks_per_node: int, shards: int
         "model": (sizes.tensor * sizes.pipeline, 1 if sizes.pipeline == 1 else layout.stage),
         "features": (layout.world, 1),
     }[name]
-    return Group(ranks, max(1, min(ranks, ranks_per_node // stride)))
+    return GroupPlacement(ranks, max(1, min(ranks, ranks_per_node // stride)))
 
 
-def seconds_of(transfer: Transfer, group: Group, hardware: Hardware) -> float:
-    """Seconds of a transfer alone: rings inside a node, and rings of nodes that use the adapters of all members there.
+def seconds_of(transfer: Transfer, group: GroupPlacement, hardware: Hardware) -> float:
+    """Seconds of a transfer that nothing hides: a ring inside each node, and rings over the nodes.
 
     Sources: nccl-tests/doc/PERFORMANCE.md for the bytes that each collective moves; a node's members of a group share
     its traffic to other nodes.
@@ -77,32 +84,32 @@ def seconds_of(transfer: Transfer, group: Group, hardware: Hardware) -> float:
         return 0.0
     inside = hardware.node_bandwidth * hardware.shares.link
     outside = hardware.network_bandwidth * hardware.shares.link
-    here, nodes, ranks = group.in_node, group.nodes, group.ranks
+    local, nodes, ranks = group.ranks_of_node, group.nodes, group.ranks
     if transfer.kind == "send":
-        moved = transfer.bytes / (inside if here == ranks else outside)
-        return moved + transfer.count * hardware.latency_seconds
+        moving = transfer.bytes / (inside if local == ranks else outside)
+        return moving + transfer.count * hardware.latency_seconds
     if transfer.kind == "all_to_all":
-        moved = max(transfer.bytes * (here - 1) / ranks / inside, transfer.bytes * (ranks - here) / ranks / outside)
-        return moved + transfer.count * hardware.latency_seconds * log2(ranks)
-    twice = 2 if transfer.kind == "all_reduce" else 1
-    moved = transfer.bytes * twice * max((here - 1) / here / inside, (nodes - 1) / nodes / (here * outside))
-    return moved + transfer.count * twice * hardware.latency_seconds * log2(ranks)
+        moving = max(transfer.bytes * (local - 1) / ranks / inside, transfer.bytes * (ranks - local) / ranks / outside)
+        return moving + transfer.count * hardware.latency_seconds * log2(ranks)
+    passes = 2 if transfer.kind == "all_reduce" else 1  # a reduce-scatter, then an all-gather
+    moving = transfer.bytes * passes * max((local - 1) / local / inside, (nodes - 1) / nodes / (local * outside))
+    return moving + transfer.count * passes * hardware.latency_seconds * log2(ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds of a step, by what takes them; communication only as far as it shows.
+class StepSeconds:
+    """Seconds of a step by what takes them, of communication only what no computation hides.
 
     Attributes:
-        matrices, attention, elementwise, logits: of the slowest stage, all its micro-batches.
-        recompute: of all three, done again.
-        kernels: of starting operations, where that shows.
-        tensor, experts, pipeline: communication.
+        matrices, attention, elementwise, logits: computation of the slowest stage, all its micro-batches.
+        recompute: what backward computes of it again.
+        kernels: starting operations, where the device waits for it.
+        tensor, experts, pipeline: communication of tensor ranks, of tokens to their experts, between stages.
         bubble: a stage's waiting for the others.
         reduction, gather: gradients and weights over the replicas.
-        optimizer: the update.
+        optimizer: the update of the weights.
         features: encoding on the language ranks, or what encoder ranks are slower by; and spreading features.
-        encoder: of an encoder rank, whether it shows or not.
+        encoder: a step of an encoder rank, whether anybody waits for it or not.
     """
 
     matrices: float
@@ -133,25 +140,25 @@ class Timing:
         return self.language + self.features
 
 
-def elementwise_bytes(run: TrainingSetup, sizes: ParallelConfig) -> float:
-    """Bytes that the layers' element-wise operations of a forward read and write, for each position.
+def elementwise_bytes(setup: TrainingSetup, sizes: ParallelConfig) -> float:
+    """Bytes that the element-wise operations of one layer's forward read and write, for each position of a replica.
 
     Fused: two norms and two residual sums read and write the hidden states, rotary embeddings the queries and keys,
     SwiGLU reads gate and up. fp8: each input of a matrix product is read and written twice, once transposed. What is
     not fused reads and writes in between.
     """
-    model, width, tensor = run.model, run.width, sizes.tensor
+    model, width, tensor = setup.model, setup.width, sizes.tensor
     copies = model.experts_per_token if model.experts else 1
-    part = model.hidden / (tensor if sizes.sequence else 1)
+    own_hidden = model.hidden / (tensor if sizes.sequence else 1)
     keys = model.groups * (model.hidden // model.heads)
-    norms, residuals = 2 * 2 * part, 2 * 3 * part
+    norms, residuals = 2 * 2 * own_hidden, 2 * 3 * own_hidden
     rotary, swiglu = 2 * (model.hidden + keys) / tensor, 3 * copies * model.ffn / tensor
     dispatch = 4 * copies * model.hidden / tensor if model.experts else 0.0  # into the experts' order and back
-    if not run.is_fused:
+    if not setup.is_fused:
         norms, rotary, swiglu = 2.5 * norms, 3 * rotary, 3 * swiglu
     total = width * (norms + residuals + rotary + swiglu + dispatch)
-    if run.precision == "fp8":
-        total += 4 * (2 * part + model.hidden / tensor + copies * model.ffn / tensor)
+    if setup.precision == "fp8":
+        total += 4 * (2 * own_hidden + model.hidden / tensor + copies * model.ffn / tensor)
     return total
 
 
@@ -161,138 +168,152 @@ OPERATIONS = {"layer": 60, "experts": 60, "document": 8, "step": 400, "weight": 
 
 
 def step_time(
-    run: TrainingSetup,
+    setup: TrainingSetup,
     layout: ParallelLayout,
     work: Work,
     hardware: Hardware,
     *,
     ranks_per_node: int,
     encoders: EncoderCost | None = None,
-) -> Timing:
-    """Seconds of a step.
+) -> StepSeconds:
+    """Predict the seconds of a step.
 
     The slowest stage works through all its micro-batches; the other stages' part of one micro-batch is the bubble.
+
+    Args:
+        setup: the model, and how the software goes about a step.
+        layout: how the job is divided.
+        work: the rows of a step.
+        hardware: of each rank.
+        ranks_per_node: ranks of the job on each node.
+        encoders: what it takes to encode; None for a model of text.
     """
-    share = ReplicaWork.of(work, layout, run.micro_batch_rows)
-    counts = unlike_stages(layout, run.model.layers)
-    stages = {stage: _stage(run, layout, share, stage, hardware, ranks_per_node) for stage in counts}
+    replica = ReplicaWork.busiest(work, layout, setup.micro_batch_rows)
+    counts = unlike_stages(layout, setup.model.layers)
+    stages = {stage: _stage(setup, layout, replica, stage, hardware, ranks_per_node) for stage in counts}
     totals = {stage: sum(parts.values()) for stage, parts in stages.items()}
     slowest = max(totals, key=lambda stage: totals[stage])
-    m = share.micro_batches
-    parts = {name: m * value for name, value in stages[slowest].items()}
-    everyone = sum(counts[stage] * total for stage, total in totals.items())
-    bubble = (everyone - totals[slowest]) / run.virtual_stages
+    parts = {name: replica.micro_batches * value for name, value in stages[slowest].items()}
+    all_stages = sum(counts[stage] * total for stage, total in totals.items())
+    bubble = (all_stages - totals[slowest]) / setup.virtual_stages
     backward = totals[slowest] * 2 / 3
-    exposed = _exposed(run, layout, share, slowest, hardware, ranks_per_node, backward)
+    exposed = _exposed(setup, layout, replica, slowest, hardware, ranks_per_node, backward)
     language = sum(parts.values()) + bubble + sum(exposed.values())
-    features, encoder = _encoding(run, layout, work, share, hardware, ranks_per_node, encoders, language)
-    return Timing(**parts, **exposed, bubble=bubble, features=features, encoder=encoder)
+    features, encoder = _encoding(setup, layout, work, replica, hardware, ranks_per_node, encoders, language)
+    return StepSeconds(**parts, **exposed, bubble=bubble, features=features, encoder=encoder)
 
 
 def _stage(
-    run: TrainingSetup, layout: ParallelLayout, share: ReplicaWork, stage: int, hardware: Hardware, ranks_per_node: int
+    setup: TrainingSetup,
+    layout: ParallelLayout,
+    replica: ReplicaWork,
+    stage: int,
+    hardware: Hardware,
+    ranks_per_node: int,
 ) -> dict[str, float]:
-    """Seconds of one micro-batch on a stage, forward and backward."""
-    model, sizes = run.model, layout.config
+    """Seconds of one micro-batch on a stage, forward and backward, by what takes them."""
+    model, sizes = setup.model, layout.config
     layers = sizes.stage_layers(model.layers)[stage]
-    once = forward_flops(run, layout, share, stage)
-    matmul, attend = hardware.matmul_flops(run.precision), hardware.attention_flops(run.precision)
-    plain = hardware.matmul_flops("bf16" if run.precision == "fp8" else run.precision)  # of logits and projections
+    once = forward_flops(setup, layout, replica, stage)
+    matmul, attend = hardware.matmul_flops(setup.precision), hardware.attention_flops(setup.precision)
+    plain = hardware.matmul_flops("bf16" if setup.precision == "fp8" else setup.precision)  # of logits and projections
     memory = hardware.memory_bandwidth * hardware.shares.memory
-    elementwise = share.positions * elementwise_bytes(run, sizes) * layers / memory
+    elementwise = replica.positions * elementwise_bytes(setup, sizes) * layers / memory
     matrices, attention = once["matrices"] / matmul, once["attention"] / attend
-    backward = 1.0 if run.train == "projections" else 2.0
-    again = recomputed(run, layers) / layers * (matrices + attention + elementwise)
-    if run.recompute == "selective":
+    backward = 1.0 if setup.train == "projections" else 2.0
+    again = recomputed(setup, layers) / layers * (matrices + attention + elementwise)
+    if setup.recompute == "selective":
         again = once["again"] / matmul
     logits = once["logits"] * (1 + backward) / plain
     if once["logits"]:
-        logits += 5 * share.targets * model.padded_vocabulary / sizes.tensor * (4 + run.width) / memory
-    one = replace(share, micro_batches=1)
+        logits += 5 * replica.targets * model.padded_vocabulary / sizes.tensor * (4 + setup.width) / memory
+    one_micro_batch = replace(replica, micro_batches=1)
     wire = {"tensor": 0.0, "experts": 0.0, "pipeline": 0.0}
     for name, transfers in (
-        ("tensor", tensor_transfers(run, layout, one, stage)),
-        ("experts", expert_transfers(run, layout, one, stage)),
-        ("pipeline", pipeline_transfers(run, layout, one, stage)),
+        ("tensor", tensor_transfers(setup, layout, one_micro_batch, stage)),
+        ("experts", expert_transfers(setup, layout, one_micro_batch, stage)),
+        ("pipeline", pipeline_transfers(setup, layout, one_micro_batch, stage)),
     ):
         for transfer in transfers:
-            wire[name] += seconds_of(transfer, group_of(transfer.group, layout, ranks_per_node), hardware)
-    if run.is_tensor_overlapped:
+            wire[name] += seconds_of(transfer, placement_of(transfer.group, layout, ranks_per_node), hardware)
+    if setup.is_tensor_overlapped:
         wire["tensor"] = max(0.0, wire["tensor"] - (1 + backward) * matrices)
-    if run.virtual_stages > 1:
+    if setup.virtual_stages > 1:
         wire["pipeline"] = max(0.0, wire["pipeline"] - (1 + backward) * matrices)
     operations = float(layers) * (OPERATIONS["layer"] + (OPERATIONS["experts"] if model.experts else 0))
-    operations += layers * OPERATIONS["document"] * share.documents
+    operations += layers * OPERATIONS["document"] * replica.documents
     return {
         "matrices": (1 + backward) * matrices + 3 * once["projections"] / plain,
         "attention": (1 + 2.5) * attention,
         "elementwise": (1 + backward) * elementwise,
         "logits": logits,
         "recompute": again,
-        "kernels": hardware.kernel_seconds * (3 * operations + recomputed(run, layers) * OPERATIONS["layer"]),
+        "kernels": hardware.kernel_seconds * (3 * operations + recomputed(setup, layers) * OPERATIONS["layer"]),
         **wire,
     }
 
 
 def _exposed(
-    run: TrainingSetup,
+    setup: TrainingSetup,
     layout: ParallelLayout,
-    share: ReplicaWork,
+    replica: ReplicaWork,
     stage: int,
     hardware: Hardware,
     ranks_per_node: int,
     backward_seconds: float,
 ) -> dict[str, float]:
-    """Seconds of gradients' reduction, weights' gather and update, as far as they show."""
-    found = {"reduction": 0.0, "gather": 0.0}
-    for transfer in reductions(run, layout, share, stage):
-        group = group_of(transfer.group, layout, ranks_per_node, run.shards)
-        found["reduction" if transfer.purpose == "gradients" else "gather"] += seconds_of(transfer, group, hardware)
-    times = share.micro_batches if run.reduces_each_micro_batch else 1
-    if run.is_reduction_overlapped:
-        found["reduction"] = max(0.0, found["reduction"] - times * backward_seconds)
-    if run.is_gather_overlapped:
-        hidden = backward_seconds / 2 * (3 * share.micro_batches if run.is_sharding_weights else 1)
-        found["gather"] = max(0.0, found["gather"] - hidden)
-    weights = rank_weights(run.model, run.vision, layout, stage, run.train)
-    partition = weights.shared / min(run.shards or layout.data, layout.data)
-    partition += weights.experts / min(run.shards or layout.expert_data, layout.expert_data)
+    """Seconds of the gradients' reduction, the weights' gather and the update that no computation hides."""
+    seconds = {"reduction": 0.0, "gather": 0.0}
+    for transfer in reductions(setup, layout, replica, stage):
+        group = placement_of(transfer.group, layout, ranks_per_node, setup.shards)
+        seconds["reduction" if transfer.purpose == "gradients" else "gather"] += seconds_of(transfer, group, hardware)
+    times = replica.micro_batches if setup.reduces_each_micro_batch else 1
+    if setup.is_reduction_overlapped:
+        seconds["reduction"] = max(0.0, seconds["reduction"] - times * backward_seconds)
+    if setup.is_gather_overlapped:
+        hidden = backward_seconds / 2 * (3 * replica.micro_batches if setup.is_sharding_weights else 1)
+        seconds["gather"] = max(0.0, seconds["gather"] - hidden)
+    weights = rank_weights(setup.model, setup.vision, layout, stage, setup.train)
+    partition = weights.shared / min(setup.shards or layout.data, layout.data)
+    partition += weights.experts / min(setup.shards or layout.expert_data, layout.expert_data)
     memory = hardware.memory_bandwidth * hardware.shares.memory
     passes = 1 if hardware.is_cuda else 3  # a fused AdamW, or one operation after the other
-    tensors = layout.config.stage_layers(run.model.layers)[stage] * 6 + 3
+    tensors = layout.config.stage_layers(setup.model.layers)[stage] * 6 + 3
     operations = OPERATIONS["step"] + times * tensors * OPERATIONS["weight"]
-    update = passes * partition * (4 + 2 * 12 + 2 * run.width) / memory
-    return found | {"optimizer": update + hardware.kernel_seconds * operations}
+    update = passes * partition * (4 + 2 * 12 + 2 * setup.width) / memory
+    return seconds | {"optimizer": update + hardware.kernel_seconds * operations}
 
 
 def _encoding(
-    run: TrainingSetup,
+    setup: TrainingSetup,
     layout: ParallelLayout,
     work: Work,
-    share: ReplicaWork,
+    replica: ReplicaWork,
     hardware: Hardware,
     ranks_per_node: int,
     encoders: EncoderCost | None,
     language: float,
 ) -> tuple[float, float]:
-    """Seconds that features show, and seconds of an encoder rank."""
-    if run.vision is None or encoders is None:
+    """Seconds of a step that language ranks give to features, and seconds that an encoder rank takes for a step."""
+    if setup.vision is None or encoders is None:
         return 0.0, 0.0
     sizes = layout.config
     rate = hardware.encoder_flops
     spread = sum(
-        seconds_of(transfer, group_of(transfer.group, layout, ranks_per_node), hardware)
-        for transfer in feature_transfers(run, layout, share, 0)
+        seconds_of(transfer, placement_of(transfer.group, layout, ranks_per_node), hardware)
+        for transfer in feature_transfers(setup, layout, replica, 0)
     )
     if not sizes.encoder:
-        views = share.views * share.micro_batches / (sizes.tensor * sizes.pipeline)
+        views = replica.views * replica.micro_batches / (sizes.tensor * sizes.pipeline)
         return views * encoders.flops / rate + spread, 0.0
     seconds = work.views * work.rows * encoders.flops / sizes.encoder / rate
-    sent = communication(run, layout, work)["encoder"]
-    seconds += sum(seconds_of(transfer, group_of("features", layout, ranks_per_node), hardware) for transfer in sent)
+    sent = communication(setup, layout, work)["encoder"]
+    seconds += sum(
+        seconds_of(transfer, placement_of("features", layout, ranks_per_node), hardware) for transfer in sent
+    )
     return max(0.0, seconds - language) + spread, seconds
 
 
-def tokens_per_second(work: Work, timing: Timing) -> float:
-    """Positions of a step over its seconds."""
-    return work.rows * work.positions / timing.total
+def tokens_per_second(work: Work, seconds: StepSeconds) -> float:
+    """Positions of a step, of the whole job, over its seconds."""
+    return work.rows * work.positions / seconds.total

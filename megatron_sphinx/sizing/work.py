@@ -1,4 +1,4 @@
-"""What an optimizer step has to compute: of any layout the same rows. Arithmetic only."""
+"""What an optimizer step has to compute: its rows, which are the same in every layout. Arithmetic only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.model.architecture import LanguageConfig
 
-CAPTION_TOKENS, CONVERSATION_TOKENS = 20, 200  # assumed of a pair or conversation where no data is opened
+CAPTION_TOKENS, CONVERSATION_TOKENS = 20, 200  # assumed lengths where the data cannot be opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The rows of a step, which the planner makes of equal cost. Numbers of one row, the mean and the most.
+    """The rows of a step, which the planner makes of equal cost: how many, and how much is in one.
 
     Attributes:
-        rows: of the step.
-        positions: tokens and image positions.
-        attended: pairs of positions of which one sees the other, in each head.
-        targets: positions with a target.
-        views: views that are encoded.
-        documents: what attention stays inside.
-        most_positions, most_targets, most_views: of the row that has most.
+        rows: how many rows the step has.
+        positions: tokens and image positions of a row, on average.
+        attended: pairs of positions of a row of which one sees the other, in each head, on average.
+        targets: positions of a row whose loss is computed, on average.
+        views: views of a row that are encoded, on average.
+        documents: documents and samples of a row, which attention stays inside, on average.
+        most_positions, most_targets, most_views: how many the row with most of them has.
     """
 
     rows: int
@@ -36,22 +36,22 @@ class Work:
     most_views: float
 
     def language_flops(self, model: LanguageConfig) -> float:
-        """FLOPs of a row, forward and backward."""
+        """FLOPs of the language model for one row, forward and backward, by LanguageConfig.flops_of."""
         return model.flops_of(self.positions, self.attended, self.targets)
 
     @classmethod
     def of_plan(cls, plan: StepPlan, lengths: Callable[[Row], Sequence[int]]) -> "Work":
-        """The work of a planned step.
+        """Return the work of a planned step.
 
         Args:
             plan: the step.
-            lengths: of a row, what attention stays inside (Planner.lengths).
+            lengths: gives the lengths of what attention stays inside in a row (Planner.lengths).
         """
         rows = plan.rows
         parts = [lengths(row) for row in rows]
         positions = [sum(part) for part in parts]
-        targets = [sum(piece.targets for piece in row) for row in rows]
-        views = [sum(len(piece.views) for piece in row) for row in rows]
+        targets = [sum(segment.targets for segment in row) for row in rows]
+        views = [sum(len(segment.views) for segment in row) for row in rows]
         count = len(rows)
         return cls(
             rows=count,
@@ -67,10 +67,10 @@ class Work:
 
     @classmethod
     def expected(cls, config: Config) -> "Work":
-        """The work of a step whose data is not there.
+        """Estimate the work of a step whose data is not there.
 
-        Every view is encoded; captions have 20 tokens, conversations 200, of which half are learned; text comes in
-        documents as long as a row.
+        Every view is encoded; captions have CAPTION_TOKENS tokens, conversations CONVERSATION_TOKENS, of which half are
+        learned; text comes in documents as long as a row.
         """
         data, vision = config.data, config.vision
         is_pairs = not data.conversations_per_step
@@ -80,8 +80,8 @@ class Work:
         total = samples * sample + data.text_tokens_per_step
         per_row = max(1, size // sample)
         needed = -(-samples // per_row) if samples else 0
-        left = needed * size - samples * sample  # text fills it
-        rows = needed + -(-max(0, data.text_tokens_per_step - left) // size)
+        gap = needed * size - samples * sample  # positions that samples leave, and text fills
+        rows = needed + -(-max(0, data.text_tokens_per_step - gap) // size)
         rows = -(-rows // data.row_multiple) * data.row_multiple
         attended = (samples * sample * (sample + 1) + data.text_tokens_per_step * (size + 1)) / 2
         targets = samples * ((tokens if is_pairs else tokens // 2) + 1) + data.text_tokens_per_step

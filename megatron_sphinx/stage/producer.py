@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from megatron_sphinx.data.loader import PendingPixels, PixelLoader, views_in
+from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders

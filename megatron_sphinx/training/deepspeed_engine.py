@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_sphinx.checkpoint.pieces import Piece
 from megatron_sphinx.device import Platform
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import WeightShard
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.training.memory import REDUCE_BUCKET
 from megatron_sphinx.training.optimizer import EXPERTS, OptimizerConfig, parameter_groups

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.console import say
+from megatron_sphinx.data.batches import BatchLoader
 from megatron_sphinx.data.content import Scan
-from megatron_sphinx.data.loader import BatchLoader
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import CheckpointError, DataError, OtherDataError, SphinxError
@@ -145,7 +145,7 @@ class Loop:
         return step + 1 == steps
 
     def _check_bad(self, plan: StepPlan) -> None:
-        seen = (plan.step + 1) * len(plan.pairs)
+        seen = (plan.step + 1) * len(plan.samples)
         if self.bad_pairs > self.max_bad_share * seen:
             error = DataError(
                 f"data.max_bad_share={self.max_bad_share}: {self.bad_pairs} of the {seen} pairs up to "
@@ -180,7 +180,7 @@ class Loop:
             "gradient_norm": _finite(report.gradient_norm),
             "skipped": report.fault or None,
             "sample_ids": plan.digest,
-            "pairs": len(plan.pairs),
+            "pairs": len(plan.samples),
             "bad_pairs": round(sums.bad_pairs),
             "captions_cut": plan.captions_cut,
             "fill": plan.fill,

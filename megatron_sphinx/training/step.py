@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.liveness.progress import Doing, Progress
 from megatron_sphinx.model.experts import Routing
-from megatron_sphinx.model.sphinx import MicroBatch, routing_of
+from megatron_sphinx.model.micro_batch import MicroBatch
+from megatron_sphinx.model.sphinx import routing_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.stage.channel import FeatureSource
 from megatron_sphinx.training.deepspeed_engine import Engine
@@ -86,7 +87,7 @@ def mask_bad(batch: MicroBatch, features: Tensor) -> tuple[Tensor, Tensor]:
         Features without NaN, and for each pair whether it is bad, bool [pairs].
     """
     bad_views = features[:, 0].isnan()
-    counts = torch.zeros(len(batch.pairs), dtype=torch.int32, device=features.device)
+    counts = torch.zeros(len(batch.samples), dtype=torch.int32, device=features.device)
     bad_pairs = counts.index_add(0, batch.sample_of_view, bad_views.int()) > 0
     return features.masked_fill(bad_views[:, None], 0.0), bad_pairs
 
@@ -123,7 +124,7 @@ class Forward:
         """This stage's output; on the last stage the loss, so divided that those of all micro-batches add up."""
         self._number += 1
         self.progress.at(Doing.COMPUTING, self._number)
-        features, bad = None, torch.empty(len(batch.pairs), dtype=torch.bool, device=self.device)
+        features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=self.device)
         if self.groups.is_first_stage:
             assert self.features is not None
             features, bad = mask_bad(batch, self.features.next())
@@ -204,7 +205,7 @@ def train_step(
     `layers` are those of the whole model where it has experts, else 0; `known` is what this rank knows already:
     whether it was asked to stop, how long it waited for data. It notes in `progress` what it is at.
     """
-    planned = plan.targets(of_pairs=True) + text_weight * plan.targets(of_pairs=False)
+    planned = plan.targets(of_samples=True) + text_weight * plan.targets(of_samples=False)
     waited, received = (features.waiting.seconds, features.received_bytes) if features else (0.0, 0)
     weight = engine.loss_scale / plan.positions
     forward = Forward(engine, features, groups, device, text_weight, planned, weight, layers > 0, progress)
@@ -238,7 +239,8 @@ def _suspects(
 ) -> tuple[list[int], list[int]]:
     """Pairs and text documents of the micro-batch with the highest loss, or else of all whose loss is not finite."""
     mine = [
-        (float(loss) / max(int((batch.targets >= 0).sum()), 1), batch.pairs, batch.documents) for batch, loss in losses
+        (float(loss) / max(int((batch.targets >= 0).sum()), 1), batch.samples, batch.documents)
+        for batch, loss in losses
     ]
     everyone = [mine] * groups.layout.language
     dist.all_gather_object(everyone, mine, group=groups.language)

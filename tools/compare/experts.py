@@ -35,8 +35,8 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 
 
-class Loop(SequentialMLP):
-    """megatron-core's experts, one after the other."""
+class ExpertLoop(SequentialMLP):
+    """megatron-core's experts, computed one after the other."""
 
     def __init__(self, count: int, config: Any, *, pg_collection: Any, **_: Any) -> None:
         linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -44,16 +44,16 @@ class Loop(SequentialMLP):
 
 
 def build(config: LanguageConfig) -> dict[str, nn.Module]:
-    """The three layers, with the same weights."""
-    here = current_platform()
+    """Build the three layers, with the same weights."""
+    platform = current_platform()
     if not dist.is_initialized():
-        dist.init_process_group(here.backend, store=HashStore(), rank=0, world_size=1)
-    groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), here.backend)
+        dist.init_process_group(platform.backend, store=HashStore(), rank=0, world_size=1)
+    groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), platform.backend)
     language = build_language(config, groups, dtype=torch.float32, sequence_length=64)
     draw_weights(language, config, groups, seed=1)
     ours: RowMoE = language.decoder.layers[0].mlp
     router = partial(RowRouter, balance=0.0, z_loss=0.0)
-    loop = MoELayer(ours.config, MoESubmodules(experts=Loop, router=router), 1, groups.collection)
+    loop = MoELayer(ours.config, MoESubmodules(experts=ExpertLoop, router=router), 1, groups.collection)
     theirs = MixtralSparseMoeBlock(
         MixtralConfig(
             hidden_size=config.hidden,
@@ -61,7 +61,7 @@ def build(config: LanguageConfig) -> dict[str, nn.Module]:
             num_local_experts=config.experts,
             num_experts_per_tok=config.experts_per_token,
         )
-    ).to(here.device)
+    ).to(platform.device)
     with torch.no_grad():
         loop.router.weight.copy_(ours.router.weight)
         theirs.gate.weight.copy_(ours.router.weight)
@@ -74,7 +74,7 @@ def build(config: LanguageConfig) -> dict[str, nn.Module]:
 
 
 def step(layer: nn.Module, tokens: Tensor, gradient: Tensor) -> Tensor:
-    """Forward and backward; the output [tokens, 1, hidden]."""
+    """Compute forward and backward of a layer; return its output [tokens, 1, hidden]."""
     layer.zero_grad(set_to_none=True)
     tokens.grad = None
     out: Any = layer(tokens)
@@ -84,17 +84,17 @@ def step(layer: nn.Module, tokens: Tensor, gradient: Tensor) -> Tensor:
 
 
 def check(layers: dict[str, nn.Module], tokens: Tensor, gradient: Tensor) -> None:
-    """All layers give the same output and the same gradient of the tokens."""
-    found = {}
+    """Make sure that all layers give the same output and the same gradient of the tokens."""
+    results = {}
     for name, layer in layers.items():
         out = step(layer, tokens, gradient)
-        found[name] = (out.detach(), tokens.grad)
-    for name, pair in found.items():
-        torch.testing.assert_close(pair, found["ours"], rtol=1e-4, atol=1e-5, msg=f"{name} computes something else")
+        results[name] = (out.detach(), tokens.grad)
+    for name, result in results.items():
+        torch.testing.assert_close(result, results["ours"], rtol=1e-4, atol=1e-5, msg=f"{name} computes something else")
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Time some work on the device, in seconds."""
     current_platform().synchronize()
     begin = time.perf_counter()
     work()
@@ -103,21 +103,21 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare(layers: dict[str, nn.Module], count: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
-    """Tokens per second of each, forward and backward, medians of steps taken in turn."""
+    """Measure the tokens per second of each layer, forward and backward, medians of steps taken in turn."""
     shape = (count, 1, next(layers["ours"].parameters()).shape[-1])
     tokens, gradient = (torch.randn(shape, dtype=dtype, device=current_platform().device) for _ in range(2))
     work = {name: partial(step, layer, tokens.requires_grad_(), gradient) for name, layer in layers.items()}
     times: dict[str, list[float]] = {name: [] for name in layers}
     for repeat in range(repeats + 2):
         for name in layers:
-            took = seconds(work[name])
+            elapsed = seconds(work[name])
             if repeat >= 2:  # the first ones warm up
-                times[name].append(took)
-    return {name: count / median(found) for name, found in times.items()}
+                times[name].append(elapsed)
+    return {name: count / median(measured) for name, measured in times.items()}
 
 
 def main() -> int:
-    """Run the comparison; the exit status."""
+    """Run the comparison, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"experts": 8, "hidden": 128, "ffn": 352, "repeats": 30}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -128,8 +128,8 @@ def main() -> int:
     config = LanguageConfig(
         layers=1, hidden=args.hidden, ffn=args.ffn, heads=1, groups=1, vocabulary=128, experts=args.experts
     )
-    layers, here = build(config), current_platform().device
-    tokens, gradient = (torch.randn(256, 1, args.hidden, device=here) for _ in range(2))
+    layers, device = build(config), current_platform().device
+    tokens, gradient = (torch.randn(256, 1, args.hidden, device=device) for _ in range(2))
     check(layers, tokens.requires_grad_(), gradient)
     layers = {name: layer.to(dtype) for name, layer in layers.items()}
     print(f"{'tokens':>8}" + "".join(f"{name + ' tokens/s':>24}" for name in layers))

@@ -2,7 +2,7 @@
 
     tools/compare/loader.py SHARDS... --tokenizer MODEL [--batch 64] [--samples 512] [--rounds 9]
 
-Each shuffles, decodes, pads to a square and resizes by the same functions (data/images.py: antialiased bicubic, 224
+Each shuffles, decodes, pads to a square and resizes by the same functions (data/canvas.py: antialiased bicubic, 224
 pixels) and gives batches of as many pairs, by 1 and by 2 workers. The peers do what their users do: worker processes
 normalise to float32, tokenise, and pad captions to the longest of the batch. Ours does what an encoder rank
 and a language rank do for the same pairs: threads give uint8 pixels, which the encoder normalises where it runs, and
@@ -43,8 +43,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_sphinx.data import images
-from megatron_sphinx.data.loader import BatchBuilder, PixelLoader, make_planner, open_sources, rounds, views_in
-from megatron_sphinx.data.plan import DataConfig, DataSource
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.canvas import Canvas
+from megatron_sphinx.data.config import DataConfig, DataSource
+from megatron_sphinx.data.pixels import PixelLoader, views_in
+from megatron_sphinx.data.plan import rounds
+from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import CLIP_MEAN, CLIP_STD, LanguageConfig, VisionConfig, VisualExpertConfig
@@ -60,7 +64,13 @@ MEAN, STD = (torch.tensor(channels).view(3, 1, 1) for channels in (CLIP_MEAN, CL
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader gave: pairs, the positions that the language model computes for them, and targets among these."""
+    """The size of what a loader gave.
+
+    Attributes:
+        samples: how many pairs.
+        positions: how many positions the language model computes for them.
+        targets: how many of these have a target.
+    """
 
     samples: int
     positions: int
@@ -68,12 +78,12 @@ class Batch:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixels as a CLIP encoder takes them: uint8 [..., 3, side, side] to float32."""
+    """Normalise pixels for a CLIP encoder: uint8 [..., 3, side, side] to float32."""
     return pixels.float().div_(255).sub_(MEAN).div_(STD)
 
 
 def ours(folder: Path, model: Path, size: int, workers: int, *, is_normalised: bool = False) -> Iterator[Batch]:
-    """Batches of an encoder rank and a language rank. All that this program knows of our loader, but for its index."""
+    """Yield batches of an encoder rank and a language rank: all that this program uses of ours, but for the index."""
     vocabulary = Tokenizer(model).identity.vocabulary
     language = LanguageConfig(layers=1, hidden=64, ffn=64, heads=1, groups=1, vocabulary=vocabulary)
     config = DataConfig(
@@ -86,7 +96,7 @@ def ours(folder: Path, model: Path, size: int, workers: int, *, is_normalised: b
     sources = open_sources(config, language)
     planner = make_planner(config, sources, language, VISION, replicas=1, seed=1)
     builder = BatchBuilder(config, sources, VISION)
-    pixels = PixelLoader(sources.pairs, VISION, workers=workers, quarantine=folder / "quarantine.jsonl")
+    pixels = PixelLoader(sources.samples, VISION, workers=workers, quarantine=folder / "quarantine.jsonl")
     ahead: deque[Any] = deque()
     try:
         for (rows,) in rounds(planner, 0, sys.maxsize):
@@ -109,17 +119,17 @@ class Peer:
         self.tokenizer = Tokenizer(model)
 
     def picture(self, content: bytes) -> Tensor:
-        """Pixels for the encoder: float32 [3, side, side]."""
-        view = images.Canvas(images.decode(content), VISION).cut(GLOBAL, SIDE)
+        """Return pixels for the encoder, float32 [3, side, side]."""
+        view = Canvas(images.decode(content), VISION).cut(GLOBAL, SIDE)
         return normalised(torch.from_numpy(np.ascontiguousarray(view)))
 
     def caption(self, content: bytes) -> Tensor:
-        """Tokens for the language model: int64 [tokens]."""
+        """Return tokens for the language model, int64 [tokens]."""
         text = content.decode("utf-8", errors="replace").strip()
         return torch.tensor([self.tokenizer.bos, *self.tokenizer.encode(text), self.tokenizer.eos])
 
     def batch(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels, tokens padded to the longest [pairs, tokens], and targets."""
+        """Return pixels, tokens padded to the longest caption [pairs, tokens], and targets in that shape."""
         pictures, captions = zip(*pairs, strict=True)
         tokens = pad_sequence(captions, batch_first=True)
         targets = pad_sequence([caption[1:] for caption in captions], batch_first=True, padding_value=-100)
@@ -127,12 +137,12 @@ class Peer:
 
 
 def counted(pixels: Tensor, tokens: Tensor, targets: Tensor) -> Batch:
-    """The size of a peer's batch; its views stand behind BOS, as ours do."""
+    """Return the size of a peer's batch; its views stand behind BOS, like ours."""
     return Batch(len(pixels), tokens.numel() + len(pixels) * VISION.tokens_per_view, int((targets != -100).sum()))
 
 
 def by_webdataset(shards: list[Path], model: Path, size: int, workers: int) -> Iterator[Batch]:
-    """Batches of a plain webdataset pipeline."""
+    """Yield batches of a plain webdataset pipeline."""
     peer = Peer(model)
     dataset = (
         webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=len(shards))
@@ -160,7 +170,7 @@ def prepare_energon(shards: list[Path], folder: Path) -> None:
 
 
 def by_energon(folder: Path, model: Path, size: int, workers: int) -> Iterator[Batch]:
-    """Batches of a megatron-energon loader."""
+    """Yield batches of a megatron-energon loader."""
     from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
 
     peer = Peer(model)
@@ -193,23 +203,23 @@ Turn = dict[str, float]
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and its children so far."""
+    """Return the processor time of this process and its children so far."""
     me = psutil.Process()
     return float(sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True))))
 
 
 def measure(make: Callable[[], Iterator[Batch]], samples: int) -> Turn:
-    """One turn: samples a second, CPU milliseconds a sample, and targets a position."""
-    found: list[Batch] = []
+    """Measure one turn: samples a second, CPU milliseconds a sample, and targets a position."""
+    given: list[Batch] = []
     with closing(make()) as batches:  # type: ignore[type-var]
         for _ in islice(batches, WARM_UP):
             pass
         cpu, begin = cpu_seconds(), time.perf_counter()
-        while sum(batch.samples for batch in found) < samples:
-            found.append(next(batches))
+        while sum(batch.samples for batch in given) < samples:
+            given.append(next(batches))
         took, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
-    count = sum(batch.samples for batch in found)
-    share = sum(batch.targets for batch in found) / sum(batch.positions for batch in found)
+    count = sum(batch.samples for batch in given)
+    share = sum(batch.targets for batch in given) / sum(batch.positions for batch in given)
     return {
         "samples_per_second": count / took,
         "cpu_ms_per_sample": 1000 * cpu / count,
@@ -218,7 +228,7 @@ def measure(make: Callable[[], Iterator[Batch]], samples: int) -> Turn:
 
 
 def compare(contenders: dict[str, Callable[[], Iterator[Batch]]], samples: int, repeats: int) -> dict[str, list[Turn]]:
-    """What each contender does in its turns, one after the other, round after round."""
+    """Let the contenders take turns, one after the other, round after round; return the turns of each."""
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, make in contenders.items():
@@ -227,14 +237,14 @@ def compare(contenders: dict[str, Callable[[], Iterator[Batch]]], samples: int, 
 
 
 def ratio(turns: dict[str, list[Turn]], mine: str, theirs: str, key: str = "samples_per_second") -> float | None:
-    """Median of the rounds' ratios of one figure; None where the peer is not there."""
+    """Return the median of the rounds' ratios of one figure; None where the peer is not there."""
     if theirs not in turns:
         return None
-    return median(one[key] / other[key] for one, other in zip(turns[mine], turns[theirs], strict=True))
+    return median(our[key] / their[key] for our, their in zip(turns[mine], turns[theirs], strict=True))
 
 
 def ratios(turns: dict[str, list[Turn]], mine: str) -> dict[str, float | None]:
-    """Samples a second of ours over each peer's, with as many workers."""
+    """Return ours over each peer's samples a second, with as many workers."""
     names = [(peer, workers) for peer in ("webdataset", "energon") for workers in WORKERS]
     return {f"{peer}_{workers}": ratio(turns, f"{mine}_{workers}", f"{peer}_{workers}") for peer, workers in names}
 
@@ -269,18 +279,18 @@ def main() -> int:
             if has_energon:
                 contenders[f"energon_{workers}"] = partial(by_energon, folder / "energon", *rest)
         turns = compare(contenders, args.samples, args.rounds)
-    rows = {name: {key: median(turn[key] for turn in found) for key in found[0]} for name, found in turns.items()}
+    rows = {name: {key: median(turn[key] for turn in mine) for key in mine[0]} for name, mine in turns.items()}
     print(f"{'':<18} workers  samples/s  CPU ms/sample  targets/position")
     for name, row in rows.items():
         label, _, workers = name.rpartition("_")
         speed, cpu, share = row.values()
         print(f"{label:<18}{workers:>8}{speed:11.0f}{cpu:15.2f}{share:18.4f}")
-    found = ratios(turns, "ours") | {"target_tokens": ratio(turns, "ours_2", "webdataset_2")}
+    speeds = ratios(turns, "ours") | {"target_tokens": ratio(turns, "ours_2", "webdataset_2")}
     others = {
         "packed_over_padded": ratio(turns, "ours_2", "webdataset_2", "targets_per_position"),
         "normalised": ratios(turns, "ours normalised"),
     }
-    print(json.dumps({"ratios": found, **others, "rows": rows}))
+    print(json.dumps({"ratios": speeds, **others, "rows": rows}))
     return 0
 
 

@@ -50,16 +50,20 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
-from megatron_sphinx.data.loader import BatchBuilder, Sources, make_planner, rounds, views_in
+from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.index import SAMPLE
 from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
-from megatron_sphinx.data.plan import StepPlan
+from megatron_sphinx.data.pairs import SampleIndex
+from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.plan import StepPlan, rounds
+from megatron_sphinx.data.sources import Sources, make_planner
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.device import Stopwatch, current_platform, use_platform
 from megatron_sphinx.liveness.stop import StopSignal
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import shards_of
-from megatron_sphinx.model.sphinx import MicroBatch, SphinxModel
+from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import train as run
@@ -125,7 +129,7 @@ def opened(config: Config, folder: Path) -> run.RankContext:
     """A job of all ranks as replicas, on the made data."""
     here = current_platform()
     groups = ProcessGroups.create(ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), here.backend)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2, mark=TokenizerIdentity(config.model.vocabulary, "none"))
+    tokenizer: Any = SimpleNamespace(bos=1, eos=2, identity=TokenizerIdentity(config.model.vocabulary, "none"))
     sources = Sources(tokenizer, SampleIndex([folder / "pairs"]), TextIndex([folder / "text"]))
     planner = make_planner(
         config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
@@ -280,7 +284,7 @@ def bare(job: run.RankContext, plans: Sequence[StepPlan]) -> WithDeepSpeed:
 
 def targets_of(plan: StepPlan) -> int:
     """Targets of a step."""
-    return plan.targets(of_pairs=True) + plan.targets(of_pairs=False)
+    return plan.targets(of_samples=True) + plan.targets(of_samples=False)
 
 
 class Llama(nn.Module):

@@ -17,7 +17,7 @@ SETTINGS = ("pixels", "padding", "most_pages", "most_refused", "most_turns", "mo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take the command's arguments; what is not given is as the documents' Settings have it."""
+    """Let a parser take the command's arguments; what is not given is as DocumentSettings has it."""
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="SOURCE")
     add("target", type=Path, metavar="TARGET")
@@ -34,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from megatron_sphinx.prepare.documents import Settings, find_documents, write_documents
+    from megatron_sphinx.prepare.documents import find_documents, write_documents
+    from megatron_sphinx.prepare.pdf import DocumentSettings
 
-    settings = Settings(**{name: value for name in SETTINGS if (value := getattr(args, name)) is not None})
+    settings = DocumentSettings(**{name: value for name in SETTINGS if (value := getattr(args, name)) is not None})
     documents = find_documents(args.sources, follow_links=args.follow_links)
     report = write_documents(documents, args.target, settings, workers=args.workers, show=True)
     print(f"{args.target}: {report.taken} pages of {len(documents)} documents")

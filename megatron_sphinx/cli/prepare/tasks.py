@@ -19,7 +19,7 @@ import posixpath
 from pathlib import Path
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare.tasks import TASKS, Conversation, build, merge
+from megatron_sphinx.prepare.tasks import TASKS, ConversationJson, build, merge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _parse(content: bytes, name: str) -> object:
         raise DataError(f"{name}: not JSON ({error}); give a .json, or a .jsonl with one object a line") from error
 
 
-def _write(path: Path, conversations: list[Conversation]) -> None:
+def _write(path: Path, conversations: list[ConversationJson]) -> None:
     """Write JSON lines under their final name when they are whole.
 
     Raises:

@@ -1,0 +1,109 @@
+"""What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
+
+from dataclasses import dataclass
+
+from megatron_sphinx.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Prepared data that a stream is drawn from, and its share of that stream.
+
+    Attributes:
+        path: folder of an index of samples or of text, or the prefix of a token file.
+        weight: its share of the stream's samples or tokens, relative to the weights of the other sources. Without
+            weights all sources are shuffled as one, so each gives what it has.
+    """
+
+    path: str
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(f"data: weight={self.weight} of {self.path}: must be more than 0")
+
+    @classmethod
+    def from_text(cls, path: str) -> "DataSource":
+        """Return the source that a configuration gives by its path alone."""
+        return cls(path=path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The two streams, of samples and of text, and what each optimizer step takes of them.
+
+    Attributes:
+        pairs: folders of indexes of image-text pairs (megatron-sphinx prepare pairs): one path, or a list of paths or
+            of {path, weight}.
+        conversations: folders of indexes of conversations (megatron-sphinx prepare conversations), given like pairs; a
+            run takes one of the two.
+        text: folders of token files (megatron-sphinx prepare text), or prefixes of Megatron's .bin and .idx, given like
+            pairs.
+        tokenizer: the sentencepiece model that all of the data was prepared with.
+        pairs_per_step: image-text pairs in every optimizer step.
+        conversations_per_step: conversations in every optimizer step, with an image or without.
+        text_tokens_per_step: text tokens in every optimizer step.
+        sequence_length: most positions of a row; longer documents are cut in consecutive segments, longer captions lose
+            their end, longer conversations their last turns.
+        row_multiple: the rows of a step are a multiple of this, and of equal cost: any number of replicas that divides
+            it has even work. 1: as few rows as there can be. Long documents are cut where a row has its share of the
+            cost, so let it be small beside the number of rows.
+        micro_batch_rows: most rows that a replica computes at once.
+        max_bad_share: the run stops when more than this share of its samples could not be read.
+        isolate_documents: whether attention stays inside each document and sample.
+        workers: threads that read and decode images on a rank; where shards are behind a URL, several for each core.
+
+    Source: SPHINX, arXiv:2311.07575, section 4.1: 640 pairs and 65,536 text tokens a step.
+    """
+
+    pairs: tuple[DataSource, ...] = ()
+    conversations: tuple[DataSource, ...] = ()
+    text: tuple[DataSource, ...] = ()
+    tokenizer: str
+    pairs_per_step: int = 640
+    conversations_per_step: int = 0
+    text_tokens_per_step: int = 65536
+    sequence_length: int = 2048
+    row_multiple: int = 8
+    micro_batch_rows: int = 1
+    max_bad_share: float = 0.05
+    isolate_documents: bool = True
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"data.{name}={value}: must be at least 1")
+        for amount, name in _AMOUNTS.items():
+            value, sources = getattr(self, amount), getattr(self, name)
+            if value < 0:
+                raise ConfigError(f"data.{amount}={value}: must be at least 0")
+            if value and not sources:
+                raise ConfigError(f"data.{name}: not given, but data.{amount}={value}; give it, or set that to 0")
+            if len({source.weight is None for source in sources}) > 1:
+                raise ConfigError(f"data.{name}: some of the sources have no weight; give one to all, or to none")
+        if self.pairs_per_step and self.conversations_per_step:
+            raise ConfigError(
+                f"data.conversations_per_step={self.conversations_per_step}: data.pairs_per_step={self.pairs_per_step} "
+                f"too; a run takes one of them: set the other to 0"
+            )
+        if not any(getattr(self, amount) for amount in _AMOUNTS):
+            raise ConfigError(
+                "data.pairs_per_step=0: data.conversations_per_step and data.text_tokens_per_step are 0 too; "
+                "a step needs one of them"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+    @property
+    def samples(self) -> tuple[DataSource, ...]:
+        """Sources of the samples: of the pairs or of the conversations, whichever the run takes."""
+        return self.conversations if self.conversations_per_step else self.pairs
+
+    @property
+    def samples_per_step(self) -> int:
+        """How many pairs or conversations every optimizer step takes."""
+        return self.conversations_per_step or self.pairs_per_step
+
+
+_AMOUNTS = {"pairs_per_step": "pairs", "conversations_per_step": "conversations", "text_tokens_per_step": "text"}

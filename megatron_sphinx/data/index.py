@@ -1,0 +1,157 @@
+"""An index of samples, opened: it lies beside shards of images, and knows every pair or conversation in them unread.
+
+An index is a folder:
+
+* `index.json`: which kind of samples it has, the tokenizer's identity, the shards with their sizes, the type of tokens,
+  and the content (see `content.py`);
+* `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
+* `captions.bin`: the tokens of all captions, memory-mapped;
+* `quarantine.jsonl`: what was left out, and why.
+
+In an index of conversations `captions.bin` holds their tokens, `samples.bin` a CONVERSATION for each, and `answers.bin`
+says for each token whether it belongs to an answer.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sphinx.data.content import Content, content_in, measure
+from megatron_sphinx.data.files import Mapped, is_url
+from megatron_sphinx.data.tokenizer import TokenizerIdentity
+from megatron_sphinx.errors import DataError
+
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),  # of the image in the shard
+        ("bytes", "<u4"),  # of the image
+        ("header", "<u4"),  # CRC-32 of the 512 bytes before it: of the tar's header, so of its name, size and time
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("caption", "<u8"),  # first token in captions.bin
+        ("tokens", "<u4"),  # of the caption
+    ]
+)
+CONVERSATION = np.dtype([*SAMPLE.descr, ("targets", "<u4")])  # positions with a target; without an image `bytes` is 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file as it was when it was indexed.
+
+    Attributes:
+        path: relative to the folder of the index, or a URL.
+        bytes: size of the file; 0 where there is no file, since no sample has an image.
+        samples: how many samples have their image in it.
+    """
+
+    path: str
+    bytes: int
+    samples: int
+
+
+class IndexFolder:
+    """One index, opened; a ContentSource.
+
+    Attributes:
+        folder: of the index.
+        key: what the index has, and what the configuration calls it: pairs or conversations.
+        tokenizer: identity of the one that the index was made with.
+        shards: the tar files of images.
+        samples: a SAMPLE or CONVERSATION for each sample.
+        token_type: of the records of `captions`.
+        content: what the files hold; None while that is not known.
+        captions: token ids of all samples, one behind the other.
+        answers: for each token whether it belongs to an answer; None of pairs.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        try:
+            content = json.loads((folder / "index.json").read_text())
+            if (kind := content.get("of", "pairs")) != key:
+                raise DataError(f"data.{key}={folder}: is an index of {kind}; give it as data.{kind}")
+            self.tokenizer = TokenizerIdentity(**content["tokenizer"])
+            self.shards = [Shard(**shard) for shard in content["shards"]]
+            self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
+            self.token_type = _token_type(content["caption_type"])
+            self.content = content_in(content)
+            self.captions = Mapped(folder / "captions.bin", self.token_type)
+            self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
+        except OSError as error:
+            raise DataError(
+                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by "
+                f"megatron-sphinx prepare {key}"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
+        [last] = self.samples.read(self.samples.size - 1, self.samples.size)
+        tokens = int(last["caption"]) + int(last["tokens"])
+        sizes = (self.samples.size, self.captions.size, self.answers.size if self.answers is not None else tokens)
+        if sizes != (sum(shard.samples for shard in self.shards), tokens, tokens):
+            raise DataError(f"data.{key}={folder}: the files of the index disagree; {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"run megatron-sphinx prepare {self.key} again"
+
+    @property
+    def label(self) -> str:
+        """Key and value that name the index in the configuration."""
+        return f"data.{self.key}={self.folder}"
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files that decide the content; the token ids are in the first."""
+        names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (self.answers is not None)
+        return [self.folder / name for name in names]
+
+    @property
+    def memory_file(self) -> Path:
+        """The file in which the content is remembered where `index.json` does not have it."""
+        return self.folder / "content.json"
+
+    def measure(self, is_stopped: Callable[[], bool]) -> Content | None:
+        """Read the files from begin to end; None where `is_stopped` said to give up."""
+        captions, *others = self.paths
+        return measure({captions: self.token_type, **dict.fromkeys(others)}, is_stopped)
+
+    def path(self, shard: int) -> str:
+        """Return the absolute path or the URL of a shard."""
+        path = self.shards[shard].path
+        return path if is_url(path) else os.path.abspath(self.folder / path)
+
+    def check(self, shard: int) -> None:
+        """Raise DataError where a shard on a disk is missing or of another size."""
+        path, known_size = self.path(shard), self.shards[shard].bytes
+        if is_url(path) or not known_size:  # without images there is no shard
+            return
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(
+                f"data.{self.key}={self.folder}: shard {path} is missing ({error.strerror}); {self._remedy}"
+            ) from error
+        if size != known_size:
+            raise DataError(
+                f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {known_size}; "
+                f"copy it again, or {self._remedy}"
+            )
+
+
+def _token_type(name: str) -> np.dtype[Any]:
+    """Return the type of token ids that an index names.
+
+    Raises:
+        TypeError: the name is that of no type of whole numbers.
+    """
+    kind = np.dtype(name)
+    if kind.kind not in "iu":
+        raise TypeError(f"caption_type={name}: is no type of whole numbers")
+    return kind

@@ -1,0 +1,118 @@
+"""How each visual expert is built, what features it gives, and what it takes to compute them.
+
+timm builds all of them but the Q-Former, which transformers does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.model.architecture import VisualExpert
+
+
+class QFormer(nn.Module):
+    """BLIP-2's vision model and Q-Former, without its language model.
+
+    Source: BLIP-2, arXiv:2301.12597; transformers' Blip2Model.get_qformer_features.
+    """
+
+    def __init__(self, expert: VisualExpert) -> None:
+        super().__init__()
+        try:
+            from transformers import (
+                Blip2QFormerConfig,
+                Blip2QFormerModel,
+                Blip2VisionConfig,
+                Blip2VisionModel,
+            )
+        except ImportError as error:
+            raise ConfigError(
+                "vision.experts: the Q-Former is built by transformers, which is not installed; "
+                "pip install 'megatron-sphinx[qformer]'"
+            ) from error
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        vision: dict[str, Any] = dict(zip(names, expert.options.get("vision", ()), strict=False))  # type: ignore[call-overload]
+        qformer: dict[str, Any] = dict(zip(names, expert.options.get("qformer", ()), strict=False))  # type: ignore[call-overload]
+        vision_config = Blip2VisionConfig(image_size=expert.pixels, patch_size=14, **vision)
+        qformer_config = Blip2QFormerConfig(encoder_hidden_size=vision_config.hidden_size, **qformer)
+        self.vision_model = Blip2VisionModel(vision_config)
+        self.qformer = Blip2QFormerModel(qformer_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, expert.queries, expert.channels))
+        nn.init.normal_(self.query_tokens, std=0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Compute query tokens [views, queries, channels] from pixels [views, 3, side, side]."""
+        patches = self.vision_model(pixels).last_hidden_state
+        queries = self.query_tokens.expand(len(pixels), -1, -1)
+        out: Tensor = self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+        return out
+
+
+def _vit(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of a vision transformer: its class token, and its patches, all after the last norm."""
+    tokens = model.forward_features(pixels)
+    return tokens[:, 0], tokens[:, 1:]
+
+
+def _convnext(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of a ConvNeXt: the mean of its patches, and the patches after the head's norm."""
+    patches = model.head.norm(model.forward_features(pixels)).flatten(2).transpose(1, 2)
+    return patches.mean(1), patches
+
+
+def _cnn(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of another convolutional network: the mean of its patches, and the patches."""
+    patches = model.forward_features(pixels).flatten(2).transpose(1, 2)
+    return patches.mean(1), patches
+
+
+# What an expert's family gives: one global vector [views, channels] and patches [views, native grid ** 2, channels],
+# row by row. Source: encode_image of the released accessory/model/LLM/llama_ens.py; CLIP without its last projection.
+FAMILIES: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "clip": _vit,
+    "dinov2": _vit,
+    "convnext": _convnext,
+    "cnn": _cnn,
+}
+
+
+def build_expert(expert: VisualExpert) -> nn.Module:
+    """Build the module of a visual expert, with weights as its library draws them."""
+    if expert.family == "qformer":
+        return QFormer(expert)
+    model: nn.Module = timm.create_model(expert.model, num_classes=0, **expert.options)
+    return model
+
+
+def encoder_work(expert: VisualExpert) -> tuple[int, int]:
+    """Count what it takes to encode one view with a visual expert; needs no memory.
+
+    Returns:
+        FLOPs, two for each multiply-add of matrix products and convolutions; and how many numbers are in memory at the
+        moment when most are: a module's inputs, its output, and a residual that goes around it.
+    """
+    peak = 0
+
+    def count(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal peak
+        sizes = [value.numel() for value in (*inputs, output) if isinstance(value, Tensor)]
+        peak = max(peak, sum(sizes) + min(sizes, default=0))
+
+    with torch.device("meta"):
+        model = build_expert(expert).eval().requires_grad_(False)
+        pixels = torch.empty(1, 3, expert.pixels, expert.pixels)
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        if expert.family == "qformer":
+            model(pixels)
+        else:
+            FAMILIES[expert.family](model, pixels)
+    total: int = counter.get_total_flops()
+    return total, peak
