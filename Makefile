@@ -57,7 +57,7 @@ family: $(VENV)/demo.installed
 	$(RANKS) -m megatron_sphinx train examples/family_2k.yaml model.weights=$(FAMILY)/mixed/beta_0.75
 	$(RANKS) -m megatron_sphinx train examples/family_moe_stage1.yaml
 	$(RANKS) -m megatron_sphinx train examples/family_moe_stage1.yaml $(SYNTHETIC)/moe_real run.folder=$(FAMILY)/moe_syn
-	$(BIN)/python tools/interpolate_weights.py --real $(FAMILY)/moe_real --synthetic $(FAMILY)/moe_syn --beta 0.75 \
+	$(BIN)/megatron-sphinx mix --real $(FAMILY)/moe_real --synthetic $(FAMILY)/moe_syn --beta 0.75 \
 	    --output $(FAMILY)/moe_mixed
 	$(RANKS) -m megatron_sphinx train examples/family_moe.yaml model.weights=$(FAMILY)/moe_mixed
 	$(BIN)/python examples/family.py test $(FAMILY)/2k $(FAMILY)/moe

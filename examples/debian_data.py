@@ -81,7 +81,9 @@ def unpack(packages: tuple[str, ...], folder: Path) -> None:
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise DataError(f"{tool}: not found; run this on Debian, or give your own shards to tools/prepare_pairs.py")
+            raise DataError(
+                f"{tool}: not found; run this on Debian, or give your own shards to megatron-sphinx prepare pairs"
+            )
     state = folder / "apt"
     for name in ("lists/partial", "cache/archives/partial"):
         (state / name).mkdir(parents=True)

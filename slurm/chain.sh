@@ -19,8 +19,7 @@ shift 3
 . "${SPHINX_ROOT:-$PWD}/slurm/env.sh"
 
 folder_of() { # a configuration: where its run lives
-    "${python[@]}" -m megatron_sphinx config "$1" |
-        "${python[@]}" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run"]["folder"])'
+    "${python[@]}" -m megatron_sphinx config --get run.folder "$1"
 }
 last=''
 submit() { # name, then sbatch's arguments: a job that runs when the one before it is done

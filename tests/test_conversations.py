@@ -240,7 +240,7 @@ def test_an_index_of_something_else_is_refused(tiny, dialogs):
         SampleIndex([dialogs])
     with pytest.raises(DataError, match=r"data\.conversations=.*: is an index of pairs; give it as data\.pairs"):
         SampleIndex([tiny.folder / "pairs"], "conversations")
-    with pytest.raises(DataError, match=r"nowhere.*make the index by tools/prepare_conversations\.py"):
+    with pytest.raises(DataError, match=r"nowhere.*make the index by megatron-sphinx prepare conversations"):
         SampleIndex([tiny.folder / "nowhere"], "conversations")
 
 

@@ -147,7 +147,9 @@ def test_annotations_and_answers_that_cannot_be_read_say_why(annotated, tmp_path
         write_marks(coco, tmp_path, target, most_marks=25)
     with pytest.raises(DataError, match=r"nowhere: cannot be read \(No such file or directory\); check its path"):
         merge_answers(tmp_path / "nowhere", tmp_path / "nowhere", target)
-    with pytest.raises(DataError, match=r"coco.json: not all lines are prompts; make it by tools/prepare_som.py mark"):
+    with pytest.raises(
+        DataError, match=r"coco.json: not all lines are prompts; make it by megatron-sphinx prepare som"
+    ):
         merge_answers(coco, coco, target)
     prompt = {"id": "0", "image": "0.png", "marks": 1, "description": "d", "question": "q"}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt))

@@ -304,7 +304,7 @@ def test_a_shard_that_is_not_the_indexed_one_is_refused(tiny, copied):
 
 def test_an_index_that_is_missing_or_damaged_is_refused(tiny, copied, tmp_path):
     folder, _ = copied
-    with pytest.raises(DataError, match=r"No such file or directory; make the index by tools/prepare_pairs.py"):
+    with pytest.raises(DataError, match=r"No such file or directory; make the index by megatron-sphinx prepare pairs"):
         SampleIndex([tmp_path / "nowhere"])
     content = (folder / "samples.bin").read_bytes()
     (folder / "samples.bin").write_bytes(content[:-40])

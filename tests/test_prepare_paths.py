@@ -222,7 +222,9 @@ def test_token_files_lie_beside_their_index(tiny, tmp_path, name):
     index["files"][0]["name"] = name.format(text=tmp_path / "text") if isinstance(name, str) else name
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=r"damaged index\.json \(.* is no name of a file beside it\); make it by tools"):
+    with pytest.raises(
+        DataError, match=r"damaged index\.json \(.* is no name of a file beside it\); make it by megatron-"
+    ):
         TextIndex([tmp_path / "index"])
 
 

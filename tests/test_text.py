@@ -190,7 +190,7 @@ def test_token_files_that_are_missing_or_damaged_are_refused(tiny, tmp_path):
     with pytest.raises(DataError, match="is not an index of tokens"):
         TokenFile(tmp_path / "t")
     (tmp_path / "t.idx").unlink()
-    with pytest.raises(DataError, match=r"t\.idx is missing; make it by tools/prepare_text.py"):
+    with pytest.raises(DataError, match=r"t\.idx is missing; make it by megatron-sphinx prepare text"):
         TokenFile(tmp_path / "t")
     write_text([tiny.folder / "text.jsonl"], tmp_path / "out", tiny.tokenizer)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -202,7 +202,7 @@ def test_token_files_that_are_missing_or_damaged_are_refused(tiny, tmp_path):
     with pytest.raises(DataError, match=r"damaged index\.json"):
         TextIndex([tmp_path / "out"])
     (tmp_path / "out" / "index.json").unlink()
-    with pytest.raises(DataError, match=r"index\.json: No such file or directory; make it by tools/prepare_text"):
+    with pytest.raises(DataError, match=r"index\.json: No such file or directory; make it by megatron-sphinx prep"):
         TextIndex([tmp_path / "out"])
 
 

@@ -1,97 +1,12 @@
-"""Mix the weights of checkpoints, each times its share: theta_mix = beta * REAL + (1 - beta) * SYNTHETIC.
+"""Mix the weights of checkpoints: a door to `megatron-sphinx mix`, with the same flags."""
 
-    tools/interpolate_weights.py --real A --synthetic B --beta 0.6 --output C
-    tools/interpolate_weights.py --real A --synthetic B --beta 0:1:0.1 --output C    C/beta_0, C/beta_0.1, ... C/beta_1
-    tools/interpolate_weights.py --checkpoint A=0.5 --checkpoint B=0.3 --checkpoint D=0.2 --output C
-
-The checkpoints are of one model, in one format: any that tools/convert_checkpoint.py knows; the result has it too, and
-its files are those of the first one. Of a run folder the newest checkpoint is taken. Begin a run with the result:
-model.weights=C; it holds no optimizer state. Computed in fp32, rounded once; a share of 1 copies to the bit. Streams,
-and reads the inputs once. The result says what it was made of, with the inputs' hashes: interpolation.json, or
-`interpolation` in checkpoint.json.
-
-Source: SPHINX, arXiv:2311.07575, equation 1.
-"""
-
-import argparse
 import sys
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from functools import partial
 
-from megatron_sphinx import config as configuration
-from megatron_sphinx.checkpoint.digests import Digests
-from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.cli import mix
+from megatron_sphinx.cli.command import run_alone
 
-
-def betas_of(text: str) -> list[float]:
-    """The values of an argument --beta: one number, or first:last:step."""
-    try:
-        values = [Decimal(part) for part in text.split(":")]
-        if len(values) == 1:
-            return [float(values[0])]
-        first, last, step = values
-        return [float(first + number * step) for number in range(int((last - first) / step) + 1)]
-    except (InvalidOperation, ValueError, ArithmeticError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: neither a number nor first:last:step") from error
-
-
-def share_of(text: str) -> tuple[Path, float]:
-    """An argument PATH=SHARE."""
-    path, _, share = text.rpartition("=")
-    try:
-        return Path(path), float(share)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: give PATH=SHARE") from error
-
-
-def main() -> int:
-    """Run the tool; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", type=Path)
-    parser.add_argument("--synthetic", type=Path)
-    parser.add_argument("--beta", type=betas_of, help="share of REAL, from 0 to 1; first:last:step: a mix for each")
-    parser.add_argument("--checkpoint", type=share_of, action="append", metavar="PATH=SHARE")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument(
-        "--scope",
-        choices=("all", "language"),
-        default="all",
-        help="all: mix every tensor; language: those of the language model only, and take the others "
-        "(projections, tags) from the first checkpoint; default: all",
-    )
-    parser.add_argument("--preset", type=Path, help="of the model, whose shape torch_dist checkpoints do not tell")
-    args = parser.parse_args()
-    pair = (args.real, args.synthetic, args.beta)
-    if (args.checkpoint is None) == (None in pair) or (args.checkpoint and any(pair)):
-        parser.error("give --real, --synthetic and --beta, or several --checkpoint")
-    inputs = [path for path, _ in args.checkpoint] if args.checkpoint else [args.real, args.synthetic]
-    try:
-        with Digests() as digests:
-            return mix(args, inputs, digests)
-    except SphinxError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
-
-
-def mix(args: argparse.Namespace, inputs: list[Path], digests: Digests) -> int:
-    """Mix what the arguments say; the exit status."""
-    for folder in inputs:
-        digests.begin(folder)
-    # torch is imported while the inputs are hashed
-    from megatron_sphinx.checkpoint.mix import interpolate, shares_of, sweep
-
-    shape = configuration.load(args.preset).model if args.preset else None
-    if args.checkpoint:
-        targets = {args.output: tuple(share for _, share in args.checkpoint)}
-    elif len(args.beta) > 1:
-        targets = sweep(args.output, args.beta)
-    else:
-        targets = {args.output: shares_of(args.beta[0])}
-    done = interpolate(inputs, targets, scope=args.scope, shape=shape, digests=digests, show=True)
-    for target in targets:
-        print(f"{target}: {done.mixed} tensors mixed, {done.copied} copied, {done.parameters:,} parameters")
-    return 0
-
+main = partial(run_alone, mix)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,53 +1,12 @@
-"""Make conversations ready to train on: their tokens, which of them are answers, and their images in shards.
+"""Make conversations ready to train on: a door to `megatron-sphinx prepare conversations`, with the same flags."""
 
-    tools/prepare_conversations.py SOURCE... TARGET --tokenizer MODEL [--images FOLDER] [--follow-links]
-
-SOURCE is a .json file with a list of conversations, or a .jsonl file with one a line. A conversation is
-
-    {"image": "a/b.jpg", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
-
-with no image where it is about none; a first turn may be from "system". Images are copied to TARGET/shards, those
-that lie in FOLDER: what a link in it leads out to only with --follow-links. The index is written to TARGET: give that
-as data.conversations. What cannot be used is listed in TARGET/quarantine.jsonl. Killed, the same command goes on where
-it was.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
+from functools import partial
 
-from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.prepare.conversations import index_conversations
+from megatron_sphinx.cli.command import run_alone
+from megatron_sphinx.cli.prepare import conversations
 
-
-def main() -> int:
-    """Run the tool; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
-    parser.add_argument("--images", type=Path, help="folder of the images; default: that of each source")
-    parser.add_argument("--follow-links", action="store_true", help="also take images that links lead out of it to")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by image")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
-    args = parser.parse_args()
-    try:
-        report = index_conversations(
-            args.sources, args.target, Tokenizer(args.tokenizer),
-            images=args.images, follow_links=args.follow_links, samples_per_shard=args.samples_per_shard,
-            held_out=args.held_out, workers=args.workers, show=True,
-        )  # fmt: skip
-    except SphinxError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
-    held_out = f", {report.held_out} more held out" if args.held_out else ""
-    print(f"{args.target}: {report.taken} conversations, {report.tokens} tokens{held_out}")
-    print(report.left_out(), end="")
-    return 0
-
+main = partial(run_alone, conversations)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,71 +1,12 @@
-"""Make image-text pairs ready to train on: WebDataset shards, and an index that knows every sample.
+"""Make image-text pairs ready to train on: a door to `megatron-sphinx prepare pairs`, with the same flags."""
 
-    tools/prepare_pairs.py SOURCE... TARGET --tokenizer MODEL
-
-SOURCE is a WebDataset tar as img2dataset writes them, a folder of such tars, or a URL that fsspec knows
-(s3://bucket/00000.tar): shards stay where they are. A folder of images with captions (x.png and x.txt) is packed into
-shards under TARGET. The index is written to TARGET: give that as data.pairs. Pairs that cannot be used are listed in
-TARGET/quarantine.jsonl with shard and key. Killed, the same command goes on where it was.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
+from functools import partial
 
-from megatron_sphinx.data.files import is_url
-from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import DataError, SphinxError
-from megatron_sphinx.paths import inside
-from megatron_sphinx.prepare.pairs import index_shards, write_shards
+from megatron_sphinx.cli.command import run_alone
+from megatron_sphinx.cli.prepare import pairs
 
-
-def shards_of(source: str, target: Path, args: argparse.Namespace) -> list[str]:
-    """The shards that a source is, or holds, or is packed into under `target`.
-
-    Raises:
-        DataError: there is no such source, or it is a folder that holds nothing to take.
-    """
-    folder = Path(source)
-    if is_url(source) or folder.is_file():
-        return [source]
-    if not folder.is_dir():
-        raise DataError(f"{source}: no such file or folder")
-    if found := sorted(folder.glob("*.tar")):
-        return [str(folder / inside(folder, tar.name, follow_links=args.follow_links)) for tar in found]
-    packed = write_shards(folder, target, args.samples_per_shard, workers=args.workers, follow_links=args.follow_links)
-    return [str(shard) for shard in packed]
-
-
-def main() -> int:
-    """Run the tool; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
-    parser.add_argument("--caption-key", help="key of the caption in the .json; default: the .txt, else caption")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by key")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="of shards made from a folder")
-    parser.add_argument("--follow-links", action="store_true", help="also take what links lead out of a folder to")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
-    args = parser.parse_args()
-    try:
-        tokenizer = Tokenizer(args.tokenizer)
-        shards: list[str] = []
-        for number, source in enumerate(args.sources):
-            shards += shards_of(source, args.target / f"shards{number:03d}", args)
-        report = index_shards(
-            shards, args.target, tokenizer,
-            caption_key=args.caption_key, held_out=args.held_out, workers=args.workers, show=True,
-        )  # fmt: skip
-    except SphinxError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return error.exit_status
-    held_out = f", {report.held_out} more held out" if args.held_out else ""
-    print(f"{args.target}: {report.taken} pairs in {len(shards)} shards, {report.tokens} caption tokens{held_out}")
-    print(report.left_out(), end="")
-    return 0
-
+main = partial(run_alone, pairs)
 
 if __name__ == "__main__":
     sys.exit(main())

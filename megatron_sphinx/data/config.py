@@ -33,11 +33,12 @@ class DataConfig:
     """The two streams, of samples and of text, and what each optimizer step takes of them.
 
     Attributes:
-        pairs: folders of indexes of image-text pairs (tools/prepare_pairs.py): one path, or a list of paths or of
-            {path, weight}.
-        conversations: folders of indexes of conversations (tools/prepare_conversations.py), given like pairs; a run
-            takes one of the two.
-        text: folders of token files (tools/prepare_text.py), or prefixes of Megatron's .bin and .idx, given like pairs.
+        pairs: folders of indexes of image-text pairs (megatron-sphinx prepare pairs): one path, or a list of paths or
+            of {path, weight}.
+        conversations: folders of indexes of conversations (megatron-sphinx prepare conversations), given like pairs; a
+            run takes one of the two.
+        text: folders of token files (megatron-sphinx prepare text), or prefixes of Megatron's .bin and .idx, given like
+            pairs.
         tokenizer: the sentencepiece model that all of the data was prepared with.
         pairs_per_step: image-text pairs in every optimizer step.
         conversations_per_step: conversations in every optimizer step, with an image or without.

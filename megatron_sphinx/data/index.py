@@ -86,7 +86,8 @@ class IndexFolder:
             self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
         except OSError as error:
             raise DataError(
-                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by tools/prepare_{key}.py"
+                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by "
+                f"megatron-sphinx prepare {key}"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
@@ -98,7 +99,7 @@ class IndexFolder:
 
     @property
     def _remedy(self) -> str:
-        return f"run tools/prepare_{self.key}.py again"
+        return f"run megatron-sphinx prepare {self.key} again"
 
     @property
     def label(self) -> str:

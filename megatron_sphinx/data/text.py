@@ -1,6 +1,6 @@
 """Text as token files: Megatron's .bin and .idx, memory-mapped.
 
-A source is the prefix of one such file, whoever made it, or a folder of them as tools/prepare_text.py makes it, with
+A source is the prefix of one such file, whoever made it, or a folder of them as `prepare text` makes it, with
 an `index.json` that says what is in each.
 """
 
@@ -33,7 +33,7 @@ from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import is_plain
 
 _OPEN_FILES = 64
-_REMEDY = "make it by tools/prepare_text.py"
+_REMEDY = "make it by megatron-sphinx prepare text"
 
 
 def _paths(prefix: Path) -> list[Path]:

@@ -18,7 +18,7 @@ class LanguageConfig:
 
     Attributes:
         preset: the file of presets/ that fills what is not given.
-        weights: a checkpoint whose weights this run begins with, in any format that tools/convert_checkpoint.py reads;
+        weights: a checkpoint whose weights this run begins with, in any format that megatron-sphinx convert reads;
             another run's folder stands for its newest checkpoint; drawn from the seed unless given.
         layers: decoder layers.
         hidden: width of the residual stream.

@@ -42,7 +42,7 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, rotary_base: float, **kwargs: Any) -> None:
-        self.is_portable = not _has_transformer_engine()
+        self.is_portable = not has_transformer_engine()
         embedding = "none" if self.is_portable else "rope"
         super().__init__(*args, position_embedding_type=embedding, rotary_base=rotary_base, **kwargs)
         width = self.config.kv_channels
@@ -90,7 +90,7 @@ def block_spec(
         submodules=MoESubmodules(experts=GroupedExperts, router=router),
         params={"collection": groups.collection, "is_recomputed": is_recomputed},
     )
-    if _has_transformer_engine():
+    if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=config.experts or None)
         if config.experts:
             spec.module, spec.submodules.mlp = RowLayer, experts
@@ -120,7 +120,7 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def _has_transformer_engine() -> bool:
+def has_transformer_engine() -> bool:
     """Whether the layers are transformer-engine's: on GPUs where it is installed."""
     return current_platform().is_cuda and is_imported("transformer_engine")
 

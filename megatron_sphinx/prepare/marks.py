@@ -103,7 +103,7 @@ def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
     for entry in _read_lines(prompts):
         keys = {"id", "image", "marks", "description", "question"}
         if entry is None or not entry.keys() >= keys or not isinstance(entry["image"], str):
-            raise DataError(f"{prompts}: not all lines are prompts; make it by tools/prepare_som.py mark")
+            raise DataError(f"{prompts}: not all lines are prompts; make it by megatron-sphinx prepare som mark")
         asked[entry["id"]] = entry
     missing = set(asked)
     taken: dict[str, Entry] = {}

@@ -1,0 +1,86 @@
+"""What a command is: a module with a description, arguments and a function, reached by name or by a door in tools/."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from megatron_sphinx.errors import SphinxError
+
+if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
+    Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class Command(Protocol):
+    """A module of a command; the first line of its docstring is the help line, all of it the description."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Let a parser take the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run the command; the exit status."""
+
+
+def add_command(subparsers: Subparsers, name: str, command: Command) -> None:
+    """Make a command known under a name."""
+    parser = subparsers.add_parser(
+        name,
+        help=help_line(command),
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, parser=parser)
+
+
+def help_line(command: Command) -> str:
+    """The first line of a command's description, as argparse wants it: it takes % for the start of a field."""
+    return (command.__doc__ or "").partition("\n")[0].replace("%", "%%")
+
+
+def run_alone(command: Command) -> int:
+    """Run a command as a program of its own, with the words that the program was given; the exit status."""
+    parser = argparse.ArgumentParser(description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, parser=parser)
+    return execute(parser.parse_args())
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run what parsed arguments ask for; the exit status: 2 with one line on standard error for the user's mistake."""
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        status: int = args.run(args)
+    except argparse.ArgumentError as error:  # arguments that do not go together
+        parser.error(str(error))
+    except SphinxError as error:
+        if not getattr(args, "is_rank", False) or _is_first_rank():
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_status
+    return status
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def add_configuration(parser: argparse.ArgumentParser, *, is_optional: bool = False) -> None:
+    """Let a parser take a configuration, and values of keys that go above those of the file."""
+    text = "YAML file, e.g. examples/demo.yaml, or a preset's name"
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=text, nargs="?" if is_optional else None)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the number of processes that share the work."""
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the tokenizer, which cannot be left out."""
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")

@@ -1,0 +1,55 @@
+"""Train until the configured number of steps, going on from the newest checkpoint.
+
+    megatron-sphinx train CONFIG [key=value ...]
+
+Started by torchrun or srun this is one rank of a job, alone it is the only one. Exits with 0 when it is done, with 75
+where a signal came and the state is saved: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sphinx.cli.command import add_configuration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron_sphinx.run.observer import Observer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the command's arguments."""
+    add_configuration(parser)
+    parser.set_defaults(is_rank=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
+    return run_rank(args)
+
+
+def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | None = None) -> int:
+    """Run one rank of a job; the exit status of its process.
+
+    What must hold from the rank's first moment comes before the imports, which take seconds: a signal that arrives
+    during those is heard.
+
+    Args:
+        args: configuration and overrides.
+        make_observer: makes what watches the rank.
+    """
+    from megatron_sphinx import console
+    from megatron_sphinx.liveness.stop import StopSignal
+
+    console.reserve_streams()
+    with StopSignal() as stop:
+        from megatron_sphinx import config as configuration
+
+        config = configuration.load(args.config, args.overrides)
+        with console.enduring(Path(config.run.folder) / "log.txt"):
+            from megatron_sphinx.run import train
+
+            return train.train(config, stop, make_observer() if make_observer else None)
