@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data", "prepare",
-    "stage", "checkpoint", "training", "config", "run", "sizing", "benchmark", "__main__",
+    "errors", "values", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data", "prepare",
+    "stage", "checkpoint", "training", "config", "config_reference", "run", "sizing", "benchmark", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
@@ -19,7 +19,7 @@ OWNERS = {
     "fsspec": {"data/files.py"},
     "pymupdf": {"prepare/documents.py"},
 }
-LIGHT = ["errors.py", "paths.py", "config.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
+LIGHT = ["errors.py", "paths.py", "values.py", "config.py", "config_reference.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
          "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",

@@ -267,7 +267,7 @@ def _open(
             memory = Memory(Path(config.run.folder) / "content")
             sources.check(memory)
             scan = sources.scan(memory)
-        counted = config.counted(sources.pairs.bounds[-1] if sources.pairs else 0)
+        counted = config.with_epochs_in_steps(sources.pairs.bounds[-1] if sources.pairs else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
