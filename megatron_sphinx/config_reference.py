@@ -23,7 +23,7 @@ WORDS = {
 }
 HEAD = """# Configuration
 
-<!-- Made by `python -m megatron_sphinx.config_reference`; change the docstrings of the Config classes, not this page. -->
+<!-- Made by `python -m megatron_sphinx.config_reference`: change the docstrings of the Config classes, not this. -->
 
 A run is described by one YAML file of sections, such as [examples/demo.yaml](../examples/demo.yaml). A key is written
 `section.key` in messages and on the command line. An unknown key, a value of the wrong type or one out of range is
@@ -36,10 +36,10 @@ Of all that give a value for a key, the one furthest down this list counts:
 1. **The default** in the tables below. A key without one must be given by something further down.
 2. **The recipe**, where `training.recipe` names one: a file of `megatron_sphinx/presets/recipes/` with the batch, the
    schedule and the length of a training stage.
-3. **The preset**, where `model.preset` names one: a file of `megatron_sphinx/presets/` with a model of the papers, which
-   also names its recipe. A run may name another recipe than its preset does.
-4. **The bases** of the file: `base: other.yaml`, or a list of them, the last above the others. A path is relative to the
-   file that names it, and a base may have bases of its own.
+3. **The preset**, where `model.preset` names one: a file of `megatron_sphinx/presets/` with a model of the papers,
+   which also names its recipe. A run may name another recipe than its preset does.
+4. **The bases** of the file: `base: other.yaml`, or a list of them, the last above the others. A path is relative to
+   the file that names it, and a base may have bases of its own.
 5. **The file** that the command is given.
 6. **The command line**: `key.path=value`, the last of several for one key. A value is YAML; a whole number in the path
    picks an item of a list, as in `vision.experts.0.weights=random`.
@@ -47,8 +47,8 @@ Of all that give a value for a key, the one furthest down this list counts:
 Sections are laid over one another key by key; a list or a single value replaces the whole of what is below it.
 
 `megatron-sphinx config CONFIG key=value` prints the result, every value spelled out, and with `--get KEY` only one of
-them; a run keeps it as `config.yaml` in its folder. In place of a file, a command takes the name of a preset: a run of it,
-with paths of data that are only an example.
+them; a run keeps it as `config.yaml` in its folder. In place of a file, a command takes the name of a preset: a run of
+it, with paths of data that are only an example.
 """
 
 
@@ -84,7 +84,7 @@ def attributes(cls: type) -> dict[str, str]:
 
 
 def keys(cls: type = Config, path: str = "") -> Iterator[Key]:
-    """List every key below a class, section by section in the order of its fields; `path` is what stands before them."""
+    """List every key below a class, section by section in the order of its fields; each begins with `path`."""
     texts, types = attributes(cls), get_type_hints(cls)
     for item in fields(cls):
         name, kind = f"{path}{item.name}", types[item.name]

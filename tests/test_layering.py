@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "values", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data", "prepare",
-    "stage", "checkpoint", "training", "config", "config_reference", "run", "sizing", "benchmark", "__main__",
+    "errors", "values", "console", "paths", "lock", "unpickling", "device", "liveness", "parallel", "model", "data",
+    "prepare", "stage", "checkpoint", "training", "config", "config_reference", "run", "sizing", "benchmark",
+    "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_engine.py"},
@@ -19,7 +20,8 @@ OWNERS = {
     "fsspec": {"data/files.py"},
     "pymupdf": {"prepare/documents.py"},
 }
-LIGHT = ["errors.py", "paths.py", "values.py", "config.py", "config_reference.py", "parallel/layout.py", "model/architecture.py", "model/views.py",
+LIGHT = ["errors.py", "values.py", "paths.py", "config.py", "config_reference.py", "parallel/layout.py",
+         "model/architecture.py", "model/views.py",
          "data/packing.py", "prepare/boxes.py", "data/plan.py", "data/shuffle.py", "prepare/tasks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py",
