@@ -83,17 +83,17 @@ def attributes(cls: type) -> dict[str, str]:
     return texts
 
 
-def keys(cls: type = Config, path: str = "") -> Iterator[Key]:
+def keys_of(cls: type, path: str = "") -> Iterator[Key]:
     """List every key below a class, section by section in the order of its fields; each begins with `path`."""
     texts, types = attributes(cls), get_type_hints(cls)
     for item in fields(cls):
         name, kind = f"{path}{item.name}", types[item.name]
         if is_dataclass(kind):
-            yield from keys(kind, f"{name}.")  # type: ignore[arg-type]
+            yield from keys_of(kind, f"{name}.")  # type: ignore[arg-type]
             continue
         yield Key(name=name, kind=_kind(kind), default=_default(item), text=texts.get(item.name, ""))
         if get_origin(kind) is tuple and is_dataclass(inner := get_args(kind)[0]):
-            yield from keys(inner, f"{name}.<n>.")  # type: ignore[arg-type]
+            yield from keys_of(inner, f"{name}.<n>.")  # type: ignore[arg-type]
 
 
 def _kind(kind: Any) -> str:
@@ -119,7 +119,7 @@ def _default(item: Field[Any]) -> str:
 def reference() -> str:
     """Write docs/configuration.md: where values come from, then a table of keys for each section."""
     lines = [HEAD, *_recipes()]
-    known = list(keys())
+    known = list(keys_of(Config))
     purposes, types = attributes(Config), get_type_hints(Config)
     for section in fields(Config):
         cls = types[section.name]
