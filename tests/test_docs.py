@@ -27,7 +27,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {key.name: key for key in config_reference.keys_of(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS}
 PROGRAMS = (["megatron-sphinx"], ["python", "-m", "megatron_sphinx"])
-NO_KEYS = {"config.yaml", "config.py", "loss.png"}  # files whose names look like keys, on which no section has a claim
+# Files whose names look like keys.
+NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 
 # Where each kind of command in a fenced block is run: words that a file of tests/ or .ci/run holds, and nothing else
 # does. A target of make that trains for minutes is run there by its programs, with few steps; the Makefile's own lines
@@ -46,6 +47,8 @@ RUN_BY = {
     "megatron-sphinx plan layouts": r"def test_commands_that_take_no_time_do_what_they_say",
     "megatron-sphinx plan step": r'"plan", (str\(config\)|"step").*"--step"',
     "megatron-sphinx plan dry-run": r'"dry-run"|"--dry-run"',
+    "megatron-sphinx plan calibrate": r'"--calibrate"|"calibrate"',
+    "megatron-sphinx plan published": r'"--published"|"published"',
     "megatron-sphinx convert": r'"convert"|"convert_checkpoint(\.py)?"',
     "megatron-sphinx mix": r'"mix"|"interpolate_weights(\.py)?"',
     "megatron-sphinx inspect": r'"inspect"|"inspect_checkpoint(\.py)?"',
@@ -233,6 +236,14 @@ def test_files_and_keys_in_sentences_exist(page):
             assert is_key(name.group(0)) or name.group(0) in KEYS, f"{page.name}: {code} is no key"
 
 
+def test_every_key_of_the_metrics_is_written_somewhere():
+    page = (ROOT / "docs" / "run_folder.md").read_text().partition("## A line of metrics.jsonl")[2]
+    keys = {key for line in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for key in re.findall(r"`(\w+)`", line)}
+    code = "\n".join(path.read_text() for path in (ROOT / "megatron_sphinx").rglob("*.py"))
+    assert len(keys) > 25
+    assert {key for key in keys if f'"{key}"' not in code and not key.startswith("expert_load_")} == set()
+
+
 def test_no_number_of_the_readme_is_said_again():
     """A result that is printed in two places is mended in one."""
     seen: dict[str, str] = {}
@@ -298,8 +309,8 @@ def is_row_of_table(line: str) -> bool:
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in commands() if command.kind in ("megatron-sphinx plan sizes", "megatron-sphinx plan layouts")
-     and command.is_fenced],
+    [command for command in commands() if command.is_fenced
+     and command.kind.removeprefix("megatron-sphinx plan ") in ("sizes", "layouts", "published")],
     ids=str,
 )  # fmt: skip
 def test_commands_that_take_no_time_do_what_they_say(command, capsys, monkeypatch):
