@@ -34,13 +34,13 @@ class RunConfig:
         seed: the number that every random choice of the run follows from: new weights and the order of the data.
         device: what ranks compute on: cpu; cuda, a GPU for each rank; or auto, cuda if each rank of the job has a GPU
             of its own, else cpu.
-        timeout: seconds after which a rank that gets no further, or is not heard of, ends the job and is named; at
-            least 3.
-        storage_timeout: seconds that a rank may take to start up or to save a checkpoint before it ends the job and is
-            named; at least run.timeout.
-        print_interval: optimizer steps between two progress lines.
-        straggler_interval: optimizer steps between two probes of each rank's speed, a matrix product of some
-            milliseconds; 0 for none.
+        timeout (seconds): how long a rank may get no further, or not be heard of, before it ends the job and is named;
+            at least 3.
+        storage_timeout (seconds): how long a rank may take to start up or to save a checkpoint before it ends the job
+            and is named; at least run.timeout.
+        print_interval (steps): how often a progress line is printed.
+        straggler_interval (steps): how often each rank's speed is probed, by a matrix product of some milliseconds; 0
+            for never.
         straggler_ratio: how many times the median rank's time a rank must have taken in each of its last three probes
             to be reported; above 1.
     """
@@ -76,15 +76,15 @@ class TrainingConfig:
     Attributes:
         recipe: the training recipe whose values fill what neither the files nor the preset give: stage1, stage2 or
             one_stage, the files of presets/recipes/.
-        steps: optimizer steps of the whole run; 0 where training.epochs gives its length.
-        epochs: passes over the pairs or conversations, which are counted in steps when the data is opened; 0 where
-            training.steps gives the length of the run.
+        steps (steps): length of the whole run in optimizer steps; 0 where training.epochs gives it.
+        epochs (passes): length of the whole run in passes over the pairs or conversations, which are counted in steps
+            when the data is opened; 0 where training.steps gives it.
         train: which weights are trained: all (language model, projections, tags), projections (with tags and skip
             token) or language. What is not trained stays as model.weights has it; the encoders always do.
         precision: the type of weights and activations: bf16 (fp32 master weights in the optimizer) or fp32.
         activation_checkpointing: what backward computes again instead of keeping it: none; selective, the feed-forward
             layers and experts; or full, whole layers from their inputs.
-        checkpointed_layers: layers of each pipeline stage that are computed again with
+        checkpointed_layers (layers): how many layers of each pipeline stage are computed again with
             training.activation_checkpointing=full; null for all of them.
     """
 
@@ -138,8 +138,8 @@ class CheckpointConfig:
     """When a training state is kept.
 
     Attributes:
-        interval: optimizer steps between two checkpoints; the last step always makes one.
-        keep: how many of the newest checkpoints stay, beside the one that the run goes on from; at least 1.
+        interval (steps): how often a checkpoint is made; the last step always makes one.
+        keep (checkpoints): how many of the newest stay, beside the one that the run goes on from; at least 1.
         resume: which checkpoint the run goes on from: auto (the newest intact one, or a fresh start), none, or the path
             of one. Where the run folder has later steps than that, they are moved aside.
     """

@@ -46,6 +46,9 @@ Of all that give a value for a key, the one furthest down this list counts:
 
 Sections are laid over one another key by key; a list or a single value replaces the whole of what is below it.
 
+In the tables a step is an optimizer step, a pass goes over all pairs or conversations once, and a number without a unit
+is a pure number.
+
 `megatron-sphinx config CONFIG key=value` prints the result, every value spelled out, and with `--get KEY` only one of
 them; a run keeps it as `config.yaml` in its folder. In place of a file, a command takes the name of a preset: a run of
 it, with paths of data that are only an example.
@@ -60,26 +63,32 @@ class Key:
         name: the dotted path, with `<n>` for the number of an item of a list.
         kind: the type of its values, in words.
         default: what holds where nothing gives the key, as YAML; empty where it must be given.
-        text: what the key does, in which unit, and which values fit.
+        unit: what a number counts or is measured in; empty for a pure number, and for what is no number.
+        text: what the key does, and which values fit.
     """
 
     name: str
     kind: str
     default: str
+    unit: str
     text: str
 
 
-def attributes(cls: type) -> dict[str, str]:
-    """Read the `Attributes:` section of a class's docstring: the text of each attribute in one line, by its name."""
+def attributes(cls: type) -> dict[str, tuple[str, str]]:
+    """Read the `Attributes:` section of a class's docstring: the unit and the text of each attribute, by its name.
+
+    An attribute is written `name: text` or `name (unit): text`; lines that go on are indented further.
+    """
     section = re.search(r"^Attributes:\n((?: +.*\n?|\n)*)", inspect.getdoc(cls) or "", re.MULTILINE)
-    texts: dict[str, str] = {}
+    texts: dict[str, tuple[str, str]] = {}
     name = ""
     for line in section.group(1).splitlines() if section else ():
-        if entry := re.fullmatch(r" {4}(\w+): (.*)", line):
-            name = entry.group(1)
-            texts[name] = entry.group(2)
+        if entry := re.fullmatch(r" {4}(\w+)(?: \(([\w -]+)\))?: (.*)", line):
+            name, unit, text = entry.groups("")
+            texts[name] = unit, text
         elif line.strip():
-            texts[name] += f" {line.strip()}"
+            unit, text = texts[name]
+            texts[name] = unit, f"{text} {line.strip()}"
     return texts
 
 
@@ -91,7 +100,8 @@ def keys_of(cls: type, path: str = "") -> Iterator[Key]:
         if is_dataclass(kind):
             yield from keys_of(kind, f"{name}.")  # type: ignore[arg-type]
             continue
-        yield Key(name=name, kind=_kind(kind), default=_default(item), text=texts.get(item.name, ""))
+        unit, text = texts.get(item.name, ("", ""))
+        yield Key(name=name, kind=_kind(kind), default=_default(item), unit=unit, text=text)
         if get_origin(kind) is tuple and is_dataclass(inner := get_args(kind)[0]):
             yield from keys_of(inner, f"{name}.<n>.")  # type: ignore[arg-type]
 
@@ -125,8 +135,8 @@ def reference() -> str:
         cls = types[section.name]
         file = f"{cls.__module__.replace('.', '/')}.py"
         lines += [f"## {section.name}", ""]
-        lines += [f"{_sentence(purposes[section.name])} `{cls.__name__}` in [{file}](../{file}).", ""]
-        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
+        lines += [f"{_sentence(purposes[section.name][1])} `{cls.__name__}` in [{file}](../{file}).", ""]
+        lines += ["| key | type | default | unit | what it does |", "|---|---|---|---|---|"]
         lines += [_row(key) for key in known if key.name.startswith(f"{section.name}.")]
         lines += [""]
     return "\n".join(lines)
@@ -150,7 +160,7 @@ def _recipes() -> Iterator[str]:
 def _row(key: Key) -> str:
     """Write the row of a section's table for one key."""
     default = f"`{key.default}`" if key.default else "must be given"
-    return f"| `{key.name}` | {key.kind} | {default} | {_sentence(key.text)} |"
+    return f"| `{key.name}` | {key.kind} | {default} | {key.unit} | {_sentence(key.text)} |"
 
 
 def _sentence(text: str) -> str:

@@ -12,9 +12,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
@@ -343,32 +342,7 @@ def test_the_makefile_calls_programs_with_arguments_that_they_take(parse):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pages that are made, or that name classes
-
-
-def test_the_reference_of_the_configuration_is_made_anew():
-    """`python -m megatron_sphinx.config_reference > docs/configuration.md` brings it up to date."""
-    assert (ROOT / "docs" / "configuration.md").read_text() == config_reference.reference()
-
-
-@pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
-def test_every_key_is_described(key):
-    assert len(key.text.split()) >= 4, f"{key.name} needs a description in the Attributes of its class"
-    assert re.match(r"\w", key.text)
-
-
-def config_classes(cls: type = Config) -> Iterator[type]:
-    """The whole configuration's class, and those of its sections and of the items of their lists."""
-    yield cls
-    for kind in get_type_hints(cls).values():
-        for inner in (kind, *get_args(kind)):
-            if is_dataclass(inner):
-                yield from config_classes(inner)
-
-
-def test_descriptions_are_of_fields_that_exist():
-    for cls in config_classes():
-        assert set(config_reference.attributes(cls)) == set(cls.__dataclass_fields__), cls.__name__
+# the glossary
 
 
 def glossary() -> list[tuple[str, str]]:

@@ -60,19 +60,20 @@ class DataConfig:
         text: folders of text made by `megatron-sphinx prepare text`, or prefixes of Megatron's .bin and .idx, given as
             the folders of data.pairs are.
         tokenizer: file of the sentencepiece model that all of the data was made with.
-        pairs_per_step: image-text pairs in every optimizer step; 0 for a run without pairs.
-        conversations_per_step: conversations in every optimizer step, with an image or without; 0 for a run without
-            conversations.
-        text_tokens_per_step: text tokens in every optimizer step; 0 for a run without text.
-        sequence_length: the most positions of a row; longer documents are cut in consecutive pieces, longer captions
-            lose their end, longer conversations their last turns.
-        row_multiple: number that the rows of a step are a multiple of. The rows are of equal cost, so any number of
-            replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where a
-            row has its share of the cost, so let it be small beside the number of rows.
-        micro_batch_rows: the most rows that a replica computes at once; at least 1.
-        max_bad_share: share of the samples, from 0 to 1; the run stops when more than it could not be read.
+        pairs_per_step (pairs): image-text pairs in every optimizer step; 0 for a run without pairs.
+        conversations_per_step (conversations): conversations in every optimizer step, with an image or without; 0 for
+            a run without conversations.
+        text_tokens_per_step (tokens): text tokens in every optimizer step; 0 for a run without text.
+        sequence_length (positions): the most positions of a row; longer documents are cut in consecutive pieces, longer
+            captions lose their end, longer conversations their last turns.
+        row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
+            of replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where
+            a row has its share of the cost, so let it be small beside the number of rows.
+        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1.
+        max_bad_share: share of the samples, from 0 to 1; the run stops when more than that could not be read.
         isolate_documents: whether attention stays inside each document and sample (true) or goes over the whole row.
-        workers: threads that read and decode images on a rank; where shards are behind a URL, several for each core.
+        workers (threads): how many threads read and decode images on a rank; where shards are behind a URL, take
+            several for each core.
 
     Source: SPHINX, arXiv:2311.07575, section 4.1: 640 pairs and 65,536 text tokens a step.
     """

@@ -22,15 +22,16 @@ class LanguageConfig:
         weights: path of the checkpoint whose weights this run begins with, in any format that
             `megatron-sphinx convert` reads, or another run's folder for its newest checkpoint; null for weights drawn
             from run.seed.
-        layers: number of decoder layers; at least 1.
-        hidden: width of the residual stream; a multiple of twice model.heads.
-        ffn: width inside a feed-forward layer, or inside each expert.
-        heads: number of query heads in each layer.
-        groups: number of key-value heads in each layer; must divide model.heads.
-        vocabulary: number of tokens of the tokenizer, without padding.
-        experts: feed-forward experts of every layer, as Mixtral has them; 0 for the one feed-forward layer of a LLaMA.
-        experts_per_token: how many of the experts compute a token, from 2 to model.experts; the softmax is over their
-            logits only.
+        layers (layers): number of decoder layers; at least 1.
+        hidden (channels): width of the residual stream; a multiple of twice model.heads.
+        ffn (channels): width inside a feed-forward layer, or inside each expert.
+        heads (heads): number of query heads in each layer.
+        groups (heads): number of key-value heads in each layer; must divide model.heads.
+        vocabulary (tokens): number of tokens of the tokenizer, without padding.
+        experts (experts): feed-forward experts of every layer, as Mixtral has them; 0 for the one feed-forward layer of
+            a LLaMA.
+        experts_per_token (experts): how many of the experts compute a token, from 2 to model.experts; the softmax is
+            over their logits only.
         balance_loss_coefficient: factor of the load-balancing loss of each layer; 0 for none.
         z_loss_coefficient: factor of the squared log-sum-exp of each layer's router logits; 0 for none.
         rope_theta: base of the frequencies of rotary position embeddings.
@@ -235,13 +236,14 @@ class VisionConfig:
     Attributes:
         experts: list of the frozen visual experts; their features are concatenated by channel in this order, and the
             tokens of a Q-Former stand before them.
-        grid: side, in patches, of the square of patch tokens of a view; a multiple of what each expert gives natively.
-        views: how many views of a picture the model sees: 1, the whole square; 5 or 10, also its 2 x 2 or 3 x 3 parts,
-            row by row.
+        grid (patches): side of the square of patch tokens of a view; a multiple of what each expert gives natively.
+        views (views): how many views of a picture the model sees: 1, the whole square; 5 or 10, also its 2 x 2 or 3 x 3
+            parts, row by row.
         padding: where a picture sits in the square that it is padded to: centre (SPHINX) or corner (SPHINX-X).
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
         resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
-        batch_views: views encoded at once; the shape is always full, so that a feature's bits never depend on it.
+        batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
+            never depend on it.
     """
 
     experts: tuple[VisualExpertConfig, ...]

@@ -11,8 +11,8 @@ class StageConfig:
     """How far the encoder stage runs ahead.
 
     Attributes:
-        lookahead: micro-batches that the encoders may be ahead of the language model; bounds the memory of both; at
-            least 1.
+        lookahead (micro-batches): how far the encoders may be ahead of the language model; bounds the memory of both;
+            at least 1.
     """
 
     lookahead: int = 4

@@ -19,10 +19,10 @@ class DivergenceConfig:
         on_nan: what to do where the loss or the gradient is not finite: stop, or skip the step.
         on_spike: what to do where the loss or the gradient's norm spikes: off (train on; in quotes, as YAML takes
             a bare off for false), stop or skip.
-        window: number of trained steps that a spike is measured by, at least 4; none is found before half of them are
-            done.
-        sigma: how many standard deviations above the mean of the window make a spike; above 0.
-        most_skipped: the most steps skipped in a row after which the run still goes on; at least 1.
+        window (steps): number of trained steps that a spike is measured by, at least 4; none is found before half of
+            them are done.
+        sigma (standard deviations): how far above the mean of the window a spike begins; above 0.
+        most_skipped (steps): the most steps skipped in a row after which the run still goes on; at least 1.
 
     Source: the rule for spikes is that of OLMo-core's SkipStepOptimizer, with its default values.
     """

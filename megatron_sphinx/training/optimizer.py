@@ -16,8 +16,8 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the highest learning rate, reached after the warm-up.
         minimum_learning_rate: learning rate at the last step, where the cosine ends.
-        warmup_steps: optimizer steps in which the learning rate rises linearly from 0.
-        warmup_epochs: length of the warm-up in passes over the pairs or conversations; is added to
+        warmup_steps (steps): length of the warm-up, in which the learning rate rises linearly from 0.
+        warmup_epochs (passes): length of the warm-up in passes over the pairs or conversations; is added to
             optimizer.warmup_steps.
         weight_decay: decay of AdamW, on matrices only; norms, biases and tags have none.
         beta1: decay rate of AdamW's mean of the gradient.
