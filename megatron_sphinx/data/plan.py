@@ -64,8 +64,8 @@ class DataConfig:
         conversations_per_step (conversations): conversations in every optimizer step, with an image or without; 0 for
             a run without conversations.
         text_tokens_per_step (tokens): text tokens in every optimizer step; 0 for a run without text.
-        sequence_length (positions): the most positions of a row; longer documents are cut in consecutive pieces, longer
-            captions lose their end, longer conversations their last turns.
+        sequence_length (positions): the most positions of a row; longer documents are cut in consecutive segments,
+            longer captions lose their end, longer conversations their last turns.
         row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
             of replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where
             a row has its share of the cost, so let it be small beside the number of rows.
