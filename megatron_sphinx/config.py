@@ -1,23 +1,27 @@
-"""A run's configuration: a preset, YAML files, then key=value overrides, into checked dataclasses."""
+"""A run's configuration: a preset, YAML files, then key=value overrides, into checked dataclasses.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+A section whose class is not here is a dataclass in the room that it configures. docs/configuration.md lists every key;
+`config_reference.py` makes it from the docstrings of these classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from megatron_sphinx.data.config import DataConfig
-from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.stage.dealing import StageConfig
 from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
+from megatron_sphinx.values import build, check_choice, merge, override, read_mapping
 
-T = TypeVar("T")  # a dataclass
+PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +29,20 @@ class RunConfig:
     """Where a run lives, and what holds for all of it.
 
     Attributes:
-        folder: what the run writes goes here.
-        seed: every random choice of the run follows from it.
-        device: cpu; cuda, a GPU for each rank; or auto, cuda if each rank of the job has a GPU of its own, else cpu.
-        timeout: seconds after which a rank that gets no further, or is not heard of, ends the job and is named.
-        storage_timeout: the same for starting up and for saving a checkpoint.
-        print_interval: steps between two progress lines.
-        straggler_interval: steps between two probes of each rank's speed, a matrix product of some milliseconds; 0 for
-            none.
+        folder: the run folder, which all that the run writes goes to; a path relative to where the job is started. One
+            job at a time writes it.
+        seed: the number that every random choice of the run follows from: new weights and the order of the data.
+        device: what ranks compute on: cpu; cuda, a GPU for each rank; or auto, cuda if each rank of the job has a GPU
+            of its own, else cpu.
+        timeout (seconds): how long a rank may get no further, or not be heard of, before it ends the job and is named;
+            at least 3.
+        storage_timeout (seconds): how long a rank may take to start up or to save a checkpoint before it ends the job
+            and is named; at least run.timeout.
+        print_interval (steps): how often a progress line is printed.
+        straggler_interval (steps): how often each rank's speed is probed, by a matrix product of some milliseconds; 0
+            for never.
         straggler_ratio: how many times the median rank's time a rank must have taken in each of its last three probes
-            to be reported.
+            to be reported; above 1.
     """
 
     folder: str
@@ -66,15 +74,18 @@ class TrainingConfig:
     """What to train, how long and how precisely.
 
     Attributes:
-        recipe: the file of presets/recipes/ that fills what is not given, below what the preset gives.
-        steps: optimizer steps of the whole run; 0 where `epochs` says it.
-        epochs: passes over the pairs or conversations; 0 where `steps` says it.
-        train: all (language model, projections, tags), projections (with tags and skip token) or language. What is
-            not trained stays as model.weights has it; the encoders always do.
-        precision: bf16 (fp32 master weights in the optimizer) or fp32.
+        recipe: the training recipe whose values fill what neither the files nor the preset give: stage1, stage2 or
+            one_stage, the files of presets/recipes/.
+        steps (steps): length of the whole run in optimizer steps; 0 where training.epochs gives it.
+        epochs (passes): length of the whole run in passes over the pairs or conversations, which are counted in steps
+            when the data is opened; 0 where training.steps gives it.
+        train: which weights are trained: all (language model, projections, tags), projections (with tags and skip
+            token) or language. What is not trained stays as model.weights has it; the encoders always do.
+        precision: the type of weights and activations: bf16 (fp32 master weights in the optimizer) or fp32.
         activation_checkpointing: what backward computes again instead of keeping it: none; selective, the feed-forward
             layers and experts; or full, whole layers from their inputs.
-        checkpointed_layers: of full: layers of each pipeline stage that are computed again; without it all.
+        checkpointed_layers (layers): how many layers of each pipeline stage are computed again with
+            training.activation_checkpointing=full; null for all of them.
     """
 
     recipe: str | None = None
@@ -86,9 +97,9 @@ class TrainingConfig:
     checkpointed_layers: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("training.train", self.train, ("all", "projections", "language"))
-        _one_of("training.precision", self.precision, ("bf16", "fp32"))
-        _one_of("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        check_choice("training.train", self.train, ("all", "projections", "language"))
+        check_choice("training.precision", self.precision, ("bf16", "fp32"))
+        check_choice("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         if self.checkpointed_layers is not None:
             if self.activation_checkpointing != "full":
                 raise ConfigError(
@@ -111,7 +122,8 @@ class LossConfig:
     """How the two streams weigh in the loss.
 
     Attributes:
-        text_weight: weight of a text token beside a caption token's 1.
+        text_weight: weight of a text token in the mean over all target tokens of a step, beside the 1 of a token of a
+            caption or an answer; at least 0.
     """
 
     text_weight: float = 1.0
@@ -126,10 +138,10 @@ class CheckpointConfig:
     """When a training state is kept.
 
     Attributes:
-        interval: steps between two checkpoints; the last step always makes one.
-        keep: how many of the newest stay, beside the one that the run goes on from.
-        resume: auto (the newest intact one, or a fresh start), none, or the path of one. Where the run folder has later
-            steps than that, they are moved aside.
+        interval (steps): how often a checkpoint is made; the last step always makes one.
+        keep (checkpoints): how many of the newest stay, beside the one that the run goes on from; at least 1.
+        resume: which checkpoint the run goes on from: auto (the newest intact one, or a fresh start), none, or the path
+            of one. Where the run folder has later steps than that, they are moved aside.
     """
 
     interval: int = 1000
@@ -144,7 +156,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is made of; each part is described where it is used."""
+    """Everything a run is made of, a field for each section of the file; checks what no section can check alone.
+
+    Attributes:
+        run: where the run lives, what it computes on, and how long a rank may be silent.
+        model: shape of the language model, and the weights that it begins with.
+        vision: the frozen visual experts, and how a picture becomes views and tokens.
+        data: the streams of samples and of text, and what a step takes of each.
+        training: how long the run is, which weights it trains, and how precisely.
+        optimizer: AdamW and the schedule of its learning rate.
+        parallel: how the ranks of a job divide the model.
+        stage: the encoder stage, which runs ahead of the language model.
+        loss: how the two streams weigh in the loss.
+        checkpoint: when a training state is saved, how many are kept, and which one a run goes on from.
+        divergence: what happens to a step whose loss or gradient is not finite, or spikes.
+    """
 
     run: RunConfig
     model: LanguageConfig
@@ -176,34 +202,30 @@ class Config:
         self._check_layout()
 
     def _check_layout(self) -> None:
-        """Whether the model can be divided as asked for."""
+        """Refuse sizes of the layout that do not divide the model."""
         model, sizes = self.model, self.parallel
         sizes.stage_layers(model.layers)
-        shared = {
-            "tensor": {"heads": model.heads, "groups": model.groups, "padded_vocabulary": model.padded_vocabulary}
-        }
-        if model.experts:
-            shared |= {"expert": {"experts": model.experts}, "expert_tensor": {"ffn": model.ffn}}
-            if sizes.tensor > 1 and not sizes.sequence:
-                raise ConfigError(
-                    f"parallel.sequence=false: with model.experts={model.experts} the tensor ranks must share the "
-                    f"tokens; set parallel.sequence=true, or parallel.tensor=1"
-                )
-        else:
-            shared["tensor"]["ffn"] = model.ffn
+        if model.experts and sizes.tensor > 1 and not sizes.sequence:
+            raise ConfigError(
+                f"parallel.sequence=false: with model.experts={model.experts} the tensor ranks must share the "
+                f"tokens; set parallel.sequence=true, or parallel.tensor=1"
+            )
+        if not model.experts:
             for name in ("expert", "expert_tensor"):
-                if (size := getattr(sizes, name)) > 1:
-                    raise ConfigError(f"parallel.{name}={size}: the model has no experts; use 1, or set model.experts")
-        for axis, of_model in shared.items():
-            for name, size in of_model.items():
-                if size % (ranks := getattr(sizes, axis)):
-                    raise ConfigError(
-                        f"parallel.{axis}={ranks}: must divide model.{name}={size}; use one of "
-                        f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
-                    )
+                if (ranks := getattr(sizes, name)) > 1:
+                    raise ConfigError(f"parallel.{name}={ranks}: the model has no experts; use 1, or set model.experts")
+        by_expert_ranks = [("expert", "experts"), ("expert_tensor", "ffn")] if model.experts else [("tensor", "ffn")]
+        divided_by_tensor = [("tensor", name) for name in ("heads", "groups", "padded_vocabulary")]
+        for axis, name in divided_by_tensor + by_expert_ranks:
+            ranks, size = getattr(sizes, axis), getattr(model, name)
+            if size % ranks:
+                raise ConfigError(
+                    f"parallel.{axis}={ranks}: must divide model.{name}={size}; use one of "
+                    f"{[n for n in range(1, size + 1) if size % n == 0][:12]}"
+                )
 
-    def counted(self, samples: int) -> "Config":
-        """The same with steps where epochs were given, of so many pairs or conversations.
+    def with_epochs_in_steps(self, samples: int) -> "Config":
+        """Replace epochs, of training and of the warm-up, by the steps that they take with `samples` samples an epoch.
 
         Raises:
             ConfigError: epochs are given, but nothing to count them by.
@@ -223,13 +245,8 @@ class Config:
         )
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every value spelled out; `load` reads it back."""
+        """Write the configuration as YAML, every value spelled out; `load` reads it back."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{key}={value}: unknown value; {nearest(str(value), list(known))}")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -244,56 +261,31 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     name = str(path)
     values = _example(name) if name in presets() and not path.exists() else _read(path)
-    for override in overrides:
-        _override(values, override)
+    for text in overrides:
+        override(values, text)
     for section, key, folder in (("model", "preset", ""), ("training", "recipe", "recipes")):
-        chosen = values.get(section)
-        if isinstance(chosen, dict) and (found := chosen.get(key)) is not None:
-            _one_of(f"{section}.{key}", str(found), presets(folder))
-            values = _merge(_read(_PRESETS / folder / f"{found}.yaml"), values)
+        given = values.get(section)
+        if isinstance(given, dict) and (chosen := given.get(key)) is not None:
+            check_choice(f"{section}.{key}", str(chosen), presets(folder))
+            values = merge(_read(PRESETS / folder / f"{chosen}.yaml"), values)
     return build(Config, values)
 
 
-_PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))
-
-
 def presets(folder: str = "") -> list[str]:
-    """Names of the presets, or of what is in a folder of them."""
-    return sorted(path.stem for path in (_PRESETS / folder).glob("*.yaml"))
+    """List the names of the presets, or of the files in one folder of them, in alphabetical order."""
+    return sorted(path.stem for path in (PRESETS / folder).glob("*.yaml"))
 
 
 def _example(preset: str) -> dict[str, Any]:
+    """Make the values of a run of a preset, with paths that are only an example."""
     data = {"tokenizer": "weights/tokenizer.model"} | {
         name: f"data/{name}" for name in ("pairs", "conversations", "text")
     }
     return {"run": {"folder": f"runs/{preset}"}, "model": {"preset": preset}, "data": data}
 
 
-def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: of the file.
-        title: how messages begin.
-        otherwise: what to do where there is no such file.
-        holds: what it must hold.
-
-    Raises:
-        ConfigError: no such file, not YAML, not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{title}: {error.strerror}; {otherwise}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{title}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{title}: must hold {holds}")
-    return values
-
-
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file over its bases."""
+    """Read a file over the files that its `base:` names; `above` are the files on the way to it."""
     values = read_mapping(
         path,
         str(path),
@@ -305,95 +297,5 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"base={bases}: {path} is its own base; name another file")
     below: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        below = _merge(below, _read(path.parent / str(base), (*above, path.resolve())))
-    return _merge(below, values)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping; lists and scalars are replaced whole."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place; a whole number in the path picks a list's item."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override}: an override must read key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override}: the value is not YAML") from error
-    *parents, last = key.split(".")
-    here: Any = values
-    for name in parents:
-        here = _item(here, name, key) if isinstance(here, list) else here.setdefault(name, {})
-        if not isinstance(here, dict | list):
-            raise ConfigError(f"{key}: {name} is a single value, not a section")
-    if isinstance(here, list):
-        _item(here, last, key)
-        here[int(last)] = value
-    else:
-        here[last] = value
-
-
-def _item(items: list[Any], name: str, key: str) -> Any:
-    if not name.isdigit() or int(name) >= len(items):
-        raise ConfigError(f"{key}: {name} must be one of the {len(items)} items, counted from 0")
-    return items[int(name)]
-
-
-def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Build a tree of dataclasses from plain values.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest known one), a required key left out, a wrong type.
-    """
-    types = get_type_hints(cls)
-    for key in values:
-        if key not in types:
-            raise ConfigError(f"{path}{key}: unknown key; {nearest(f'{path}{key}', [path + name for name in types])}")
-    for item in fields(cls):  # type: ignore[arg-type]
-        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ConfigError(f"{path}{item.name}: not given; set it in the file or as {path}{item.name}=value")
-    return cls(**{key: _value(types[key], value, f"{path}{key}") for key, value in values.items()})
-
-
-def _value(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the type `kind`, or an error that names the key."""
-    if is_dataclass(kind):
-        if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
-            return from_text(value)
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}={value}: must be a section with keys of its own")
-        return build(kind, value, f"{path}.")  # type: ignore[arg-type]
-    if isinstance(kind, UnionType):
-        if value is None and NoneType in get_args(kind):
-            return None
-        kind = next(option for option in get_args(kind) if option is not NoneType)
-    if get_origin(kind) is tuple:
-        if hasattr(get_args(kind)[0], "from_text") and isinstance(value, str | Mapping | None):
-            value = [] if value is None else [value]  # one alone
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{path}={value}: must be a list")
-        return tuple(_value(get_args(kind)[0], item, f"{path}.{i}") for i, item in enumerate(value))
-    return _scalar(kind, value, path)
-
-
-def _scalar(kind: type, value: Any, path: str) -> Any:
-    if kind is float:
-        try:  # YAML reads 5e-5 as text
-            return float(value) if not isinstance(value, bool) else _wrong(kind, value, path)
-        except (TypeError, ValueError):
-            _wrong(kind, value, path)
-    if type(value) is not kind:
-        _wrong(kind, value, path)
-    return value
-
-
-def _wrong(kind: type, value: Any, path: str) -> Any:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{path}={value}: must be {names[kind]}")
+        below = merge(below, _read(path.parent / str(base), (*above, path.resolve())))
+    return merge(below, values)

@@ -55,6 +55,6 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """How to go on after a name that is not known: the nearest known one, or all of them."""
+    """Say how to go on after a name that is not known: with the nearest known one, or with the list of all."""
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

@@ -166,16 +166,16 @@ def test_neither_stream_and_two_qformers_are_refused():
 def test_epochs_become_steps():
     config = configuration.load(Path("sphinx_tiny"))
     assert (config.training.epochs, config.optimizer.warmup_epochs) == (1.0, 0.01)
-    counted = config.counted(15_300_000)  # samples of SPHINX-X, 256 a step
+    counted = config.with_epochs_in_steps(15_300_000)  # samples of SPHINX-X, 256 a step
     assert (counted.training.steps, counted.optimizer.warmup_steps) == (59766, 598)
     assert (counted.training.epochs, counted.optimizer.warmup_epochs) == (0.0, 0.0)
-    assert counted.counted(1) == counted
-    assert config.counted(10).training.steps == 1
+    assert counted.with_epochs_in_steps(1) == counted
+    assert config.with_epochs_in_steps(10).training.steps == 1
     text = ["data.pairs_per_step=0", "training.steps=0", "training.epochs=1"]
     with pytest.raises(ConfigError, match=r"training\.epochs: the run takes no pairs and no conversations to count"):
-        configuration.load(DEMO, text).counted(0)
+        configuration.load(DEMO, text).with_epochs_in_steps(0)
     with pytest.raises(ConfigError, match=r"optimizer\.warmup_epochs: the run takes no pairs"):
-        configuration.load(DEMO, ["data.pairs_per_step=0", "optimizer.warmup_epochs=1"]).counted(0)
+        configuration.load(DEMO, ["data.pairs_per_step=0", "optimizer.warmup_epochs=1"]).with_epochs_in_steps(0)
 
 
 def test_bases_are_laid_one_above_the_other(tmp_path):

@@ -7,12 +7,12 @@ from megatron_sphinx.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Prepared data that a stream is drawn from, and its share of that stream.
+    """One source of prepared data, and its share of its stream.
 
     Attributes:
-        path: folder of an index of samples or of text, or the prefix of a token file.
-        weight: its share of the stream's samples or tokens, relative to the weights of the other sources. Without
-            weights all sources are shuffled as one, so each gives what it has.
+        path: folder of prepared pairs, conversations or text; for text also the prefix of Megatron's .bin and .idx.
+        weight: share of the stream's samples or tokens that this source gives, beside the weights of the others; above
+            0. With null for all sources they are one, and each gives what it has.
     """
 
     path: str
@@ -30,28 +30,30 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The two streams, of samples and of text, and what each optimizer step takes of them.
+    """The two streams, of samples and of text, and what a step takes of each.
 
     Attributes:
-        pairs: folders of indexes of image-text pairs (megatron-sphinx prepare pairs): one path, or a list of paths or
-            of {path, weight}.
-        conversations: folders of indexes of conversations (megatron-sphinx prepare conversations), given like pairs; a
-            run takes one of the two.
-        text: folders of token files (megatron-sphinx prepare text), or prefixes of Megatron's .bin and .idx, given like
-            pairs.
-        tokenizer: the sentencepiece model that all of the data was prepared with.
-        pairs_per_step: image-text pairs in every optimizer step.
-        conversations_per_step: conversations in every optimizer step, with an image or without.
-        text_tokens_per_step: text tokens in every optimizer step.
-        sequence_length: most positions of a row; longer documents are cut in consecutive segments, longer captions lose
-            their end, longer conversations their last turns.
-        row_multiple: the rows of a step are a multiple of this, and of equal cost: any number of replicas that divides
-            it has even work. 1: as few rows as there can be. Long documents are cut where a row has its share of the
-            cost, so let it be small beside the number of rows.
-        micro_batch_rows: most rows that a replica computes at once.
-        max_bad_share: the run stops when more than this share of its samples could not be read.
-        isolate_documents: whether attention stays inside each document and sample.
-        workers: threads that read and decode images on a rank; where shards are behind a URL, several for each core.
+        pairs: folders of image-text pairs made by `megatron-sphinx prepare pairs`: one path, or a list of paths or of
+            {path, weight}.
+        conversations: folders of conversations made by `megatron-sphinx prepare conversations`, given as those of
+            data.pairs are, and instead of them.
+        text: folders of text made by `megatron-sphinx prepare text`, or prefixes of Megatron's .bin and .idx, given as
+            the folders of data.pairs are.
+        tokenizer: file of the sentencepiece model that all of the data was made with.
+        pairs_per_step (pairs): image-text pairs in every optimizer step; 0 for a run without pairs.
+        conversations_per_step (conversations): conversations in every optimizer step, with an image or without; 0 for
+            a run without conversations.
+        text_tokens_per_step (tokens): text tokens in every optimizer step; 0 for a run without text.
+        sequence_length (positions): the most positions of a row; longer documents are cut in consecutive segments,
+            longer captions lose their end, longer conversations their last turns.
+        row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
+            of replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where
+            a row has its share of the cost, so let it be small beside the number of rows.
+        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1.
+        max_bad_share: share of the samples, from 0 to 1; the run stops when more than that could not be read.
+        isolate_documents: whether attention stays inside each document and sample (true) or goes over the whole row.
+        workers (threads): how many threads read and decode images on a rank; where shards are behind a URL, take
+            several for each core.
 
     Source: SPHINX, arXiv:2311.07575, section 4.1: 640 pairs and 65,536 text tokens a step.
     """

@@ -17,21 +17,25 @@ class LanguageConfig:
     """Shape of the decoder, a LLaMA or a Mixtral: RMSNorm, SwiGLU, RoPE, grouped queries, untied output, no biases.
 
     Attributes:
-        preset: the file of presets/ that fills what is not given.
-        weights: a checkpoint whose weights this run begins with, in any format that megatron-sphinx convert reads;
-            another run's folder stands for its newest checkpoint; drawn from the seed unless given.
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        ffn: width inside a feed-forward layer, or inside each expert.
-        heads: query heads.
-        groups: key-value heads.
-        vocabulary: tokens of the tokenizer, without padding.
-        experts: MoE experts of every layer; 0 for the one feed-forward layer of a LLaMA.
-        experts_per_token: how many of them compute a token; the softmax is over their logits only.
-        balance_loss_coefficient: weight of each layer's load-balancing loss in the loss.
-        z_loss_coefficient: weight of the squared log-sum-exp of each layer's router logits in the loss.
-        rope_theta: base of the rotary frequencies.
-        norm_epsilon: added to the mean square in RMSNorm.
+        preset: name of a model of the papers, a file of presets/, whose values fill what the files do not give; null
+            for a model that the files describe themselves.
+        weights: path of the checkpoint whose weights this run begins with, in any format that
+            `megatron-sphinx convert` reads, or another run's folder for its newest checkpoint; null for weights drawn
+            from run.seed.
+        layers (layers): number of decoder layers; at least 1.
+        hidden (channels): width of the residual stream; a multiple of twice model.heads.
+        ffn (channels): width inside a feed-forward layer, or inside each expert.
+        heads (heads): number of query heads in each layer.
+        groups (heads): number of key-value heads in each layer; must divide model.heads.
+        vocabulary (tokens): number of tokens of the tokenizer, without padding.
+        experts (experts): feed-forward experts of every layer, as Mixtral has them; 0 for the one feed-forward layer of
+            a LLaMA.
+        experts_per_token (experts): how many of the experts compute a token, from 2 to model.experts; the softmax is
+            over their logits only.
+        balance_loss_coefficient: factor of the load-balancing loss of each layer; 0 for none.
+        z_loss_coefficient: factor of the squared log-sum-exp of each layer's router logits; 0 for none.
+        rope_theta: base of the frequencies of rotary position embeddings.
+        norm_epsilon: number added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
 
     Source: LLaMA 2, arXiv:2307.09288, section 2.2; Mixtral, arXiv:2401.04088, section 2.
@@ -217,8 +221,10 @@ class VisualExpertConfig:
     """One visual expert of a mixture, and where its weights are.
 
     Attributes:
-        name: which expert, by its name in VISUAL_EXPERTS.
-        weights: a local .safetensors or torch file, or `random`: drawn from the run's seed.
+        name: name of the visual expert: clip_vit_l14, clip_convnext_xxl, clip_convnext_xxl_512, dinov2_vitg14,
+            blip2_qformer, efficientnet_lite0; or, for tests and laptops, clip_vit_small, clip_convnext_small,
+            dinov2_small, blip2_qformer_small.
+        weights: path of a local .safetensors or torch file, or `random` for weights drawn from run.seed.
     """
 
     name: str
@@ -241,13 +247,16 @@ class VisionConfig:
     """The mixture of visual experts, and how a picture becomes tokens.
 
     Attributes:
-        experts: their features are concatenated by channel in this order; a Q-Former's tokens stand before them.
-        grid: side of the square of patch tokens of a view, whatever each expert gives natively.
-        views: 1, the whole square; 5 or 10, also its 2 x 2 or 3 x 3 parts, row by row.
-        padding: where a picture sits in its square: centre (SPHINX) or corner (SPHINX-X).
+        experts: list of the frozen visual experts; their features are concatenated by channel in this order, and the
+            tokens of a Q-Former stand before them.
+        grid (patches): side of the square of patch tokens of a view; a multiple of what each expert gives natively.
+        views (views): how many views of a picture the model sees: 1, the whole square; 5 or 10, also its 2 x 2 or 3 x 3
+            parts, row by row.
+        padding: where a picture sits in the square that it is padded to: centre (SPHINX) or corner (SPHINX-X).
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
-        resize: antialiased; or accessory, as the released code resizes, for its weights.
-        batch_views: views encoded at once. The shape is always full, so that a feature's bits never depend on it.
+        resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
+        batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
+            never depend on it.
     """
 
     experts: tuple[VisualExpertConfig, ...]

@@ -11,13 +11,16 @@ class ParallelConfig:
     """The `parallel:` keys; data parallelism takes what they leave.
 
     Attributes:
-        tensor: ranks that share every weight matrix of the language model.
-        pipeline: stages its layers are cut into.
-        pipeline_layers: decoder layers of each stage; without it as even as they go, the first stages taking more.
-        sequence: whether tensor ranks also share the tokens between the matrices (norms, residuals, routers).
-        expert: ranks of a pipeline stage that share the MoE experts of a layer.
-        expert_tensor: ranks that share every matrix of an MoE expert.
-        encoder: ranks that hold the frozen encoders and nothing else; 0 puts the encoders on the language ranks.
+        tensor (ranks): number of ranks that share every weight matrix of the language model.
+        pipeline (stages): number of stages that the layers of the language model are cut into.
+        pipeline_layers (layers): list of the decoder layers of each stage; null for as even as they go, the first
+            stages taking more.
+        sequence: whether tensor ranks also share the tokens between the matrices (norms, residuals, routers); needed
+            where a model with experts is on several tensor ranks.
+        expert (ranks): number of ranks of a pipeline stage that share the experts of a layer.
+        expert_tensor (ranks): number of ranks that share every matrix of an expert.
+        encoder (ranks): number of ranks that hold the frozen encoders and nothing else; 0 puts the encoders on the
+            language ranks.
     """
 
     tensor: int = 1

@@ -149,7 +149,7 @@ def open_run(
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
         return RankContext(
-            config.counted(sources.samples.bounds[-1] if sources.samples else 0),
+            config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0),
             platform,
             groups,
             sources,

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.config import build, read_mapping
 from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.values import build, read_mapping
 
 KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"))
 

@@ -16,6 +16,7 @@ from megatron_sphinx.sizing import hardware as machines
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.step_time import StepSeconds, step_time
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.values import build
 
 RUNS = Path(str(resources.files("megatron_sphinx") / "sizing" / "published.yaml"))
 _GPUS_PER_NODE = 8
@@ -76,7 +77,7 @@ class PublishedRun:
 def read() -> list[tuple[PublishedRun, LanguageConfig | None]]:
     """Read the published runs, each with its model; None for a run of one of our presets."""
     values = yaml.safe_load(RUNS.read_text())
-    models = {name: configuration.build(LanguageConfig, shape) for name, shape in values["models"].items()}
+    models = {name: build(LanguageConfig, shape) for name, shape in values["models"].items()}
     return [(PublishedRun(**run), models.get(run.get("model"))) for run in values["runs"]]
 
 

@@ -8,10 +8,11 @@ from megatron_sphinx.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """How far the encoder stage may run ahead.
+    """How far the encoder stage runs ahead.
 
     Attributes:
-        lookahead: micro-batches that the encoders may be ahead of the language model; bounds the memory of both.
+        lookahead (micro-batches): how far the encoders may be ahead of the language model; bounds the memory of both;
+            at least 1.
     """
 
     lookahead: int = 4

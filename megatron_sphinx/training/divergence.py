@@ -16,11 +16,13 @@ class DivergenceConfig:
     A step that is skipped keeps its number, its samples and its learning rate; its gradient is thrown away.
 
     Attributes:
-        on_nan: where the loss or the gradient is not finite: stop, or skip the step.
-        on_spike: where one of them spikes: off (train on), stop or skip.
-        window: how many trained steps a spike is measured by; none is found before half of them are done.
-        sigma: how many standard deviations above the mean of the window make a spike.
-        most_skipped: the run stops after more skipped steps in a row.
+        on_nan: what to do where the loss or the gradient is not finite: stop, or skip the step.
+        on_spike: what to do where the loss or the gradient's norm spikes: off (train on; in quotes, as YAML takes
+            a bare off for false), stop or skip.
+        window (steps): number of trained steps that a spike is measured by, at least 4; none is found before half of
+            them are done.
+        sigma (standard deviations): how far above the mean of the window a spike begins; above 0.
+        most_skipped (steps): the most steps skipped in a row after which the run still goes on; at least 1.
 
     Source: the rule for spikes is that of OLMo-core's SkipStepOptimizer, with its default values.
     """

@@ -14,13 +14,16 @@ class OptimizerConfig:
     """AdamW and its schedule, counted in optimizer steps.
 
     Attributes:
-        learning_rate: the highest one, reached after the warm-up.
-        minimum_learning_rate: where the cosine ends, at the last step.
-        warmup_steps: steps of linear rise from 0.
-        warmup_epochs: passes over the pairs or conversations of linear rise; added to warmup_steps.
-        weight_decay: on matrices only; none on norms, biases and tags.
-        beta1, beta2, epsilon: of AdamW.
-        gradient_clip: largest global norm of the gradient; 0 for no limit.
+        learning_rate: the highest learning rate, reached after the warm-up.
+        minimum_learning_rate: learning rate at the last step, where the cosine ends.
+        warmup_steps (steps): length of the warm-up, in which the learning rate rises linearly from 0.
+        warmup_epochs (passes): length of the warm-up in passes over the pairs or conversations; is added to
+            optimizer.warmup_steps.
+        weight_decay: decay of AdamW, on matrices only; norms, biases and tags have none.
+        beta1: decay rate of AdamW's mean of the gradient.
+        beta2: decay rate of AdamW's mean of the squared gradient.
+        epsilon: number that AdamW adds to the root of the mean squared gradient before it divides by that root.
+        gradient_clip: largest global norm of the gradient, above which it is scaled down; 0 for no limit.
 
     Source: SPHINX, arXiv:2311.07575, section 4.1.
     """
