@@ -50,7 +50,7 @@ def one_rank():
 def reference(train, one_rank, **overrides) -> list[dict]:
     key = json.dumps(overrides)
     if key not in one_rank:
-        one_rank[key] = train(1, overrides, name="reference").metrics
+        one_rank[key] = train(1, overrides, name=f"reference{len(one_rank)}").metrics
     return one_rank[key]
 
 

@@ -190,29 +190,42 @@ def step_time(
     """
     replica = ReplicaWork.busiest(work, layout, setup.micro_batch_rows)
     counts = unlike_stages(layout, setup.model.layers)
-    stages = {stage: _stage(setup, layout, replica, stage, hardware, ranks_per_node) for stage in counts}
+    ranks = _RanksOnNodes(layout, hardware, ranks_per_node)
+    stages = {stage: _stage(setup, replica, stage, ranks) for stage in counts}
     totals = {stage: sum(parts.values()) for stage, parts in stages.items()}
     slowest = max(totals, key=lambda stage: totals[stage])
     parts = {name: replica.micro_batches * value for name, value in stages[slowest].items()}
     all_stages = sum(counts[stage] * total for stage, total in totals.items())
     bubble = (all_stages - totals[slowest]) / setup.virtual_stages
     backward = totals[slowest] * 2 / 3
-    exposed = _exposed(setup, layout, replica, slowest, hardware, ranks_per_node, backward)
+    exposed = _exposed(setup, replica, slowest, ranks, backward)
     language = sum(parts.values()) + bubble + sum(exposed.values())
-    features, encoder = _encoding(setup, layout, work, replica, hardware, ranks_per_node, encoders, language)
+    features, encoder = _encoding(setup, work, replica, ranks, encoders, language)
     return StepSeconds(**parts, **exposed, bubble=bubble, features=features, encoder=encoder)
 
 
-def _stage(
-    setup: TrainingSetup,
-    layout: ParallelLayout,
-    replica: ReplicaWork,
-    stage: int,
-    hardware: Hardware,
-    ranks_per_node: int,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class _RanksOnNodes:
+    """A job's ranks on the nodes that they share.
+
+    Attributes:
+        layout: how the job is divided.
+        hardware: hardware of each rank.
+        per_node: ranks of the job on each node.
+    """
+
+    layout: ParallelLayout
+    hardware: Hardware
+    per_node: int
+
+    def seconds_of(self, transfer: Transfer, shards: int | None = None) -> float:
+        """Predict the seconds of a transfer in its group, or among the first `shards` ranks of it."""
+        return seconds_of(transfer, placement_of(transfer.group, self.layout, self.per_node, shards), self.hardware)
+
+
+def _stage(setup: TrainingSetup, replica: ReplicaWork, stage: int, ranks: _RanksOnNodes) -> dict[str, float]:
     """Seconds of one micro-batch on a stage, forward and backward, by what takes them."""
-    model, sizes = setup.model, layout.config
+    model, layout, hardware, sizes = setup.model, ranks.layout, ranks.hardware, ranks.layout.config
     layers = sizes.stage_layers(model.layers)[stage]
     once = forward_flops(setup, layout, replica, stage)
     matmul, attend = hardware.matmul_flops(setup.precision), hardware.attention_flops(setup.precision)
@@ -235,7 +248,7 @@ def _stage(
         ("pipeline", pipeline_transfers(setup, layout, one_micro_batch, stage)),
     ):
         for transfer in transfers:
-            wire[name] += seconds_of(transfer, placement_of(transfer.group, layout, ranks_per_node), hardware)
+            wire[name] += ranks.seconds_of(transfer)
     if setup.is_tensor_overlapped:
         wire["tensor"] = max(0.0, wire["tensor"] - (1 + backward) * matrices)
     if setup.virtual_stages > 1:
@@ -254,19 +267,14 @@ def _stage(
 
 
 def _exposed(
-    setup: TrainingSetup,
-    layout: ParallelLayout,
-    replica: ReplicaWork,
-    stage: int,
-    hardware: Hardware,
-    ranks_per_node: int,
-    backward_seconds: float,
+    setup: TrainingSetup, replica: ReplicaWork, stage: int, ranks: _RanksOnNodes, backward_seconds: float
 ) -> dict[str, float]:
     """Seconds of the gradients' reduction, the weights' gather and the update that no computation hides."""
+    layout, hardware = ranks.layout, ranks.hardware
     seconds = {"reduction": 0.0, "gather": 0.0}
     for transfer in reductions(setup, layout, replica, stage):
-        group = placement_of(transfer.group, layout, ranks_per_node, setup.shards)
-        seconds["reduction" if transfer.purpose == "gradients" else "gather"] += seconds_of(transfer, group, hardware)
+        name = "reduction" if transfer.purpose == "gradients" else "gather"
+        seconds[name] += ranks.seconds_of(transfer, setup.shards)
     times = replica.micro_batches if setup.reduces_each_micro_batch else 1
     if setup.is_reduction_overlapped:
         seconds["reduction"] = max(0.0, seconds["reduction"] - times * backward_seconds)
@@ -286,31 +294,23 @@ def _exposed(
 
 def _encoding(
     setup: TrainingSetup,
-    layout: ParallelLayout,
     work: Work,
     replica: ReplicaWork,
-    hardware: Hardware,
-    ranks_per_node: int,
+    ranks: _RanksOnNodes,
     encoders: EncoderCost | None,
     language: float,
 ) -> tuple[float, float]:
     """Seconds of a step that language ranks give to features, and seconds that an encoder rank takes for a step."""
     if setup.vision is None or encoders is None:
         return 0.0, 0.0
-    sizes = layout.config
-    rate = hardware.encoder_flops
-    spread = sum(
-        seconds_of(transfer, placement_of(transfer.group, layout, ranks_per_node), hardware)
-        for transfer in feature_transfers(setup, layout, replica, 0)
-    )
+    layout, sizes = ranks.layout, ranks.layout.config
+    rate = ranks.hardware.encoder_flops
+    spread = sum(map(ranks.seconds_of, feature_transfers(setup, layout, replica, 0)))
     if not sizes.encoder:
         views = replica.views * replica.micro_batches / (sizes.tensor * sizes.pipeline)
         return views * encoders.flops / rate + spread, 0.0
     seconds = work.views * work.rows * encoders.flops / sizes.encoder / rate
-    sent = communication(setup, layout, work)["encoder"]
-    seconds += sum(
-        seconds_of(transfer, placement_of("features", layout, ranks_per_node), hardware) for transfer in sent
-    )
+    seconds += sum(map(ranks.seconds_of, communication(setup, layout, work)["encoder"]))
     return max(0.0, seconds - language) + spread, seconds
 
 
