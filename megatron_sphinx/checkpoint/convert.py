@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,7 @@ def convert(
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
-    parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
-    return ConversionReport(len(plan.files), len(specs), parameters, differing)
+    return ConversionReport(len(plan.files), len(specs), sum(prod(spec.shape) for spec in specs), differing)
 
 
 def _with_encoders(checkpoint: SourceCheckpoint, experts: Sequence[str], folder: Path | None) -> SourceCheckpoint:
@@ -229,7 +229,7 @@ class _Writer:
 
 
 def _nbytes(contents: FileContents) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in contents.values())
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in contents.values())
 
 
 def _check_files(checkpoint: SourceCheckpoint) -> None:
