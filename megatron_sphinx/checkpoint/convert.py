@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def convert(
         options: how the target is divided.
         shape: shape of the model, for a source of the one format that does not tell it, torch_dist.
         diff: a folder of LLaMA2-Accessory's -diff files, to be added to the source.
-        views: views of a picture, by which LLaMA2-Accessory has modules of their own; those of `options` unless given.
+        views: views of a picture, if they are not those of `options`.
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
         verify: read everything back and compare it with the source.
@@ -94,8 +95,7 @@ def convert(
     checkpoint, to = open_checkpoint(source, shape, diff), format_named(form)
     if verify:
         _check_files(checkpoint)
-    checkpoint = replace(checkpoint, encoders=read_encoders(encoders)) if encoders else checkpoint
-    checkpoint = _selected(checkpoint, experts) if experts else checkpoint
+    checkpoint = _with_encoders(checkpoint, experts, encoders)
     options = replace(options, views=views or options.views, dtype=to.dtype or options.dtype)
     plan = _plan(checkpoint, to, options)
     specs = [spec for file in plan.files for spec in file.tensors]
@@ -114,12 +114,16 @@ def convert(
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
-    parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
-    return ConversionReport(len(plan.files), len(specs), parameters, differing)
+    return ConversionReport(len(plan.files), len(specs), sum(prod(spec.shape) for spec in specs), differing)
 
 
-def _selected(checkpoint: SourceCheckpoint, experts: Sequence[str]) -> SourceCheckpoint:
-    """A checkpoint with some of its visual experts, which no longer are those that it was trained with."""
+def _with_encoders(checkpoint: SourceCheckpoint, experts: Sequence[str], folder: Path | None) -> SourceCheckpoint:
+    """A checkpoint with other frozen experts, and with some of its visual experts, as far as these are given."""
+    if folder:
+        checkpoint = replace(checkpoint, encoders=read_encoders(folder))
+    if not experts:
+        return checkpoint
+    # the visual experts no longer are those that it was trained with
     identity = {name: part for name, part in checkpoint.description.get("identity", {}).items() if name != "vision"}
     return select(replace(checkpoint, description={**checkpoint.description, "identity": identity}), experts)
 
@@ -225,7 +229,7 @@ class _Writer:
 
 
 def _nbytes(contents: FileContents) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in contents.values())
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in contents.values())
 
 
 def _check_files(checkpoint: SourceCheckpoint) -> None:
