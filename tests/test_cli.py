@@ -136,7 +136,7 @@ def test_only_the_first_rank_of_a_job_says_what_every_rank_would(monkeypatch, ca
 
 
 def test_numbers_in_helps_are_those_of_the_code(capsys):
-    from megatron_sphinx.checkpoint.convert import FORMATS
+    from megatron_sphinx.checkpoint.formats.registry import names
     from megatron_sphinx.cli import convert
     from megatron_sphinx.cli.prepare import ocr, som
     from megatron_sphinx.prepare.drawing import MOST_MARKS
@@ -144,7 +144,7 @@ def test_numbers_in_helps_are_those_of_the_code(capsys):
 
     assert som.MOST_MARKS == MOST_MARKS
     assert list(ocr.SETTINGS) == list(DocumentSettings.__dataclass_fields__)
-    assert all(re.search(rf"\b{name}\b", convert.__doc__) for name in FORMATS)
+    assert all(re.search(rf"\b{name}\b", convert.__doc__) for name in names())
 
 
 # plan

@@ -19,8 +19,9 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.index import SAMPLE
 from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pairs import SAMPLE, SampleIndex
+from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.plan import StepPlan, rounds
 from megatron_sphinx.data.sources import Sources, make_planner
