@@ -63,7 +63,7 @@ def read_nothing(config: Path) -> int:
         ("quarantine.jsonl", read_nothing, {"data.max_bad_share": 1.0, "parallel.encoder": 1}),
         ("skipped.jsonl", lambda config: poison(config, list(range(60)), None), SKIP),
     ],
-    ids=str,
+    ids=["quarantine", "skipped"],
 )
 def test_a_full_disk_is_one_line_whatever_is_written(start_ranks, tiny, tmp_path, name, work, settings):
     config = tiny.write(tmp_path / "run.yaml", settings)
