@@ -97,8 +97,9 @@ def test_a_wrong_key_is_said_before_anything_is_imported(words):
     assert not modules & {"torch", "megatron", "deepspeed", "transformers", "pyarrow", "timm", "matplotlib"}
 
 
-@pytest.mark.parametrize("words", [["train", DEMO], ["prepare", "pairs", "a", "b", "--tokenizer", "c"], ["plan"],
-                                   ["convert", "a", "b"], ["doctor"]], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize("words", [["train", str(DEMO)], ["prepare", "pairs", "a", "b", "--tokenizer", "c"], ["plan"],
+                                   ["convert", "a", "b"], ["convert", "a", "b", "--to", "gguf"], ["doctor"]],
+                         ids=" ".join)  # fmt: skip
 def test_a_wrong_option_is_said_before_anything_is_imported(words):
     status, _, error, modules = watch("-m", "megatron_sphinx", *words, "--no-such-option")
     assert status == 2
@@ -136,7 +137,7 @@ def test_only_the_first_rank_of_a_job_says_what_every_rank_would(monkeypatch, ca
 
 
 def test_numbers_in_helps_are_those_of_the_code(capsys):
-    from megatron_sphinx.checkpoint.convert import FORMATS
+    from megatron_sphinx.checkpoint.formats.registry import names
     from megatron_sphinx.cli import convert
     from megatron_sphinx.cli.prepare import ocr, som
     from megatron_sphinx.prepare.drawing import MOST_MARKS
@@ -144,7 +145,7 @@ def test_numbers_in_helps_are_those_of_the_code(capsys):
 
     assert som.MOST_MARKS == MOST_MARKS
     assert list(ocr.SETTINGS) == list(DocumentSettings.__dataclass_fields__)
-    assert all(re.search(rf"\b{name}\b", convert.__doc__) for name in FORMATS)
+    assert all(re.search(rf"\b{name}\b", convert.__doc__) for name in names())
 
 
 # plan
@@ -260,6 +261,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["prepare", "som", ""], {"mark", "merge"}),
         (["plan", ""], set(KINDS)),
         (["plan", "layouts", "--as"], {"--as-configured"}),
+        (["prepare", "tasks", "cap"], {"caption"}),
     ],
 )
 def test_bash_completes_commands_and_options(words, known, capsys, tmp_path):
