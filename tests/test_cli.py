@@ -97,8 +97,9 @@ def test_a_wrong_key_is_said_before_anything_is_imported(words):
     assert not modules & {"torch", "megatron", "deepspeed", "transformers", "pyarrow", "timm", "matplotlib"}
 
 
-@pytest.mark.parametrize("words", [["train", DEMO], ["prepare", "pairs", "a", "b", "--tokenizer", "c"], ["plan"],
-                                   ["convert", "a", "b"], ["doctor"]], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize("words", [["train", str(DEMO)], ["prepare", "pairs", "a", "b", "--tokenizer", "c"], ["plan"],
+                                   ["convert", "a", "b"], ["convert", "a", "b", "--to", "gguf"], ["doctor"]],
+                         ids=" ".join)  # fmt: skip
 def test_a_wrong_option_is_said_before_anything_is_imported(words):
     status, _, error, modules = watch("-m", "megatron_sphinx", *words, "--no-such-option")
     assert status == 2
@@ -260,6 +261,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["prepare", "som", ""], {"mark", "merge"}),
         (["plan", ""], set(KINDS)),
         (["plan", "layouts", "--as"], {"--as-configured"}),
+        (["prepare", "tasks", "cap"], {"caption"}),
     ],
 )
 def test_bash_completes_commands_and_options(words, known, capsys, tmp_path):
