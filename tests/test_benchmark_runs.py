@@ -89,6 +89,7 @@ def test_every_rank_tells_what_it_did(tiny, tmp_path, run_ranks, sizes, world, a
     assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_real_sweep(start_ranks, tiny, tmp_path, capsys, monkeypatch):
     """The whole command, on gloo ranks, with data that is made up.
 

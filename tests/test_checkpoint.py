@@ -92,7 +92,7 @@ def whole_run():
     return {}
 
 
-@pytest.mark.parametrize("pair", range(8))
+@pytest.mark.parametrize("pair", [*range(4), *(pytest.param(pair, marks=pytest.mark.slow) for pair in range(4, 8))])
 def test_a_run_goes_on_in_another_layout(train, whole_run, pair):
     first, second = random.Random(f"pair {pair}").sample(LAYOUTS, 2)
     settings = {"training.steps": 8, "checkpoint.interval": 4}
@@ -211,7 +211,7 @@ def die_while_saving(config: Path, doomed: int) -> int:
     return main(["train", str(config)])
 
 
-@pytest.mark.parametrize("doomed", [0, 1])
+@pytest.mark.parametrize("doomed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(train, start_ranks, tiny, tmp_path, doomed):
     settings = {"training.steps": 12, "checkpoint.interval": 3}
     wanted = train(2, settings, name="whole").metrics

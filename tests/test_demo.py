@@ -73,6 +73,7 @@ def test_figure_7_says_whether_it_shows_what_the_papers_does(tmp_path, monkeypat
     assert (tmp_path / "figure7.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_family(run_example, run_ranks, tmp_path):
     """Stage 1 twice, theta_mix, stage 2 with experts and views that are skipped, held-out questions: a step of each."""
     demo, data = tmp_path / "demo", tmp_path / "family"

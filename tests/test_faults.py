@@ -168,6 +168,7 @@ def save_slowly(config: Path, seconds: float) -> int:
     return main(["train", str(config)])
 
 
+@pytest.mark.slow
 def test_a_long_save_is_no_stall_until_it_takes_longer_than_files_may(start_ranks, tiny, tmp_path):
     settings = {"parallel.encoder": 1, "run.timeout": 6, "checkpoint.interval": 1}
     config = tiny.write(tmp_path / "slow.yaml", settings)

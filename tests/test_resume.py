@@ -75,7 +75,9 @@ def test_five_kills_and_other_layouts_lose_and_repeat_no_sample(train, tiny):
     assert set(times.values()) <= {int(epochs), int(epochs) + 1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=["TERM", "USR1"]
+)
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on(train, number):
     settings = {"training.steps": 40, "checkpoint.interval": 100}
     whole = train(1, settings | {"parallel.encoder": 0}, name="whole").metrics

@@ -53,6 +53,7 @@ def test_published_runs(capsys):
     assert sum(near) >= 0.8 * len(near)
 
 
+@pytest.mark.slow
 def test_calibration_writes_hardware_that_plans(tiny, tmp_path, capsys):
     path, target = tiny.write(tmp_path / "run.yaml", {"training.precision": "fp32"}), tmp_path / "here" / "mine.yaml"
     assert main(["plan", str(path), "--ranks", "2", "--calibrate", str(target)]) == 0

@@ -147,7 +147,7 @@ def random_layout(seed: int) -> tuple[int, dict[str, object]]:
     return world, overrides | {"data.text_tokens_per_step": 1024 * rows - 192}  # the pairs take the rest
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [2, 5, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1, 3, 4))])
 def test_memory_of_random_layouts(start_ranks, tiny, tmp_path, small_peaks, seed):
     """Predicted within 10 % of what each rank held at most."""
 
