@@ -14,6 +14,7 @@ import pytest
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data import streams
 from megatron_sphinx.data.config import DataConfig, DataSource
+from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.streams import Mixture, SampleSizes, TextSpans
 from megatron_sphinx.errors import ConfigError
@@ -349,3 +350,9 @@ def test_the_plan_command_prints_the_composition_of_any_step(tiny, tmp_path, cap
     same = [key for key in printed[3] if key not in ("imbalance", "padding_share")]
     assert [printed[3][key] for key in same] == [printed[5][key] for key in same]
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_cost_little_give_no_replica_a_micro_batch_more():
+    """Four rows of two replicas are one micro-batch of two rows each, though one row costs more than all the others."""
+    rows = [(Segment(False, 0, 0, length, length, length),) for length in (100, 1, 1, 1)]
+    assert [len(dealt) for dealt in planner_of(0, replicas=2, rows=2)._deal(rows)] == [2, 2]
