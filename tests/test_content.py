@@ -6,13 +6,14 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_sphinx.data.content import Memory, Scan
+from megatron_sphinx.data.content import Content, Memory, Scan, check_ids
 from megatron_sphinx.data.index import SAMPLE
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.text import TextIndex
@@ -309,3 +310,13 @@ def test_a_message_shows_nothing_of_a_file_that_is_no_shard(tiny, tmp_path):
     assert reader.name(0) == (str(secret), f"at byte {reader.index.location(0).offset}")
     with pytest.raises(DataError, match="the shard is not the one its index was made for"):
         reader.read(0)
+
+
+@pytest.mark.parametrize(("lowest", "highest", "bad"), [(0, 299, None), (0, 300, 300), (-1, 299, -1), (-1, 300, -1)])
+def test_a_token_id_is_at_least_0_and_less_than_the_vocabulary(lowest, highest, bad):
+    data = SimpleNamespace(label="data.text=x", paths=[Path("x.bin")])
+    if bad is None:
+        check_ids(data, Content(lowest, highest, "none"), 300)
+    else:
+        with pytest.raises(DataError, match=f"data.text=x: x.bin holds token id {bad}, but model.vocabulary=300"):
+            check_ids(data, Content(lowest, highest, "none"), 300)

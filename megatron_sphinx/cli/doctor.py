@@ -220,11 +220,12 @@ def _paths(device: Platform) -> dict[str, str]:
     from megatron_sphinx.model.language import has_transformer_engine
 
     is_portable = not has_transformer_engine()
+    norm = "torch's rms_norm" if device.is_cuda else "one of our own, in fp32"
     return {
         "device": str(device.device),
         "collectives": device.backend,
         "attention": "torch's scaled_dot_product_attention" if is_portable else "transformer-engine",
-        "norm": "torch's rms_norm" if is_portable else "transformer-engine",
+        "norm": norm if is_portable else "transformer-engine",
         "encoders": f"timm, in {'bf16' if device.is_bf16_fast else 'fp32'}",
         "optimizer": "torch's fused AdamW, divided by DeepSpeed's ZeRO-2",
     }
