@@ -36,6 +36,14 @@ def test_dealing_leaves_nothing_out_and_is_fair(seed):
         assert max(load) <= fair + max(cost for views in costs for cost in views)
 
 
+@pytest.mark.parametrize(("replicas", "views", "encoders"), [(1, 4, 2), (2, 3, 2), (3, 4, 6), (4, 1, 2), (1, 7, 7)])
+def test_views_of_equal_cost_are_dealt_evenly_where_they_can_be(replicas, views, encoders):
+    dealt = [0] * encoders
+    for part in deal([[1.0] * views] * replicas, encoders):
+        dealt[part.encoder] += part.count
+    assert dealt == [replicas * views // encoders] * encoders
+
+
 def rounds_of(seed: int, replicas: int, count: int) -> list:
     """Micro-batches with random numbers of pictures, some with none at all."""
     rng = random.Random(seed)
