@@ -3,15 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS := $(BIN)/python examples/launch.py
+# processes that share the tests: more than cores, for a test's ranks wait for each other more than they compute
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20
 RANDOM_RUN := runs/demo_random_expert
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
 FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=$(FIGURE7)
-
-# processes that share the tests: more than cores, for a test's ranks wait for each other more than they compute
-WORKERS ?= 3
 
 export OMP_NUM_THREADS ?= 1
 
@@ -71,7 +70,8 @@ test_slow: $(VENV)/dev.installed
 	$(PYTEST) -m slow $(TESTS)
 
 ## test_all: both
-test_all: test test_slow
+test_all: $(VENV)/dev.installed
+	$(PYTEST) $(TESTS)
 
 ## lint: style, types, and code that nothing uses
 lint: $(VENV)/dev.installed

@@ -369,3 +369,16 @@ def test_the_classes_of_the_glossary_exist():
     named = {code for code in inline_code(text) if re.fullmatch(r"[A-Z]\w+", code)}
     assert len(named) >= 20
     assert named - {node.name for node in nodes} == set()
+
+
+@pytest.mark.parametrize(
+    ("target", "tier"), [("test", '-m "not slow" tests/test_x.py'), ("test_slow", "-m slow "), ("test_all", "")]
+)
+def test_make_shares_tests_among_processes(target, tier):
+    said = subprocess.run(
+        ["make", "-n", target, "TESTS=tests/test_x.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    command = said.stdout.splitlines()[-1]
+    assert re.search(r" --numprocesses=[1-9]\d* --dist=loadgroup ", command)
+    assert tier in command
+    assert command.endswith("tests/test_x.py")

@@ -30,7 +30,7 @@ def add_command(subparsers: Subparsers, name: str, command: Command) -> None:
     """Make a command known under a name."""
     parser = subparsers.add_parser(
         name,
-        help=help_line(command),
+        help=help_line(command).replace("%", "%%"),  # to argparse, % begins a field
         description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,8 +39,8 @@ def add_command(subparsers: Subparsers, name: str, command: Command) -> None:
 
 
 def help_line(command: Command) -> str:
-    """The first line of a command's description, as argparse wants it: it takes % for the start of a field."""
-    return (command.__doc__ or "").partition("\n")[0].replace("%", "%%")
+    """Return the first line of a command's description."""
+    return (command.__doc__ or "").partition("\n")[0]
 
 
 def run_alone(command: Command) -> int:
@@ -59,7 +59,7 @@ def execute(args: argparse.Namespace) -> int:
     except argparse.ArgumentError as error:  # arguments that do not go together
         parser.error(str(error))
     except SphinxError as error:
-        if not getattr(args, "is_rank", False) or _is_first_rank():
+        if not getattr(args, "may_be_rank", False) or _is_first_rank():
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_status
     return status
@@ -70,7 +70,11 @@ def _is_first_rank() -> bool:
 
 
 def add_configuration(parser: argparse.ArgumentParser, *, is_optional: bool = False) -> None:
-    """Let a parser take a configuration, and values of keys that go above those of the file."""
+    """Let a parser take a configuration, and values of keys that go above those of the file.
+
+    Such a command may be started on every rank of a job: the first one alone says what is wrong with the configuration.
+    """
+    parser.set_defaults(may_be_rank=True)
     text = "YAML file, e.g. examples/demo.yaml, or a preset's name"
     parser.add_argument("config", type=Path, metavar="CONFIG", help=text, nargs="?" if is_optional else None)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")

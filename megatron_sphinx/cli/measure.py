@@ -17,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add_configuration(parser)
     add_steps(parser)
-    parser.set_defaults(is_rank=True)
 
 
 def run(args: argparse.Namespace) -> int:

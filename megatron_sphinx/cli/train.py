@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add_configuration(parser)
-    parser.set_defaults(is_rank=True)
 
 
 def run(args: argparse.Namespace) -> int:

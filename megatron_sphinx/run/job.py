@@ -144,12 +144,13 @@ def open_run(
             memory = Memory(Path(config.run.folder) / "content")
             sources.check(memory)
             scan = sources.scan(memory)
+        counted = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0)
         planner = make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
         return RankContext(
-            config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0),
+            counted,
             platform,
             groups,
             sources,

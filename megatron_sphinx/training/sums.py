@@ -20,7 +20,12 @@ class Reduction(Enum):
 
 
 def reduced(how: Reduction, by: str = "") -> float:
-    """Declare a number that is 0 at first and reduced so; `by` is the field that a RANK_OF_MAX looks at."""
+    """Declare a field that begins at 0, and how it is reduced over ranks.
+
+    Args:
+        how: the reduction.
+        by: for RANK_OF_MAX, the field whose largest value decides which rank it is.
+    """
     number: float = field(default=0.0, metadata={"reduction": how, "by": by})
     return number
 

@@ -154,7 +154,7 @@ class Ours:
         self.loop, self.folder = assembly.build_loop(job, trainer, store, reporter), job.folder
 
     def __call__(self, step: int) -> None:
-        """Take the loop's step: plan, loader, training, checks, metrics."""
+        """Take one step of the loop: plan, loader, training, metrics."""
         self.loop.take_step(step)
 
     def loss(self) -> float:

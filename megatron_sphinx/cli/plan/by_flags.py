@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--published", action="store_true", help="predict runs whose speed was published")
     parser.add_argument("--dry-run", action="store_true", help="take the real step without memory, and count")
     add_json(parser)
-    lines = "\n".join(f"  {name:11}{help_line(kind).replace('%%', '%')}" for name, kind in KINDS.items())
+    lines = "\n".join(f"  {name:11}{help_line(kind)}" for name, kind in KINDS.items())
     parser.epilog = f"kinds:\n{lines}"
 
 
