@@ -133,7 +133,9 @@ def test_only_the_first_rank_of_a_job_says_what_every_rank_would(monkeypatch, ca
         assert main(["train", str(DEMO), "parallel.tensr=2"]) == 2
         assert capsys.readouterr().err == ""
         assert main(["config", str(DEMO), "parallel.tensr=2"]) == 2
-        assert "did you mean parallel.tensor?" in capsys.readouterr().err, "which is no rank"
+        assert capsys.readouterr().err == ""
+        assert main(["convert", "nowhere", "target", "--to", "hf"]) == 2
+        assert "nowhere" in capsys.readouterr().err, "which nobody starts on every rank"
 
 
 def test_numbers_in_helps_are_those_of_the_code(capsys):
