@@ -3,8 +3,8 @@
     tools/compare/step.py [--ranks 2] [--rounds 9] [--precision bf16] [--layers 4] [--hidden 512] [--only NAME ...]
 
 Ours is a step of the training loop: plan, loader, training, metrics. All sides train the same weights on the same
-samples of each step by the same AdamW under DeepSpeed ZeRO-2, and what comes of the frozen encoders lies ready for all of them.
-That their first losses agree, before and after an update, is checked.
+samples of each step by the same AdamW under DeepSpeed ZeRO-2, and what comes of the frozen encoders lies ready for all
+of them. That their first losses agree, before and after an update, is checked.
 
 * `bare`: the same model by a loop of a few lines around deepspeed.initialize, on batches that lie ready in memory:
   pairs and text in one step, as stage 1 has them.
