@@ -12,7 +12,7 @@ from conftest import TOOLS
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.cli.main import COMMANDS, PREPARE
-from megatron_sphinx.cli.plan.by_flags import KINDS
+from megatron_sphinx.cli.plan.plain import KINDS
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo.yaml"

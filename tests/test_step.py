@@ -68,7 +68,7 @@ def take_step(bad_views: list[int], watch: Watch | None = None):
     engine = OneLoss()
     trainer = Trainer(
         engine=engine, features=source, groups=groups, device=torch.device("cpu"),
-        watch=watch or Watch(DivergenceConfig()), progress=Progress(), text_weight=TEXT_WEIGHT, layers=0,
+        watch=watch or Watch(DivergenceConfig()), progress=Progress(), text_weight=TEXT_WEIGHT, moe_layers=0,
     )  # fmt: skip
     plan = SimpleNamespace(positions=8, targets=lambda **stream: 4 if next(iter(stream.values())) else 2)
     return engine, trainer.step(plan, [BATCH], rate=0.5)

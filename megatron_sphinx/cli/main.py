@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sphinx import __version__
 from megatron_sphinx.cli import benchmark, config, convert, doctor, inspect, measure, mix, packing, report, train, views
 from megatron_sphinx.cli.command import Command, add_command, execute, help_line
-from megatron_sphinx.cli.plan import by_flags
+from megatron_sphinx.cli.plan import plain
 from megatron_sphinx.cli.prepare import conversations, ocr, pairs, som, tasks, text
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ PREPARE: Mapping[str, Command] = {
     "pairs": pairs, "text": text, "conversations": conversations, "tasks": tasks, "ocr": ocr, "som": som,
 }  # fmt: skip
 COMMANDS: Mapping[str, Command] = {
-    "train": train, "config": config, "plan": by_flags, "convert": convert, "mix": mix, "inspect": inspect,
+    "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
@@ -45,7 +45,7 @@ def make_parser(*, has_plan_kinds: bool) -> argparse.ArgumentParser:
     _add_group(subparsers, "prepare", PREPARE, "Make data ready to train on: pairs, text, conversations.")
     for name, command in COMMANDS.items():
         if name == "plan" and has_plan_kinds:
-            _add_group(subparsers, name, by_flags.KINDS, help_line(by_flags))
+            _add_group(subparsers, name, plain.KINDS, help_line(plain))
         else:
             add_command(subparsers, name, command)
     return parser
@@ -75,7 +75,7 @@ class _PrintCompletion(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 2 the user's mistake, 75 stopped by a signal, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(has_plan_kinds=words[:1] == ["plan"] and len(words) > 1 and words[1] in by_flags.KINDS)
+    parser = make_parser(has_plan_kinds=words[:1] == ["plan"] and len(words) > 1 and words[1] in plain.KINDS)
     args, rest = parser.parse_known_args(words)  # overrides may also stand behind options
     takes_overrides = hasattr(args, "overrides")
     if unknown := [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]:

@@ -98,7 +98,7 @@ def build_trainer(context: RankContext, engine: Engine, features: FeatureSource 
         watch=watch,
         progress=context.progress,
         text_weight=config.loss.text_weight,
-        layers=config.model.layers if config.model.experts else 0,
+        moe_layers=config.model.layers if config.model.experts else 0,
     )
 
 

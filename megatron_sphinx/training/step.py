@@ -65,7 +65,7 @@ class Trainer:
         watch: judges losses and gradient norms.
         progress: where the rank notes what it is at.
         text_weight: what a target of text weighs; one of a pair weighs 1.
-        layers: of the whole model where it has MoE experts, else 0.
+        moe_layers: layers of the whole model where these have MoE experts, else 0.
     """
 
     engine: Engine
@@ -75,7 +75,7 @@ class Trainer:
     watch: Watch
     progress: Progress
     text_weight: float
-    layers: int
+    moe_layers: int
 
     @property
     def feature_wait_seconds(self) -> float:
@@ -120,7 +120,7 @@ class Trainer:
             samples = _suspects(forward.suspects, self.groups, is_spike=isfinite(norm))
         else:
             engine.update(rate, norm, factor)
-        whole.balance /= engine.loss_scale * max(self.layers, 1)
+        whole.balance /= engine.loss_scale * max(self.moe_layers, 1)
         return StepReport(loss, whole, norm, forward.load(), fault, samples)
 
     def _targets(self, pairs: float, text: float) -> float:
@@ -162,7 +162,7 @@ class Forward:
             assert trainer.features is not None
             features, bad = mask_bad(batch, trainer.features.next())
         self._tell_last_stage(bad)
-        routing = routing_of(batch, self.router_weight) if trainer.layers else None
+        routing = routing_of(batch, self.router_weight) if trainer.moe_layers else None
         if routing is not None:
             self.routings.append(routing)
         out: Tensor = trainer.engine.model(batch, features, routing)
@@ -210,12 +210,12 @@ class Forward:
         None without experts.
         """
         trainer, load = self.trainer, None
-        if not trainer.layers:
+        if not trainer.moe_layers:
             return None
         for routing in self.routings:
             for layer, counts in routing.load.items():
                 if load is None:
-                    load = torch.zeros(trainer.layers, *counts.shape, dtype=torch.int64, device=trainer.device)
+                    load = torch.zeros(trainer.moe_layers, *counts.shape, dtype=torch.int64, device=trainer.device)
                 load[layer - 1] += counts
         assert load is not None
         dist.all_reduce(load, group=trainer.groups.language)
