@@ -155,6 +155,9 @@ def test_a_signal_to_any_one_rank_stops_all(train, told, number):
     assert [path.name for path in complete(folder / "checkpoints")] == [f"step_{done:08d}"]
 
 
+SAVING_OFTEN = {"parallel.encoder": 1, "run.timeout": 6, "checkpoint.interval": 1}
+
+
 def save_slowly(config: Path, seconds: float) -> int:
     """Train, but rank 1 takes its time to write its part of a checkpoint."""
     write = CheckpointStore._write_pieces
@@ -169,11 +172,13 @@ def save_slowly(config: Path, seconds: float) -> int:
 
 
 @pytest.mark.slow
-def test_a_long_save_is_no_stall_until_it_takes_longer_than_files_may(start_ranks, tiny, tmp_path):
-    settings = {"parallel.encoder": 1, "run.timeout": 6, "checkpoint.interval": 1}
-    config = tiny.write(tmp_path / "slow.yaml", settings)
+def test_a_long_save_is_no_stall(start_ranks, tiny, tmp_path):
+    config = tiny.write(tmp_path / "slow.yaml", SAVING_OFTEN)
     assert start_ranks(3, lambda: save_slowly(config, 9.0)).wait() == [0, 0, 0]
-    config = tiny.write(tmp_path / "hung.yaml", settings | {"run.storage_timeout": 6})
+
+
+def test_a_save_that_takes_longer_than_files_may_is_a_stall(start_ranks, tiny, tmp_path):
+    config = tiny.write(tmp_path / "hung.yaml", SAVING_OFTEN | {"run.storage_timeout": 6})
     ranks = start_ranks(3, lambda: save_slowly(config, 1000.0))
     assert ranks.wait() == [1, 1, 1]
     assert re.search(

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from safetensors.torch import save_file
 
 from megatron_sphinx.checkpoint import inspect
-from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.convert import convert, task_of
 from megatron_sphinx.checkpoint.formats import registry
 from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, SourceCheckpoint, WriteOptions, WritePlan
 from megatron_sphinx.checkpoint.mapping.axes import CANONICAL_AXES, Model
@@ -237,6 +237,20 @@ def test_a_run_imports_no_format_and_no_converter_until_weights_are_opened():
 def test_weights_of_one_format_import_no_other():
     """The names of all formats are known without torch, and a format is imported when it is asked for."""
     known = reached({"megatron_sphinx.checkpoint.formats.registry"})
-    assert known == {"megatron_sphinx.checkpoint.formats.registry"}
+    assert known == {"megatron_sphinx.checkpoint.formats.registry", "megatron_sphinx.errors"}
     of_megatron = {name.rpartition(".")[2] for name in reached({"megatron_sphinx.checkpoint.formats.megatron"})}
     assert not of_megatron & {"huggingface", "internlm2", "meta", "accessory", "torch_dist", "convert"}
+
+
+def test_a_conversion_that_an_earlier_version_was_stopped_in_goes_on():
+    """What its journal was begun with is what it is begun with now, in the words of that time."""
+    options = WriteOptions(tensor_parallel=2, dtype=torch.bfloat16, shard_bytes=7, is_sparse=True, views=5)
+    model = Model(LanguageConfig(layers=1, hidden=8, ffn=8, heads=2, groups=2, vocabulary=9))
+    task = ["accessory", "Wanted(tensor_parallel=2, dtype=torch.bfloat16, shard_bytes=7, is_sparse=True)"]
+    assert task_of("accessory", options, model)[:2] == task
+    assert task_of("accessory", options, model)[2].startswith("Model(language=LanguageConfig(")
+
+
+def test_a_format_that_nobody_knows_is_named():
+    with pytest.raises(CheckpointError, match="npy: is no format of checkpoints; use one of hf, internlm2, meta, "):
+        registry.format_named("npy")

@@ -333,12 +333,16 @@ def test_the_memory_is_of_buffers_alone(tmp_path, form):
         source = make(tmp_path / f"{name}_hf", 1, of_it)
         convert(source, tmp_path / name, form, WriteOptions())
         shutil.rmtree(source)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
-    grown, largest = int(done.stdout), 24000 * 512 * 4
-    assert grown < largest, f"{grown / largest:.2f} times the largest tensor"
+    grown, largest = [], 24000 * 512 * 4
+    while len(grown) < 3 and min(grown, default=largest) >= largest / 2:  # a busy machine only ever adds to it
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True,
+            env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "2"},
+        )  # fmt: skip
+        grown.append(int(done.stdout))
+        for target in ("warm", "x", "y"):
+            shutil.rmtree(tmp_path / target)
+    assert min(grown) < largest / 2, f"{min(grown) / largest:.2f} times the largest tensor"
 
 
 # the tool

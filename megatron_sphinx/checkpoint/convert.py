@@ -25,6 +25,7 @@ from megatron_sphinx.checkpoint.formats.format import (
 )
 from megatron_sphinx.checkpoint.formats.registry import format_named
 from megatron_sphinx.checkpoint.journal import Journal
+from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
@@ -103,7 +104,7 @@ def convert(
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
     partial = target.with_name(f".{target.name}.partial")
     try:
-        journal = Journal([partial], [form, str(options), str(checkpoint.model)], _inputs(checkpoint))
+        journal = Journal([partial], task_of(form, options, checkpoint.model), _inputs(checkpoint))
         writer = _Writer(partial, checkpoint, to, plan, conversion, options.dtype)
         writer.write_tensors(journal, show)
         writer.write_companions(journal.done)
@@ -115,6 +116,13 @@ def convert(
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
     return ConversionReport(len(plan.files), len(specs), sum(prod(spec.shape) for spec in specs), differing)
+
+
+def task_of(form: str, options: WriteOptions, model: Model) -> list[str]:
+    """Say what a conversion does, in the words by which one that was stopped is recognised: they must not change."""
+    names = ("tensor_parallel", "dtype", "shard_bytes", "is_sparse")
+    values = ", ".join(f"{name}={getattr(options, name)!r}" for name in names)
+    return [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
 
 
 def _with_encoders(checkpoint: SourceCheckpoint, experts: Sequence[str], folder: Path | None) -> SourceCheckpoint:

@@ -23,6 +23,10 @@ class TokenizerIdentity:
     vocabulary: int
     sha256: str
 
+    def __repr__(self) -> str:
+        # Prepared parts are recognised by a hash of this text; the class had this name when the first were made.
+        return f"TokenizerMark(vocabulary={self.vocabulary}, sha256={self.sha256!r})"
+
     @property
     def token_type(self) -> np.dtype[Any]:
         """The type in which token files and indexes hold the ids.

@@ -166,7 +166,7 @@ def build_language(
 
 
 def _recompute(recompute: str, layers: int | None) -> dict[str, Any]:
-    """Say in megatron-core's options what is computed again in backward; MoE experts see to it themselves."""
+    """Make the options of megatron-core that say what backward computes again; of MoE experts RowMoE decides that."""
     if recompute == "none":
         return {}
     if recompute == "selective":

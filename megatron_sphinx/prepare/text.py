@@ -41,9 +41,8 @@ class TokenWriter:
 
     def add(self, tokens: list[int]) -> None:
         """Append one document, given by its token ids."""
-        self._builder.add_document(
-            np.array(tokens, np.int64), [len(tokens)]
-        )  # its type says tensor, but it takes whatever numpy copies
+        # By its type it takes a tensor; it takes whatever numpy copies.
+        self._builder.add_document(np.array(tokens, np.int64), [len(tokens)])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

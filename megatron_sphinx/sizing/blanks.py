@@ -30,9 +30,8 @@ class BlankBatches(BatchBuilder):
     def _fill(self, segment: Segment) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Put as many targets where they would stand."""
         targets = np.full(segment.length, -100, np.int64)
-        last = max(
-            segment.length - 1, segment.targets
-        )  # behind the last target; a text that goes on has one at each token
+        # The end of the targets: a text that goes on in another row has one at each of its tokens.
+        last = max(segment.length - 1, segment.targets)
         targets[last - segment.targets : last] = 0
         return np.zeros(segment.length, np.int64), targets
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
+from megatron_sphinx.errors import CheckpointError
+
 if TYPE_CHECKING:  # imports torch, which takes seconds; the names of the formats are told without
     from megatron_sphinx.checkpoint.formats.format import Format
 
@@ -39,7 +41,13 @@ def names() -> tuple[str, ...]:
 
 
 def format_named(name: str) -> Format:
-    """Return the record of a format, a name of `names`."""
+    """Return the record of a format.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    if name not in _MODULES:
+        raise CheckpointError(f"{name}: is no format of checkpoints; use one of {', '.join(_MODULES)}")
     return cast("Format", import_module(_MODULES[name]).FORMAT)
 
 

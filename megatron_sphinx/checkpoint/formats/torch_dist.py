@@ -70,7 +70,7 @@ def _is_here(folder: Path) -> bool:
 
 
 def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
-    """What a checkpoint holds that has weights of this shape, which it does not tell."""
+    """List the tensors of a checkpoint whose model has a given shape, which its files do not tell."""
     path = _folder_of(folder)
     if shape is None:
         raise CheckpointError(
