@@ -378,7 +378,7 @@ def test_make_shares_tests_among_processes(target, tier):
     said = subprocess.run(
         ["make", "-n", target, "TESTS=tests/test_x.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    command = said.stdout.splitlines()[-1]
+    (command,) = [line for line in said.stdout.splitlines() if " -m pytest " in line]
     assert re.search(r" --numprocesses=[1-9]\d* --dist=loadgroup ", command)
     assert tier in command
     assert command.endswith("tests/test_x.py")
