@@ -95,17 +95,26 @@ class Cluster:
         return self.jobs[-1]
 
 
+def idle_nodes() -> list[str]:
+    """Names of the nodes that no job is on."""
+    return sorted(set(call("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").stdout.split()))
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """The cluster, if there is one with three idle nodes that see `tmp_path`."""
     if shutil.which("sinfo") is None:
         pytest.skip("no Slurm here: sinfo is not found")
-    found = call("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
+    found = call("sinfo", "--noheader", "--Node", "--format=%N")
     if found.returncode:
         pytest.skip(f"no Slurm cluster answers: {found.stderr.strip().splitlines()[-1]}")
-    nodes = sorted(set(found.stdout.split()))
-    if len(nodes) < 3:
-        pytest.skip(f"three idle nodes are needed, Slurm has {len(nodes)}")
+    if (count := len(set(found.stdout.split()))) < 3:
+        pytest.skip(f"three nodes are needed, Slurm has {count}")
+    deadline = time.monotonic() + 120  # the jobs of the test before may still be completing, a node of it be booting
+    while len(nodes := idle_nodes()) < 3:
+        if time.monotonic() > deadline:
+            pytest.skip(f"three idle nodes are needed, Slurm has {len(nodes)}")
+        time.sleep(0.5)
     if call("srun", "--nodes=1", "test", "-d", tmp_path).returncode:
         pytest.skip(f"nodes do not see {tmp_path}; give a --basetemp that they share")
     cluster = Cluster(tmp_path, nodes)
