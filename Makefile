@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS := $(BIN)/python examples/launch.py
 # processes that share the tests: more than cores, for a test's ranks wait for each other more than they compute
 WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --durations=20 -rs
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=20 -rs
 RANDOM_RUN := runs/demo_random_expert
 FIGURE7 := runs/figure7
 FAMILY := runs/family

@@ -54,6 +54,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share tests one by one among processes, those of Slurm jobs in one: a job needs the nodes for itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith("test_slurm.py") else nodeid
+
+    return OneByOne(config, log)
+
+
 @dataclass
 class Ranks:
     """Ranks that have been forked.

@@ -18,10 +18,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytestmark = [
-    pytest.mark.timeout(1500),  # every process of a job imports everything anew
-    pytest.mark.xdist_group("slurm"),  # one after the other: a job needs the nodes for itself
-]
+pytestmark = pytest.mark.timeout(1500)  # every process of a job imports everything anew
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
