@@ -5,6 +5,7 @@ hear what each has to tell. A role for which a phase means nothing inherits a me
 can miss a collective, whatever is added to the list.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class StopNews(NamedTuple):
     reason: str
 
 
-class Role:
+class Role(ABC):
     """The life of one rank: the phases of its start, then `run`.
 
     Each phase returns what this rank tells all others, small and picklable.
@@ -41,9 +42,9 @@ class Role:
         self.context, self.observer = context, observer
         self.told: dict[str, list[Any]] = {}
 
+    @abstractmethod
     def run(self) -> bool:
-        """Do the work of the rank once the start is done; whether the run came to its end as far as this rank knows."""
-        raise NotImplementedError
+        """Do the work of the rank once the start is done; tell whether it came to its end as far as this rank knows."""
 
     # the phases
 
@@ -57,9 +58,9 @@ class Role:
     def build_model(self) -> Any:
         """Build the shard of the language model that this rank has."""
 
+    @abstractmethod
     def introduce(self) -> Holding:
         """Tell what this rank is for, and what weights it holds."""
-        raise NotImplementedError
 
     def say_start(self) -> Any:
         """Say on the first rank what everyone holds, and what the first step is made of."""
