@@ -115,7 +115,7 @@ def test_counts_equal_those_of_real_ranks(run_ranks, tiny, tmp_path, layout):
                 assert found.flops["matrices"] == flops  # torch's counter knows nothing of attention on the CPU
                 return
             # Gloo holds messages a little longer; then of two nearly equal moments the other is the peak.
-            messages = (real.collectives.get(key, (1, 0)) for key in (("pipeline", "send"), ("data", "all-reduce")))
+            messages = (real.collectives.get(key, (1, 0)) for key in (("pipeline", "send"), ("data", "reduce-scatter")))
             longer = sum(ceil(nbytes / times) for times, nbytes in messages)
             small = sum(nbytes for part, nbytes in real.peak.items() if part != "reduction")
             total = pytest.approx(sum(real.peak.values()), rel=0, abs=0.01 * small + 2048 + longer)
@@ -156,7 +156,7 @@ def test_presets_of_few_layers(preset, capsys):
         times = 1 if stages > 1 else found["micro_batches"]  # in a pipeline once, when the schedule has ended
         for name in ("FLOPs", *(name for name in formula if name.endswith(": bytes"))):
             assert counted[name] == pytest.approx(formula[name], rel=0.01), name
-        reduced = sum(counted.get(f"{group} all-reduce: bytes", 0) for group in ("data", "expert_data"))
+        reduced = sum(counted.get(f"{group} reduce-scatter: bytes", 0) for group in ("data", "expert_data"))
         assert reduced == pytest.approx(4 * counted["parameters"] * times, rel=1e-3), "gradients travel in fp32"
     planner, _ = dry_run.plan_of(config, layout)
     shares = [share for micro in planner.step(0).micro_batches for share in shares_of(micro, config.parallel.encoder)]

@@ -72,7 +72,7 @@ class CountBytes(TorchDispatchMode):
 
     KINDS: ClassVar = {
         "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-        "alltoall_base_": "all_to_all", "send": "send", "broadcast_": "broadcast",
+        "reduce_": "reduce_scatter", "alltoall_base_": "all_to_all", "send": "send", "broadcast_": "broadcast",
     }  # fmt: skip
 
     def __init__(self) -> None:

@@ -34,8 +34,6 @@ BATCH = MicroBatch(
 class OneLoss:
     """An engine whose gradient is not computed: it notes what it was given."""
 
-    loss_scale = 1
-
     def __init__(self) -> None:
         self.losses, self.update_of, self.is_discarded = [], None, False
 

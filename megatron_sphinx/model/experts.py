@@ -34,7 +34,7 @@ class Routing:
         row_of_token: int64 [tokens]; the rows are numbered from 0, padding has the last number.
         kind_of_token: int64 [tokens]: TEXT, IMAGE or PADDING.
         row_lengths: int64 [rows], tokens of each row.
-        weight: weight of a token in the balance loss: 1 / tokens of the step, times what the loss is scaled by.
+        weight: weight of a token in the balance loss: 1 / tokens of the step.
         load: for each layer, how many of this rank's tokens each expert took, int64 [TEXT and IMAGE, experts].
         balance: for each layer, this rank's part of the balance loss before its coefficient.
     """

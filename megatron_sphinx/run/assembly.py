@@ -63,7 +63,6 @@ def build_engine(context: RankContext, model: SphinxModel, kind: Callable[..., E
         groups,
         context.platform,
         config.optimizer,
-        precision=config.training.precision,
     )
 
 

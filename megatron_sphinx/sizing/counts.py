@@ -10,7 +10,7 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.activations import number_bytes
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.sizing.work import Work
-from megatron_sphinx.training.memory import REDUCE_BUCKET, rank_weights
+from megatron_sphinx.training.memory import BUCKET, rank_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,6 @@ class TrainingSetup:
             work, one does not.
         gradient_bytes: bytes of a number when gradients are summed over replicas.
         reduces_each_micro_batch: whether gradients are reduced for each micro-batch; else once a step.
-        is_partitioned_reduction: whether the reduction is a reduce-scatter; else an all-reduce, as DeepSpeed's buckets.
         is_reduction_overlapped: whether gradients are reduced while backward goes on.
         is_gather_overlapped: whether the weights are gathered while the next forward goes on.
         is_tensor_overlapped: whether tensor ranks communicate while they compute matrix products.
@@ -50,7 +49,6 @@ class TrainingSetup:
     virtual_stages: int = 1
     gradient_bytes: int = 4
     reduces_each_micro_batch: bool = False
-    is_partitioned_reduction: bool = True
     is_reduction_overlapped: bool = True
     is_gather_overlapped: bool = True
     is_tensor_overlapped: bool = False
@@ -76,7 +74,6 @@ class TrainingSetup:
             micro_batch_rows=config.data.micro_batch_rows,
             train=training.train,
             reduces_each_micro_batch=config.parallel.pipeline == 1,
-            is_partitioned_reduction=False,
             is_reduction_overlapped=is_cuda and config.parallel.pipeline == 1,
             is_gather_overlapped=False,
             is_fused=False,
@@ -94,7 +91,8 @@ class Transfer:
 
     Attributes:
         group: whom it goes to: tensor, data, expert, expert_tensor, expert_data, pipeline, model or features.
-        kind: which collective: all_reduce, all_gather, reduce_scatter, all_to_all, send or broadcast.
+        kind: which collective: all_reduce, all_gather, reduce_scatter (also as a reduce to each rank), all_to_all, send
+            or broadcast.
         purpose: what it is for, in a word or two.
         count: calls in a step.
         bytes: how much all calls together sum, gather (the whole) or send.
@@ -346,12 +344,11 @@ def reductions(setup: TrainingSetup, layout: ParallelLayout, replica: ReplicaWor
         shards = min(setup.shards or copies, copies)
         if copies == 1 or not number:
             continue
-        buckets = max(1, ceil(number / REDUCE_BUCKET))
-        kind = "reduce_scatter" if setup.is_partitioned_reduction else "all_reduce"
+        buckets = max(1, ceil(number / BUCKET))
         total = float(times * setup.gradient_bytes * number)
         if shards > 1:
             name = group if shards == copies else f"{group} shards"
-            yield Transfer(group=name, kind=kind, purpose="gradients", count=times * buckets, bytes=total)
+            yield Transfer(group=name, kind="reduce_scatter", purpose="gradients", count=times * buckets, bytes=total)
             gathers = 2 * replica.micro_batches if setup.is_sharding_weights else 1
             whole = float(gathers * setup.width * number)
             yield Transfer(group=name, kind="all_gather", purpose="weights", count=gathers, bytes=whole)

@@ -18,7 +18,7 @@ from megatron_sphinx.sizing.activations import (
 )
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.work import Work
-from megatron_sphinx.training.memory import REDUCE_BUCKET, RankWeights, rank_weights
+from megatron_sphinx.training.memory import BUCKET, RankWeights, rank_weights
 
 _LARGE_BYTES = 32 * 2**20  # glibc maps larger tensors one by one, and gives them back when they are freed
 _OPTIMIZER_BYTES = 12  # for each trained number: its fp32 value and AdamW's two moments
@@ -46,25 +46,22 @@ class GradientBytes:
     Attributes:
         whole: gradients that lie beside their weights until the end of a pipeline's schedule.
         partition: the part of the reduced gradient that this rank keeps for its optimizer.
-        earlier: the sum over earlier micro-batches, held while another micro-batch's gradients are reduced.
-        buckets: buffers that gradients are collected in.
-        reducing: copies that are made of a bucket while it is reduced.
+        earlier: as much of it as is there when another micro-batch's backward begins.
+        buckets: buffers in which gradients leave for the ranks that update them.
+        newest: the largest gradient, while it is moved.
     """
 
     whole: float
     partition: float
     earlier: float
     buckets: float
-    reducing: float
+    newest: float
 
 
 def _gradient_bytes(
-    weights: RankWeights, layout: ParallelLayout, precision: str, micro_batches: int, largest: float, *, is_cuda: bool
+    weights: RankWeights, layout: ParallelLayout, precision: str, micro_batches: int, largest: float
 ) -> GradientBytes:
     """Count the bytes of the gradients of one rank's trained weights.
-
-    In bf16 the reduced partition is fp32 and summed in place. In fp32 a weight that is only partly in the partition is
-    kept whole, and the gradients of one more micro-batch lie beside the sum.
 
     Args:
         weights: how many numbers the rank trains.
@@ -72,21 +69,22 @@ def _gradient_bytes(
         precision: of the run.
         micro_batches: how many a step has on the busiest replica.
         largest: numbers in the largest trained weight.
-        is_cuda: whether DeepSpeed uses its GPU buffers, two of a fixed size.
     """
     width, trained = number_bytes(precision), weights.shared + weights.experts
     partition = float(-(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data))
     is_pipeline = layout.config.pipeline > 1
-    bucket = float(max(min(REDUCE_BUCKET, trained), largest))
-    if width == FP32_BYTES:
-        partition = min(partition + largest, trained)
     is_reduced_again = micro_batches > 1 and not is_pipeline
+    buckets = 0.0
+    for number, copies in ((weights.shared, layout.data), (weights.experts, layout.expert_data)):
+        if copies > 1:
+            size = min(BUCKET, number)
+            buckets += size * (2 if number > size or is_reduced_again else 1)
     return GradientBytes(
-        whole=width * trained if is_pipeline else 0.0,
+        whole=float(width * trained) if is_pipeline else 0.0,
         partition=FP32_BYTES * partition,
         earlier=FP32_BYTES * partition if is_reduced_again else 0.0,
-        buckets=width * (2.0 * REDUCE_BUCKET if is_cuda else bucket),
-        reducing=bucket * (width + (FP32_BYTES if width == 2 else 0)),
+        buckets=FP32_BYTES * buckets,
+        newest=0.0 if is_pipeline else width * largest,
     )
 
 
@@ -161,26 +159,25 @@ def _moments(
     what small tensors have left, so there the other moments have the activations' memory too.
     """
     model, sizes, precision = config.model, layout.config, config.training.precision
-    width, is_fp32 = number_bytes(precision), precision == "fp32"
+    width = number_bytes(precision)
     trained = weights.shared + weights.experts
     partition = -(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data)
     largest = float(largest_trained_weight(config, layout, stage))
-    gradients = _gradient_bytes(weights, layout, precision, micro_batches, largest, is_cuda=is_cuda)
+    gradients = _gradient_bytes(weights, layout, precision, micro_batches, largest)
     in_flight = min(micro_batches, sizes.pipeline - stage)
     forward = {
         "activations": activation_bytes(config, layout, stage, size, in_flight),
         "logits": logit_bytes(config, layout, size) if stage == sizes.pipeline - 1 else 0.0,
     }
-    reducing = max(0.0, gradients.reducing - gradients.partition) if is_fp32 else gradients.reducing
     backward_begins = forward | {
         "gradients": gradients.earlier + gradients.whole,
-        "buckets": gradients.buckets if is_cuda else 0.0,
+        "buckets": gradients.buckets if gradients.earlier else 0.0,
     }
     backward_ends = {
-        "gradients": gradients.partition + (gradients.earlier if is_fp32 else 0.0) + gradients.whole,
-        "buckets": gradients.buckets + reducing,
+        "gradients": gradients.partition + gradients.whole + gradients.newest,
+        "buckets": gradients.buckets,
     }
-    update = {"gradients": gradients.partition + (float(FP32_BYTES * partition) if is_fp32 else 0.0)}
+    update = {"gradients": gradients.partition}
     gather = {"temporaries": 0.0 if is_cuda or layout.data == 1 else float(width * trained)}
     save = {"temporaries": 0.0 if is_cuda else float(_OPTIMIZER_BYTES * partition)}
     moments = [backward_begins, backward_ends, update, gather, save]

@@ -32,9 +32,9 @@ class RecordedEngine(Engine):
                 weight.register_hook(self._name_gradient)
 
     def _name_gradient(self, gradient: Tensor) -> None:
-        """Name a gradient as soon as it is there, and where DeepSpeed gathers it."""
+        """Name a gradient as soon as it is there, and what carries earlier ones to their ranks."""
         self.recorder.name("gradients", gradient)
-        self.recorder.name("reduction", *self.state.reduction_buffers())
+        self.recorder.name("reduction", *self.reduced.buffers())
 
     def backward(self, forward: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch]) -> None:
         """Compute gradients; in a pipeline all reduction comes behind the schedule."""

@@ -54,7 +54,7 @@ REDUCED = ("data", "expert_data")  # groups that ZeRO reduces gradients in
 COLLECTIVES = {
     "allreduce_": ("all-reduce", 0),
     "allreduce_coalesced_": ("all-reduce", 0),
-    "reduce_": ("reduce", 0),
+    "reduce_": ("reduce-scatter", 0),  # one to each rank, as gradients are reduced: together they are one
     "broadcast_": ("broadcast", 0),
     "_allgather_base_": ("all-gather", 0),
     "allgather_": ("all-gather", 0),
@@ -135,19 +135,30 @@ class Recorder(TorchDispatchMode):
 
     def peak(self) -> dict[str, int]:
         """Give the bytes by part when most was held since `begin`, the host's left out."""
+        return max(self._held_since(self._start), key=lambda now: sum(now.values()), default={})
+
+    @contextmanager
+    def rise(self) -> Iterator[list[int]]:
+        """Measure how many bytes more than before are held inside at most: afterwards the list's only number."""
+        found: list[int] = []
+        start = self._clock
+        before = sum(block.nbytes for block in self._live.values() if block.part != HOST)
+        yield found
+        found.append(max((sum(now.values()) for now in self._held_since(start)), default=before) - before)
+
+    def _held_since(self, start: int) -> Iterator[dict[str, int]]:
+        """Give the bytes by part after each moment from `start` on, the host's left out."""
         changes = defaultdict[int, list[tuple[int, str]]](list)
         for block in self._blocks:
-            if block.part != HOST:
-                changes[max(block.born, self._start)].append((block.nbytes, block.part))
+            if block.part != HOST and (block.died is None or block.died >= start):
+                changes[max(block.born, start)].append((block.nbytes, block.part))
                 if block.died is not None:
                     changes[block.died].append((-block.nbytes, block.part))
-        now, peak = dict[str, int](), dict[str, int]()
+        now = dict[str, int]()
         for moment in sorted(changes):
             for nbytes, part in changes[moment]:
                 now[part] = now.get(part, 0) + nbytes
-            if sum(now.values()) > sum(peak.values()):
-                peak = dict(now)
-        return peak
+            yield dict(now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

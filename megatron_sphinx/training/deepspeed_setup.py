@@ -1,111 +1,82 @@
-"""DeepSpeed's engine made from our groups and optimizer; the one module that imports deepspeed."""
+"""DeepSpeed's ZeRO-2 optimizer made from our groups and AdamW; the one module that imports deepspeed."""
 
 import logging
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.training.memory import REDUCE_BUCKET
+from megatron_sphinx.training.gradients import PartitionedGroup
 from megatron_sphinx.training.optimizer import EXPERTS
 
 
-def initialize(
-    model: SphinxModel, optimizer: torch.optim.Optimizer, groups: ProcessGroups, platform: Platform, *, precision: str
-) -> Any:
-    """Make DeepSpeed's engine around a model and its optimizer; every language rank calls this, together.
+def partition(model: SphinxModel, optimizer: torch.optim.Optimizer, groups: ProcessGroups, platform: Platform) -> Any:
+    """Cut the trained weights of a model into the parts that replicas update; every language rank calls this, together.
+
+    DeepSpeed lays the weights of each of the optimizer's groups one behind the other, keeps fp32 values of this rank's
+    part, updates those and gathers all parts. Gradients come to it from PartitionedGradients, not by its own hooks.
 
     Args:
         model: this rank's shard.
         optimizer: updates the model's trainable weights.
         groups: the rank's process groups.
         platform: what the rank computes on.
-        precision: fp32 or bf16.
+
+    Returns:
+        A DeepSpeedZeroOptimizer around the optimizer.
     """
     import deepspeed
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.timer import NoopTimer
+
+    class PartitionedOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        """Takes gradients that are reduced and partitioned already."""
+
+        def create_gradient_handling_hooks(self) -> None:
+            """Leave the gradients to whoever hands them over."""
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not platform.is_cuda:
         deepspeed.ops.__compatible_ops__ = {}  # none is needed here; looking for them would run a compiler
-    experts = [weight for weight in model.parameters() if not getattr(weight, "allreduce", True)]
-    if experts:
-        _register_experts(experts, groups)
-
-    class EngineWithExperts(DeepSpeedEngine):  # type: ignore[misc]
-        """Knows of megatron-core's experts; DeepSpeed looks for a layer class of its own."""
-
-        def _configure_distributed_model(self, module: Any) -> None:
-            """Set what DeepSpeed would have found out from its own layer class, before it divides the weights."""
-            if any(weight.requires_grad for weight in experts):
-                self.has_moe_layers, self.num_experts = True, [module.config.num_moe_experts]
-            super()._configure_distributed_model(module)
-
     deepspeed.comm.init_distributed(dist_init_required=False)
-    settings = _settings(is_cuda=platform.is_cuda, precision=precision, is_pipeline=groups.layout.config.pipeline > 1)
-    mpu = _groups_by_name(groups)
-    return EngineWithExperts(
-        args=SimpleNamespace(device_rank=platform.device.index or 0),  # it would take GPU LOCAL_RANK, seen or not
-        model=model,
-        optimizer=optimizer,
-        mpu=mpu,
-        dist_init_required=False,
-        config=settings,
-        config_class=DeepSpeedConfig(settings, mpu),
+    has_experts = False
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("moe") else ():
+            weight.group_name, has_experts = EXPERTS, True
+    return PartitionedOptimizer(
+        optimizer,
+        {weight: name for name, weight in model.named_parameters()},
+        timers=NoopTimer(),
+        optimizer_params={},
+        dp_process_group=groups.data,
+        expert_parallel_group={EXPERTS: groups.expert} if has_experts else None,
+        expert_data_parallel_group={EXPERTS: groups.expert_data} if has_experts else None,
+        has_moe_layers=has_experts,
+        communication_data_type=torch.float32,
+        check_grad_overflow=False,  # the Engine looks at the norm
+        compute_grad_norm=False,  # so is clipping
     )
 
 
-def _register_experts(experts: list[torch.nn.Parameter], groups: ProcessGroups) -> None:
-    """Give DeepSpeed the groups of the experts' weights; it would make some of its own, of other ranks than ours."""
-    from deepspeed.utils import groups as deepspeed_groups
-
-    for weight in experts:
-        weight.group_name = EXPERTS  # type: ignore[attr-defined]
-    deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_data
-    ranks = dist.get_process_group_ranks(groups.expert_data)
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERTS] = ranks
-
-
-def _groups_by_name(groups: ProcessGroups) -> SimpleNamespace:
-    """Offer the groups under the names that DeepSpeed asks for; "model" is one whole replica."""
-    answers: dict[str, Any] = {}
-    for axis, group in (("model", groups.model), ("tensor_model", groups.tensor), ("data", groups.data)):
-        answers[f"get_{axis}_parallel_group"] = partial(_give, group)
-        answers[f"get_{axis}_parallel_rank"] = partial(dist.get_rank, group)
-        answers[f"get_{axis}_parallel_world_size"] = partial(dist.get_world_size, group)
-    return SimpleNamespace(**answers)
+def cuts_of(optimizer: Any) -> list[PartitionedGroup]:
+    """Tell how a DeepSpeedZeroOptimizer has cut each of its groups."""
+    return [
+        PartitionedGroup(weights, offsets, int(part), copies)
+        for weights, offsets, part, copies in zip(
+            optimizer.round_robin_bit16_groups,
+            optimizer.round_robin_bit16_offsets,
+            optimizer.partition_size,
+            optimizer.real_dp_process_group,
+            strict=True,
+        )
+    ]
 
 
-def _give(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the group itself, where DeepSpeed wants a function to call."""
-    return group
-
-
-def _settings(*, is_cuda: bool, precision: str, is_pipeline: bool) -> dict[str, Any]:
-    """Fill DeepSpeed's own configuration; everything in it follows from ours. Norm and clipping are the Engine's."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": is_pipeline,
-        "gradient_clipping": 0.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},  # the Engine looks at the norm
-        "zero_optimization": {
-            "stage": 2,
-            "overlap_comm": is_cuda,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": REDUCE_BUCKET,
-            "compute_grad_norm": False,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-    }
+def hand_over(optimizer: Any, gradients: list[Tensor]) -> None:
+    """Give a DeepSpeedZeroOptimizer this rank's part of each group's gradient, which its step takes as it is."""
+    for group, gradient in enumerate(gradients):
+        optimizer.averaged_gradients[group] = SimpleNamespace(flat_partition=gradient)

@@ -14,7 +14,8 @@ from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.shards import WeightShard
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.training.deepspeed_setup import initialize
+from megatron_sphinx.training.deepspeed_setup import cuts_of, hand_over, partition
+from megatron_sphinx.training.gradients import PartitionedGradients
 from megatron_sphinx.training.optimizer import OptimizerConfig, parameter_groups
 from megatron_sphinx.training.pipeline import run_schedule
 from megatron_sphinx.training.zero_state import Fragment, ZeroState
@@ -23,8 +24,8 @@ from megatron_sphinx.training.zero_state import Fragment, ZeroState
 class Engine:
     """A model whose gradients are summed and whose optimizer is partitioned over the data-parallel ranks.
 
-    Without a pipeline, gradients are reduced and partitioned after every micro-batch, in fp32. In a pipeline they stay
-    whole on each rank until the schedule has ended. The number of micro-batches may differ from step to step.
+    Without a pipeline, gradients are reduced and partitioned in every backward, in fp32. In a pipeline they stay whole
+    on each rank until the schedule has ended. The number of micro-batches may differ from step to step.
 
     Args:
         model: this rank's shard of the model.
@@ -32,11 +33,10 @@ class Engine:
         groups: the rank's process groups.
         platform: what the rank computes on.
         config: of AdamW.
-        precision: fp32 or bf16.
 
     Attributes:
-        loss_scale: what every loss is multiplied by, since DeepSpeed averages over replicas.
-        state: this rank's share of gradients, fp32 weights and moments.
+        state: this rank's share of fp32 weights and moments.
+        reduced: this rank's share of the gradient.
         held: bytes of weights, gradients and optimizer on this rank, as the first step found them.
     """
 
@@ -47,23 +47,24 @@ class Engine:
         groups: ProcessGroups,
         platform: Platform,
         config: OptimizerConfig,
-        *,
-        precision: str,
     ) -> None:
         warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated", category=FutureWarning)
-        self.model, self.groups, self.loss_scale = model, groups, groups.layout.data
+        self.model, self.groups = model, groups
         self._config, self._platform = config, platform
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self._optimizer = _AdamW(
+        adamw = torch.optim.AdamW(
             parameter_groups(model, config),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             fused=True,
         )
-        self._engine = initialize(model, self._optimizer, groups, platform, precision=precision)
-        self.held = {"weights": sum(weight.nbytes for weight in model.parameters()), "gradients": 0}
-        self.state = ZeroState(self._engine.optimizer, model, shards, groups, platform)
+        self._optimizer = partition(model, adamw, groups, platform)
+        self.held = {"weights": sum(weight.nbytes for weight in model.parameters())}
+        self.state = ZeroState(self._optimizer, model, shards, groups, platform)
+        self.reduced = PartitionedGradients(cuts_of(self._optimizer), platform.device)
+        if not self.is_pipeline:
+            self.reduced.take_in_backward()
 
     @property
     def is_pipeline(self) -> bool:
@@ -73,7 +74,7 @@ class Engine:
     @property
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups of weights with their settings, as torch's optimizers have them."""
-        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
         return groups
 
     # gradients
@@ -85,22 +86,23 @@ class Engine:
             forward: computes a micro-batch on this pipeline stage; on the last one, its loss.
             batches: of this replica.
         """
-        if not self.is_pipeline:
-            for batch in batches:
-                self._engine.backward(forward(batch) * self.loss_scale)
-            return
-        with self._engine.coalesce_grad_reduction():
+        whole = 0
+        if self.is_pipeline:
             self.run_pipeline(forward, batches)
-            if self._is_first_step:
-                whole = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-                self.held["gradients"] += sum(gradient.nbytes for gradient in whole)
-        self._engine.set_gradient_accumulation_boundary(True)
+            whole = sum(weight.grad.nbytes for weight in self.model.parameters() if weight.grad is not None)
+            self.reduced.take_all()
+        else:
+            for batch in batches:
+                forward(batch).backward()
+        self.reduced.finish()
+        if self._is_first_step:
+            self.held["gradients"] = whole + sum(part.nbytes for part in self.reduced.parts())
         while self._sent:
             self._sent.popleft()[0].wait()
 
     def run_pipeline(self, forward: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch]) -> None:
-        """Take the micro-batches through all stages and back; their gradients are summed up later, all at once."""
-        run_schedule(self.model, self.groups, forward, batches, loss_scale=self.loss_scale)
+        """Take the micro-batches through all stages and back; their gradients lie beside their weights then."""
+        run_schedule(self.model, self.groups, forward, batches)
 
     def keep(self, work: dist.Work | None, sent: Tensor) -> None:
         """Hold a tensor that is being sent until it has gone, at the latest at the end of the step."""
@@ -109,13 +111,12 @@ class Engine:
 
     def gradients(self) -> Iterator[tuple[Fragment, Tensor]]:
         """Give the gradient of what this rank updates, after `backward`: by fragment, flat, to be changed in place."""
-        return self.state.gradients()
+        parts = self.reduced.parts()
+        for fragment in self.state.fragments:
+            yield fragment, parts[fragment.group].narrow(0, fragment.offset, fragment.count)
 
     def gradient_norm(self) -> float:
-        """Compute the global L2 norm of the gradient; every rank calls this together.
-
-        DeepSpeed's own does not count experts rightly.
-        """
+        """Compute the global L2 norm of the gradient, each weight counted once; every rank calls this together."""
         norms = [part for fragment, part in self.gradients() if fragment.shard.is_first_copy]
         squared = torch.zeros([], dtype=torch.float64, device=self._platform.device)
         if norms:
@@ -137,38 +138,32 @@ class Engine:
         if clip and norm > clip:
             factor *= clip / norm
         if factor != 1.0:
-            torch._foreach_mul_([part for _, part in self.gradients()], factor)
+            torch._foreach_mul_(self.reduced.parts(), factor)
         for group in self.parameter_groups:
             group["lr"] = rate
         self._step()
+        self._note_optimizer()
 
     def discard(self) -> None:
         """Clear the gradient; weights and the optimizer's state stay as they are, to the bit."""
-        if not self._optimizer.state:
+        if not self.state.moment_bytes():
             self.state.prepare(0)
-        self._optimizer.is_idle = True
-        self._step()
-        self._optimizer.is_idle = False
+        self.reduced.clear()
+        self._note_optimizer()
 
     def _step(self) -> None:
-        """Let DeepSpeed take its step; the first time, note what it holds before and after."""
-        partition = self.state.gradient_bytes() if self._is_first_step else 0
-        self._engine.step()
+        """Change the weights by the gradient as it is, and clear it."""
+        hand_over(self._optimizer, self.reduced.parts())
+        self.reduced.clear()
+        self._optimizer.step()
+
+    def _note_optimizer(self) -> None:
+        """Note what the optimizer holds, the first time."""
         if self._is_first_step:
             moments = self.state.moment_bytes()
-            self.held |= {"gradients": self.held["gradients"] + partition, "optimizer": moments + moments // 2}
+            self.held["optimizer"] = moments + moments // 2
 
     @property
     def _is_first_step(self) -> bool:
         """Whether `held` is still to be found."""
         return "optimizer" not in self.held
-
-
-class _AdamW(torch.optim.AdamW):
-    """Lets a step pass while it is idle; all that DeepSpeed does around a step is done nevertheless."""
-
-    is_idle = False
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the weights, unless the optimizer is idle."""
-        return None if self.is_idle else super().step(closure)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelLayout
 
-REDUCE_BUCKET = 200_000_000  # elements of the gradient that DeepSpeed reduces at once; larger weights go alone
+BUCKET = 2**26  # numbers of the gradient that are reduced over the replicas at once, at most
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ def run_schedule(
     groups: ProcessGroups,
     forward: Callable[[MicroBatch], Tensor],
     batches: Sequence[MicroBatch],
-    *,
-    loss_scale: float,
 ) -> None:
     """Compute the whole gradient of a step's micro-batches on this stage; all stages of a replica call this together.
 
@@ -28,17 +26,16 @@ def run_schedule(
         groups: the rank's process groups.
         forward: computes a micro-batch on this stage; on the last one, its loss.
         batches: the replica's micro-batches, the same on every stage.
-        loss_scale: factor of every loss.
     """
 
-    def scale(output: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Scale a stage's output; on the last stage megatron-core calls it, for the loss."""
-        # megatron-core asks for the loss, a count of tokens (the plan knows ours) and something to log
-        return output * loss_scale, torch.zeros([], dtype=torch.int, device=output.device), None
+    def as_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Give the last stage's output as what megatron-core asks for: loss, a count of tokens, something to log."""
+        # the count is not used: the loss is divided by the plan's
+        return output, torch.zeros([], dtype=torch.int, device=output.device), None
 
     def step(remaining: Iterator[MicroBatch], _model: SphinxModel) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Compute the next micro-batch, as megatron-core's schedule asks for it."""
-        return forward(next(remaining)), scale
+        return forward(next(remaining)), as_loss
 
     config, sizes = model.config, groups.layout.config
     width = sizes.tensor if sizes.sequence else 1

@@ -99,7 +99,7 @@ class Trainer:
         """
         engine, planned = self.engine, self._targets(plan.targets(of_samples=True), plan.targets(of_samples=False))
         waited, received = self.feature_wait_seconds, self.features.received_bytes if self.features else 0
-        forward = Forward(self, planned, engine.loss_scale / plan.positions)
+        forward = Forward(self, planned, 1 / plan.positions)
         if self.features is not None:
             self.features.prepare(len(batches))
         engine.backward(forward, batches)
@@ -120,7 +120,7 @@ class Trainer:
             samples = _suspects(forward.suspects, self.groups, is_spike=isfinite(norm))
         else:
             engine.update(rate, norm, factor)
-        whole.balance /= engine.loss_scale * max(self.moe_layers, 1)
+        whole.balance /= max(self.moe_layers, 1)
         return StepReport(loss, whole, norm, forward.load(), fault, samples)
 
     def _targets(self, pairs: float, text: float) -> float:

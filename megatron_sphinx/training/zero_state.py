@@ -1,4 +1,4 @@
-"""What ZeRO-2 leaves on a rank: its share of gradients, of fp32 weights and of moments, as parts of whole weights."""
+"""What ZeRO-2 leaves on a rank: its share of fp32 weights and of moments, as parts of whole weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,35 +93,6 @@ class ZeroState:
                 # DeepSpeed's own note on where the elements of this rank lie: in the weight, and in the flat partition
                 in_weight, in_partition = weight._hp_mapping.lp_fragment_address, weight._hp_mapping.hp_fragment_address
                 yield Fragment(shards[names[weight]], in_weight.start, in_weight.numel, group, in_partition.start)
-
-    # gradients
-
-    def gradients(self) -> Iterator[tuple[Fragment, Tensor]]:
-        """Give the gradient of each fragment, once it is reduced: flat, to be changed in place."""
-        kept: dict[int, list[Tensor]] = {}
-        for fragment in self.fragments:
-            group = fragment.group
-            if group not in kept:
-                kept[group] = self._gradients_of_group(group)
-            part = kept[group].pop(0).view(-1)
-            is_cut = part.numel() == fragment.count  # in fp32 DeepSpeed keeps the whole, only the fragment summed up
-            yield fragment, part if is_cut else part.narrow(0, fragment.start, fragment.count)
-        assert not any(kept.values()), "DeepSpeed holds gradients of other weights than it updates"
-
-    def _gradients_of_group(self, group: int) -> list[Tensor]:
-        """Give what DeepSpeed holds of a group's gradient, weight by weight; where it is depends on the precision."""
-        flat = self._optimizer.averaged_gradients.get(group) or self._optimizer.all_grad_tensors.get(group) or []
-        return [part for part in flat if not getattr(part, "_zero_padding", False)]
-
-    def gradient_bytes(self) -> int:
-        """Count the bytes of memory that DeepSpeed holds for this rank's gradients once they are reduced."""
-        groups = range(len(self._optimizer.bit16_groups))
-        storages = [part.untyped_storage() for group in groups for part in self._gradients_of_group(group)]
-        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())  # several share one
-
-    def reduction_buffers(self) -> list[Tensor]:
-        """Give the memory where DeepSpeed gathers gradients before it reduces them, as long as it does."""
-        return [buffer for bucket in self._optimizer.ipg_buckets.values() for buffer in bucket.buffer]
 
     # weights and moments
 
