@@ -32,11 +32,14 @@ def comparable(made: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[dic
     """Prepare two identities of runs to be compared.
 
     The order of the experts counts, since their features are concatenated in it. The fingerprint of a stream of data
-    counts where both are known: an older checkpoint has none, and data of others is read in the background first.
+    counts where both are known: an older checkpoint has none, and data of others is read in the background first. One
+    that says nothing of the order of its text was made when there was but one.
     """
     one, other = ({**identity, "vision": in_order(identity.get("vision", {}))} for identity in (made, current))
     for identity in (one, other):
         identity["data"] = dict(identity.get("data", {}))
+        if identity["data"].get("text"):
+            identity["data"].setdefault("text_order", "documents")
     for stream in ("pairs", "text"):
         both = [identity["data"].get(stream) or {} for identity in (one, other)]
         if not all(data.get("fingerprint") for data in both):

@@ -232,6 +232,9 @@ class CheckpointStore:
             )
         made, current = comparable(identity, self.identity)
         way_out = "use the configuration and the data in its run folder, or start in another run.folder"
+        order = made["data"].get("text_order")
+        if order != current["data"].get("text_order"):
+            way_out = f"give data.text_order={order} to go on in the order that it began with, or {way_out}"
         require_same(f"checkpoint.resume={chosen.path}", made, current, way_out)
 
     def require_same_data(self) -> None:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     sources = open_sources(config.data, config.model)
     sources.check()
-    print("sequence_length  replicas  row_multiple  rows    fill  at most  imbalance   worst")
+    print("sequence_length  replicas  row_multiple  rows    fill  at most  imbalance   worst  documents  largest")
     for length in args.sequence_lengths:
         for replicas in args.replicas:
             data = replace(config.data, sequence_length=length, row_multiple=replicas)
@@ -53,7 +53,9 @@ def _row(length: int, replicas: int, steps: list[StepPlan]) -> str:
     most_fill = fmean(step.positions / length / -(-step.positions // length) for step in steps)
     rows = fmean(len(step.rows) for step in steps)
     imbalance = [step.imbalance for step in steps]
+    documents = fmean(len(step.document_shares) for step in steps)
+    largest = max((step.document_shares[0] for step in steps if step.document_shares), default=0.0)
     return (
         f"{length:15}{replicas:10}{replicas:14}{rows:6.0f}{fill:8.1%}{most_fill:9.1%}"
-        f"{fmean(imbalance):11.4f}{max(imbalance):8.4f}"
+        f"{fmean(imbalance):11.4f}{max(imbalance):8.4f}{documents:11.1f}{largest:9.1%}"
     )

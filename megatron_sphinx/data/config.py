@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.values import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class DataConfig:
         conversations_per_step (conversations): conversations in every optimizer step, with an image or without; 0 for
             a run without conversations.
         text_tokens_per_step (tokens): text tokens in every optimizer step; 0 for a run without text.
+        text_order: how text documents follow each other: parts, cut into parts of at most data.sequence_length tokens
+            that lie far apart, so that each step's text is of many documents; or documents, each whole behind the one
+            before it, as runs were made before there was this key.
         sequence_length (positions): the most positions of a row; longer documents are cut in consecutive segments,
             longer captions lose their end, longer conversations their last turns.
         row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
@@ -65,6 +69,7 @@ class DataConfig:
     pairs_per_step: int = 640
     conversations_per_step: int = 0
     text_tokens_per_step: int = 65536
+    text_order: str = "parts"
     sequence_length: int = 2048
     row_multiple: int = 8
     micro_batch_rows: int = 1
@@ -73,6 +78,7 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
+        check_choice("data.text_order", self.text_order, ("parts", "documents"))
         for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")

@@ -45,18 +45,19 @@ class Packer:
     Args:
         size: positions of a row.
         cost: gives the cost of one segment for its positions and targets.
+        cuts_parts: whether a part of a document is cut too where that fills a row, though it would fit one.
     """
 
-    def __init__(self, size: int, cost: Callable[[int, int], float]) -> None:
-        self.size, self.cost, self.least = size, cost, min(_LEAST_SEGMENT, size)
+    def __init__(self, size: int, cost: Callable[[int, int], float], *, cuts_parts: bool) -> None:
+        self.size, self.cost, self.cuts_parts, self.least = size, cost, cuts_parts, min(_LEAST_SEGMENT, size)
 
     def rows(self, segments: Sequence[Segment], multiple: int) -> tuple[Row, ...]:
         """Pack segments into the fewest rows, rounded up to a multiple, and make their costs as equal as can be.
 
         Source of the search for the least bound on a row's cost: MULTIFIT (Coffman, Garey, Johnson 1978).
         """
-        whole = sorted((each for each in segments if each.length <= self.size), key=lambda segment: -segment.length)
-        long = [segment for segment in segments if segment.length > self.size]
+        long = [each for each in segments if self._may_be_cut(each)]
+        whole = sorted((each for each in segments if not self._may_be_cut(each)), key=lambda segment: -segment.length)
         fewest = -(-sum(segment.length for segment in segments) // self.size)
         rows = self._fill(whole, long, fewest, None) or []
         rounded = -(-len(rows) // multiple) * multiple
@@ -72,6 +73,13 @@ class Packer:
                 rows, high = even, middle
         return tuple(row for row in rows if row)
 
+    def _may_be_cut(self, segment: Segment) -> bool:
+        """Tell whether a segment is text that has to be cut, or may be since it is a part of its document already."""
+        if segment.is_sample or not self.cuts_parts:
+            return segment.length > self.size
+        is_part = segment.start > 0 or segment.targets == segment.tokens
+        return is_part or segment.length >= self.size
+
     def _fill(
         self, whole: Sequence[Segment], long: Sequence[Segment], rows: int, bound: float | None
     ) -> list[Row] | None:
@@ -79,7 +87,7 @@ class Packer:
 
         Args:
             whole: segments that fit a row, longest first.
-            long: segments of text that are longer than a row.
+            long: segments of text that may be cut.
             rows: how many rows there are at first.
             bound: on the cost of a row; without one, rows are added as they are needed.
 

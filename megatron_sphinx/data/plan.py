@@ -6,6 +6,7 @@ which of them computes which row.
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -49,6 +50,14 @@ class StepPlan:
         """Text of the step as (document, first token, tokens), in ascending order."""
         segments = (segment for row in self.rows for segment in row if not segment.is_sample)
         return sorted((segment.item, segment.start, segment.tokens) for segment in segments)
+
+    @cached_property
+    def document_shares(self) -> list[float]:
+        """Share of the step's text tokens that each of its documents has, in descending order."""
+        tokens: Counter[int] = Counter()
+        for document, _, count in self.text:
+            tokens[document] += count
+        return [count / tokens.total() for _, count in tokens.most_common()]
 
     def targets(self, *, of_samples: bool) -> int:
         """Return how many positions of the step have a target: in samples, or else in text."""
@@ -99,6 +108,7 @@ class Planner:
         self._packer = Packer(
             config.sequence_length,
             self._cost_of_segment if config.isolate_documents else lambda length, _: float(length),
+            cuts_parts=config.text_order == "parts",
         )
         if samples is not None:
             weights = [source.weight for source in config.samples]
@@ -111,9 +121,10 @@ class Planner:
         self._text_streams: list[TextStream] = []
         if text is not None:
             weights = [source.weight for source in config.text]
+            part = config.sequence_length if config.text_order == "parts" else None
             self._text_mixture = Mixture(text.bounds, weights, config.text_tokens_per_step, "text_tokens_per_step")
             self._text_streams = [
-                TextStream(text, span, key_of(seed, "text", source))
+                TextStream(text, span, key_of(seed, "text", source), part)
                 for source, span in enumerate(self._text_mixture.spans)
             ]
         self.step = lru_cache(maxsize=4)(self._plan)

@@ -84,6 +84,25 @@ class Window:
         """Return a drawn order of `size` things that the window holds."""
         return Permutation(size, self.key)(np.arange(size, dtype=np.int64))
 
+    def spread(self, owners: Numbers) -> Numbers:
+        """Return a drawn order of things in which those of one owner lie at equal distances.
+
+        The things of an owner come in a drawn order too, and where the first of them lies is drawn for each owner. So a
+        stretch of the order holds no more things of an owner than its share of them, and one.
+
+        Args:
+            owners: int64 [things], whose each thing is.
+        """
+        order = self.order(len(owners))
+        _, owner, counts = np.unique(owners[order], return_inverse=True, return_counts=True)
+        by_owner = np.argsort(owner, kind="stable")
+        turn = np.empty(len(order), np.int64)  # of a thing among its owner's
+        turn[by_owner] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        distance = np.uint64(2**64 - 1) // counts.astype(np.uint64)
+        first = mix(np.arange(len(counts), dtype=np.uint64) ^ np.uint64(self.key)) % distance
+        places = first[owner] + turn.astype(np.uint64) * distance[owner]
+        return np.asarray(order[np.argsort(places, kind="stable")])
+
     def draw(self, places: Numbers) -> Numbers:
         """Return which items, counted through the blocks of the window, are at some places of its drawn order."""
         return Permutation(int(self.sizes.sum()), self.key)(places)

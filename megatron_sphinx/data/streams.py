@@ -69,7 +69,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class TextSpans(_Columns):
-    """Neighbouring tokens of text documents, a span for each document; all columns are [spans].
+    """Neighbouring tokens of text documents, a span for each document or part of one; all columns are [spans].
 
     Attributes:
         document: number of the document.
@@ -82,6 +82,16 @@ class TextSpans(_Columns):
     start: Numbers
     length: Numbers
     is_end: NDArray[np.bool_]
+
+    def cut(self, most: int) -> "TextSpans":
+        """Return these tokens in spans of at most `most` tokens, those of a span one behind the other."""
+        parts = -(-self.length // most)
+        whole = self[np.repeat(np.arange(len(parts)), parts)]
+        place = np.arange(len(whole.length)) - np.repeat(np.cumsum(parts) - parts, parts)  # of a part in its span
+        skipped = place * most
+        is_last = place + 1 == np.repeat(parts, parts)
+        length = np.minimum(whole.length - skipped, most)
+        return TextSpans(whole.document, whole.start + skipped, length, whole.is_end & is_last)
 
 
 class TextSource(Protocol):
@@ -183,25 +193,31 @@ class SampleStream(_Stream):
 
 
 class TextStream(_Stream):
-    """An endless stream of the text tokens of one source, by whole documents.
+    """An endless stream of the text tokens of one source, by documents that are cut into parts.
 
-    Only where a block of the shuffle ends is a document divided in two; its parts then stand far from each other.
+    The parts of a document lie as far from each other in a window as they can, so that a run of tokens, such as a
+    step's, comes from all over the window. A document is also divided where a block of the shuffle ends.
 
     Args:
         text: of all sources.
         span: (begin, end) of this source among all tokens.
         key: what the order follows from.
+        part: the most tokens of a part; None for whole documents, one behind the other.
     """
 
-    def __init__(self, text: TextSource, span: tuple[int, int], key: int) -> None:
-        self._text = text
+    def __init__(self, text: TextSource, span: tuple[int, int], key: int, part: int | None) -> None:
+        self._text, self._part = text, part
         super().__init__(span[0], Shuffle(span[1] - span[0], block=TEXT_BLOCK, window=TEXT_WINDOW, key=key))
 
     def _read(self, epoch: int, number: int) -> tuple[TextSpans, Numbers]:
         """Return the spans of a window in shuffled order, and where each ends in the window."""
         window = self._shuffle.open(epoch, number)
         spans = TextSpans.joined([self._text.spans(begin, end) for begin, end in self._blocks(window)])
-        spans = spans[window.order(len(spans.document))]
+        if self._part is None:
+            spans = spans[window.order(len(spans.document))]
+        else:
+            spans = spans.cut(self._part)
+            spans = spans[window.spread(spans.document)]
         return spans, np.cumsum(spans.length)
 
     def segments(self, start: int, count: int) -> Iterator[Segment]:

@@ -50,9 +50,14 @@ def identity(config: Config, sources: Sources, encoder_digests: Mapping[str, str
         "model": config.model.shape,
         "vision": _vision(config, encoder_digests),
         "tokenizer": sources.tokenizer.identity.sha256,
-        "data": {name: getattr(data, name) for name in names} | amounts,
+        "data": {name: getattr(data, name) for name in names} | amounts | _text_order(data.text_order, sources.text),
         "training": {"precision": config.training.precision, "train": config.training.train},
     }
+
+
+def _text_order(order: str, text: object) -> dict[str, str]:
+    """Tell in which order text is taken, where the run takes any."""
+    return {"text_order": order} if text else {}
 
 
 def _vision(config: Config, encoder_digests: Mapping[str, str]) -> dict[str, Any]:

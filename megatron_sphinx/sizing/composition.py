@@ -2,14 +2,47 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.packing import Segment, positions
 from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.sources import make_planner, open_sources
-from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.stage.dealing import deal
+
+_STEPS = 20  # that are looked at
+
+
+def text_of_steps(config: Config) -> dict[str, float]:
+    """Tell how many documents a step has on average, and the largest share that one has of any step's text.
+
+    Returns:
+        `documents_per_step` and `largest_document_share` of the run's first steps; nothing where the run takes no
+        text, or where its data is not there.
+    """
+    try:
+        planner = _planner(config, ParallelLayout(world=1, config=ParallelConfig()))
+    except DataError:
+        return {}
+    shares = [planner.step(number).document_shares for number in range(min(_STEPS, config.training.steps or _STEPS))]
+    if not any(shares):
+        return {}
+    return {
+        "documents_per_step": fmean(map(len, shares)),
+        "largest_document_share": max(share for of_step in shares for share in of_step),
+    }
+
+
+def _planner(config: Config, layout: ParallelLayout) -> Planner:
+    """Make the planner of a run, from the indexes of its data."""
+    return make_planner(
+        config.data, open_sources(config.data, config.model), config.model, config.vision,
+        replicas=layout.data, seed=config.run.seed, multiple=layout.config.token_multiple,
+    )  # fmt: skip
 
 
 def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
@@ -20,17 +53,15 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
         layout: how its ranks are divided.
         number: of the step, counted from 0.
     """
-    sources = open_sources(config.data, config.model)
-    planner = make_planner(
-        config.data, sources, config.model, config.vision,
-        replicas=layout.data, seed=config.run.seed, multiple=layout.config.token_multiple,
-    )  # fmt: skip
+    planner = _planner(config, layout)
     plan = planner.step(number)
     yield {
         "step": number,
         "sample_ids": plan.digest,
         "pairs": plan.samples,
         "text": plan.text,
+        "documents": len(plan.document_shares),
+        "largest_document_share": max(plan.document_shares, default=0.0),
         "target_tokens_pairs": plan.targets(of_samples=True),
         "target_tokens_text": plan.targets(of_samples=False),
         "captions_cut": plan.captions_cut,

@@ -2,7 +2,7 @@
 
 megatron-sphinx plan sizes CONFIG [key=value ...] [--ranks N] [--json]
 
-Needs neither GPU nor data.
+Needs neither GPU nor data; where the data is there, says also of how many documents a step's text is.
 """
 
 import argparse
@@ -20,6 +20,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     plan = read(args)
     layout = plan.layout  # is refused, where it must be, before torch is imported
-    from megatron_sphinx.sizing import sizes
+    from megatron_sphinx.sizing import composition, sizes
 
-    return show(sizes.sizes(plan.config, layout), sizes.table, is_json=args.json)
+    values = sizes.sizes(plan.config, layout)
+    if text := composition.text_of_steps(plan.config):
+        values["text"] = text
+    return show(values, sizes.table, is_json=args.json)
