@@ -45,6 +45,11 @@ class Platform:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         return names[0] if names else machine()
 
+    def enter_thread(self) -> None:
+        """Let the thread that calls this compute on the device; CUDA starts every thread on the first GPU."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
     def synchronize(self) -> None:
         """Wait until the device has computed everything that was started on it."""
         if self.is_cuda:
@@ -115,6 +120,11 @@ _chosen: Platform | None = None  # of this process
 def local_rank() -> int:
     """Number of this process among the ranks of its machine, as torchrun or srun gives it."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def own_cores() -> int:
+    """How many of the cores that this process may run on are its own: torchrun's ranks of a machine share them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def chosen_platform() -> Platform | None:
