@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from platform import machine
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -46,7 +47,13 @@ class Platform:
         return names[0] if names else machine()
 
     def enter_thread(self) -> None:
-        """Let the thread that calls this compute on the device; CUDA starts every thread on the first GPU."""
+        """Let the thread that calls this compute on the device; CUDA starts every thread on the first GPU.
+
+        torch sets a thread up when it first computes something that threads could share, and threads that are set up at
+        the same moment race for torch's pools: hence one after the other, before they compute.
+        """
+        with _ENTERING:
+            torch.get_num_threads()
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
@@ -115,6 +122,7 @@ class Stopwatch:
 
 
 _chosen: Platform | None = None  # of this process
+_ENTERING = Lock()
 
 
 def local_rank() -> int:
