@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from platform import machine
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +45,17 @@ class Platform:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         return names[0] if names else machine()
+
+    def enter_thread(self) -> None:
+        """Let the thread that calls this compute on the device; CUDA starts every thread on the first GPU.
+
+        torch sets a thread up when it first computes something that threads could share, and threads that are set up at
+        the same moment race for torch's pools: hence one after the other, before they compute.
+        """
+        with _ENTERING:
+            torch.get_num_threads()
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:
         """Wait until the device has computed everything that was started on it."""
@@ -110,11 +122,17 @@ class Stopwatch:
 
 
 _chosen: Platform | None = None  # of this process
+_ENTERING = Lock()
 
 
 def local_rank() -> int:
     """Number of this process among the ranks of its machine, as torchrun or srun gives it."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def own_cores() -> int:
+    """How many of the cores that this process may run on are its own: torchrun's ranks of a machine share them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def chosen_platform() -> Platform | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sphinx.model.architecture import VisionConfig
-from megatron_sphinx.model.expert_files import load_expert
+from megatron_sphinx.model.expert_files import load_experts
 from megatron_sphinx.model.visual_experts import FAMILIES
 
 
@@ -16,6 +16,7 @@ class FrozenEncoders(nn.Module):
     Attributes:
         config: the mixture.
         sha256: digest of each expert's weights file, or `random <seed>`, by which a checkpoint knows the weights.
+        load_seconds: how long the weights of each took to be drawn or read; several at once.
         dtype: what the experts compute in.
         device: where they are.
     """
@@ -23,13 +24,12 @@ class FrozenEncoders(nn.Module):
     def __init__(self, config: VisionConfig, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
         self.config = config
-        self.experts = nn.ModuleList()
-        self.sha256: dict[str, str] = {}
-        for item in config.experts:
-            model, self.sha256[item.name] = load_expert(item, seed, config.resize)
-            self.experts.append(model)
-        self.requires_grad_(False).eval()
-        self.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        loaded = load_experts(config.experts, seed, config.resize, device=device, dtype=dtype)
+        self.experts = nn.ModuleList([one.model for one in loaded])
+        names = [item.name for item in config.experts]
+        self.sha256 = {name: one.mark for name, one in zip(names, loaded, strict=True)}
+        self.load_seconds = {name: one.seconds for name, one in zip(names, loaded, strict=True)}
+        self.eval()
         self.dtype, self.device = dtype, device
         for item in config.experts:
             for name in ("mean", "std"):

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from megatron_sphinx.device import current_platform, is_imported
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, rotation
+from megatron_sphinx.model.drawing import draw_normal, in_threads
 from megatron_sphinx.model.experts import GroupedExperts, RowLayer, RowMoE, RowRouter
-from megatron_sphinx.model.shards import shards_of
+from megatron_sphinx.model.shards import Block, shards_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.parallel.seeding import generator
@@ -265,38 +266,30 @@ def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups
     model.output_layer.register_forward_hook(hide)
 
 
-@torch.no_grad()
 def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups, seed: int) -> None:
-    """Set every weight from the run's seed and the weight's name: the same whole tensor for every layout.
+    """Set every weight from the run's seed and the weight's name: the same whole tensor for every layout and device.
 
     Norms start at one, biases at zero, tags and skip token uniform in [0, 1) as the released tags, matrices normal.
+    The matrices are drawn on the CPU, by as many threads as this process has cores.
     """
     shards = shards_of(model, config, groups)
+    matrices = []
     for own_name, weight in model.named_parameters():
-        shard = shards[own_name]
-        name = shard.name
+        shard, values = shards[own_name], weight.detach()
+        name, blocks = shard.name, shard.blocks
         if weight.ndim == 1:
-            weight.fill_(1.0 if name.endswith("weight") else 0.0)
+            values.fill_(1.0 if name.endswith("weight") else 0.0)
             if name.endswith(("_tag", "skip_token")):
-                weight.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
+                values.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
             continue
         is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.weight2"))
         std = config.init_std / (2 * config.layers) ** 0.5 if is_output else config.init_std
-        if shard.is_expert:
-            first = shard.blocks[0].offset[0]
-            draws = [_normal(shard.whole[1:], std, seed, f"{name}.{first + n}") for n in range(len(weight))]
-            whole, begin = torch.stack(draws), first
-        else:
-            whole, begin = _normal(shard.whole, std, seed, name), 0
-        position = 0
-        for block in shard.blocks:
-            (offset, *others), count = block.offset, prod(block.shape)
-            corners = zip((offset - begin, *others), block.shape, strict=True)
-            part = whole[tuple(slice(corner, corner + size) for corner, size in corners)]
-            weight.view(-1)[position : position + count] = part.flatten()
-            position += count
-
-
-def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
-    """Draw a tensor from the normal distribution, by the run's seed and the weight's name."""
-    return torch.empty(*shape).normal_(0.0, std, generator=generator(seed, name))
+        if not shard.is_expert:
+            matrices.append((values, shard.whole, blocks, std, generator(seed, name)))
+            continue
+        for expert, part in enumerate(values, start=blocks[0].offset[0]):
+            regions = [b for b in blocks if b.offset[0] <= expert < b.offset[0] + b.shape[0]]
+            own = tuple(Block(region.offset[1:], region.shape[1:]) for region in regions)
+            matrices.append((part, shard.whole[1:], own, std, generator(seed, f"{name}.{expert}")))
+    matrices.sort(key=lambda matrix: prod(matrix[1]), reverse=True)  # so that none that takes long is begun last
+    in_threads(lambda matrix: draw_normal(*matrix), matrices)

@@ -1,6 +1,7 @@
 """How the ranks of a job meet, and what each of them has from then on: platform, groups, data, plan, liveness."""
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +23,10 @@ from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.visual_experts import import_libraries
 from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
+from megatron_sphinx.run.start_clock import StartClock
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class RankContext:
         stop: whether the job was asked to stop.
         hold: the run folder in this job's hands; None where nothing is written there.
         scan: on the first rank, what reads data whose content nothing knows, while the steps go on.
+        clock: measures the start of the rank.
     """
 
     config: Config
@@ -51,6 +55,7 @@ class RankContext:
     stop: StopSignal = field(default_factory=StopSignal)
     hold: Hold | None = None
     scan: Scan | None = None
+    clock: StartClock = field(default_factory=StartClock)
 
     @property
     def folder(self) -> Path:
@@ -74,6 +79,18 @@ class RankContext:
         """Load the frozen encoders, in bf16 where that is fast."""
         dtype = torch.bfloat16 if self.platform.is_bf16_fast else torch.float32
         return FrozenEncoders(self.config.vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
+
+    def begin_encoders(self) -> Future[FrozenEncoders]:
+        """Begin to load the frozen encoders on a thread of their own; what goes wrong is raised by the result.
+
+        Raises:
+            ConfigError: the library that builds one of them is not installed.
+        """
+        import_libraries([item.expert for item in self.config.vision.experts])
+        pool = ThreadPoolExecutor(1, "encoders", self.platform.enter_thread)
+        loading = pool.submit(self.encoders)
+        pool.shutdown(wait=False)
+        return loading
 
 
 def find_place() -> tuple[int, int]:
@@ -125,6 +142,7 @@ def open_run(
     progress: Progress | None = None,
     stop: StopSignal | None = None,
     hold: Hold | None = None,
+    clock: StartClock | None = None,
 ) -> RankContext:
     """Take the run folder and open the data, on all ranks or on none.
 
@@ -159,6 +177,7 @@ def open_run(
             stop or StopSignal(),
             hold,
             scan,
+            clock or StartClock(),
         )
 
     return agree(work)

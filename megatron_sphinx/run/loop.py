@@ -98,6 +98,7 @@ class Loop:
                 self.store.finish()
             if self.done == start + 1:
                 banner.say_memory(self.context, self.trainer.engine)
+                banner.report_first_step(self.context)
             self._check_bad()
             if sums.bad_data:
                 self._raise_from_scan()

@@ -2,6 +2,7 @@
 
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,21 +21,27 @@ from megatron_sphinx.run.job import find_place, join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
 from megatron_sphinx.run.observer import Observer
 from megatron_sphinx.run.phases import start
+from megatron_sphinx.run.start_clock import StartClock, process_seconds
 
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
-def train(config: Config, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
+def train(
+    config: Config, stop: StopSignal | None = None, observer: Observer | None = None, *, is_profiled: bool = False
+) -> int:
     """Train on this rank; the exit status of the process.
 
     Args:
         config: of the run.
         stop: hears of signals since the process began; without it none is heard of.
         observer: watches this rank.
+        is_profiled: whether the first rank prints how long each phase of the start took.
 
     Raises:
         SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
     """
+    clock = StartClock(is_profiled=is_profiled)
+    clock.note("imports", process_seconds())
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=config.parallel)
     seat = layout.seat(rank)
@@ -42,7 +49,7 @@ def train(config: Config, stop: StopSignal | None = None, observer: Observer | N
     for_steps, for_files = (
         timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in (config.run.timeout, config.run.storage_timeout)
     )
-    platform = join(config.run.device, for_files.total_seconds())
+    platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
     progress = Progress(
         timeout=config.run.timeout,
         storage_timeout=config.run.storage_timeout,
@@ -53,8 +60,10 @@ def train(config: Config, stop: StopSignal | None = None, observer: Observer | N
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
     try:
-        groups = ProcessGroups.create(layout, platform.backend, for_steps, for_files)
-        context = open_run(config, platform, groups, progress=progress, stop=stop, hold=hold)
+        make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
+        groups = clock.timed("make_groups", make_groups)()
+        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, hold=hold, clock=clock)
+        context = clock.timed("open_data", opening)()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
         if is_done:

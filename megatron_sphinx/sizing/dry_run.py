@@ -188,7 +188,7 @@ def language_step(context: RankContext, recorder: Recorder, builder: BatchBuilde
     config, groups, planner = context.config, context.groups, context.planner
     seed_rank(config.run.seed, groups.seat)
     with recorder:
-        model = assembly.build_model(config, groups, context.platform)
+        model = assembly.build_model(config, groups, context.platform, is_drawn=recorder.fake is None)
         if recorder.fake is not None:
             model._apply = lambda *_, **__: model  # type: ignore[method-assign]  # cannot be moved, and need not
         for module in model.modules():
