@@ -192,7 +192,7 @@ def test_a_rank_that_fails_is_an_error(tiny, tmp_path, monkeypatch):
     config = configuration.load(tiny.write(tmp_path / "run.yaml"))
     monkeypatch.setattr(dry_run, "count", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="the dry run of language failed; see above"):
-        dry_run.report(config, ParallelLayout(world=1, config=config.parallel))
+        dry_run.report(config, ParallelLayout(world=1, config=config.parallel), "a100-80g")
 
 
 def test_memory_is_counted_by_part_and_time(run_ranks):

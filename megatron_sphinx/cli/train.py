@@ -50,5 +50,6 @@ def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | N
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
             from megatron_sphinx.run import train
+            from megatron_sphinx.sizing.automatic import fit
 
-            return train.train(config, stop, make_observer() if make_observer else None)
+            return train.train(config, stop, make_observer() if make_observer else None, fit)

@@ -15,6 +15,7 @@ from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.run.automatic import Fit
 from megatron_sphinx.run.encoder_rank import EncoderRank
 from megatron_sphinx.run.job import find_place, join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
@@ -24,13 +25,16 @@ from megatron_sphinx.run.phases import start
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
-def train(config: Config, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
+def train(
+    config: Config, stop: StopSignal | None = None, observer: Observer | None = None, fit: Fit | None = None
+) -> int:
     """Train on this rank; the exit status of the process.
 
     Args:
         config: of the run.
         stop: hears of signals since the process began; without it none is heard of.
         observer: watches this rank.
+        fit: takes what fits into memory where a value is auto; without it the least is taken.
 
     Raises:
         SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
@@ -54,7 +58,7 @@ def train(config: Config, stop: StopSignal | None = None, observer: Observer | N
     stop.has_met()
     try:
         groups = ProcessGroups.create(layout, platform.backend, for_steps, for_files)
-        context = open_run(config, platform, groups, progress=progress, stop=stop, hold=hold)
+        context = open_run(config, platform, groups, progress=progress, stop=stop, hold=hold, fit=fit)
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
         if is_done:

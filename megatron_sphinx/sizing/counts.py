@@ -73,7 +73,7 @@ class TrainingSetup:
             precision=training.precision,
             recompute=training.activation_checkpointing,
             recomputed_layers=training.checkpointed_layers,
-            micro_batch_rows=config.data.micro_batch_rows,
+            micro_batch_rows=config.data.rows_at_once,
             train=training.train,
             reduces_each_micro_batch=config.parallel.pipeline == 1,
             is_partitioned_reduction=False,

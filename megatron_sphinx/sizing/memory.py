@@ -32,11 +32,13 @@ class EncoderCost:
         weights: how many numbers the weights are.
         flops: FLOPs to encode one view.
         values: numbers that one view has in memory at the moment when it has most.
+        families: the FLOPs of a view in each visual expert, behind its family.
     """
 
     weights: int
     flops: float
     values: float
+    families: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def language_rank(
     width = number_bytes(config.training.precision)
     weights = rank_weights(config.model, config.vision, layout, stage, config.training.train)
     trained = weights.shared + weights.experts
-    rows, micro_batches = rows_at_once(work, layout, config.data.micro_batch_rows)
+    rows, micro_batches = rows_at_once(work, layout, config.data.rows_at_once)
     size = MicroBatchSize.of_rows(work, rows)
     partition = -(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data)
     frozen_masters = 0.0 if hardware.is_cuda else FP32_BYTES * -(-weights.frozen // layout.data)
@@ -199,7 +201,7 @@ def encoder_rank(
     config: Config, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
 ) -> dict[str, float]:
     """Bytes on an encoder rank when it holds most, by what holds them, and `total`."""
-    rows, _ = rows_at_once(work, layout, config.data.micro_batch_rows)
+    rows, _ = rows_at_once(work, layout, config.data.rows_at_once)
     size = MicroBatchSize.of_rows(work, rows)
     views = -(-size.views * layout.data // layout.config.encoder)  # a micro-batch's of all replicas, dealt evenly
     parts = {
@@ -232,8 +234,8 @@ def _pixel_bytes(config: Config) -> float:
 
 def _encoder_bytes(config: Config, encoders: EncoderCost, hardware: Hardware) -> float:
     """Bytes of the experts' weights, and of the activations and fp32 pixels of one batch of views."""
-    width = number_bytes(hardware.encoder_precision)
-    views = config.vision.batch_views
+    width = number_bytes(hardware.encoder_precision(config.vision.precision))
+    views = config.vision.views_at_once
     return width * (encoders.weights + views * encoders.values) + FP32_BYTES * _pixel_bytes(config) * views
 
 

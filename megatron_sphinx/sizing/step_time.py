@@ -4,8 +4,9 @@ Only the numbers of the hardware are measured or fitted; everything here follows
 """
 
 from dataclasses import dataclass, fields, replace
-from math import log2
+from math import ceil, log2
 
+from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing.counts import (
     ReplicaWork,
@@ -292,6 +293,19 @@ def _exposed(
     return seconds | {"optimizer": update + hardware.kernel_seconds * operations}
 
 
+def view_seconds(vision: VisionConfig, encoders: EncoderCost, hardware: Hardware) -> float:
+    """Seconds to encode one view of a full batch, one visual expert after the other."""
+    precision = hardware.encoder_precision(vision.precision)
+    return sum(
+        flops / hardware.encoder_flops(precision, family, vision.views_at_once) for family, flops in encoders.families
+    )
+
+
+def full_batches(views: float, size: int) -> float:
+    """Return how many views are encoded for so many: batches are filled up, with zeros."""
+    return ceil(views / size - 1e-9) * size
+
+
 def _encoding(
     setup: TrainingSetup,
     work: Work,
@@ -304,12 +318,13 @@ def _encoding(
     if setup.vision is None or encoders is None:
         return 0.0, 0.0
     layout, sizes = ranks.layout, ranks.layout.config
-    rate = ranks.hardware.encoder_flops
+    of_view = view_seconds(setup.vision, encoders, ranks.hardware)
     spread = sum(map(ranks.seconds_of, feature_transfers(setup, layout, replica, 0)))
     if not sizes.encoder:
-        views = replica.views * replica.micro_batches / (sizes.tensor * sizes.pipeline)
-        return views * encoders.flops / rate + spread, 0.0
-    seconds = work.views * work.rows * encoders.flops / sizes.encoder / rate
+        views = full_batches(replica.views / (sizes.tensor * sizes.pipeline), setup.vision.views_at_once)
+        return replica.micro_batches * views * of_view + spread, 0.0
+    views = full_batches(replica.views * layout.data / sizes.encoder, setup.vision.views_at_once)
+    seconds = replica.micro_batches * views * of_view
     seconds += sum(map(ranks.seconds_of, communication(setup, layout, work)["encoder"]))
     return max(0.0, seconds - language) + spread, seconds
 
