@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.batches import BatchBuilder
-from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.device import Platform, current_platform
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -54,13 +53,8 @@ class HostPixels:
 
     def submit(self, views):
         pending = self.loader.submit(views)
-
-        def result() -> Pixels:
-            read = pending.result()
-            self.recorder.name(HOST, *read.views.values())
-            return read
-
-        return SimpleNamespace(wait=pending.wait, result=result)
+        self.recorder.name(HOST, *pending.pixels.values())
+        return pending
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ class PixelLoader:
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Make room for pixels."""
-        zeros = torch.from_numpy(np.zeros(shape, pixel_type(self.vision)))
-        return zeros.pin_memory() if self._is_pinned else zeros
+        kind = torch.uint8 if pixel_type(self.vision) is np.uint8 else torch.float32
+        return torch.zeros(shape, dtype=kind, pin_memory=self._is_pinned)
 
     def _read(self, sample: int, wanted: Sequence[tuple[int, int]], arrays: dict[int, NDArray[Any]]) -> bool:
         """Decode a sample's image, and cut views of it into the arrays.
