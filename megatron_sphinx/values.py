@@ -11,7 +11,6 @@ import yaml
 from megatron_sphinx.errors import ConfigError, nearest
 
 T = TypeVar("T")  # a dataclass
-Auto = Literal["auto"]  # of a value that a run takes for itself when it begins
 
 
 def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[str, Any]:

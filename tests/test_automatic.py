@@ -126,7 +126,7 @@ def test_shares_of_encoders_are_interpolated_by_views(views, share):
         ("data.micro_batch_rows=many", r"data\.micro_batch_rows=many: must be a whole number or auto"),
         ("data.micro_batch_rows=0", r"data\.micro_batch_rows=0: must be at least 1"),
         ("vision.batch_views=1.5", r"vision\.batch_views=1\.5: must be a whole number or auto"),
-        ("vision.precision=fp16", r"vision\.precision=fp16: unknown value; did you mean bf16\?"),
+        ("vision.precision=fp16", r"vision\.precision=fp16: must be auto or bf16 or fp32"),
     ],
 )
 def test_what_is_neither_a_number_nor_auto_is_refused(text, message):

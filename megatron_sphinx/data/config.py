@@ -1,9 +1,9 @@
 """What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.values import Auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class DataConfig:
     text_tokens_per_step: int = 65536
     sequence_length: int = 2048
     row_multiple: int = 8
-    micro_batch_rows: int | Auto = 1
+    micro_batch_rows: int | Literal["auto"] = 1
     max_bad_share: float = 0.05
     isolate_documents: bool = True
     workers: int = 2

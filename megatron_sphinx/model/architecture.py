@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.values import Auto, check_choice
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -272,17 +271,20 @@ class VisionConfig:
     padding: str = "centre"
     skip_padding_views: bool = False
     resize: str = "antialiased"
-    batch_views: int | Auto = "auto"
+    batch_views: int | Literal["auto"] = "auto"
     precision: str = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("padding", ("centre", "corner")), ("resize", ("antialiased", "accessory"))):
+        choices = {
+            "padding": ("centre", "corner"), "resize": ("antialiased", "accessory"),
+            "precision": ("auto", "bf16", "fp32"),
+        }  # fmt: skip
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
         if self.views not in PARTS:
             raise ConfigError(f"vision.views={self.views}: must be 1, 5 or 10")
-        check_choice("vision.precision", self.precision, ("auto", "bf16", "fp32"))
         if self.batch_views != "auto" and self.batch_views < 1:
             raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
