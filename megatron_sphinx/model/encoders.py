@@ -1,7 +1,7 @@
 """The mixture of frozen visual experts: pixels to feature tokens. It lives on encoder ranks and is never trained."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -48,17 +48,18 @@ class FrozenEncoders(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, views: Mapping[int, Tensor]) -> Tensor:
+    def forward(self, *views: Mapping[int, Tensor]) -> Tensor:
         """Encode views, in batches of `config.batch_views`.
 
         Args:
-            views: for each input side of `config.sides`, pixels from 0 to 255, [views, 3, side, side].
+            views: some views, behind them others, and so on: of each, for each input side of `config.sides`, pixels
+                from 0 to 255, [views, 3, side, side].
 
         Returns:
             bf16 [views, config.feature_values]: the mixed tokens [1 + grid ** 2, channels], then the Q-Former's
             tokens, flattened. The bits of a view do not depend on the views beside it.
         """
-        count, size = len(next(iter(views.values()))), self.config.views_at_once
+        count, size = sum(len(next(iter(part.values()))) for part in views), self.config.views_at_once
         out = torch.empty(count, self.config.feature_values, dtype=torch.bfloat16, device=self.device)
         for first, inputs in self._batches(views, count):
             out[first : first + size] = self._encode(inputs)[: count - first]
@@ -81,7 +82,7 @@ class FrozenEncoders(nn.Module):
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
-    def _batches(self, views: Mapping[int, Tensor], count: int) -> Iterator[tuple[int, list[Tensor]]]:
+    def _batches(self, views: Sequence[Mapping[int, Tensor]], count: int) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield the batches of some views: the number of the first one, and each expert's input.
 
         On a GPU pixels are uploaded and normalised on a stream of their own, as bytes: while one batch is encoded, the
@@ -90,7 +91,9 @@ class FrozenEncoders(nn.Module):
         size = self.config.views_at_once
         for first in range(0, count, size):
             with torch.cuda.stream(self._uploads) if self._uploads else nullcontext():
-                inputs = self._inputs({side: pixels[first : first + size] for side, pixels in views.items()})
+                inputs = self._inputs(
+                    {side: _cut([part[side] for part in views], first, first + size) for side in self.config.sides}
+                )
             if self._uploads:
                 encoding = torch.cuda.current_stream()
                 encoding.wait_stream(self._uploads)
@@ -98,9 +101,9 @@ class FrozenEncoders(nn.Module):
                     tensor.record_stream(encoding)  # its memory is not used again before it is encoded
             yield first, inputs
 
-    def _inputs(self, chunk: Mapping[int, Tensor]) -> list[Tensor]:
-        """Normalise a batch of pixels for each expert: [batch_views, 3, side, side]."""
-        full = {side: self._full(pixels) for side, pixels in chunk.items()}
+    def _inputs(self, chunk: Mapping[int, Sequence[Tensor]]) -> list[Tensor]:
+        """Normalise a batch of pixels, which lies in pieces, for each expert: [batch_views, 3, side, side]."""
+        full = {side: self._full(pieces) for side, pieces in chunk.items()}
         inputs = []
         for item in self.config.experts:
             mean, std = self.get_buffer(f"{item.name}_mean"), self.get_buffer(f"{item.name}_std")
@@ -108,11 +111,12 @@ class FrozenEncoders(nn.Module):
             inputs.append(pixels.to(self.dtype).contiguous(memory_format=torch.channels_last))
         return inputs
 
-    def _full(self, pixels: Tensor) -> Tensor:
+    def _full(self, pieces: Sequence[Tensor]) -> Tensor:
         """Bring a batch of pixels to the device, filled with zeros to the one shape that every batch has."""
-        missing = self.config.views_at_once - len(pixels)
-        pixels = pixels.to(self.device, non_blocking=True).float()
-        return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
+        pixels = [piece.to(self.device, non_blocking=True).float() for piece in pieces]
+        if missing := self.config.views_at_once - sum(map(len, pixels)):
+            pixels.append(pixels[0].new_zeros(missing, *pixels[0].shape[1:]))
+        return torch.cat(pixels) if len(pixels) > 1 else pixels[0]
 
     def _encode(self, inputs: list[Tensor]) -> Tensor:
         """Encode one batch of views, normalised for each expert, see `forward`."""
@@ -142,6 +146,15 @@ class FrozenEncoders(nn.Module):
         square = patches.unflatten(1, (native, native))
         repeated: Tensor = square.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1, 2)
         return repeated
+
+
+def _cut(parts: Sequence[Tensor], first: int, stop: int) -> list[Tensor]:
+    """Cut rows `first` to `stop` out of tensors that lie one behind the other; a piece of each that has some."""
+    pieces, at = [], 0
+    for part in parts:
+        pieces.append(part[max(0, first - at) : max(0, stop - at)])
+        at += len(part)
+    return [piece for piece in pieces if len(piece)]
 
 
 def _features(expert: VisualExpert, model: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:

@@ -77,7 +77,7 @@ class BlankPixels:
         kind = torch.from_numpy(np.zeros(0, pixel_type(self.vision))).dtype
         with self.recorder.memory_for(HOST):
             pixels = {side: torch.empty(len(views), 3, side, side).to(kind) for side in self.vision.sides}
-        return SimpleNamespace(wait=lambda: None, result=lambda: Pixels(pixels, ()))
+        return SimpleNamespace(views=views, wait=lambda: None, result=lambda: Pixels(pixels, ()))
 
 
 class BlankEncoders(FrozenEncoders):

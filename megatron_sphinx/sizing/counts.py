@@ -37,6 +37,7 @@ class TrainingSetup:
             then added over the other replicas.
         is_sharding_weights: whether weights too are partitioned, and gathered for each forward and backward (ZeRO-3,
             FSDP).
+        lookahead: micro-batches that encoders may be ahead.
         is_fused: whether norms, SwiGLU and rotary embeddings are one kernel each.
     """
 
@@ -56,6 +57,7 @@ class TrainingSetup:
     is_tensor_overlapped: bool = False
     shards: int | None = None
     is_sharding_weights: bool = False
+    lookahead: int = 1
     is_fused: bool = True
 
     @classmethod
@@ -79,6 +81,7 @@ class TrainingSetup:
             is_partitioned_reduction=False,
             is_reduction_overlapped=is_cuda and config.parallel.pipeline == 1,
             is_gather_overlapped=False,
+            lookahead=config.stage.lookahead,
             is_fused=False,
         )
 

@@ -18,6 +18,7 @@ from megatron_sphinx.sizing.activations import (
 )
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.stage.dealing import joined
 from megatron_sphinx.training.memory import REDUCE_BUCKET, RankWeights, rank_weights
 
 _LARGE_BYTES = 32 * 2**20  # glibc maps larger tensors one by one, and gives them back when they are freed
@@ -206,7 +207,10 @@ def encoder_rank(
     views = -(-size.views * layout.data // layout.config.encoder)  # a micro-batch's of all replicas, dealt evenly
     parts = {
         "process": hardware.process_bytes,
-        "features": 2.0 * config.vision.feature_values * views * (config.stage.lookahead + 2),
+        "features": 2.0
+        * config.vision.feature_values
+        * views
+        * (config.stage.lookahead + 1 + _together(config, views)),
         "encoders": _encoder_bytes(config, encoders, hardware),
     }
     if not hardware.is_cuda:
@@ -218,12 +222,17 @@ def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: Mic
     """Bytes of features on a language rank, which the first stage alone has.
 
     There is a buffer for each micro-batch that is received ahead, one for the micro-batch being computed, and one for
-    its masked copy.
+    its masked copy. Where the rank encodes itself, there are those that it has encoded together.
     """
     if stage:
         return 0.0
-    ahead = config.stage.lookahead if layout.config.encoder else 0
+    ahead = config.stage.lookahead if layout.config.encoder else _together(config, size.views) - 1
     return 2.0 * config.vision.feature_values * size.views * (ahead + 2)
+
+
+def _together(config: Config, views: float) -> int:
+    """How many micro-batches of so many views an encoder encodes together."""
+    return joined([views] * config.stage.lookahead, config.vision.views_at_once)
 
 
 def _pixel_bytes(config: Config) -> float:

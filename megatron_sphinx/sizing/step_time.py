@@ -24,6 +24,7 @@ from megatron_sphinx.sizing.counts import (
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.memory import EncoderCost, unlike_stages
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.stage.dealing import joined
 from megatron_sphinx.training.memory import rank_weights
 
 
@@ -301,9 +302,16 @@ def view_seconds(vision: VisionConfig, encoders: EncoderCost, hardware: Hardware
     )
 
 
-def full_batches(views: float, size: int) -> float:
-    """Return how many views are encoded for so many: batches are filled up, with zeros."""
-    return ceil(views / size - 1e-9) * size
+def full_batches(views: float, size: int, ahead: int) -> float:
+    """Return how many views are encoded for a micro-batch of so many: batches are filled up, with zeros.
+
+    Args:
+        views: of the micro-batch.
+        size: of a batch.
+        ahead: how many micro-batches can be encoded together.
+    """
+    together = joined([views] * ahead, size)
+    return ceil(together * views / size - 1e-9) * size / together
 
 
 def _encoding(
@@ -318,12 +326,12 @@ def _encoding(
     if setup.vision is None or encoders is None:
         return 0.0, 0.0
     layout, sizes = ranks.layout, ranks.layout.config
-    of_view = view_seconds(setup.vision, encoders, ranks.hardware)
+    of_view, lookahead = view_seconds(setup.vision, encoders, ranks.hardware), setup.lookahead
     spread = sum(map(ranks.seconds_of, feature_transfers(setup, layout, replica, 0)))
     if not sizes.encoder:
-        views = full_batches(replica.views / (sizes.tensor * sizes.pipeline), setup.vision.views_at_once)
+        views = full_batches(replica.views / (sizes.tensor * sizes.pipeline), setup.vision.views_at_once, lookahead)
         return replica.micro_batches * views * of_view + spread, 0.0
-    views = full_batches(replica.views * layout.data / sizes.encoder, setup.vision.views_at_once)
+    views = full_batches(replica.views * layout.data / sizes.encoder, setup.vision.views_at_once, lookahead)
     seconds = replica.micro_batches * views * of_view
     seconds += sum(map(ranks.seconds_of, communication(setup, layout, work)["encoder"]))
     return max(0.0, seconds - language) + spread, seconds
