@@ -1,7 +1,7 @@
 """From the plan of a step to the pixels that encoder ranks encode: views of images, read and decoded by threads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,3 +134,9 @@ class PendingPixels:
         """Wait until all views are read, and return them."""
         bad = {sample for sample, is_read in self.read.items() if not is_read.result()}
         return Pixels(self.pixels, tuple(index for index, (sample, _) in enumerate(self.views) if sample in bad))
+
+
+def wait_for(micro_batches: Iterable[PendingPixels]) -> None:
+    """Wait until all views of some micro-batches are read."""
+    for pixels in micro_batches:
+        pixels.wait()

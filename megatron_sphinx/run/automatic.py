@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.steps import complete
-from megatron_sphinx.config import Config
+from megatron_sphinx.config import Config, load
 from megatron_sphinx.console import say
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.device import Platform
@@ -109,6 +109,13 @@ def settle(
         return taken
 
     return _with(config, _gather(agree(take))[0])
+
+
+def with_taken(config: Config, folder: Path) -> Config:
+    """Return a configuration with what a run of it has taken where it says auto, as the run's folder tells it."""
+    path = folder / "config.yaml"
+    taken = load(path) if path.is_file() else config
+    return _with(config, {key: _get(taken, key) for key in KEYS if _get(config, key) == "auto"})
 
 
 def _with_precision(config: Config, encoding: Sequence[RankFacts], platform: Platform) -> Config:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
+from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in, wait_for
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
@@ -42,8 +42,7 @@ def produce(
 ) -> None:
     """Encode this encoder's shares of every micro-batch, images decoded `lookahead` micro-batches ahead of that.
 
-    A micro-batch without pictures costs nothing here and sends nothing. Several of few views are encoded together, in
-    full batches, and sent one after the other.
+    A micro-batch without pictures costs and sends nothing. Several of few views are encoded together, and sent singly.
 
     Args:
         rounds: the micro-batches of all replicas, each behind its step and its number in the step.
@@ -65,8 +64,7 @@ def produce(
         if (upcoming := next(rounds, None)) is None:
             return
         step, number, ahead = upcoming
-        mine = [share for share in shares_of(ahead, encoder_count) if share.encoder == encoder]
-        views = [view for s in mine for view in views_in(ahead[s.replica])[s.first : s.first + s.count]]
+        mine, views = _own(ahead, encoder, encoder_count)
         reading.append((step, number, mine, pixels.submit(views) if pixels and views else None))
 
     for _ in range(lookahead):
@@ -79,8 +77,7 @@ def produce(
             if not ready:
                 ahead = encoded_together([pending, *(later for *_, later in reading)], encoders, lookahead)
                 with reads:
-                    for views in ahead:
-                        views.wait()
+                    wait_for(ahead)
                 progress.note(Activity.ENCODING, number)
                 with encodes:
                     ready.extend(encode(encoders, ahead))
@@ -91,3 +88,9 @@ def produce(
             observer.micro_batch(sum(share.count for share in shares), *(watch.seconds for watch in watches))
     progress.note(Activity.SENDING)
     sender.drain()
+
+
+def _own(ahead: Round, encoder: int, encoder_count: int) -> tuple[list[DealtViews], list[tuple[int, int]]]:
+    """Find what one encoder takes of the next micro-batches: its shares, and their views as (sample, number)."""
+    mine = [share for share in shares_of(ahead, encoder_count) if share.encoder == encoder]
+    return mine, [view for s in mine for view in views_in(ahead[s.replica])[s.first : s.first + s.count]]
