@@ -57,6 +57,19 @@ class Platform:
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
+    def encoder_dtype(self, precision: str) -> torch.dtype:
+        """The type that frozen encoders compute in: of `vision.precision`, where auto is bf16 if that is fast here."""
+        is_bf16 = self.is_bf16_fast if precision == "auto" else precision == "bf16"
+        return torch.bfloat16 if is_bf16 else torch.float32
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory of the GPU, or of the machine as far as this process may use it."""
+        if self.is_cuda:
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+        given = [int(text) for limit in limits if limit.exists() and (text := limit.read_text().strip()).isdigit()]
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *given])
+
     def synchronize(self) -> None:
         """Wait until the device has computed everything that was started on it."""
         if self.is_cuda:
@@ -166,6 +179,9 @@ def _on_cuda(gpu: int) -> Platform:
     """Make the visible GPU with this number the device of this process."""
     # cuDNN's attention is set up anew for each length of documents, which made a step 3.2 times as long on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # By default torch rounds the inputs of fp32 convolutions (never of matrix products) to TF32's ten bits, so that
+    # encoders in fp32 would differ from the CPU's in the fourth digit.
+    torch.backends.cudnn.allow_tf32 = False
     torch.cuda.set_device(gpu)
     return Platform(torch.device("cuda", gpu), "nccl", torch.cuda.is_bf16_supported())
 

@@ -54,6 +54,7 @@ def run_rank(
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
             from megatron_sphinx.run import train
+            from megatron_sphinx.sizing.automatic import fit
 
             observer = make_observer() if make_observer else None
-            return train.train(config, stop, observer, is_profiled=is_profiled)
+            return train.train(config, stop, observer, fit, is_profiled=is_profiled)

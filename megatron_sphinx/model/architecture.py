@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+LEAST_BATCH_VIEWS, MOST_BATCH_VIEWS = 8, 32  # what vision.batch_views=auto takes on a CPU, and at most on a GPU
 PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
@@ -256,7 +257,12 @@ class VisionConfig:
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
         resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
         batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
-            never depend on it.
+            never depend on its company. With auto a run takes 32 on a GPU, or as many of them as fit into memory, and 8
+            on a CPU, and keeps them when it goes on.
+        precision: what the experts compute in: bf16; fp32; or auto, bf16 where that is fast. A run keeps what it took
+            when it goes on, on whatever machine.
+        compile: whether torch.compile compiles the experts' forward for the one shape;
+            what it takes at the start is printed.
     """
 
     experts: tuple[VisualExpertConfig, ...]
@@ -265,15 +271,21 @@ class VisionConfig:
     padding: str = "centre"
     skip_padding_views: bool = False
     resize: str = "antialiased"
-    batch_views: int = 8
+    batch_views: int | Literal["auto"] = "auto"
+    precision: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("padding", ("centre", "corner")), ("resize", ("antialiased", "accessory"))):
+        choices = {
+            "padding": ("centre", "corner"), "resize": ("antialiased", "accessory"),
+            "precision": ("auto", "bf16", "fp32"),
+        }  # fmt: skip
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
         if self.views not in PARTS:
             raise ConfigError(f"vision.views={self.views}: must be 1, 5 or 10")
-        if self.batch_views < 1:
+        if self.batch_views != "auto" and self.batch_views < 1:
             raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
             raise ConfigError("vision.experts: needs at least one expert beside a Q-Former")
@@ -289,6 +301,11 @@ class VisionConfig:
                     f"vision.grid={self.grid}: {item.name} gives {native}x{native} patches, which cannot be repeated "
                     f"to it; use a multiple of {native}"
                 )
+
+    @property
+    def views_at_once(self) -> int:
+        """The number of `batch_views`; of auto that no run has settled, the least that one takes."""
+        return LEAST_BATCH_VIEWS if self.batch_views == "auto" else self.batch_views
 
     @property
     def channels(self) -> int:

@@ -16,6 +16,7 @@ from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.run.automatic import Fit
 from megatron_sphinx.run.encoder_rank import EncoderRank
 from megatron_sphinx.run.job import find_place, join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
@@ -27,7 +28,12 @@ _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives 
 
 
 def train(
-    config: Config, stop: StopSignal | None = None, observer: Observer | None = None, *, is_profiled: bool = False
+    config: Config,
+    stop: StopSignal | None = None,
+    observer: Observer | None = None,
+    fit: Fit | None = None,
+    *,
+    is_profiled: bool = False,
 ) -> int:
     """Train on this rank; the exit status of the process.
 
@@ -35,6 +41,7 @@ def train(
         config: of the run.
         stop: hears of signals since the process began; without it none is heard of.
         observer: watches this rank.
+        fit: takes what fits into memory where a value is auto; without it the least is taken.
         is_profiled: whether the first rank prints how long each phase of the start took.
 
     Raises:
@@ -62,7 +69,9 @@ def train(
     try:
         make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
         groups = clock.timed("make_groups", make_groups)()
-        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, hold=hold, clock=clock)
+        opening = partial(
+            open_run, config, platform, groups, progress=progress, stop=stop, hold=hold, fit=fit, clock=clock
+        )
         context = clock.timed("open_data", opening)()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()

@@ -18,7 +18,7 @@ from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.stage.dealing import DealtViews, deal
+from megatron_sphinx.stage.dealing import DealtViews, deal, joined
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
 
@@ -127,15 +127,37 @@ class FeatureSender:
         current_platform().synchronize()  # NCCL's wait holds back the stream, not this thread
 
 
-def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
-    """Encode views: bf16 [views, feature_values], all NaN where the image is bad or the encoders give a NaN for it."""
-    read = pixels.result()
-    features: Tensor = encoders(read.views)
-    lost = features.isnan().any(1)
-    for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
-        pixels.report(view, "the encoders give NaN for it")
-    lost[list(read.bad)] = True
-    return features.masked_fill_(lost[:, None], float("nan"))
+def encoded_together(
+    upcoming: Sequence[PendingPixels | None], encoders: FrozenEncoders, most: int
+) -> list[PendingPixels]:
+    """Choose which of the next micro-batches are encoded together, at least the first one that has views.
+
+    Args:
+        upcoming: the views of each; None for one that has none.
+        encoders: what they are encoded with.
+        most: how many they may be.
+    """
+    some = [pixels for pixels in upcoming if pixels is not None][:most]
+    return some[: joined([len(pixels.views) for pixels in some], encoders.config.views_at_once)]
+
+
+def encode(encoders: FrozenEncoders, micro_batches: Sequence[PendingPixels]) -> list[Tensor]:
+    """Encode the views of some micro-batches together, in full batches.
+
+    Returns:
+        For each micro-batch bf16 [views, feature_values], all NaN where the image is bad or the encoders give a NaN for
+        it.
+    """
+    everything = [pixels.result() for pixels in micro_batches]
+    features: Tensor = encoders(*(read.views for read in everything))
+    parts = features.split([len(next(iter(read.views.values()))) for read in everything])
+    for pixels, read, part in zip(micro_batches, everything, parts, strict=True):
+        lost = part.isnan().any(1)
+        for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
+            pixels.report(view, "the encoders give NaN for it")
+        lost[list(read.bad)] = True
+        part.masked_fill_(lost[:, None], float("nan"))
+    return list(parts)
 
 
 class ColocatedEncoders:
@@ -156,6 +178,8 @@ class ColocatedEncoders:
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
         self._reading: deque[tuple[list[DealtViews], PendingPixels | None]] = deque()
         self._ready: deque[Tensor] = deque()
+        self._own: deque[Tensor] = deque()
+        self._lookahead = lookahead
         self._size, self._place = dist.get_world_size(groups.model), dist.get_rank(groups.model)
         for _ in range(lookahead):
             self._read()
@@ -189,6 +213,13 @@ class ColocatedEncoders:
         with self.waiting:
             if pending is not None:
                 own = parts[[share.encoder for share in shares].index(self._place)]
-                own.copy_(encode(self._encoders, pending))
+                own.copy_(self._own.popleft() if self._own else self._encode_ahead(pending))
             _spread(parts, [share.encoder for share in shares], self._groups.model)
         return out
+
+    def _encode_ahead(self, pending: PendingPixels) -> Tensor:
+        """Encode this rank's views of the micro-batch at hand; with it those of later ones, if that fills batches."""
+        ahead = encoded_together([pending, *(later for _, later in self._reading)], self._encoders, self._lookahead)
+        first, *later = encode(self._encoders, ahead)
+        self._own.extend(later)
+        return first
