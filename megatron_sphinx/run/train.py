@@ -13,6 +13,7 @@ from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
+from megatron_sphinx.model.kernels import choose
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.run.encoder_rank import EncoderRank
@@ -53,6 +54,7 @@ def train(config: Config, stop: StopSignal | None = None, observer: Observer | N
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
     try:
+        choose(config.model.kernels, platform)  # refused here, before anything large is read
         groups = ProcessGroups.create(layout, platform.backend, for_steps, for_files)
         context = open_run(config, platform, groups, progress=progress, stop=stop, hold=hold)
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
