@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.values import check_choice
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+KERNELS = ["auto", "torch", "liger", "transformer_engine"]
 PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
@@ -67,7 +67,8 @@ class LanguageConfig:
         for name in ("layers", "hidden", "ffn", "heads", "groups", "vocabulary"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value}: must be at least 1")
-        check_choice("model.kernels", self.kernels, ("auto", "torch", "liger", "transformer_engine"))
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"model.kernels={self.kernels}: unknown value; {nearest(self.kernels, KERNELS)}")
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"model.heads={self.heads}: each head needs an even share of model.hidden={self.hidden}; "
