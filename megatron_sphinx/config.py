@@ -98,6 +98,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("training.train", self.train, ("all", "projections", "language"))
+        if self.precision == "fp8":
+            raise ConfigError(
+                "training.precision=fp8: needs model.kernels=transformer_engine, and is not supported yet even there; "
+                "use bf16"
+            )
         check_choice("training.precision", self.precision, ("bf16", "fp32"))
         check_choice("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         if self.checkpointed_layers is not None:

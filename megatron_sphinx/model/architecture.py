@@ -10,6 +10,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 LEAST_BATCH_VIEWS, MOST_BATCH_VIEWS = 8, 32  # what vision.batch_views=auto takes on a CPU, and at most on a GPU
+KERNELS = ["auto", "torch", "liger", "transformer_engine"]
 PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
@@ -38,6 +39,10 @@ class LanguageConfig:
         rope_theta: base of the frequencies of rotary position embeddings.
         norm_epsilon: number added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
+        kernels: what the layers compute with beside matrix products and attention: auto (liger where liger_kernel
+            imports on a GPU, else torch), torch, liger (SwiGLU, RoPE, RMSNorm and cross entropy in Triton; GPUs only),
+            or transformer_engine (its layers, attention among them; GPUs only, and not yet proven). A run that goes on
+            may change it.
 
     Source: LLaMA 2, arXiv:2307.09288, section 2.2; Mixtral, arXiv:2401.04088, section 2.
     """
@@ -57,11 +62,14 @@ class LanguageConfig:
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "groups", "vocabulary"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value}: must be at least 1")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"model.kernels={self.kernels}: unknown value; {nearest(self.kernels, KERNELS)}")
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"model.heads={self.heads}: each head needs an even share of model.hidden={self.hidden}; "
@@ -81,7 +89,7 @@ class LanguageConfig:
     @property
     def shape(self) -> dict[str, Any]:
         """The fields that say whether weights fit this model; others may differ."""
-        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient", "kernels")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property

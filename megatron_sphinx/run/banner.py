@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.console import say, say_of_ranks
 from megatron_sphinx.errors import writing
+from megatron_sphinx.model.kernels import describe
 from megatron_sphinx.run import start_clock
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.training.engine import Engine
@@ -47,6 +48,8 @@ def say_start(context: RankContext, holdings: list[Holding]) -> None:
             for held in holdings
         ]
     )
+    kernels, attention = describe(config.model.kernels, context.platform, config.training.precision)
+    say(f"kernels: {kernels}; attention: {attention}")
     plan = context.planner.step(0)
     say(f"step 0: {len(plan.rows)} rows, {plan.fill:.1%} full; costliest replica {plan.imbalance:.3f} of the mean")
     if plan.imbalance > _UNEVEN and config.data.row_multiple % layout.data:

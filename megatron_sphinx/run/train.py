@@ -14,6 +14,7 @@ from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
+from megatron_sphinx.model.kernels import choose
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.run.automatic import Fit
@@ -67,6 +68,7 @@ def train(
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
     try:
+        choose(config.model.kernels, platform)  # refused here, before anything large is read
         make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
         groups = clock.timed("make_groups", make_groups)()
         opening = partial(
