@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.micro_batch import MicroBatch
@@ -87,7 +88,9 @@ class Engine:
         """
         if not self.is_pipeline:
             for batch in batches:
-                self._engine.backward(forward(batch) * self.loss_scale)
+                loss = forward(batch) * self.loss_scale
+                with record_function("backward"):
+                    self._engine.backward(loss)
             return
         with self._engine.coalesce_grad_reduction():
             self.run_pipeline(forward, batches)
