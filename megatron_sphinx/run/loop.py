@@ -78,6 +78,13 @@ class Loop:
                 for line in self.store.clear_the_way():
                     say(line)
             raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End what watches the GPU; further steps know nothing of it."""
+        if self._busy is not None:
+            self._busy.close()
 
     @property
     def _scan(self) -> Scan | None:
