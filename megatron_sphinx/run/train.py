@@ -24,6 +24,8 @@ from megatron_sphinx.run.language_rank import LanguageRank
 from megatron_sphinx.run.observer import Observer
 from megatron_sphinx.run.phases import start
 from megatron_sphinx.run.start_clock import StartClock, process_seconds
+from megatron_sphinx.run.step_trace import StepTrace
+from megatron_sphinx.training.profile import ProfileConfig
 
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
@@ -52,17 +54,20 @@ def train(
     clock.note("imports", process_seconds())
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=config.parallel)
+    config.training.profile.check_ranks(world)
     seat = layout.seat(rank)
     stop, hold = stop or StopSignal(), Hold(Path(config.run.folder), rank)
     for_steps, for_files = (
         timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in (config.run.timeout, config.run.storage_timeout)
     )
     platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
+    trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
     progress = Progress(
         timeout=config.run.timeout,
         storage_timeout=config.run.storage_timeout,
         probe=platform.probe_seconds,
         probe_interval=config.run.straggler_interval,
+        listener=trace,
     )
     name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
@@ -77,6 +82,7 @@ def train(
         context = clock.timed("open_data", opening)()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
+        trace.close()
         if is_done:
             _wait_for_end(progress, observer)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
