@@ -20,12 +20,15 @@ _SIXTEEN = 16  # torch draws normal numbers by sixteens; pieces of whole sixteen
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
-    """Do something with each item, at once on as many threads as this process has cores, without gradients.
+    """Do something with each item without gradients: where a GPU waits, at once on a thread for each core.
+
+    On the CPU ranks share its cores anyway, and may be forked from a process of several threads: there it is done on
+    one thread, one item after the other.
 
     Args:
         work: what is done; torch lets other threads run while it computes.
         items: what it is done with.
-        threads: how many threads; None for one a core.
+        threads: how many threads; None for the above.
 
     Returns:
         The results, in the order of the items.
@@ -38,7 +41,9 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int | None =
         with torch.no_grad():  # each thread begins with gradients
             return work(item)
 
-    with ThreadPoolExecutor(threads or own_cores(), "weights", current_platform().enter_thread) as pool:
+    if threads is None:
+        threads = own_cores() if current_platform().is_cuda else 1
+    with ThreadPoolExecutor(threads, "weights", current_platform().enter_thread) as pool:
         return [future.result() for future in [pool.submit(work_on, item) for item in items]]
 
 

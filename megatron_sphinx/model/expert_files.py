@@ -118,7 +118,7 @@ UNUSED_TENSORS = (
 def load_experts(
     items: Sequence[VisualExpertConfig], seed: int, resize: str, *, device: torch.device, dtype: torch.dtype
 ) -> list[LoadedExpert]:
-    """Load the visual experts of a mixture at once: each on a thread of its own, and beside them the files' digests.
+    """Load the visual experts of a mixture, on a GPU several at once, and beside them the files' digests.
 
     Args:
         items: the experts, and their files.
@@ -144,7 +144,7 @@ def load_experts(
     paths = sorted({item.weights for item in items if item.weights != RANDOM})
     with ThreadPoolExecutor(len(paths) + 1, "digests") as pool:  # they only read, and need no core of their own
         marks = {path: pool.submit(_digest, path) for path in paths}
-        loaded = in_threads(load, items, threads=len(items))
+        loaded = in_threads(load, items)
         return [
             one._replace(mark=marks[item.weights].result() if item.weights in marks else _mark_of_random(seed))
             for item, one in zip(items, loaded, strict=True)

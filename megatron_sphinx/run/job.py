@@ -1,7 +1,7 @@
 """How the ranks of a job meet, and what each of them has from then on: platform, groups, data, plan, liveness."""
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +90,9 @@ class RankContext:
         return encoders
 
     def begin_encoders(self) -> Future[FrozenEncoders]:
-        """Begin to load the frozen encoders on a thread of their own; what goes wrong is raised by the result.
+        """Begin to load the frozen encoders; what goes wrong is raised by the result.
+
+        For a GPU they are loaded on a thread of their own, while the start goes on; on the CPU at once.
 
         Raises:
             ConfigError: the library that builds one of them is not installed.
@@ -98,6 +100,8 @@ class RankContext:
         import_libraries([item.expert for item in self.config.vision.experts])
         pool = ThreadPoolExecutor(1, "encoders", self.platform.enter_thread)
         loading = pool.submit(self.encoders)
+        if not self.platform.is_cuda:
+            wait([loading])
         pool.shutdown(wait=False)
         return loading
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain
+from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
-from megatron_sphinx.liveness.progress import Activity, Progress
+from megatron_sphinx.liveness.progress import Activity, Listener, Progress
 from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.kernels import choose
@@ -62,13 +63,7 @@ def train(
     )
     platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
     trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
-    progress = Progress(
-        timeout=config.run.timeout,
-        storage_timeout=config.run.storage_timeout,
-        probe=platform.probe_seconds,
-        probe_interval=config.run.straggler_interval,
-        listener=trace,
-    )
+    progress = _progress(config, platform, trace)
     name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
@@ -76,10 +71,8 @@ def train(
         choose(config.model.kernels, platform)  # refused here, before anything large is read
         make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
         groups = clock.timed("make_groups", make_groups)()
-        opening = partial(
-            open_run, config, platform, groups, progress=progress, stop=stop, hold=hold, fit=fit, clock=clock
-        )
-        context = clock.timed("open_data", opening)()
+        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, hold=hold)
+        context = clock.timed("open_data", partial(opening, fit=fit, clock=clock))()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
         trace.close()
@@ -95,6 +88,17 @@ def train(
         lifeline.leave(status, str(error))
     hold.give_back(0 if is_done else STOPPED)
     return _end(lifeline, world, is_done=is_done)
+
+
+def _progress(config: Config, platform: Platform, listener: Listener) -> Progress:
+    """Make what a rank notes in what it is at, and how long it may take."""
+    return Progress(
+        timeout=config.run.timeout,
+        storage_timeout=config.run.storage_timeout,
+        probe=platform.probe_seconds,
+        probe_interval=config.run.straggler_interval,
+        listener=listener,
+    )
 
 
 def _wait_for_end(progress: Progress, observer: Observer | None) -> None:
