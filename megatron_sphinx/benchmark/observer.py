@@ -48,7 +48,7 @@ class RankObserver:
         """Note what the rank is and has, and measure the peak FLOP/s of all ranks at once."""
         self._context, platform, seat = context, context.platform, context.groups.seat
         is_bf16 = platform.is_bf16_fast if seat.encoder is not None else context.config.training.precision == "bf16"
-        dist.barrier()
+        dist.barrier(group=context.groups.control)
         self._observed = {
             "rank": seat.rank,
             "role": seat.role,
@@ -60,7 +60,7 @@ class RankObserver:
             "backend": platform.backend,
             "peak_flops": platform.measure_peak_flops(torch.bfloat16 if is_bf16 else torch.float32),
         }
-        dist.barrier()
+        dist.barrier(group=context.groups.control)
 
     def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
         """Note the seconds of a step of a language rank; begin and end the profile.

@@ -113,7 +113,14 @@ def join(device: str, timeout_seconds: float) -> Platform:
         say(note)
     if not dist.is_initialized():
         world_store = PrefixStore("default_pg", store)
-        dist.init_process_group(platform.backend, store=world_store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            platform.backend,
+            store=world_store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=platform.device if platform.is_cuda else None,
+        )
     return platform
 
 
@@ -161,4 +168,4 @@ def open_run(
             scan,
         )
 
-    return agree(work)
+    return agree(work, groups.control)
