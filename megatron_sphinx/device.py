@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,23 @@ class Platform:
         """Wait until the device has computed everything that was started on it."""
         if self.is_cuda:
             torch.cuda.synchronize()
+
+    def synchronize_stream(self) -> None:
+        """Wait until the device has computed what was started on this thread's stream, and for nothing else."""
+        if self.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def new_stream(self) -> torch.cuda.Stream | None:
+        """Make a stream beside the current one; None on the CPU, which has none."""
+        return torch.cuda.Stream(self.device) if self.is_cuda else None
+
+    def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+        """Put what is started inside on a stream that `new_stream` has made."""
+        return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark how far the current stream has been filled, to wait for it later; None on the CPU, which is there."""
+        return torch.cuda.current_stream().record_event() if self.is_cuda else None
 
     def peak_memory_bytes(self) -> int:
         """The most bytes that this rank has held so far: device memory on CUDA, resident memory on the CPU."""

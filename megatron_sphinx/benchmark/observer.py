@@ -49,7 +49,7 @@ class RankObserver:
         self._context, platform, seat = context, context.platform, context.groups.seat
         config = context.config
         precision = config.training.precision if seat.encoder is None else config.vision.precision
-        dist.barrier()
+        dist.barrier(group=context.groups.control)
         self._observed = {
             "rank": seat.rank,
             "role": seat.role,
@@ -61,7 +61,7 @@ class RankObserver:
             "backend": platform.backend,
             "peak_flops": platform.measure_peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32),
         }
-        dist.barrier()
+        dist.barrier(group=context.groups.control)
 
     def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
         """Note the seconds of a step of a language rank; begin and end the profile.

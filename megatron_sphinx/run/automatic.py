@@ -88,7 +88,7 @@ def settle(
     asked = [key for key in KEYS if _get(config, key) == "auto"]
     if not asked:
         return config
-    everyone = _gather(RankFacts(socket.gethostname(), platform.memory_bytes(), platform.is_bf16_fast))
+    everyone = _gather(RankFacts(socket.gethostname(), platform.memory_bytes(), platform.is_bf16_fast), groups)
 
     def take() -> dict[str, Any]:
         """Decide for all ranks."""
@@ -108,7 +108,7 @@ def settle(
         say(f"auto: {values}{before_now}{reason}")
         return taken
 
-    return _with(config, _gather(agree(take))[0])
+    return _with(config, _gather(agree(take, groups.control), groups)[0])
 
 
 def with_taken(config: Config, folder: Path) -> Config:
@@ -146,10 +146,10 @@ def _earlier(config: Config) -> dict[str, Any]:
     return {f"{section}.{name}": earlier.get(section, {}).get(name) for section, name in sections}
 
 
-def _gather(own: T) -> list[T]:
+def _gather(own: T, groups: ProcessGroups) -> list[T]:
     """Return what every rank has, in the order of ranks."""
     everyone = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, own, group=groups.control)
     return everyone
 
 

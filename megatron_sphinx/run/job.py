@@ -143,7 +143,14 @@ def join(device: str, timeout_seconds: float) -> Platform:
         say(note)
     if not dist.is_initialized():
         world_store = PrefixStore("default_pg", store)
-        dist.init_process_group(platform.backend, store=world_store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            platform.backend,
+            store=world_store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=platform.device if platform.is_cuda else None,
+        )
     return platform
 
 
@@ -178,7 +185,7 @@ def open_run(
             scan = sources.scan(memory)
         return config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0), sources, scan
 
-    counted, sources, scan = agree(open_data)
+    counted, sources, scan = agree(open_data, groups.control)
 
     def plan(config: Config) -> Planner:
         """Make the planner of the run with this configuration."""
@@ -188,7 +195,7 @@ def open_run(
         )  # fmt: skip
 
     settled = settle(counted, platform, groups, plan, fit)
-    planner = agree(lambda: plan(settled))
+    planner = agree(lambda: plan(settled), groups.control)
     progress, stop = progress or Progress(), stop or StopSignal()
     clock = clock or StartClock()
     return RankContext(settled, platform, groups, sources, planner, progress, stop, hold, scan, clock)

@@ -169,7 +169,7 @@ def start(role: Role) -> bool:
     if lacking := [name for name in names if not hasattr(role, name)]:
         raise TypeError(f"{type(role).__name__} lacks {lacking} of the phases of a start; give Role a default")
     for name in names:  # a role's own method of that name, where it has one
-        role.told[name] = take(role.context.clock.timed(name, getattr(role, name)))
+        role.told[name] = take(role.context.clock.timed(name, getattr(role, name)), role.context.groups.control)
         if role.stop_news.has_come:
             role.context.stop.ask(role.stop_news.reason)
             banner.note_early_stop(role.context, role.stop_news.reason)
@@ -177,8 +177,12 @@ def start(role: Role) -> bool:
     return True
 
 
-def take(phase: Callable[[], Any]) -> list[Any]:
+def take(phase: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
     """Take a phase together with all other ranks.
+
+    Args:
+        phase: this rank's part.
+        group: every rank of the job, the one to talk over.
 
     Returns:
         What each rank tells, in the order of ranks.
@@ -186,7 +190,7 @@ def take(phase: Callable[[], Any]) -> list[Any]:
     Raises:
         SphinxError: the phase failed for the user's reasons, on any rank.
     """
-    own = agree(phase)
+    own = agree(phase, group)
     everyone = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, own, group=group)
     return everyone

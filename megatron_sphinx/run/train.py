@@ -77,7 +77,7 @@ def train(
         is_done = start(role) and role.run()
         trace.close()
         if is_done:
-            _wait_for_end(progress, observer)
+            _wait_for_end(progress, observer, groups)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if world == 1:
             lifeline.close()
@@ -101,12 +101,12 @@ def _progress(config: Config, platform: Platform, listener: Listener) -> Progres
     )
 
 
-def _wait_for_end(progress: Progress, observer: Observer | None) -> None:
+def _wait_for_end(progress: Progress, observer: Observer | None, groups: ProcessGroups) -> None:
     """Wait for the other ranks: encoder ranks are done first, and stay to hear how the job ends."""
     if observer:
         observer.end()
     progress.note(Activity.ENDING)
-    dist.barrier()
+    dist.barrier(group=groups.control)
 
 
 def _end(lifeline: Lifeline, world: int, *, is_done: bool) -> int:

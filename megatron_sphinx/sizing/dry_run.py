@@ -37,7 +37,7 @@ from megatron_sphinx.sizing.blanks import BlankBatches, BlankContext, MadeUpSamp
 from megatron_sphinx.sizing.layouts import settled
 from megatron_sphinx.sizing.rank_counts import RankCounts, formulas
 from megatron_sphinx.sizing.recorded import BalancedRouter, RecordedEngine, RecordedFeatures
-from megatron_sphinx.sizing.recorder import Recorder
+from megatron_sphinx.sizing.recorder import CONTROL, Recorder
 from megatron_sphinx.sizing.work import CAPTION_TOKENS
 from megatron_sphinx.training.divergence import Watch
 
@@ -50,7 +50,7 @@ def axes(groups: ProcessGroups) -> dict[str, Any]:
     axes = {name: getattr(groups, name) for name in names} | {"pipeline flags": groups.flags}
     if groups.collection is not None:
         axes["expert counts"] = groups.collection.tp_ep
-    return axes | {"features": dist.group.WORLD}
+    return axes | {"features": groups.features, CONTROL: groups.control}
 
 
 def plan_of(config: Config, layout: ParallelLayout) -> tuple[Planner, str]:

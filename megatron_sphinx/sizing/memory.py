@@ -136,7 +136,7 @@ def language_rank(
         "process": hardware.process_bytes,
         "weights": float(width * (trained + weights.frozen)),
         "optimizer": float(_OPTIMIZER_BYTES * partition) + frozen_masters,
-        "features": _feature_bytes(config, layout, stage, size),
+        "features": _feature_bytes(config, layout, stage, size, is_cuda=hardware.is_cuda),
         "encoders": 0.0 if layout.config.encoder else _encoder_bytes(config, encoders, hardware),
     }
     moments = _moments(config, layout, stage, weights, size, micro_batches, is_cuda=hardware.is_cuda)
@@ -215,15 +215,16 @@ def encoder_rank(
     return parts | {"total": sum(parts.values())}
 
 
-def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize) -> float:
+def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize, *, is_cuda: bool) -> float:
     """Bytes of features on a language rank, which the first stage alone has.
 
     There is a buffer for each micro-batch that is received ahead, one for the micro-batch being computed, and one for
-    its masked copy. Where the rank encodes itself, there are those that it has encoded together.
+    its masked copy. On a GPU what the micro-batch was received to is kept until the next one, when it has been read.
+    Where the rank encodes itself, there are those that it has encoded together.
     """
     if stage:
         return 0.0
-    ahead = config.stage.lookahead if layout.config.encoder else _together(config, size.views) - 1
+    ahead = config.stage.lookahead + is_cuda if layout.config.encoder else _together(config, size.views) - 1
     return 2.0 * config.vision.feature_values * size.views * (ahead + 2)
 
 
