@@ -121,15 +121,14 @@ def test_on_meta_experts_have_shapes_and_no_numbers():
     assert {weight.device.type for one in loaded for weight in one.model.parameters()} == {"meta"}
 
 
-def test_threads_work_at_once_without_gradients_and_tell_in_order(monkeypatch):
-    monkeypatch.setattr(drawing, "own_cores", lambda: 3)
+def test_threads_work_at_once_without_gradients_and_tell_in_order():
     barrier = threading.Barrier(3, timeout=20)
 
     def work(number: int) -> tuple[int, bool]:
         barrier.wait()
         return number * number, torch.is_grad_enabled()
 
-    assert in_threads(work, range(3)) == [(0, False), (1, False), (4, False)]
+    assert in_threads(work, range(3), threads=3) == [(0, False), (1, False), (4, False)]
     assert torch.is_grad_enabled()
 
 
