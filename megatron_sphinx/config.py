@@ -19,6 +19,7 @@ from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.stage.dealing import StageConfig
 from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
+from megatron_sphinx.training.profile import ProfileConfig
 from megatron_sphinx.values import build, check_choice, merge, override, read_mapping
 
 PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))
@@ -86,6 +87,7 @@ class TrainingConfig:
             layers and experts; or full, whole layers from their inputs.
         checkpointed_layers (layers): how many layers of each pipeline stage are computed again with
             training.activation_checkpointing=full; null for all of them.
+        profile: the steps that torch's profiler records.
     """
 
     recipe: str | None = None
@@ -95,9 +97,15 @@ class TrainingConfig:
     precision: str = "bf16"
     activation_checkpointing: str = "none"
     checkpointed_layers: int | None = None
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_choice("training.train", self.train, ("all", "projections", "language"))
+        if self.precision == "fp8":
+            raise ConfigError(
+                "training.precision=fp8: needs model.kernels=transformer_engine, and is not supported yet even there; "
+                "use bf16"
+            )
         check_choice("training.precision", self.precision, ("bf16", "fp32"))
         check_choice("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         if self.checkpointed_layers is not None:
@@ -115,6 +123,8 @@ class TrainingConfig:
             raise ConfigError("training.steps=0: training.epochs is 0 too; a run needs one of them")
         if self.steps and self.epochs:
             raise ConfigError(f"training.steps={self.steps}: training.epochs={self.epochs} too; set the other one to 0")
+        if self.steps:
+            self.profile.check_steps(self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

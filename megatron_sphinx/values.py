@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -117,10 +117,13 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value}: must be a section with keys of its own")
         return build(kind, value, f"{path}.")  # type: ignore[arg-type]
-    if isinstance(kind, UnionType):
-        if value is None and NoneType in get_args(kind):
-            return None
+    if get_origin(kind) in (UnionType, Union):
+        words = [word for option in get_args(kind) if get_origin(option) is Literal for word in get_args(option)]
+        if (value is None and NoneType in get_args(kind)) or value in words:
+            return value
         kind = next(option for option in get_args(kind) if option is not NoneType)
+        if words:
+            return _scalar(kind, value, path, f" or {' or '.join(words)}")
     if get_origin(kind) is tuple:
         item_kind = get_args(kind)[0]
         if hasattr(item_kind, "from_text") and isinstance(value, str | Mapping | None):
@@ -131,19 +134,19 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     return _scalar(kind, value, path)
 
 
-def _scalar(kind: type, value: Any, path: str) -> Any:
-    """Turn a single value into a bool, an int, a float or a text."""
+def _scalar(kind: type, value: Any, path: str, otherwise: str = "") -> Any:
+    """Turn a single value into a bool, an int, a float or a text; messages add what else it may be."""
     if kind is float:
         try:  # YAML reads 5e-5 as text
-            return float(value) if not isinstance(value, bool) else _refuse(kind, value, path)
+            return float(value) if not isinstance(value, bool) else _refuse(kind, value, path, otherwise)
         except (TypeError, ValueError):
-            _refuse(kind, value, path)
+            _refuse(kind, value, path, otherwise)
     if type(value) is not kind:
-        _refuse(kind, value, path)
+        _refuse(kind, value, path, otherwise)
     return value
 
 
-def _refuse(kind: type, value: Any, path: str) -> Any:
+def _refuse(kind: type, value: Any, path: str, otherwise: str) -> Any:
     """Raise the error of a value that has another type."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{path}={value}: must be {names[kind]}")
+    raise ConfigError(f"{path}={value}: must be {names[kind]}{otherwise}")

@@ -1,6 +1,7 @@
 """What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.values import check_choice
@@ -46,14 +47,16 @@ class DataConfig:
             a run without conversations.
         text_tokens_per_step (tokens): text tokens in every optimizer step; 0 for a run without text.
         text_order: how text documents follow each other: parts, cut into parts of at most data.sequence_length tokens
-            that lie far apart, so that each step's text is of many documents; or documents, each whole behind the one
-            before it, as runs were made before there was this key.
+            that lie far apart, so that each step's text is of many documents; documents, each whole behind the one
+            before it, as runs were made before there was this key; or auto, parts for a run that begins, and for one
+            that goes on the order that it began with.
         sequence_length (positions): the most positions of a row; longer documents are cut in consecutive segments,
             longer captions lose their end, longer conversations their last turns.
         row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
             of replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where
             a row has its share of the cost, so let it be small beside the number of rows.
-        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1.
+        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1. With auto a run takes the
+            most that fit into memory by the plan, prints them, and keeps them when it goes on.
         max_bad_share: share of the samples, from 0 to 1; the run stops when more than that could not be read.
         isolate_documents: whether attention stays inside each document and sample (true) or goes over the whole row.
         workers (threads): how many threads read and decode images on a rank; where shards are behind a URL, take
@@ -69,18 +72,18 @@ class DataConfig:
     pairs_per_step: int = 640
     conversations_per_step: int = 0
     text_tokens_per_step: int = 65536
-    text_order: str = "parts"
+    text_order: str = "auto"
     sequence_length: int = 2048
     row_multiple: int = 8
-    micro_batch_rows: int = 1
+    micro_batch_rows: int | Literal["auto"] = 1
     max_bad_share: float = 0.05
     isolate_documents: bool = True
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("data.text_order", self.text_order, ("parts", "documents"))
+        check_choice("data.text_order", self.text_order, ("auto", "parts", "documents"))
         for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
         for amount, name in _AMOUNTS.items():
             value, sources = getattr(self, amount), getattr(self, name)
@@ -102,6 +105,12 @@ class DataConfig:
             )
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
+
+    @property
+    def rows_at_once(self) -> int:
+        """The number of `micro_batch_rows`, in a configuration whose values of auto have been taken."""
+        assert self.micro_batch_rows != "auto", "data.micro_batch_rows=auto: no number has been taken yet"
+        return self.micro_batch_rows
 
     @property
     def samples(self) -> tuple[DataSource, ...]:

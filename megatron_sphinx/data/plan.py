@@ -108,7 +108,7 @@ class Planner:
         self._packer = Packer(
             config.sequence_length,
             self._cost_of_segment if config.isolate_documents else lambda length, _: float(length),
-            cuts_parts=config.text_order == "parts",
+            cuts_parts=config.text_order != "documents",
         )
         if samples is not None:
             weights = [source.weight for source in config.samples]
@@ -121,7 +121,7 @@ class Planner:
         self._text_streams: list[TextStream] = []
         if text is not None:
             weights = [source.weight for source in config.text]
-            part = config.sequence_length if config.text_order == "parts" else None
+            part = None if config.text_order == "documents" else config.sequence_length
             self._text_mixture = Mixture(text.bounds, weights, config.text_tokens_per_step, "text_tokens_per_step")
             self._text_streams = [
                 TextStream(text, span, key_of(seed, "text", source), part)
@@ -133,7 +133,7 @@ class Planner:
         samples, cut = self._plan_samples(step)
         rows = self._packer.rows([*samples, *self._plan_text(step)], self.config.row_multiple)
         replicas = self._deal(rows)
-        size = self.config.micro_batch_rows
+        size = self.config.rows_at_once
         count = -(-max(map(len, replicas)) // size)
         micro_batches = tuple(tuple(dealt[n * size : (n + 1) * size] for dealt in replicas) for n in range(count))
         costs = [sum(map(self.cost, dealt)) for dealt in replicas]
@@ -181,7 +181,7 @@ class Planner:
 
     def _deal(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
         """Deal rows to replicas: the costliest first, each to the cheapest replica that has room."""
-        size = self.config.micro_batch_rows
+        size = self.config.rows_at_once
         limit = -(-len(rows) // (self.replicas * size)) * size
         dealt: list[list[Row]] = [[] for _ in range(self.replicas)]
         cheapest = [(0.0, replica) for replica in range(self.replicas)]

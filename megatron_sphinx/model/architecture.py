@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+LEAST_BATCH_VIEWS, MOST_BATCH_VIEWS = 8, 32  # what vision.batch_views=auto takes on a CPU, and at most on a GPU
+KERNELS = ["auto", "torch", "liger", "transformer_engine"]
 PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
@@ -37,6 +39,10 @@ class LanguageConfig:
         rope_theta: base of the frequencies of rotary position embeddings.
         norm_epsilon: number added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
+        kernels: what the layers compute with beside matrix products and attention: auto (liger where liger_kernel
+            imports on a GPU, else torch), torch, liger (SwiGLU, RoPE, RMSNorm and cross entropy in Triton; GPUs only),
+            or transformer_engine (its layers, attention among them; GPUs only, and not yet proven). A run that goes on
+            may change it.
 
     Source: LLaMA 2, arXiv:2307.09288, section 2.2; Mixtral, arXiv:2401.04088, section 2.
     """
@@ -56,11 +62,14 @@ class LanguageConfig:
     rope_theta: float = 10000.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "groups", "vocabulary"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value}: must be at least 1")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"model.kernels={self.kernels}: unknown value; {nearest(self.kernels, KERNELS)}")
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"model.heads={self.heads}: each head needs an even share of model.hidden={self.hidden}; "
@@ -80,7 +89,7 @@ class LanguageConfig:
     @property
     def shape(self) -> dict[str, Any]:
         """The fields that say whether weights fit this model; others may differ."""
-        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient", "kernels")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -256,7 +265,12 @@ class VisionConfig:
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
         resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
         batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
-            never depend on it.
+            never depend on its company. With auto a run takes 32 on a GPU, or as many of them as fit into memory, and 8
+            on a CPU, and keeps them when it goes on.
+        precision: what the experts compute in: bf16; fp32; or auto, bf16 where that is fast. A run keeps what it took
+            when it goes on, on whatever machine.
+        compile: whether torch.compile compiles the experts' forward for the one shape;
+            what it takes at the start is printed.
     """
 
     experts: tuple[VisualExpertConfig, ...]
@@ -265,15 +279,21 @@ class VisionConfig:
     padding: str = "centre"
     skip_padding_views: bool = False
     resize: str = "antialiased"
-    batch_views: int = 8
+    batch_views: int | Literal["auto"] = "auto"
+    precision: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("padding", ("centre", "corner")), ("resize", ("antialiased", "accessory"))):
+        choices = {
+            "padding": ("centre", "corner"), "resize": ("antialiased", "accessory"),
+            "precision": ("auto", "bf16", "fp32"),
+        }  # fmt: skip
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
         if self.views not in PARTS:
             raise ConfigError(f"vision.views={self.views}: must be 1, 5 or 10")
-        if self.batch_views < 1:
+        if self.batch_views != "auto" and self.batch_views < 1:
             raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
             raise ConfigError("vision.experts: needs at least one expert beside a Q-Former")
@@ -289,6 +309,11 @@ class VisionConfig:
                     f"vision.grid={self.grid}: {item.name} gives {native}x{native} patches, which cannot be repeated "
                     f"to it; use a multiple of {native}"
                 )
+
+    @property
+    def views_at_once(self) -> int:
+        """The number of `batch_views`; of auto that no run has settled, the least that one takes."""
+        return LEAST_BATCH_VIEWS if self.batch_views == "auto" else self.batch_views
 
     @property
     def channels(self) -> int:

@@ -1,7 +1,7 @@
 """What is in a given step of a run, row by row, read from the indexes of its data."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +25,8 @@ def text_of_steps(config: Config) -> dict[str, float]:
         text, or where its data is not there.
     """
     try:
-        planner = _planner(config, ParallelLayout(world=1, config=ParallelConfig()))
+        alone = replace(config, data=replace(config.data, micro_batch_rows=1))
+        planner = _planner(alone, ParallelLayout(world=1, config=ParallelConfig()))
     except DataError:
         return {}
     shares = [planner.step(number).document_shares for number in range(min(_STEPS, config.training.steps or _STEPS))]
@@ -45,14 +46,19 @@ def _planner(config: Config, layout: ParallelLayout) -> Planner:
     )  # fmt: skip
 
 
-def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
+def step(config: Config, layout: ParallelLayout, number: int, kind: str) -> Iterator[dict[str, Any]]:
     """Yield what is in a step: first the whole step, then each micro-batch of each replica.
 
     Args:
         config: the run, whose data is there.
         layout: how its ranks are divided.
         number: of the step, counted from 0.
+        kind: the hardware on which a value of auto is taken, a name of hardware.yaml or the path of a file.
     """
+    if config.data.micro_batch_rows == "auto":
+        from megatron_sphinx.sizing.layouts import settled  # which imports torch
+
+        config = settled(config, layout, kind).config
     planner = _planner(config, layout)
     plan = planner.step(number)
     yield {
@@ -69,6 +75,7 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
         "fill": plan.fill,
         "padding_share": plan.padding_share,
         "imbalance": plan.imbalance,
+        "micro_batch_rows": config.data.micro_batch_rows,
     }
     for micro, replicas in enumerate(plan.micro_batches):
         counts = [len(views_in(rows)) for rows in replicas]
