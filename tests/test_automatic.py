@@ -23,7 +23,7 @@ from megatron_sphinx.sizing.memory import EncoderCost, heaviest, peak
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
 
-ROWS, VIEWS, PRECISION = "data.micro_batch_rows", "vision.batch_views", "vision.precision"
+ROWS, ORDER, VIEWS, PRECISION = "data.micro_batch_rows", "data.text_order", "vision.batch_views", "vision.precision"
 
 
 SHORT = ("model.layers=8", "training.activation_checkpointing=none")  # 2 billion weights that keep all activations
@@ -151,7 +151,7 @@ def test_losses_do_not_depend_on_what_is_taken(train):
         assert views == 8
         said = [line for line in run.ranks.text().splitlines() if line.startswith("auto: ")]
         assert len(said) == 1
-        assert said[0].startswith(f"auto: {ROWS}={rows} {VIEWS}=8 {PRECISION}={precision}; by the plan ")
+        assert said[0].startswith(f"auto: {ROWS}={rows} {ORDER}=parts {VIEWS}=8 {PRECISION}={precision}; by the plan ")
         assert said[0].endswith(" of 7.2 usable GB")  # a machine with more gives a rank no more than 8 GB
 
 
@@ -181,24 +181,25 @@ def test_a_run_that_goes_on_keeps_what_it_took(train, monkeypatch):
     monkeypatch.setattr(Platform, "memory_bytes", lambda _: 200_000_000)
     again = train(1, auto, name="cut")
     assert identical(again.metrics, whole.metrics)
-    values = f"{ROWS}={taken['data']['micro_batch_rows']} {VIEWS}=8 {PRECISION}=bf16"
-    kept = (
-        f"auto: {values}; {ROWS} and {VIEWS} and {PRECISION} as the run took before; by the plan language stage 0 holds"
-    )
-    assert kept in again.ranks.text()
+    values = f"{ROWS}={taken['data']['micro_batch_rows']} {ORDER}=parts {VIEWS}=8 {PRECISION}=bf16"
+    kept = f"{ROWS} and {ORDER} and {VIEWS} and {PRECISION} as the run took before"
+    assert f"auto: {values}; {kept}; by the plan language stage 0 holds" in again.ranks.text()
     assert "of 0.18 usable GB, which does not fit" in again.ranks.text()
     assert "changed: data" not in again.ranks.text()
     assert "changed: vision" not in again.ranks.text()
 
     anew = train(1, auto | {"checkpoint.resume": "none", "training.steps": 1}, name="cut")
-    assert f"auto: {ROWS}=1 {VIEWS}=8 {PRECISION}=fp32; by the plan" in anew.ranks.text()
+    assert f"auto: {ROWS}=1 {ORDER}=parts {VIEWS}=8 {PRECISION}=fp32; by the plan" in anew.ranks.text()
 
 
 def test_a_run_on_another_ones_checkpoint_keeps_what_that_took(train):
     first = train(1, {ROWS: 2, PRECISION: "fp32", "training.steps": 2}, name="first")
     resume = str(first.folder / "checkpoints" / "step_00000002")
     second = train(1, {ROWS: "auto", "checkpoint.resume": resume}, name="second")
-    assert f"auto: {ROWS}=2 {VIEWS}=8 {PRECISION}=fp32; {ROWS} and {VIEWS} and {PRECISION} as" in second.ranks.text()
+    assert (
+        f"auto: {ROWS}=2 {ORDER}=parts {VIEWS}=8 {PRECISION}=fp32; {ROWS} and {ORDER} and {VIEWS} and {PRECISION} as"
+        in second.ranks.text()
+    )
 
 
 @pytest.mark.parametrize("kind", ["a100-80g", "h100-80g"])

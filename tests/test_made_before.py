@@ -44,6 +44,7 @@ def test_its_run_goes_on_with_its_configuration_and_its_data(before, start_ranks
     ranks = start_ranks(world, lambda: main(["train", str(config), *layout]))
     assert ranks.wait() == [0] * world, ranks.text()
     assert "resumed after step 2 from checkpoint_v0/checkpoints/step_00000002" in ranks.text(0)
+    assert "data.text_order=documents" in ranks.text(0)  # the order that it began with, which had no name then
     found = lines_of(before / "metrics.jsonl")
     assert [[line[name] for name in EXACT] for line in found] == [[line[name] for name in EXACT] for line in recorded]
     for one, other in zip(found, recorded, strict=True):
