@@ -8,6 +8,7 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.data.packing import Segment, positions
 from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.sources import make_planner, open_sources
+from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
@@ -19,8 +20,14 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
         config: the run, whose data is there.
         layout: how its ranks are divided.
         number: of the step, counted from 0.
+
+    Raises:
+        ConfigError: the run has no such step.
     """
     sources = open_sources(config.data, config.model)
+    steps = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0).training.steps
+    if not 0 <= number < steps:
+        raise ConfigError(f"--step={number}: the run has steps 0 to {steps - 1}; give one of them")
     planner = make_planner(
         config.data, sources, config.model, config.vision,
         replicas=layout.data, seed=config.run.seed, multiple=layout.config.token_multiple,

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import torch
-
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS, VisionConfig
-from megatron_sphinx.model.visual_experts import build_expert, encoder_work
+from megatron_sphinx.model.visual_experts import work_of
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
@@ -58,12 +56,9 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
 
 @cache
 def expert_cost(name: str) -> EncoderCost:
-    """Count what it takes to encode with one visual expert, which is built without memory."""
-    expert = VISUAL_EXPERTS[name]
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in build_expert(expert).parameters())
-    flops, values = encoder_work(expert)
-    return EncoderCost(weights, float(flops), float(values))
+    """Tell what it takes to encode with one visual expert, which is built without memory where that is not known."""
+    work = work_of(VISUAL_EXPERTS[name])
+    return EncoderCost(work.weights, float(work.flops), float(work.values))
 
 
 def encoder_cost(config: VisionConfig) -> EncoderCost:
