@@ -10,7 +10,7 @@ from megatron_sphinx.benchmark import sweep
 from megatron_sphinx.benchmark.sweep import BenchmarkError
 from megatron_sphinx.errors import ConfigError, FolderError
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.visual_experts import encoder_work
+from megatron_sphinx.model.visual_experts import work_of
 
 pytest_plugins = ["fake_runs"]
 
@@ -91,7 +91,7 @@ def test_what_roles_and_ranks_do(runs, how):
     points = sweep.compare(how(ranks=3), variants)
     stage, colocated = points["stage"], points["colocated"]
     names = [item.name for item in configuration.load(how().config).vision.experts]
-    view_flops = sum(encoder_work(VISUAL_EXPERTS[name])[0] for name in names)
+    view_flops = sum(work_of(VISUAL_EXPERTS[name]).flops for name in names)
     views = stage["work"]["views"]
     assert views == 6
     assert (stage["hosts"], list(stage["roles"])) == ({"n0": 2, "n1": 1}, ["language", "encoder"])

@@ -36,6 +36,7 @@ RUN_BY = {
     "make demo": r'run_example\("demo_evaluate\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',
+    "megatron-sphinx train": r'"train", str\(config\), "--check"',
     "megatron-sphinx prepare pairs": r'"prepare", "pairs"|"prepare_pairs(\.py)?"',
     "megatron-sphinx prepare text": r'"prepare", "text"|"prepare_text(\.py)?"',
     "megatron-sphinx prepare conversations": r'"prepare", "conversations"|"prepare_conversations(\.py)?"',

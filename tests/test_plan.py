@@ -398,8 +398,15 @@ def test_no_step_of_a_large_data_set_takes_much_memory(tmp_path):
 # the command
 
 
+@pytest.mark.parametrize("step", [-1, 12, 10**9])
+def test_a_step_that_the_run_does_not_have_is_refused(tiny, tmp_path, capsys, step):
+    config = tiny.write(tmp_path / "run.yaml", {"training.steps": 12})
+    assert main(["plan", str(config), "--step", str(step)]) == 2
+    assert f"--step={step}: the run has steps 0 to 11; give one of them" in capsys.readouterr().err
+
+
 def test_the_plan_command_prints_the_composition_of_any_step(tiny, tmp_path, capsys):
-    config = tiny.write(tmp_path / "run.yaml", {"parallel.encoder": 2})
+    config = tiny.write(tmp_path / "run.yaml", {"parallel.encoder": 2, "training.steps": 200_000})
     printed = {}
     for ranks in (3, 5):
         assert main(["plan", str(config), "--ranks", str(ranks), "--step", "123456"]) == 0

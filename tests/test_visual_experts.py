@@ -6,7 +6,7 @@ import torch
 from megatron_sphinx.model.architecture import (
     VISUAL_EXPERTS,
 )
-from megatron_sphinx.model.visual_experts import FAMILIES, build_expert, encoder_work
+from megatron_sphinx.model.visual_experts import FAMILIES, build_expert, count_work, work_of
 
 # Counted by the sources: open_clip's and dinov2's models, transformers' Blip2 vision model and Q-Former with queries.
 PARAMETERS = {
@@ -46,4 +46,10 @@ GFLOPS = {
 
 @pytest.mark.parametrize("name", GFLOPS)
 def test_the_work_of_a_view_is_counted(name):
-    assert encoder_work(VISUAL_EXPERTS[name])[0] == pytest.approx(1e9 * GFLOPS[name], rel=0.01)
+    assert work_of(VISUAL_EXPERTS[name]).flops == pytest.approx(1e9 * GFLOPS[name], rel=0.01)
+
+
+def test_what_is_known_of_an_expert_is_what_its_library_builds():
+    known = [expert for expert in VISUAL_EXPERTS.values() if expert.work]
+    assert [count_work(expert) for expert in known] == [expert.work for expert in known]
+    assert known

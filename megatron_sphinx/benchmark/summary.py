@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.visual_experts import encoder_work
+from megatron_sphinx.model.visual_experts import work_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
 @cache
 def _expert_flops(name: str) -> int:
     """FLOPs of a view in a visual expert."""
-    return encoder_work(VISUAL_EXPERTS[name])[0]
+    return work_of(VISUAL_EXPERTS[name]).flops
 
 
 def _rank(runs: Sequence[Mapping[str, Any]], flops: float, step_seconds: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Train until the configured number of steps, going on from the newest checkpoint.
 
-    megatron-sphinx train CONFIG [key=value ...]
+    megatron-sphinx train CONFIG [key=value ...] [--check [--ranks N]]
 
 Started by torchrun or srun this is one rank of a job, alone it is the only one. Exits with 0 when it is done, with 75
 where a signal came and the state is saved: the same command goes on from there.
@@ -24,10 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add_configuration(parser)
     parser.add_argument("--profile", action="store_true", help="print how long each phase of the start takes")
+    parser.add_argument(
+        "--check", action="store_true", help="look at all that a start looks at, in one process; nothing is started"
+    )
+    parser.add_argument("--ranks", type=int, help="with --check: ranks of the job; default: one replica")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
+    if args.check:
+        from megatron_sphinx import config as configuration
+        from megatron_sphinx.run.check import check
+
+        check(configuration.load(args.config, args.overrides), args.ranks)
+        return 0
     return run_rank(args, is_profiled=args.profile)
 
 

@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
 
     vision = replace(configuration.load(args.preset).vision, skip_padding_views=True)
     sizes = sizes_of(args.indexes)
-    from megatron_sphinx.model.visual_experts import encoder_work
+    from megatron_sphinx.model.visual_experts import work_of
 
-    gflop = sum(encoder_work(item.expert)[0] for item in vision.experts) / 1e9
+    gflop = sum(work_of(item.expert).flops for item in vision.experts) / 1e9
     rows = [
         saved(sizes, replace(vision, views=views, padding=padding), gflop)
         for views in (5, 10)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.model.architecture import VisualExpert
+from megatron_sphinx.model.architecture import ExpertWork, VisualExpert
 
 
 class QFormer(nn.Module):
@@ -97,13 +97,13 @@ def build_expert(expert: VisualExpert) -> nn.Module:
     return model
 
 
-def encoder_work(expert: VisualExpert) -> tuple[int, int]:
-    """Count what it takes to encode one view with a visual expert; needs no memory.
+def work_of(expert: VisualExpert) -> ExpertWork:
+    """Tell what it takes to encode one view with a visual expert: as it is known, or else counted."""
+    return expert.work or count_work(expert)
 
-    Returns:
-        FLOPs, two for each multiply-add of matrix products and convolutions; and how many numbers are in memory at the
-        moment when most are: a module's inputs, its output, and a residual that goes around it.
-    """
+
+def count_work(expert: VisualExpert) -> ExpertWork:
+    """Count what it takes to encode one view with a visual expert, on a model without memory."""
     peak = 0
 
     def count(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -122,5 +122,5 @@ def encoder_work(expert: VisualExpert) -> tuple[int, int]:
             model(pixels)
         else:
             FAMILIES[expert.family](model, pixels)
-    total: int = counter.get_total_flops()
-    return total, peak
+    weights = sum(weight.numel() for weight in model.parameters())
+    return ExpertWork(weights, counter.get_total_flops(), peak)

@@ -9,8 +9,8 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.data.packing import Segment, positions
 from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.plan import Planner
-from megatron_sphinx.data.sources import make_planner, open_sources
-from megatron_sphinx.errors import DataError
+from megatron_sphinx.data.sources import Sources, make_planner, open_sources
+from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
@@ -26,9 +26,10 @@ def text_of_steps(config: Config) -> dict[str, float]:
     """
     try:
         alone = replace(config, data=replace(config.data, micro_batch_rows=1))
-        planner = _planner(alone, ParallelLayout(world=1, config=ParallelConfig()))
+        sources = open_sources(alone.data, alone.model)
     except DataError:
         return {}
+    planner = _planner(alone, sources, ParallelLayout(world=1, config=ParallelConfig()))
     shares = [planner.step(number).document_shares for number in range(min(_STEPS, config.training.steps or _STEPS))]
     if not any(shares):
         return {}
@@ -38,10 +39,10 @@ def text_of_steps(config: Config) -> dict[str, float]:
     }
 
 
-def _planner(config: Config, layout: ParallelLayout) -> Planner:
+def _planner(config: Config, sources: Sources, layout: ParallelLayout) -> Planner:
     """Make the planner of a run, from the indexes of its data."""
     return make_planner(
-        config.data, open_sources(config.data, config.model), config.model, config.vision,
+        config.data, sources, config.model, config.vision,
         replicas=layout.data, seed=config.run.seed, multiple=layout.config.token_multiple,
     )  # fmt: skip
 
@@ -54,12 +55,19 @@ def step(config: Config, layout: ParallelLayout, number: int, kind: str) -> Iter
         layout: how its ranks are divided.
         number: of the step, counted from 0.
         kind: the hardware on which a value of auto is taken, a name of hardware.yaml or the path of a file.
+
+    Raises:
+        ConfigError: the run has no such step.
     """
     if config.data.micro_batch_rows == "auto":
         from megatron_sphinx.sizing.layouts import settled  # which imports torch
 
         config = settled(config, layout, kind).config
-    planner = _planner(config, layout)
+    sources = open_sources(config.data, config.model)
+    steps = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0).training.steps
+    if not 0 <= number < steps:
+        raise ConfigError(f"--step={number}: the run has steps 0 to {steps - 1}; give one of them")
+    planner = _planner(config, sources, layout)
     plan = planner.step(number)
     yield {
         "step": number,

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import torch
-
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS, VisionConfig
-from megatron_sphinx.model.visual_experts import build_expert, encoder_work
+from megatron_sphinx.model.visual_experts import work_of
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
@@ -58,12 +56,11 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
 
 @cache
 def expert_cost(name: str) -> EncoderCost:
-    """Count what it takes to encode with one visual expert, which is built without memory."""
+    """Tell what it takes to encode with one visual expert, which is built without memory where that is not known."""
     expert = VISUAL_EXPERTS[name]
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in build_expert(expert).parameters())
-    flops, values = encoder_work(expert)
-    return EncoderCost(weights, float(flops), float(values), ((expert.family, float(flops)),))
+    work = work_of(expert)
+    flops = float(work.flops)
+    return EncoderCost(work.weights, flops, float(work.values), ((expert.family, flops),))
 
 
 def encoder_cost(config: VisionConfig) -> EncoderCost:

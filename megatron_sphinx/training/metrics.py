@@ -4,8 +4,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +130,27 @@ def plot(metrics: Path, target: Path) -> None:
     lines = read(metrics)
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for name, label, colour in (("loss_pairs", "image-text pairs", "C0"), ("loss_text", "text", "C1")):
-        points = [(line["step"] + 1, line[name]) for line in lines if line[name] is not None]
+        points = [(line["step"] + 1, line[name]) for line in lines if line[name] is not None and isfinite(line[name])]
         if not points:
             continue
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, _smoothed(losses), color=colour, label=label)
+        axes.plot(steps, smoothed(losses), color=colour, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", ylim=(0, None))
+    axes.margins(0.05)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above the frame: hides no line
     figure.tight_layout()
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
 
 
-def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
-    """Average each value with those before it, each of which weighs `keep` times the next."""
-    out, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
-        out.append(mean / weight)
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Average each value with as many before it as behind it, up to a fortieth of all: so the curve is never late."""
+    last, most = len(values) - 1, max(2, len(values) // 40)
+    sums = [0.0, *accumulate(values)]
+    out = []
+    for place in range(len(values)):
+        reach = min(most, place, last - place)
+        out.append((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
     return out
