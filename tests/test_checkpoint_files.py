@@ -141,7 +141,7 @@ def test_tokens_positions_and_generation_go_along(tmp_path, run_tool):
     model = drawn(1)
     model.config.update({"bos_token_id": 50, "eos_token_id": [51, 52], "pad_token_id": 51})
     model.config.max_position_embeddings = 4096
-    model.generation_config.eos_token_id = [51, 52]
+    model.generation_config.update(eos_token_id=[51, 52])
     save(model, tmp_path / "hf")
     wanted = {"bos_token_id": 50, "eos_token_id": [51, 52], "pad_token_id": 51, "max_position_embeddings": 4096}
     convert(tmp_path / "hf", tmp_path / "ours", "megatron", WriteOptions())
@@ -152,6 +152,8 @@ def test_tokens_positions_and_generation_go_along(tmp_path, run_tool):
         assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [51, 52]
     status, out, _ = run_tool("convert_checkpoint.py", tmp_path / "hf", tmp_path / "meta", "--to", "meta")
     assert status == 0
+    _, told, _ = run_tool("convert_checkpoint.py", tmp_path / "meta", tmp_path / "back", "--to", "hf")
+    assert "meta: does not tell bos_token_id, eos_token_id, max_position_embeddings; config.json has the arch" in told
     lost = r"bos_token_id=50, .*max_position_embeddings=4096, .*pad_token_id=51, .*generation_config.json"
     assert re.search(rf"hf: meta has no place for {lost}", out)
 

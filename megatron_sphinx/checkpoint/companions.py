@@ -69,9 +69,10 @@ def _is_left(path: Path, checkpoint: SourceCheckpoint) -> bool:
 
 def _run_of(checkpoint: SourceCheckpoint) -> dict[str, Any]:
     """The configuration of the run that has written a checkpoint; nothing where there is none."""
-    told = checkpoint.description.get("config")
-    path = checkpoint.folder.parent.parent / _CONFIG
-    if not isinstance(told, dict) and "identity" in checkpoint.description and path.is_file():
+    if "identity" not in checkpoint.description:
+        return {}
+    told, path = checkpoint.description.get("config"), checkpoint.folder.parent.parent / _CONFIG
+    if not isinstance(told, dict) and path.is_file():
         try:
             told = yaml.safe_load(path.read_text())
         except (OSError, ValueError, yaml.YAMLError):

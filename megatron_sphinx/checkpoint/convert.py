@@ -113,7 +113,8 @@ def convert(
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
     writer = _write(target, checkpoint, to, plan, conversion, options, companions, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
-    notes, line = (*checkpoint.notes, *writer.notes), _balance(opened, checkpoint, conversion, len(specs))
+    notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *writer.notes)
+    line = _balance(opened, checkpoint, conversion, len(specs))
     return ConversionReport(len(plan.files), len(specs), parameters, differing, notes, line)
 
 
@@ -144,6 +145,15 @@ def _write(
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
     return writer
+
+
+def _not_told(checkpoint: SourceCheckpoint, plan: WritePlan) -> list[str]:
+    """Say what transformers' configuration has by default, since nothing beside the source tells it."""
+    keys = ("bos_token_id", "eos_token_id", "max_position_embeddings")
+    missing = [key for key in keys if key not in checkpoint.kept] if "config.json" in plan.companions else []
+    if not missing or "model_type" not in plan.companions["config.json"]:
+        return []
+    return [f"{checkpoint.folder}: does not tell {', '.join(missing)}; config.json has the architecture's own default"]
 
 
 def _balance(opened: SourceCheckpoint, checkpoint: SourceCheckpoint, conversion: Conversion, made: int) -> str:

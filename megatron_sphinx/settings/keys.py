@@ -99,18 +99,18 @@ class SettingsFile:
                 raise CheckpointError(f"--ignore {key}: is what the weights are read by; leave this option out")
         for fault in faults:
             if fault.key not in ignored:
-                raise CheckpointError(f"{self.path}: {fault.key}={shortened(fault.value)}: {fault.reason}")
+                raise CheckpointError(f"{self.path}: {shown(fault.key)}={shortened(fault.value)}: {fault.reason}")
         unknown = self.table.unknown(self.values)
         if open_keys := [key for key in unknown if key not in ignored]:
-            named = ", ".join(f"{key}={shortened(self.values[key])}" for key in open_keys[:_MOST_NAMED])
+            named = ", ".join(f"{shown(key)}={shortened(self.values[key])}" for key in open_keys[:_MOST_NAMED])
             named += f" and {len(open_keys) - _MOST_NAMED} more" if len(open_keys) > _MOST_NAMED else ""
-            options = " ".join(f"--ignore {key}" for key in open_keys[:_MOST_NAMED])
+            options = " ".join(f"--ignore {shown(key)}" for key in open_keys[:_MOST_NAMED])
             raise CheckpointError(
                 f"{self.path}: {named}: unknown, and may change what the model computes; "
                 f"if not, convert, mix or inspect it with {options}"
             )
         passed_over = [(fault.key, fault.value) for fault in faults] + [(key, self.values[key]) for key in unknown]
-        return [f"{self.path}: {key}={shortened(value)} is ignored" for key, value in passed_over]
+        return [f"{self.path}: {shown(key)}={shortened(value)} is ignored" for key, value in passed_over]
 
     def _faults(self) -> Iterator[Fault]:
         for key, fixed in self.table.fixed.items():
@@ -134,6 +134,11 @@ def shortened(value: Any) -> str:
     except RecursionError:
         text = "what is nested too deep"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def shown(name: str) -> str:
+    """Return a name from somebody's file for a message: as it is where it can stand in a line, else quoted."""
+    return name if name.isprintable() and len(name) <= _MOST_SHOWN else shortened(name)
 
 
 class Values:

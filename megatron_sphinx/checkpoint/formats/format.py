@@ -19,7 +19,7 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
-from megatron_sphinx.settings.keys import SettingsFile
+from megatron_sphinx.settings.keys import SettingsFile, shown
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_file
 from megatron_sphinx.tensors.write import FileContents, TensorFile, create_file
@@ -238,7 +238,8 @@ def language_of(values: Any, path: Path, tensors: Collection[object] | None = No
     try:
         language = build(LanguageConfig, values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not describe a LLaMA or a Mixtral ({error})") from error
+        fault = shown(" ".join(str(error).split()))
+        raise CheckpointError(f"{path}: does not describe a LLaMA or a Mixtral ({fault})") from error
     if tensors is not None and language.layers > len(tensors):
         raise CheckpointError(
             f"{path}: describes {language.layers} layers, its files hold {len(tensors)} tensors; "

@@ -38,7 +38,7 @@ from megatron_sphinx.settings.huggingface import (
     shape_of,
     table_of,
 )
-from megatron_sphinx.settings.keys import SettingsFile
+from megatron_sphinx.settings.keys import SettingsFile, shortened, shown
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
@@ -82,7 +82,6 @@ _WEIGHTS: dict[str, Reader] = {
     "pytorch_model.bin.index.json": read_torch,
 }
 _DERIVED = "rotary_emb.inv_freq"  # old files hold the frequencies, which follow from the configuration
-_MOST_SHOWN = 200  # characters of names in a message
 _FILE = "model-{:05d}-of-{:05d}.safetensors"
 
 
@@ -101,7 +100,7 @@ def architecture_of(folder: Path) -> str:
     names = values.get("architectures") or []
     names = names if isinstance(names, list) else [names]
     if names:
-        return str(names[0]) if len(names) == 1 else ", ".join(map(str, names))[:_MOST_SHOWN]
+        return shown(", ".join(map(str, names)))
     # transformers goes by the kind of the model alone
     kind = values.get("model_type")
     return next((name for name, defaults in DEFAULTS.items() if defaults.model_type == kind), "?")
@@ -204,7 +203,7 @@ def _found(folder: Path) -> _Found:
     files = sorted(set(places.values())) or [chosen]
     for file in files:
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: {file} is missing; fetch it again")
+            raise CheckpointError(f"{folder}: {shown(file)} is missing; fetch it again")
     read = _WEIGHTS[chosen]
     entries = {(file, name): entry for file in files for name, entry in read(folder / file).items()}
     derived = [key for key in entries if key[1].endswith(_DERIVED)]
@@ -233,7 +232,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, file in places.items():
         if not is_plain(file):
             raise CheckpointError(
-                f"{path}: {name}={file!r}: is no file beside the index; fetch it from a source you trust"
+                f"{path}: {shown(name)}={shortened(file)}: is no file beside the index; "
+                f"fetch it from a source you trust"
             )
     return places
 
@@ -311,8 +311,7 @@ def finish(written: WrittenTensors) -> None:
     """Write the configuration, with what the source's says beside the weights, and the index."""
     companions = dict(written.companions)
     if written.provenance is None:  # a mix has the files of its first input
-        kept = {key: value for key, value in written.source.kept.items() if value is not None}
-        companions["config.json"] = companions["config.json"] | kept
+        companions["config.json"] = companions["config.json"] | dict(written.source.kept)
     finish_with_json(replace(written, companions=companions))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sphinx.checkpoint.mapping.axes import Box, intersect
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.settings.keys import shown
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
 
 _LEAST_BYTES = 2  # of an element
@@ -47,7 +48,8 @@ class TensorSource:
         for (file, name), entry in self.entries.items():
             if not entry.dtype.is_floating_point or entry.dtype.itemsize < _LEAST_BYTES:
                 raise CheckpointError(
-                    f"{self.title}: {name} in {file} is of type {entry.dtype}; give a checkpoint that is not quantized"
+                    f"{self.title}: {shown(name)} in {file} is of type {entry.dtype}; "
+                    f"give a checkpoint that is not quantized"
                 )
         expected = {(spec.file, spec.name): spec for spec in self.specs}
         for key, spec in expected.items():
@@ -61,9 +63,11 @@ class TensorSource:
         files = {name: file for file, name in expected}
         for file, name in self.entries:
             if (file, name) not in expected and name in files:
-                raise CheckpointError(f"{self.title}: {name} is in {files[name]} and in {file}; remove one of them")
+                raise CheckpointError(
+                    f"{self.title}: {shown(name)} is in {files[name]} and in {file}; remove one of them"
+                )
             if (file, name) not in expected:
-                raise CheckpointError(f"{self.title}: {file} holds {name}, which no rule of its format knows")
+                raise CheckpointError(f"{self.title}: {file} holds {shown(name)}, which no rule of its format knows")
 
 
 @dataclass(frozen=True, eq=False)
