@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from llamas import drawn_model, refused, save, shape_of
-from transformers import LlamaConfig, MistralConfig, MixtralConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig
 
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
@@ -303,3 +303,16 @@ def test_arguments_of_megatron_lm_are_looked_at(torch_dist, values, message):
 def test_values():
     values = Values({"a": None, "b": {"c": 3}}, Path("x.json"))
     assert (values.whole("a", 7), values.section("b").whole("c"), values.has("a")) == (7, 3, False)
+
+
+def test_a_mistral_has_its_logits_as_a_llama(tmp_path):
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 8}  # fmt: skip
+    model = MistralForCausalLM(MistralConfig(**shape, sliding_window=None, initializer_range=0.2)).eval()
+    convert(save(model, tmp_path / "mistral"), tmp_path / "ours", "megatron", WriteOptions())
+    convert(tmp_path / "ours", tmp_path / "llama", "hf", WriteOptions())
+    tokens = torch.arange(40)[None] * 7 % 96
+    llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    with torch.no_grad():
+        assert torch.equal(llama(tokens).logits, model(tokens).logits)
