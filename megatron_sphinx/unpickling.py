@@ -8,7 +8,8 @@ not protect: whoever wrote a file wrote them too. No other module may import pic
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shortened
@@ -52,6 +53,7 @@ _OPERATIONS = {  # of pickletools
     "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
     "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
+_MOST_BYTES = 2**24  # of arguments; what is behind them is cut off, and so no pickle
 _LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole process
 # Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
 _PLAIN: dict[tuple[str, str], Any] = {
@@ -112,6 +114,34 @@ def metadata_of(folder: Path) -> Metadata:
         raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
 
 
+def arguments_of(path: Path) -> dict[str, Any]:
+    """Return the arguments that Megatron-LM was given, as far as they are plain values, of its file beside tensors.
+
+    Args:
+        path: its `common.pt`, a file of torch.save; it holds a Namespace, of which no class is made.
+
+    Returns:
+        The arguments by name; none where the file holds none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            with archive.open(name) as file:
+                content = file.read(_MOST_BYTES)
+        _require_plain(content, {"BINPERSID"})
+        saved = _AnyUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise CheckpointError(f"{path}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
+    given = saved.get("args") if isinstance(saved, dict) else None
+    state = given.state if isinstance(given, _Record) else given
+    if not isinstance(state, dict):
+        return {}
+    return {str(key): value for key, value in state.items() if isinstance(value, str | int | float | None)}
+
+
 def write_metadata(folder: Path, files: Mapping[str, Mapping[str, tuple[Sequence[int], torch.dtype]]]) -> None:
     """Write the `.metadata` of whole tensors, each in a file of its own that is there.
 
@@ -138,14 +168,14 @@ def fault_of(error: BaseException) -> str:
     return " ".join(fault.split())[:160] or type(error).__name__
 
 
-def _require_plain(content: bytes) -> None:
+def _require_plain(content: bytes, others: Collection[str] = ()) -> None:
     """Raise UnpicklingError where a pickle holds what no writer of a `.metadata` writes.
 
     So no object is made by a number of an extension or of the reader, nothing is doubled without being written, and no
     table is as large as a number says.
     """
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name not in _OPERATIONS:
+        if operation.name not in _OPERATIONS and operation.name not in others:
             raise pickle.UnpicklingError(f"it holds {operation.name}")
         if operation.name.endswith("PUT") and (argument or 0) > len(content):
             raise pickle.UnpicklingError(f"it holds {operation.name} {argument}")
@@ -187,6 +217,17 @@ class _Unpickler(pickle.Unpickler):
         if key not in self._kinds:
             self._kinds[key] = type(name, (_Record,), {"name": name})
         return self._kinds[key]
+
+
+class _AnyUnpickler(pickle.Unpickler):
+    """Takes every name, and makes of none what it names: an object that keeps what it is made of stands for each."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        return _PLAIN.get((module, name)) or type(name, (_Record,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, _: Any) -> None:  # called by pickle
+        """Read past the values of tensors."""
 
 
 def _metadata(record: _Record) -> Metadata:

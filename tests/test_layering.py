@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "values", "console", "paths", "lock", "unpickling", "tensors", "device", "liveness", "parallel", "model",
-    "data", "prepare", "stage", "checkpoint", "training", "config", "config_reference", "run", "sizing", "benchmark",
-    "gpu_check", "cli", "__main__",
+    "errors", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device", "liveness",
+    "parallel", "model", "data", "prepare", "stage", "checkpoint", "training", "config", "config_reference", "run",
+    "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},

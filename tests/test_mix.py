@@ -23,7 +23,7 @@ from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.formats import huggingface
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
-from megatron_sphinx.checkpoint.mix import MixReport, interpolate, shares_of, sweep
+from megatron_sphinx.checkpoint.mix import interpolate, shares_of, sweep
 from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -98,7 +98,8 @@ def test_at_the_ends_tensors_are_copied_to_the_bit(tmp_path, beta, scope):
     inputs = [make(tmp_path / f"{seed}", seed, dtype=torch.bfloat16, channels=6) for seed in range(2)]
     sides = [tensors(folder) for folder in inputs]
     done = interpolate(inputs, {tmp_path / "mix": shares_of(beta)}, scope=scope)
-    assert done == MixReport(0, len(sides[0]), sum(value.numel() for value in sides[0].values()))
+    assert (done.mixed, done.copied) == (0, len(sides[0]))
+    assert done.parameters == sum(value.numel() for value in sides[0].values())
     wanted = sides[0] if beta else sides[1]
     if scope == "language":
         wanted = wanted | {key: value for key, value in sides[0].items() if key[0] == huggingface.EXTRAS}
@@ -181,9 +182,11 @@ def read(path: Path) -> dict[str, Tensor]:
 def test_a_mix_says_what_it_is(tmp_path):
     inputs = [make(tmp_path / f"{seed}", seed) for seed in range(2)]
     for number, folder in enumerate(inputs):
-        (folder / "tokenizer.model").write_text(str(number))
+        (folder / "tokenizer.model").write_text("0")
+        (folder / "README.md").write_text(str(number))
         (folder / "optimizer.pt").write_bytes(b"weights that would not be mixed")
-    interpolate(inputs, {tmp_path / "deep" / "mix": (0.25, 0.75)}, scope="language")
+    done = interpolate(inputs, {tmp_path / "deep" / "mix": (0.25, 0.75)}, scope="language")
+    assert done.notes == (f"{inputs[0]}: optimizer.pt stays behind",)
     found = json.loads((tmp_path / "deep" / "mix" / "interpolation.json").read_text())
     assert found == {
         "scope": "language",
@@ -199,8 +202,8 @@ def test_a_mix_says_what_it_is(tmp_path):
         ],
     }
     names = {path.name for path in (tmp_path / "deep" / "mix").iterdir()}
-    assert names == {"config.json", "interpolation.json", "model.safetensors", "tokenizer.model"}
-    assert (tmp_path / "deep" / "mix" / "tokenizer.model").read_text() == "0"
+    assert names == {"README.md", "config.json", "interpolation.json", "model.safetensors", "tokenizer.model"}
+    assert (tmp_path / "deep" / "mix" / "README.md").read_text() == "0"
 
 
 def test_ours_says_it_in_its_manifest(tmp_path):
@@ -352,7 +355,11 @@ def test_the_tool(tmp_path, run_tool, capsys):
     a, b, c = (make(tmp_path / name, seed, channels=6) for seed, name in enumerate("abc"))
     pair = ("--real", a, "--synthetic", b)
     status, out, error = run_tool(TOOL, *pair, "--beta", 0.6, "--output", tmp_path / "mix", "--scope", "language")
-    assert (status, out) == (0, f"{tmp_path}/mix: 12 tensors mixed, 6 copied, {count(a):,} parameters\n")
+    assert (status, out.splitlines()) == (0, [
+        f"{tmp_path}/mix: 12 tensors mixed, 6 copied, {count(a):,} parameters",
+        f"{a}: 18 tensors = 12 mixed + 6 copied + 0 left out",
+        f"{b}: 18 tensors = 12 mixed + 6 are the first one's + 0 left out",
+    ])  # fmt: skip
     assert "mixing: 100%" in error
     status, out, _ = run_tool(TOOL, *pair, "--beta", "0:1:0.1", "--output", tmp_path / "sweep")
     names = ["beta_0", "beta_1", *(f"beta_0.{digit}" for digit in range(1, 10))]

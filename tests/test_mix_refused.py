@@ -93,11 +93,8 @@ def test_other_tensors_are_refused(tmp_path):
 
 def test_other_ranks_are_refused(tmp_path):
     for name, ranks in (("a", 1), ("b", 2)):
-        convert(make(tmp_path / f"hf_{name}", 1), tmp_path / name, "meta", WriteOptions(ranks), shape=SMALL) if (
-            ranks == 1
-        ) else convert(
-            make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2)), tmp_path / name, "meta", WriteOptions(ranks)
-        )
+        source = make(tmp_path / f"hf_{name}", 1, replace(SMALL, groups=2))
+        convert(source, tmp_path / name, "meta", WriteOptions(ranks))
     refused(tmp_path, r"/a: holds no \S+ in consolidated\.01\.pth, \S+/b does; \S+ checkpoints .*, divided alike")
 
 

@@ -2,17 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sphinx.checkpoint.bar import progress_bar
+from megatron_sphinx.checkpoint.companions import with_companions
 from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
 from megatron_sphinx.checkpoint.encoders import read_encoders, write_encoders
 from megatron_sphinx.checkpoint.formats.format import (
@@ -29,13 +31,14 @@ from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
+from megatron_sphinx.checkpoint.tally import balance
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import is_intact
 from megatron_sphinx.tensors.write import FileContents
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_NOT_ASKED = "of an expert that was not asked for"
 _PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache
 
 
@@ -48,12 +51,16 @@ class ConversionReport:
         tensors: tensors in the files.
         parameters: elements of the tensors.
         differing: tensors that the ranks of the source should hold alike, but do not, with the most they differ by.
+        notes: what its reader must be told of the source, a line each.
+        balance: what has become of the tensors of the source, in a line.
     """
 
     files: int
     tensors: int
     parameters: int
     differing: tuple[tuple[str, float], ...]
+    notes: tuple[str, ...]
+    balance: str
 
 
 def convert(
@@ -67,6 +74,7 @@ def convert(
     views: int | None = None,
     experts: Sequence[str] = (),
     encoders: Path | None = None,
+    ignored: Collection[str] = (),
     verify: bool = False,
     show: bool = False,
 ) -> ConversionReport:
@@ -84,6 +92,7 @@ def convert(
         views: views of a picture, if they are not those of `options`.
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
+        ignored: keys of the source's configuration that the user says are of no matter.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -93,29 +102,81 @@ def convert(
     """
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
-    checkpoint, to = open_checkpoint(source, shape, diff), format_named(form)
+    opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
-        _check_files(checkpoint)
-    checkpoint = _with_encoders(checkpoint, experts, encoders)
+        _check_files(opened)
+    checkpoint, companions = with_companions(_with_encoders(opened, experts, encoders), to)
     options = replace(options, views=views or options.views, dtype=to.dtype or options.dtype)
     plan = _plan(checkpoint, to, options)
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
+    writer = _write(target, checkpoint, to, plan, conversion, options, companions, verify=verify, show=show)
+    parameters = sum(prod(spec.shape) for spec in specs)
+    notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *writer.notes)
+    line = _balance(opened, checkpoint, conversion, len(specs))
+    return ConversionReport(len(plan.files), len(specs), parameters, differing, notes, line)
+
+
+def _write(
+    target: Path,
+    checkpoint: SourceCheckpoint,
+    to: Format,
+    plan: WritePlan,
+    conversion: Conversion,
+    options: WriteOptions,
+    companions: Mapping[str, Path],
+    *,
+    verify: bool,
+    show: bool,
+) -> "_Writer":
+    """Write the target under a hidden name, and give it its own when it is complete."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        journal = Journal([partial], task_of(form, options, checkpoint.model), _inputs(checkpoint))
-        writer = _Writer(partial, checkpoint, to, plan, conversion, options.dtype)
-        writer.write_tensors(journal, show)
-        writer.write_companions(journal.done)
-        if verify:
-            _verify(partial, checkpoint, {(spec.file, spec.name) for spec, _ in conversion.copies}, show)
-        journal.end()
-        os.replace(partial, target)
+        with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
+            writer = _Writer(partial, checkpoint, to, plan, conversion, options.dtype)
+            writer.write_tensors(journal, show)
+            writer.write_companions(journal.done, companions)
+            if verify:
+                _verify(partial, checkpoint, {(spec.file, spec.name) for spec, _ in conversion.copies}, show)
+            journal.end()
+            os.replace(partial, target)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
-    return ConversionReport(len(plan.files), len(specs), sum(prod(spec.shape) for spec in specs), differing)
+    return writer
+
+
+def _not_told(checkpoint: SourceCheckpoint, plan: WritePlan) -> list[str]:
+    """Say what transformers' configuration has by default, since nothing beside the source tells it."""
+    keys = ("bos_token_id", "eos_token_id", "max_position_embeddings")
+    missing = [key for key in keys if key not in checkpoint.kept] if "config.json" in plan.companions else []
+    if not missing or "model_type" not in plan.companions["config.json"]:
+        return []
+    return [f"{checkpoint.folder}: does not tell {', '.join(missing)}; config.json has the architecture's own default"]
+
+
+def _balance(opened: SourceCheckpoint, checkpoint: SourceCheckpoint, conversion: Conversion, made: int) -> str:
+    """What has become of the tensors of a source.
+
+    Args:
+        opened: the source.
+        checkpoint: the source with the encoders that the target has.
+        conversion: what made the target's tensors.
+        made: how many these are.
+    """
+    frozen, kept = (
+        {f"{expert}: {name}" for expert, entries in one.encoders.items() for name in entries}
+        for one in (opened, checkpoint)
+    )
+    left_out = dict(opened.left_out)
+    left_out |= dict.fromkeys(sorted(frozen - kept), _NOT_ASKED)
+    unused = opened.source.entries.keys() - checkpoint.source.entries.keys()
+    left_out |= dict.fromkeys((f"{file}: {name}" for file, name in sorted(unused)), _NOT_ASKED)
+    left_out |= {f"{spec.file}: {spec.name}": "another rank's file has it too" for spec, _ in conversion.copies}
+    read = len(checkpoint.source.entries) - len(conversion.copies)
+    parts = [(read, f"made into {made}"), (len(frozen & kept), "of frozen experts copied")]
+    return balance(str(opened.folder), parts, left_out)
 
 
 def task_of(form: str, options: WriteOptions, model: Model) -> list[str]:
@@ -175,6 +236,16 @@ class _Writer:
         self._partial, self._checkpoint, self._to, self._plan = partial, checkpoint, to, plan
         self._conversion, self._dtype = conversion, dtype
         self._contents = {file.name: self._contents_of(file) for file in plan.files}
+        self._is_stopped = Event()
+        self._infinite: dict[str, int] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be told of what was written, a line each."""
+        return [
+            f"{name}: {count} values are infinite in fp16, whose largest one is 65,504; --dtype bf16 holds larger ones"
+            for name, count in sorted(self._infinite.items())
+        ]
 
     def _contents_of(self, file: PlannedFile) -> FileContents:
         return {
@@ -200,7 +271,8 @@ class _Writer:
             try:
                 for future in as_completed(waiting):
                     journal.note(waiting[future], future.result())
-            finally:
+            finally:  # also where the user has stopped it: a file may be large
+                self._is_stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, file: PlannedFile, bar: Any) -> None:
@@ -208,6 +280,8 @@ class _Writer:
         out = self._to.create_file(self._partial / file.name, contents)
 
         def put(name: str, value: Tensor) -> None:
+            if self._is_stopped.is_set():
+                raise CancelledError
             out.put(name, value)
             self._conversion.release()
             with bar.get_lock():
@@ -215,23 +289,26 @@ class _Writer:
 
         for spec in file.tensors:
             for piece in spec.split(_PIECE):
-                put(spec.name, self._conversion.make(piece, contents[spec.name][1]))
+                value = self._conversion.make(piece, contents[spec.name][1])
+                if self._dtype == torch.float16 and (count := int(value.isinf().sum())):
+                    with bar.get_lock():
+                        self._infinite[spec.name] = self._infinite.get(spec.name, 0) + count
+                put(spec.name, value)
         for name, entry in file.verbatim:
             put(name, maps.read(entry))
         out.close()
 
-    def write_companions(self, checksums: Mapping[str, str]) -> None:
+    def write_companions(self, checksums: Mapping[str, str], companions: Mapping[str, Path]) -> None:
         """Write what is beside the tensors: frozen experts, tokenizer, index, configuration.
 
         Args:
             checksums: sha256 of the files of tensors, if the format keeps them.
+            companions: files that are copied, by their names.
         """
-        folder = self._checkpoint.folder
         if not self._to.has_encoders:
             write_encoders(self._partial, self._checkpoint.encoders, self._checkpoint.source.maps)
-        for name in TOKENIZERS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, self._partial / name)
+        for name, path in companions.items():
+            shutil.copyfile(path, self._partial / name)
         known = {name: checksums[name] for name in self._contents}
         self._to.finish(WrittenTensors(self._partial, self._contents, self._checkpoint, self._plan.companions, known))
 

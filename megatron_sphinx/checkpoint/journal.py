@@ -1,18 +1,27 @@
 """Which files of a folder that is being made are finished, so that a tool that was killed goes on where it was."""
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
+from errno import EWOULDBLOCK
 from pathlib import Path
 from threading import Lock
+from types import TracebackType
 from typing import Any
 
+from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.tensors.entries import Entry
 
 
 class Journal:
     """The finished files of a folder; what a run before this one has left of another task is removed.
+
+    While it is open, no other process can open one of the same folders: the system locks them, and lets them go with
+    the process.
 
     Args:
         folders: to be made, or made in part; the first one holds the journal.
@@ -24,6 +33,7 @@ class Journal:
 
     Raises:
         OSError: a folder cannot be made.
+        CheckpointError: another process is making a folder.
     """
 
     def __init__(self, folders: Iterable[Path], task: Any, inputs: Iterable[Entry]) -> None:
@@ -32,18 +42,35 @@ class Journal:
         states = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
         digest = hashlib.sha256(json.dumps([states, task]).encode()).hexdigest()
         self._path, self._lock = first / ".files", Lock()
-        text = self._path.read_text() if self._path.is_file() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be cut off
+        self._locks: list[int] = []
+        self._file: Any = None
         self.done: dict[str, str] = {}
-        if lines[:1] == [digest] and all(folder.is_dir() for folder in folders):
-            self.done = dict(line.split(" ", 1)[::-1] for line in lines[1:])
-        else:
+        try:
+            is_there = [folder.is_dir() for folder in folders]
             for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            lines = [digest]
-        self._path.write_text("".join(f"{line}\n" for line in lines))
-        self._file = self._path.open("a", buffering=1)
+                self._locks.append(_locked(folder))
+            lines = self._lines()
+            if lines[:1] == [digest] and all(is_there):
+                self.done = dict(line.split(" ", 1)[::-1] for line in lines[1:])
+            else:
+                for folder in folders:
+                    _empty(folder)
+                lines = [digest]
+            self._path.write_text("".join(f"{line}\n" for line in lines))
+            self._file = self._path.open("a", buffering=1)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lines(self) -> list[str]:
+        text = self._path.read_text(errors="replace") if self._path.is_file() else ""
+        return text[: text.rfind("\n") + 1].splitlines()  # the last one may be cut off
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
 
     def note(self, name: str, word: str = "-") -> None:
         """Note that a file is finished."""
@@ -55,3 +82,38 @@ class Journal:
         """Remove the journal, since all files are finished."""
         self._file.close()
         self._path.unlink()
+
+    def close(self) -> None:
+        """Let other processes have the folders."""
+        if self._file is not None:
+            self._file.close()
+        while self._locks:
+            os.close(self._locks.pop())
+
+
+def _locked(folder: Path) -> int:
+    """Make a folder, and lock it; the number of its open file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    is_ours = True
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = os.path.samestat(os.fstat(number), folder.stat())  # or another process has just finished it
+    except FileNotFoundError:
+        is_ours = False
+    except OSError as error:  # some file systems have no locks
+        is_ours = error.errno != EWOULDBLOCK
+    if not is_ours:
+        os.close(number)
+        raise CheckpointError(f"{folder}: another process is writing it; wait for that, or give another TARGET")
+    return number
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, not the folder, which is locked."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                path.unlink()

@@ -8,8 +8,9 @@ Source: SPHINX, arXiv:2311.07575, equation 1.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.pairing import Scope, require_alike, tensors_to_mix
 from megatron_sphinx.checkpoint.slices import reason_of
+from megatron_sphinx.checkpoint.tally import balance
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -40,11 +42,15 @@ class MixReport:
         mixed: tensors of several checkpoints.
         copied: tensors of one checkpoint, to the bit.
         parameters: elements of all tensors.
+        notes: what their reader must be told of the inputs, a line each.
+        balances: what has become of the tensors of each input, a line each.
     """
 
     mixed: int
     copied: int
     parameters: int
+    notes: tuple[str, ...] = ()
+    balances: tuple[str, ...] = ()
 
 
 def shares_of(beta: float) -> tuple[float, float]:
@@ -60,7 +66,7 @@ def shares_of(beta: float) -> tuple[float, float]:
 
 def sweep(target: Path, betas: Iterable[float]) -> dict[Path, tuple[float, float]]:
     """Name folders in `target` for mixes of two checkpoints, with the shares of each."""
-    return {target / f"beta_{beta:g}": shares_of(beta) for beta in betas}
+    return {target / f"beta_{beta:.10g}": shares_of(beta) for beta in betas}
 
 
 def interpolate(
@@ -70,6 +76,7 @@ def interpolate(
     scope: Scope = "all",
     shape: LanguageConfig | None = None,
     digests: Digests | None = None,
+    ignored: Collection[str] = (),
     show: bool = False,
 ) -> MixReport:
     """Write sums of the weights of checkpoints, each times its share: computed in fp32, rounded once.
@@ -85,6 +92,7 @@ def interpolate(
         scope: mix every tensor, or those of the language model only and take the others from the first input.
         shape: shape of the model, for the one format that does not tell it, torch_dist.
         digests: digests of the inputs' files, if they have been begun with.
+        ignored: keys of the inputs' configurations that the user says are of no matter.
         show: whether there is a progress bar.
 
     Raises:
@@ -94,17 +102,15 @@ def interpolate(
     Source: SPHINX, arXiv:2311.07575, equation 1.
     """
     _check_targets(inputs, targets)
-    checkpoints = [open_checkpoint(folder, shape) for folder in inputs]
+    checkpoints = [open_checkpoint(folder, shape, ignored=ignored) for folder in inputs]
+    notes = [note for one in checkpoints for note in one.notes]
     for other in checkpoints[1:]:
-        require_alike(checkpoints[0], other)
+        notes += require_alike(checkpoints[0], other)
     tensors = tensors_to_mix(checkpoints, scope)
+    notes += _left_behind(checkpoints[0], tensors)
     partials = [target.with_name(f".{target.name}.partial") for target in targets]
     try:
         _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, digests, show)
-    except CheckpointError:  # of a damaged input nothing is kept
-        for partial in partials:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     except OSError as error:
         names = ", ".join(map(str, targets))
         raise CheckpointError(
@@ -113,7 +119,21 @@ def interpolate(
     is_mixed = any(max(shares) < 1 for shares in targets.values())
     mixed = sum(len(tensor.entries) > 1 for tensor in tensors) if is_mixed else 0
     parameters = sum(torch.Size(tensor.entries[0].shape).numel() for tensor in tensors)
-    return MixReport(mixed, len(tensors) - mixed, parameters)
+    copied = len(tensors) - mixed
+    balances = tuple(_balance(one, one is checkpoints[0], tensors, mixed) for one in checkpoints)
+    return MixReport(mixed, copied, parameters, tuple(notes), balances)
+
+
+def _balance(one: SourceCheckpoint, is_first: bool, tensors: Sequence[MixedTensor], mixed: int) -> str:
+    """What has become of the tensors of an input."""
+    own = len(one.source.entries) + sum(map(len, one.encoders.values()))
+    left_out = dict(one.left_out)
+    if is_first:  # all that its files hold goes along, but for states of an optimizer
+        made = {f"{tensor.file}: {tensor.name}" for tensor in tensors}
+        left_out = {name: reason for name, reason in left_out.items() if name not in made}
+        copied = own + len(one.left_out) - len(left_out) - mixed
+        return balance(str(one.folder), [(mixed, "mixed"), (copied, "copied")], left_out)
+    return balance(str(one.folder), [(mixed, "mixed"), (own - mixed, "are the first one's")], left_out)
 
 
 def _write(
@@ -128,20 +148,31 @@ def _write(
     """Write the targets into folders of their own, while the inputs are hashed, and give them their names at last."""
     task = [scope, *([str(target), *shares] for target, shares in targets.items())]
     entries = [entry for one in checkpoints for entry in one.source.entries.values()]
-    journal = Journal(partials.values(), task, entries)
-    form = format_named(checkpoints[0].format)
-    writer = MixWriter(tensors, list(partials.values()), list(targets.values()), form, journal)
-    with digests or Digests() as started:
-        futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
-        writer.run(show)
-        sums = [{name: future.result() for name, future in each.items()} for each in futures]
-    for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
-        _check_sums(checkpoint, digests_of_files)
-    for target, partial in partials.items():
-        _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
-    journal.end()
-    for target, partial in partials.items():
-        os.replace(partial, target)
+    with Journal(partials.values(), task, entries) as journal, _nothing_left(partials.values()):
+        form = format_named(checkpoints[0].format)
+        writer = MixWriter(tensors, list(partials.values()), list(targets.values()), form, journal)
+        with digests or Digests() as started:
+            futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
+            writer.run(show)
+            sums = [{name: future.result() for name, future in each.items()} for each in futures]
+        for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
+            _check_sums(checkpoint, digests_of_files)
+        for target, partial in partials.items():
+            _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
+        journal.end()
+        for target, partial in partials.items():
+            os.replace(partial, target)
+
+
+@contextmanager
+def _nothing_left(partials: Iterable[Path]) -> Iterator[None]:
+    """Remove what was made of an input that turns out to be damaged."""
+    try:
+        yield
+    except CheckpointError:
+        for partial in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_targets(inputs: Sequence[Path], targets: Mapping[Path, Sequence[float]]) -> None:
@@ -201,6 +232,14 @@ def _finish(
         with ThreadPoolExecutor(THREADS) as pool:
             sums = dict(zip(files, pool.map(sha256_of, (partial / name for name in files)), strict=True))
     form.finish(WrittenTensors(partial, files, first, checksums=sums, provenance=provenance))
+
+
+def _left_behind(first: SourceCheckpoint, tensors: Sequence[MixedTensor]) -> list[str]:
+    """What lies in the folder of the first input and is not in the targets, in a line."""
+    taken = {path.name for path in _companions(first, tensors)} | {ENCODERS, MANIFEST, f"{PROVENANCE}.json"}
+    taken |= {path.name for entry in first.source.entries.values() for path in entry.paths}
+    names = {path.name for path in first.folder.iterdir() if not path.name.startswith(".")} - taken
+    return [f"{first.folder}: {', '.join(sorted(names))} stays behind"] if names else []
 
 
 def _companions(first: SourceCheckpoint, tensors: Sequence[MixedTensor]) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """Whether checkpoints belong together, and which of their tensors: what must hold before they are mixed."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +12,22 @@ from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.formats.registry import format_named
 from megatron_sphinx.checkpoint.identity import differences, in_order
 from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS
+from megatron_sphinx.checkpoint.tokenizers import same_tokenizer
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.settings.keys import shortened
 from megatron_sphinx.tensors.entries import Entry
 
 Scope = Literal["all", "language"]
 
 
-def require_alike(first: SourceCheckpoint, other: SourceCheckpoint) -> None:
+_WAY_OUT = "give checkpoints with the same model, encoders and tokenizer"
+
+
+def require_alike(first: SourceCheckpoint, other: SourceCheckpoint) -> list[str]:
     """Check that two checkpoints are of one model in one format, with one tokenizer and the same frozen experts.
+
+    Returns:
+        What differs and changes no weight, a line each: the mix has it as the first one.
 
     Raises:
         CheckpointError: they are not; the first difference is named.
@@ -37,9 +45,42 @@ def require_alike(first: SourceCheckpoint, other: SourceCheckpoint) -> None:
             key, our_value, their_value = next(differences(ours[name], theirs[name], name))
             raise CheckpointError(
                 f"{other.folder}: was made with {key}={their_value}, {first.folder} with {our_value}; "
-                f"give checkpoints with the same model, encoders and tokenizer"
+                f"{_way_out(our_value, their_value)}"
             )
+    ours, theirs = (_settings(one) for one in (first, other))
+    for key, our_value, their_value in differences(ours, theirs):
+        raise CheckpointError(
+            f"{other.folder}: has {key}={shortened(their_value)}, {first.folder} has {shortened(our_value)}; {_WAY_OUT}"
+        )
+    notes = same_tokenizer(first, other)
     _require_same_encoders(first, other)
+    own, others = (_plain(one.kept) for one in (first, other))
+    return notes + [
+        f"{other.folder}: {key}={shortened(theirs)}, {first.folder} has {shortened(mine)}, which the mix takes"
+        for key, mine, theirs in differences(own, others)
+    ]
+
+
+def _way_out(*values: object) -> str:
+    """What to do where two runs differ; experts without weights are drawn from the seed of each run."""
+    if all(str(value).startswith("random ") for value in values):
+        return (
+            "its experts have no weights but those drawn from run.seed, which differs: give them a file "
+            "(vision.experts.0.weights=PATH), or train both runs with one run.seed"
+        )
+    return _WAY_OUT
+
+
+def _settings(checkpoint: SourceCheckpoint) -> dict[str, object]:
+    """What a model is, beside the shapes of its tensors."""
+    same = ("heads", "groups", "rope_theta", "norm_epsilon", "experts_per_token")  # shapes have messages of their own
+    shape = {name: value for name, value in checkpoint.model.language.shape.items() if name in same}
+    return {"model": shape, "rope_scaling": checkpoint.kept.get("rope_scaling")}
+
+
+def _plain(kept: Mapping[str, object]) -> dict[str, object]:
+    """What transformers has beside the weights, without what is not set."""
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def _require_same_encoders(first: SourceCheckpoint, other: SourceCheckpoint) -> None:

@@ -188,6 +188,12 @@ def weight_shapes(path: Path) -> dict[str, torch.Size]:
     return _shapes(metadata_of(path))
 
 
+def tensor_names(path: Path) -> list[str]:
+    """List the tensors of a checkpoint, the optimizer's too."""
+    records = metadata_of(path).state_dict_metadata.items()
+    return [name for name, record in records if isinstance(record, TensorStorageMetadata)]
+
+
 def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Tensor]:
     """Read whole fp32 tensors of a checkpoint by this process alone.
 

@@ -56,6 +56,9 @@ def execute(args: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = args.parser
     try:
         status: int = args.run(args)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except argparse.ArgumentError as error:  # arguments that do not go together
         parser.error(str(error))
     except SphinxError as error:
@@ -83,6 +86,17 @@ def add_configuration(parser: argparse.ArgumentParser, *, is_optional: bool = Fa
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the number of processes that share the work."""
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
+
+
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take keys of a checkpoint's configuration that are to be passed over."""
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although the configuration of the checkpoint has this key, which is not known or not computed here",
+    )
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

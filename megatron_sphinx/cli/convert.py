@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.formats.registry import names
+from megatron_sphinx.cli.command import add_ignore
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names of them
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
     )
     add("--encoders", type=Path, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
+    add_ignore(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
 
 
@@ -54,9 +56,13 @@ def run(args: argparse.Namespace) -> int:
     done = convert(
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,
-        experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, verify=args.verify, show=True,
+        experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, ignored=args.ignore,
+        verify=args.verify, show=True,
     )  # fmt: skip
+    for note in done.notes:
+        print(note)
     for name, difference in done.differing:
         print(f"{name}: differs between the ranks of SOURCE by up to {difference:.3g}; the first rank's is taken")
     print(f"{args.target}: {done.files} files, {done.tensors} tensors, {done.parameters:,} parameters")
+    print(done.balance)
     return 0

@@ -16,6 +16,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.console import complain
+
 if TYPE_CHECKING:
     from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of a checkpoint, or a run folder")
     parser.add_argument("--keys", action="store_true", help="also each tensor's file, name, shape and type")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_ignore(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--hash", action="store_true", help="print a manifest: the sha256 of each tensor")
     what.add_argument("--check", type=Path, metavar="MANIFEST", help="name what is other than a manifest says")
@@ -40,14 +44,19 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.checkpoint.open import open_checkpoint
     from megatron_sphinx.config import load
 
-    checkpoint = open_checkpoint(args.path, load(args.preset).model if args.preset else None)
+    shape = load(args.preset).model if args.preset else None
+    checkpoint = open_checkpoint(args.path, shape, ignored=args.ignore)
+    for note in checkpoint.notes:
+        complain(note)
     if args.hash:
         print(json.dumps({"sha256": inspection.digests(checkpoint, show=True)}, indent=1))
         return 0
     if args.check:
         return _check(checkpoint, args.check)
     if args.diff:
-        return _diff(checkpoint, open_checkpoint(args.diff, checkpoint.model.language), is_json=args.json)
+        return _diff(
+            checkpoint, open_checkpoint(args.diff, checkpoint.model.language, ignored=args.ignore), is_json=args.json
+        )
     return _describe(checkpoint, has_keys=args.keys, is_json=args.json)
 
 

@@ -17,19 +17,29 @@ import argparse
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from megatron_sphinx.cli.command import add_ignore
+
+_MOST_MIXES = 1000  # of a sweep
+
 
 def betas_of(text: str) -> list[float]:
     """Read the values of --beta: one number, or first:last:step.
 
     Raises:
-        ArgumentTypeError: it is neither.
+        ArgumentTypeError: it is neither, or too many.
     """
     try:
         values = [Decimal(part) for part in text.split(":")]
         if len(values) == 1:
             return [float(values[0])]
         first, last, step = values
-        return [float(first + number * step) for number in range(int((last - first) / step) + 1)]
+        number = int(abs((last - first) / step)) + 1
+        if number > _MOST_MIXES:
+            raise argparse.ArgumentTypeError(
+                f"{text}: are {number} mixes; give a larger step, for {_MOST_MIXES} at most"
+            )
+        step = abs(step) if last >= first else -abs(step)  # a range may run down
+        return [float(first + index * step) for index in range(number)]
     except (InvalidOperation, ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text}: neither a number nor first:last:step") from error
 
@@ -61,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all: mix every tensor; language: those of the language model only, and take the others "
         "(projections, tags) from the first checkpoint; default: all",
     )
+    add_ignore(parser)
     parser.add_argument("--preset", type=Path, help="of the model, whose shape torch_dist checkpoints do not tell")
 
 
@@ -86,7 +97,13 @@ def run(args: argparse.Namespace) -> int:
             targets = sweep(args.output, args.beta)
         else:
             targets = {args.output: shares_of(args.beta[0])}
-        done = interpolate(inputs, targets, scope=args.scope, shape=shape, digests=digests, show=True)
+        done = interpolate(
+            inputs, targets, scope=args.scope, shape=shape, digests=digests, ignored=args.ignore, show=True
+        )
+    for note in done.notes:
+        print(note)
     for target in targets:
         print(f"{target}: {done.mixed} tensors mixed, {done.copied} copied, {done.parameters:,} parameters")
+    for balance in done.balances:
+        print(balance)
     return 0

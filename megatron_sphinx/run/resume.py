@@ -82,6 +82,8 @@ def _begin_with(context: RankContext, store: CheckpointStore, engine: Engine, we
     if context.is_first_rank:
         drawn = {VISION: ", new projections and tags", SKIP_TOKEN: ", a new skip token"}
         say(f"begins with the weights of {weights.path}{drawn.get(weights.drawn, '')}")
+        for note in weights.checkpoint.notes if weights.checkpoint else ():
+            say(f"  {note}")
         for change in weights.changes:
             say(f"  changed: {change}")
 

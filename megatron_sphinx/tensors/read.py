@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.settings.keys import shown
 from megatron_sphinx.tensors.entries import Chunk, Entry
 from megatron_sphinx.unpickling import fault_of, load_torch, metadata_of
 
@@ -52,7 +53,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     for name, tensor in header.items():
         if tensor["dtype"] not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
-            raise CheckpointError(f"{path}: {name} is of type {tensor['dtype']}; known: {known}")
+            raise CheckpointError(f"{path}: {shown(name)} is of type {tensor['dtype']}; known: {known}")
         start, dtype = 8 + length + tensor["data_offsets"][0], SAFETENSORS_DTYPES[tensor["dtype"]]
         entries[name] = Entry.contiguous(path, start, tuple(tensor["shape"]), dtype)
     return entries
@@ -77,10 +78,10 @@ def read_torch(path: Path) -> dict[str, Entry]:
     entries = {}
     for name, value in saved.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name} is no tensor; give a checkpoint of a model")
+            raise CheckpointError(f"{path}: {shown(str(name))} is no tensor; give a checkpoint of a model")
         start = storage_offset(value, path)
         if start + value.untyped_storage().nbytes() > size:
-            raise CheckpointError(f"{path}: {name} lies behind the end of the file; fetch it again")
+            raise CheckpointError(f"{path}: {shown(str(name))} lies behind the end of the file; fetch it again")
         shape = tuple(value.shape)
         first = start + int(value.storage_offset()) * value.itemsize
         chunk = Chunk(path, first, value.stride(), (0,) * len(shape), shape)
@@ -90,8 +91,11 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 def is_intact(path: Path) -> bool:
     """Tell whether the records of a file of torch.save have the checksums that the file says."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged archive raises nearly anything
+        return False
 
 
 def storage_offset(value: Tensor, path: Path) -> int:

@@ -1,6 +1,7 @@
 """LLaMA2-Accessory's checkpoints: one file a tensor rank, frozen experts whole in each."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from megatron_sphinx.checkpoint.encoders import RELEASED, Encoders
 from megatron_sphinx.checkpoint.formats import meta
 from megatron_sphinx.checkpoint.formats.format import (
+    FOLLOWS,
     Entries,
     Format,
     PlannedFile,
@@ -18,13 +20,16 @@ from megatron_sphinx.checkpoint.formats.format import (
     language_of,
     size_of_tensor,
 )
-from megatron_sphinx.checkpoint.formats.meta import COMMON, META, params_of, shape_of_params
+from megatron_sphinx.checkpoint.formats.meta import COMMON, META, params_of
 from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.settings.keys import Fixed, KeyTable, SettingsFile, Values
+from megatron_sphinx.settings.meta import ACCESSORY as ACCESSORY_KEYS
+from megatron_sphinx.settings.meta import shape_of_params
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_torch
 from megatron_sphinx.tensors.write import TorchFile
@@ -71,7 +76,7 @@ ACCESSORY_SPARSE = _under("llma.", (
 
 _SHARD = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
 _DIFF = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model-diff\.pth")
-_DERIVED = "llma.rope.freqs"  # follows from the configuration
+_DERIVED = "llma.rope.freqs"
 
 
 def _is_here(folder: Path) -> bool:
@@ -103,14 +108,15 @@ def _opened(folder: Path, shards: dict[str, dict[str, Entry]], config: str) -> S
         config: name of the file of its configuration.
     """
     ranks = len(shards)
-    entries, encoders = _sorted_out(folder, shards)
+    entries, encoders, left_out = _sorted_out(folder, shards)
     values = read_json(folder / config)
     experts = size_of_tensor(entries, "llma.layers.0.feed_forward.gate.weight", 0)
     is_sparse = "llma.layers.0.feed_forward.w1" in {name for _, name in entries}
     ffn = _ffn(entries, ranks, experts, is_sparse=is_sparse)
-    vocabulary = size_of_tensor(entries, "llma.output.weight", 0) * ranks
-    moe = {"moe": {**values.get("moe", {}), "num_experts": experts}} if experts else {}
-    language = language_of(shape_of_params(values | moe, ffn, vocabulary), folder / "config.json")
+    vocabulary, path = size_of_tensor(entries, "llma.tok_embeddings.weight", 0), folder / config
+    Values(values, path).section("moe")  # or an error
+    moe = {"moe": {**(values.get("moe") or {}), "num_experts": experts}} if experts else {}
+    language = language_of(shape_of_params(values | moe, ffn, vocabulary, path), path, entries)
     model = Model(
         language,
         channels=size_of_tensor(entries, "llma.visual_proj.0.weight"),
@@ -128,26 +134,43 @@ def _opened(folder: Path, shards: dict[str, dict[str, Entry]], config: str) -> S
         TensorSource(str(folder), specs, entries),
         encoders,
         {"config.json": values, "meta.json": kinds},
+        left_out=left_out,
     )
 
 
-def _sorted_out(folder: Path, shards: dict[str, dict[str, Entry]]) -> tuple[Entries, Encoders]:
-    """The tensors of the model by file and full name, and those of frozen experts, which every file has."""
+def _sorted_out(folder: Path, shards: dict[str, dict[str, Entry]]) -> tuple[Entries, Encoders, dict[str, str]]:
+    """The tensors of the model by file and full name, those of frozen experts, which every file has, and the rest."""
     entries: Entries = {}
     encoders: dict[str, dict[str, Entry]] = {}
+    left_out: dict[str, str] = {}
     for file, tensors in shards.items():
         for name, entry in tensors.items():
             name = _full_name(name)
             expert = name.split(".")[1]
             if expert in RELEASED.values():
-                encoders.setdefault(expert, {}).setdefault(name, entry)
+                if encoders.setdefault(expert, {}).setdefault(name, entry) is not entry:
+                    left_out[f"{file}: {name}"] = "the first rank's file has it too"
             elif (file, name) in entries:
                 raise CheckpointError(
                     f"{folder}: {file} holds {name} twice, with and without llma.; remove one of them"
                 )
-            elif name != _DERIVED:
+            elif name == _DERIVED:
+                left_out[f"{file}: {name}"] = FOLLOWS
+            else:
                 entries[file, name] = entry
-    return entries, encoders
+    return entries, encoders, left_out
+
+
+def _settings(folder: Path) -> Iterator[SettingsFile]:
+    """The configuration files; a folder of Meta's may be opened with differences added."""
+    if not _is_here(folder):
+        yield from meta.settings(folder) if meta.is_here(folder) else ()
+        return
+    yield SettingsFile(folder / "config.json", read_json(folder / "config.json"), ACCESSORY_KEYS)
+    if (folder / "meta.json").is_file():
+        yield SettingsFile(
+            folder / "meta.json", read_json(folder / "meta.json"), KeyTable((), {"llama_type": _TYPE}, ())
+        )
 
 
 def _shards_of(folder: Path, pattern: re.Pattern[str]) -> list[str]:
@@ -219,6 +242,9 @@ _TYPES = ("llama", "llama_ens", "llama_ens5", "llama_ens10", "llama_ens_light", 
           "mixtral_sparse", "mixtral_sparse_ens", "mixtral_sparse_ens5")  # fmt: skip
 
 
+_TYPE = Fixed(_TYPES, f"is none of the modules known here, {', '.join(_TYPES)}")
+
+
 def _llama_type(model: Model, options: WriteOptions) -> str:
     """The released module that has this model."""
     kind = ("mixtral_sparse" if options.is_sparse else "mixtral") if model.language.experts else "llama"
@@ -254,6 +280,7 @@ FORMAT = Format(
     is_here=_is_here,
     open=_open,
     plan=_plan,
+    settings=_settings,
     files=("consolidated.00-of-NN.model.pth",),
     options=frozenset({"tensor_parallel", "is_sparse", "views"}),
     create_file=partial(TorchFile, under="model"),

@@ -4,7 +4,7 @@ Converting, mixing and inspecting know formats by this record alone. A new forma
 and one line in the registry.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,13 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.settings.keys import SettingsFile, shown
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_file
 from megatron_sphinx.tensors.write import FileContents, TensorFile, create_file
+from megatron_sphinx.values import build
 
+FOLLOWS = "follows from the configuration"  # why frequencies are left out
 Entries = dict[tuple[str, str], Entry]  # tensors by file and name
 
 
@@ -39,6 +42,9 @@ class SourceCheckpoint:
         encoders: the tensors of frozen experts: by expert, then by name.
         description: what its own files say of it: its configuration, or its manifest.
         checksums: sha256 of its files by name, where its manifest has them.
+        kept: what its configuration says beside the weights, in transformers' words: tokens, positions.
+        left_out: tensors in its files that are not among those of `source`: why, by the tensor's name.
+        notes: what its reader must be told, a line each.
     """
 
     folder: Path
@@ -49,6 +55,9 @@ class SourceCheckpoint:
     encoders: Encoders = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,10 @@ def _as_it_is(name: str) -> str:
     return name
 
 
+def _no_settings(_: Path) -> Iterator[SettingsFile]:
+    return iter(())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A format of checkpoints: all that the offline programs know of it.
@@ -164,9 +177,11 @@ class Format:
         create_file: begins a file of tensors.
         full_name: returns the name that `open` lists a tensor by, given the tensor's name in its file.
         finish: writes what is beside the tensors when these are complete.
+        settings: lists the configuration files in a folder, each with the table of the keys that it may have.
         open_sum: opens a checkpoint with differences in another folder added, if the format has such.
         has_encoders: whether frozen experts lie in its files of tensors.
         has_manifest: whether it keeps checksums of its files.
+        keeps_settings: whether its configuration has a place for what transformers' has beside the weights.
         is_distributed: whether torch.distributed.checkpoint keeps it: here, one tensor a file.
     """
 
@@ -182,9 +197,11 @@ class Format:
     create_file: Callable[[Path, FileContents], TensorFile] = create_file
     full_name: Callable[[str], str] = _as_it_is
     finish: Callable[[WrittenTensors], None] = finish_with_json
+    settings: Callable[[Path], Iterator[SettingsFile]] = _no_settings
     open_sum: Callable[[Path, Path], SourceCheckpoint] | None = None
     has_encoders: bool = False
     has_manifest: bool = False
+    keeps_settings: bool = False
     is_distributed: bool = False
 
     def members(self, checkpoint: SourceCheckpoint) -> Iterator[Member]:
@@ -204,16 +221,31 @@ def distributed_file(number: int) -> str:
     return f"__0_{number}.distcp"
 
 
-def language_of(values: Mapping[str, Any], path: Path) -> LanguageConfig:
+def language_of(values: Any, path: Path, tensors: Collection[object] | None = None) -> LanguageConfig:
     """Make the language model that a configuration file describes.
+
+    Args:
+        values: the fields of the model.
+        path: the file.
+        tensors: those of the checkpoint, where each layer has some of its own; a model of more layers is refused
+            before its tensors are listed.
 
     Raises:
         CheckpointError: the file lacks a value, or has one that cannot be.
     """
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{path}: does not describe a LLaMA or a Mixtral; give a whole checkpoint")
     try:
-        return LanguageConfig(**values)
+        language = build(LanguageConfig, values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: does not describe a LLaMA or a Mixtral ({error})") from error
+        fault = shown(" ".join(str(error).split()))
+        raise CheckpointError(f"{path}: does not describe a LLaMA or a Mixtral ({fault})") from error
+    if tensors is not None and language.layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: describes {language.layers} layers, its files hold {len(tensors)} tensors; "
+            f"give files that belong together"
+        )
+    return language
 
 
 def size_of_tensor(entries: Entries, name: str, dimension: int = -1) -> int:

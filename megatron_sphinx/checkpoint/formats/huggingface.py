@@ -1,19 +1,23 @@
 """Hugging Face's checkpoints of Llama and Mixtral; what SPHINX adds lies in a file of its own beside them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
+    FOLLOWS,
     Entries,
     Format,
     PlannedFile,
     SourceCheckpoint,
     WriteOptions,
     WritePlan,
+    WrittenTensors,
+    finish_with_json,
     language_of,
     size_of_tensor,
 )
@@ -24,6 +28,17 @@ from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.settings.huggingface import (
+    DEFAULTS,
+    INTERNLM2,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    kept,
+    shape_of,
+    table_of,
+)
+from megatron_sphinx.settings.keys import SettingsFile, shortened, shown
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
@@ -57,21 +72,22 @@ HF_MIXTRAL = (
 )
 SPHINX = canonical_rules(VISION_WEIGHTS)  # what SPHINX has beside a language model, in the file EXTRAS
 
-_LLAMA, _MIXTRAL, INTERNLM2 = "LlamaForCausalLM", "MixtralForCausalLM", "InternLM2ForCausalLM"
-_RULES = {_LLAMA: HF_LLAMA, _MIXTRAL: HF_MIXTRAL}
+_RULES = {LLAMA: HF_LLAMA, MISTRAL: HF_LLAMA, MIXTRAL: HF_MIXTRAL}
 Reader = Callable[[Path], dict[str, Entry]]
-_INDEXES: dict[str, Reader] = {
+# In the order in which transformers looks for them: a file of all tensors, or an index of several.
+_WEIGHTS: dict[str, Reader] = {
+    "model.safetensors": read_safetensors,
     "model.safetensors.index.json": read_safetensors,
+    "pytorch_model.bin": read_torch,
     "pytorch_model.bin.index.json": read_torch,
 }
-_SINGLE: dict[str, Reader] = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_torch}
 _DERIVED = "rotary_emb.inv_freq"  # old files hold the frequencies, which follow from the configuration
 _FILE = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def is_here(folder: Path) -> bool:
     """Tell whether a folder holds files as transformers writes them, of whatever model."""
-    return any((folder / name).is_file() for name in (*_INDEXES, *_SINGLE))
+    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def architecture_of(folder: Path) -> str:
@@ -80,15 +96,36 @@ def architecture_of(folder: Path) -> str:
     Raises:
         CheckpointError: the configuration is missing or damaged.
     """
-    return str(next(iter(read_json(folder / "config.json").get("architectures") or ["?"])))
+    values = read_json(folder / "config.json")
+    names = values.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
+    if names:
+        return shown(", ".join(map(str, names)))
+    # transformers goes by the kind of the model alone
+    kind = values.get("model_type")
+    return next((name for name, defaults in DEFAULTS.items() if defaults.model_type == kind), "?")
+
+
+def _known_architecture(folder: Path) -> str:
+    architecture = architecture_of(folder)
+    if architecture not in DEFAULTS:
+        path, known = folder / "config.json", ", ".join(DEFAULTS)
+        raise CheckpointError(f"{path}: architectures={architecture}: unknown; known: {known}")
+    return architecture
+
+
+def settings(folder: Path) -> Iterator[SettingsFile]:
+    """List the configuration files of such a checkpoint.
+
+    Raises:
+        CheckpointError: it is of an unknown architecture, or there is none.
+    """
+    path = folder / "config.json"
+    yield SettingsFile(path, read_json(path), table_of(_known_architecture(folder)))
 
 
 def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
-    path, architecture = folder / "config.json", architecture_of(folder)
-    if architecture not in _RULES:
-        known = ", ".join((*_RULES, INTERNLM2))
-        raise CheckpointError(f"{path}: architectures={architecture}: unknown; known: {known}")
-    return open_by_rules(folder, "hf", _RULES[architecture])
+    return open_by_rules(folder, "hf", _RULES[_known_architecture(folder)])
 
 
 def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheckpoint:
@@ -102,10 +139,15 @@ def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheck
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    path = folder / "config.json"
+    path, architecture = folder / "config.json", architecture_of(folder)
     values = read_json(path)
-    language = language_of(_shape(values, path), path)
-    entries, places = _entries(folder)
+    found = _found(folder)
+    language = language_of(shape_of(values, architecture, path), path, found.entries)
+    if language.layers * max(language.experts, 1) > len(found.entries):
+        raise CheckpointError(
+            f"{path}: describes {language.layers} layers of {language.experts} experts, its files hold "
+            f"{len(found.entries)} tensors; give files that belong together"
+        )
     extras: Entries = {}
     if (folder / EXTRAS).is_file():
         extras = {(EXTRAS, name): entry for name, entry in read_safetensors(folder / EXTRAS).items()}
@@ -116,10 +158,19 @@ def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheck
         queries=size_of_tensor(extras, "qformer_proj.0.weight"),
         has_skip_token="skip_token" in names,
     )
-    specs = [*_whole(rules, model, places), *specs_of(SPHINX, model, EXTRAS)]
-    files = len({file for file, _ in entries})
-    source = TensorSource(str(folder), specs, entries | extras)
-    return SourceCheckpoint(folder, form, f"{files} file{'s' * (files > 1)}", model, source, description=values)
+    specs = [*_whole(rules, model, found.places), *specs_of(SPHINX, model, EXTRAS)]
+    files = len({file for file, _ in found.entries})
+    return SourceCheckpoint(
+        folder,
+        form,
+        f"{files} file{'s' * (files > 1)}",
+        model,
+        TensorSource(str(folder), specs, found.entries | extras),
+        description=values,
+        kept=kept(values),
+        left_out={f"{file}: {name}": FOLLOWS for file, name in found.derived},
+        notes=found.notes,
+    )
 
 
 def _whole(rules: Sequence[Rule], model: Model, places: Mapping[str, str]) -> Iterator[TensorSpec]:
@@ -129,27 +180,44 @@ def _whole(rules: Sequence[Rule], model: Model, places: Mapping[str, str]) -> It
         yield TensorSpec(places.get(spec.name, first), spec.name, spec.rule, spec.box, spec.sizes)
 
 
-def _entries(folder: Path) -> tuple[Entries, dict[str, str]]:
-    """The tensors, and in which file an index says that each is."""
-    places: dict[str, str] = {}
-    for name, read in _INDEXES.items():
-        if (folder / name).is_file():
-            places = _weight_map(folder / name)
-            files = dict.fromkeys(sorted(set(places.values())), read)
-            break
-    else:
-        name = next(name for name in _SINGLE if (folder / name).is_file())  # many repositories hold both
-        files = {name: _SINGLE[name]}
+class _Found(NamedTuple):
+    """What the files of a folder hold.
+
+    Attributes:
+        entries: the tensors by file and name.
+        places: in which file each of them is expected.
+        derived: file and name of those that follow from the configuration.
+        notes: which files are passed over.
+    """
+
+    entries: Entries
+    places: dict[str, str]
+    derived: list[tuple[str, str]]
+    notes: tuple[str, ...]
+
+
+def _found(folder: Path) -> _Found:
+    """Find the tensors where transformers looks first."""
+    chosen, *others = [name for name in _WEIGHTS if (folder / name).is_file()]
+    places = _weight_map(folder / chosen) if chosen.endswith(".json") else {}
+    files = sorted(set(places.values())) or [chosen]
     for file in files:
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: {file} is missing; fetch it again")
-    entries = {
-        (file, name): entry
-        for file, read in files.items()
-        for name, entry in read(folder / file).items()
-        if not name.endswith(_DERIVED)
-    }
-    return entries, places or {name: file for file, name in entries}
+            raise CheckpointError(f"{folder}: {shown(file)} is missing; fetch it again")
+    read = _WEIGHTS[chosen]
+    entries = {(file, name): entry for file in files for name, entry in read(folder / file).items()}
+    derived = [key for key in entries if key[1].endswith(_DERIVED)]
+    for key in derived:
+        del entries[key]
+    # what an index leaves out is taken all the same, as transformers does
+    places = {name: file for file, name in reversed(entries)} | places
+    kinds = {Path(name.removesuffix(".index.json")).suffix for name in _WEIGHTS}
+    others += [
+        path.name for path in sorted(folder.iterdir())
+        if path.suffix in kinds and path.name not in (*files, *others, EXTRAS)
+    ]  # fmt: skip
+    note = f"{folder}: {chosen} is taken, as transformers does; {', '.join(others)} beside it left out"
+    return _Found(entries, places, derived, (note,) if others else ())
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -158,44 +226,21 @@ def _weight_map(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index is damaged, or names what is no file beside it.
     """
-    places = read_json(path).get("weight_map", {})
-    if not isinstance(places, dict):
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path}: weight_map holds no files by tensor; fetch it again")
     for name, file in places.items():
         if not is_plain(file):
             raise CheckpointError(
-                f"{path}: {name}={file!r}: is no file beside the index; fetch it from a source you trust"
+                f"{path}: {shown(name)}={shortened(file)}: is no file beside the index; "
+                f"fetch it from a source you trust"
             )
     return places
 
 
-def _shape(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of the language model that a config.json describes."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # `dynamic`, as InternLM2 has it, changes positions behind max_position_embeddings only
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic", None):
-        raise CheckpointError(f"{path}: rope_scaling={rope}: positions are not scaled here; give a model without it")
-    if config.get("tie_word_embeddings"):
-        raise CheckpointError(f"{path}: tie_word_embeddings=true: the output layer has weights of its own here")
-    theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    experts = config.get("num_local_experts", 0)
-    values = {
-        "layers": config.get("num_hidden_layers"),
-        "hidden": config.get("hidden_size"),
-        "ffn": config.get("intermediate_size"),
-        "heads": config.get("num_attention_heads"),
-        "groups": config.get("num_key_value_heads") or config.get("num_attention_heads"),
-        "vocabulary": config.get("vocab_size"),
-        "experts": experts,
-        "rope_theta": float(theta),
-        "norm_epsilon": config.get("rms_norm_eps", 1e-5),
-    }
-    return values | ({"experts_per_token": config.get("num_experts_per_tok", 2)} if experts else {})
-
-
 def plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
     """Divide a model into files, and describe it."""
-    architecture = _MIXTRAL if model.language.experts else _LLAMA
+    architecture = MIXTRAL if model.language.experts else LLAMA
     return plan_by_rules(model, options, _RULES[architecture], config_of(model.language, architecture))
 
 
@@ -241,10 +286,9 @@ def _index(files: list[PlannedFile]) -> dict[str, Any]:
 
 def config_of(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     """Return the config.json of a language model of an architecture that transformers knows."""
-    kinds = {_LLAMA: "llama", _MIXTRAL: "mixtral", INTERNLM2: "internlm2"}
     values: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": kinds[architecture],
+        "model_type": DEFAULTS[architecture].model_type,
         "hidden_act": "silu",
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -263,11 +307,22 @@ def config_of(shape: LanguageConfig, architecture: str) -> dict[str, Any]:
     return values | ({"bias": False} if architecture == INTERNLM2 else {"attention_bias": False})
 
 
+def finish(written: WrittenTensors) -> None:
+    """Write the configuration, with what the source's says beside the weights, and the index."""
+    companions = dict(written.companions)
+    if written.provenance is None:  # a mix has the files of its first input
+        companions["config.json"] = companions["config.json"] | dict(written.source.kept)
+    finish_with_json(replace(written, companions=companions))
+
+
 FORMAT = Format(
     name="hf",
     is_here=is_here,
     open=_open,
     plan=plan,
+    settings=settings,
+    finish=finish,
+    keeps_settings=True,
     files=("model.safetensors", "pytorch_model.bin"),
     options=frozenset({"shard_bytes"}),
 )

@@ -9,6 +9,7 @@ from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.rules import Rule
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.settings.huggingface import INTERNLM2
 
 # Source: internlm/internlm2-7b, modeling_internlm2.py.
 INTERNLM2_RULES = (
@@ -26,7 +27,7 @@ INTERNLM2_RULES = (
 
 
 def _is_here(folder: Path) -> bool:
-    return huggingface.is_here(folder) and huggingface.architecture_of(folder) == huggingface.INTERNLM2
+    return huggingface.is_here(folder) and huggingface.architecture_of(folder) == INTERNLM2
 
 
 def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
@@ -36,8 +37,17 @@ def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
 def _plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
     if model.language.experts:
         raise CheckpointError("--to internlm2: has no experts; use hf")
-    config = huggingface.config_of(model.language, huggingface.INTERNLM2)
+    config = huggingface.config_of(model.language, INTERNLM2)
     return huggingface.plan_by_rules(model, options, INTERNLM2_RULES, config)
 
 
-FORMAT = Format(name="internlm2", is_here=_is_here, open=_open, plan=_plan, options=frozenset({"shard_bytes"}))
+FORMAT = Format(
+    name="internlm2",
+    is_here=_is_here,
+    open=_open,
+    plan=_plan,
+    settings=huggingface.settings,
+    finish=huggingface.finish,
+    keeps_settings=True,
+    options=frozenset({"shard_bytes"}),
+)

@@ -22,7 +22,7 @@ from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE, read_manif
 from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS, Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
-from megatron_sphinx.checkpoint.slices import MASTER, weight_shapes
+from megatron_sphinx.checkpoint.slices import MASTER, tensor_names, weight_shapes
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
@@ -54,6 +54,7 @@ MEGATRON_MOE = (
 )
 
 _FILE = "weights"
+_KEPT = "transformers"  # the key of a manifest with what transformers' configuration says beside the weights
 
 
 def is_here(folder: Path) -> bool:
@@ -70,9 +71,20 @@ def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     path = newest_of(folder)
     manifest = read_manifest(path, "SOURCE")
     model = model_of(path, manifest)
-    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weight_shapes(path))).items()}
-    source = TensorSource(str(path), list(specs_of_model(model)), entries)
-    return SourceCheckpoint(path, "megatron", "any", model, source, description=manifest, checksums=manifest["files"])
+    weights = weight_shapes(path)
+    entries = {(_FILE, name): entry for name, entry in read_distributed(path, list(weights)).items()}
+    source, kept = TensorSource(str(path), list(specs_of_model(model)), entries), manifest.get(_KEPT)
+    return SourceCheckpoint(
+        path,
+        "megatron",
+        "any",
+        model,
+        source,
+        description=manifest,
+        checksums=manifest["files"],
+        kept=kept if isinstance(kept, dict) else {},
+        left_out={name: "is the optimizer's" for name in tensor_names(path) if name not in weights},
+    )
 
 
 def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
@@ -83,7 +95,7 @@ def model_of(path: Path, manifest: Mapping[str, Any]) -> Model:
     """
     shapes, vision = weight_shapes(path), f"{MASTER}vision."
     channels, queries = (shapes.get(f"{vision}{name}.0.weight", (0,))[-1] for name in ("visual_proj", "qformer_proj"))
-    language = language_of(manifest["identity"]["model"], path / MANIFEST)
+    language = language_of(manifest["identity"].get("model"), path / MANIFEST, shapes)
     return Model(language, channels, queries, has_skip_token=f"{vision}skip_token" in shapes)
 
 
@@ -106,7 +118,7 @@ def _finish(written: WrittenTensors) -> None:
     if written.provenance is not None:
         manifest = {**source.description, PROVENANCE: written.provenance}
     else:
-        manifest = {**written.companions[MANIFEST]}
+        manifest = {**written.companions[MANIFEST]} | ({_KEPT: dict(source.kept)} if source.kept else {})
         manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
     write_manifest(folder, {**manifest, "files": {".metadata": sha256_of(folder / ".metadata"), **written.checksums}})
 
@@ -128,5 +140,6 @@ FORMAT = Format(
     dtype=torch.float32,
     finish=_finish,
     has_manifest=True,
+    keeps_settings=True,
     is_distributed=True,
 )

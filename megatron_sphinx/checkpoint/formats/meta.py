@@ -1,11 +1,13 @@
 """Meta's checkpoints of LLaMA 2, in any number of shards, and Mistral's of Mixtral, which look alike."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
+    FOLLOWS,
     Entries,
     Format,
     PlannedFile,
@@ -21,6 +23,9 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.settings.keys import SettingsFile, Values
+from megatron_sphinx.settings.meta import META as META_KEYS
+from megatron_sphinx.settings.meta import shape_of_params
 from megatron_sphinx.tensors.read import read_torch
 
 # Source: LLaMA 2's released llama/model.py (fairscale: the embedding is shared along its width).
@@ -51,7 +56,7 @@ META_MIXTRAL = (
     Rule("layers.{layer}.block_sparse_moe.w2", "(expert ffn) hidden", ("down",)),
 )
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-_DERIVED = "rope.freqs"  # follows from the configuration
+_DERIVED = "rope.freqs"
 
 
 def is_here(folder: Path) -> bool:
@@ -61,21 +66,36 @@ def is_here(folder: Path) -> bool:
 
 def _open(folder: Path, _: LanguageConfig | None) -> SourceCheckpoint:
     shards = shards_of(folder)
-    entries: Entries = {
-        (file, name): entry for file in shards for name, entry in read_torch(folder / file).items() if name != _DERIVED
-    }
+    found: Entries = {(file, name): entry for file in shards for name, entry in read_torch(folder / file).items()}
+    entries = {key: entry for key, entry in found.items() if key[1] != _DERIVED}
     path, ranks = folder / "params.json", len(shards)
     params = read_json(path)
-    experts = (params.get("moe") or {}).get("num_experts", 0)
+    experts = Values(params, path).section("moe").whole("num_experts", 0, least=0)
     ffn = size_of_tensor(entries, "layers.0.block_sparse_moe.w1", 0) // max(experts, 1) or (
         size_of_tensor(entries, "layers.0.feed_forward.w1.weight", 0) * ranks
     )
-    vocabulary = size_of_tensor(entries, "output.weight", 0) * ranks
-    model = Model(language_of(shape_of_params(params, ffn, vocabulary), path))
+    vocabulary = size_of_tensor(entries, "tok_embeddings.weight", 0)
+    model = Model(language_of(shape_of_params(params, ffn, vocabulary, path), path, entries))
     rules = META_MIXTRAL if experts else META
     specs = [spec for rank, file in enumerate(shards) for spec in specs_of(rules, model, file, rank=rank, ranks=ranks)]
     source = TensorSource(str(folder), specs, entries)
-    return SourceCheckpoint(folder, "meta", f"{ranks} shards", model, source, description=params)
+    positions = params.get("max_position_embeddings") or params.get("max_seq_len")
+    return SourceCheckpoint(
+        folder,
+        "meta",
+        f"{ranks} shards",
+        model,
+        source,
+        description=params,
+        kept={"max_position_embeddings": positions} if type(positions) is int else {},
+        left_out={f"{file}: {name}": FOLLOWS for file, name in found if name == _DERIVED},
+    )
+
+
+def settings(folder: Path) -> Iterator[SettingsFile]:
+    """List the configuration files of such a checkpoint."""
+    path = folder / "params.json"
+    yield SettingsFile(path, read_json(path), META_KEYS)
 
 
 def shards_of(folder: Path) -> list[str]:
@@ -88,29 +108,6 @@ def shards_of(folder: Path) -> list[str]:
     if shards != [_name(rank) for rank in range(len(shards))]:
         raise CheckpointError(f"{folder}: its shards are {', '.join(shards)}; fetch the missing ones")
     return shards
-
-
-def shape_of_params(params: dict[str, Any], ffn: int, vocabulary: int) -> dict[str, Any]:
-    """Return the fields of the language model that a params.json describes.
-
-    Args:
-        params: its content, which may leave two widths open.
-        ffn: width of the feed-forward layers, as the tensors have it.
-        vocabulary: size of the vocabulary, as the tensors have it.
-    """
-    moe = params.get("moe") or {}
-    values = {
-        "layers": params.get("n_layers"),
-        "hidden": params.get("dim"),
-        "ffn": ffn,
-        "heads": params.get("n_heads"),
-        "groups": params.get("n_kv_heads") or params.get("n_heads"),
-        "vocabulary": vocabulary,
-        "experts": moe.get("num_experts", 0),
-        "rope_theta": float(params.get("rope_theta") or (1e6 if moe else 1e4)),
-        "norm_epsilon": params.get("norm_eps", 1e-5),
-    }
-    return values | ({"experts_per_token": moe.get("num_experts_per_tok", 2)} if moe else {})
 
 
 def _plan(model: Model, options: WriteOptions, _: Encoders) -> WritePlan:
@@ -153,6 +150,7 @@ FORMAT = Format(
     is_here=is_here,
     open=_open,
     plan=_plan,
+    settings=settings,
     files=("consolidated.00.pth",),
     options=frozenset({"tensor_parallel"}),
 )

@@ -1,5 +1,6 @@
 """What Megatron-LM writes of a GPT model by megatron.core.dist_checkpointing: layers and experts stacked."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.settings.keys import KeyTable, SettingsFile, Values
+from megatron_sphinx.settings.megatron_lm import FIXED, HONOURED
 from megatron_sphinx.tensors.read import read_distributed
-from megatron_sphinx.unpickling import metadata_of, write_metadata
+from megatron_sphinx.unpickling import arguments_of, metadata_of, write_metadata
 
 # Source: megatron.core.models.gpt, its sharded_state_dict; norms under the names that transformer-engine's layers have.
 _COMMON = (
@@ -53,20 +56,30 @@ _OTHER_NAMES = {  # megatron-core's own layers, without transformer-engine
 }
 _STATE = ("optimizer.", "chained_", "rerun_", "rng_state")  # what a training checkpoint holds beside the weights
 _FILE = "weights"
+_DIGITS = 12  # of an iteration
 _COMMON_STATE = "common.pt"  # what all ranks have alike, beside tensors; Megatron-LM does not load without it
 
 
 def _folder_of(folder: Path) -> Path:
     """The newest iteration in a Megatron-LM checkpoint folder, or the folder itself where it has none."""
     latest = folder / "latest_checkpointed_iteration.txt"
-    if latest.is_file() and (number := latest.read_text().strip()).isdigit():
+    if latest.is_file() and (number := latest.read_text(errors="replace").strip()[:_DIGITS]).isdecimal():
         return folder / f"iter_{int(number):07d}"
     return folder
 
 
 def _is_here(folder: Path) -> bool:
     path = _folder_of(folder) / "metadata.json"
-    return path.is_file() and read_json(path).get("sharded_backend") == "torch_dist"
+    if not (path.is_file() and (path.parent / ".metadata").is_file()):
+        return False  # other programs call files so, too
+    return read_json(path).get("sharded_backend") == "torch_dist"
+
+
+def _settings(folder: Path) -> Iterator[SettingsFile]:
+    """The arguments of Megatron-LM, where the checkpoint has them: those that change what the weights compute."""
+    path = _folder_of(folder) / _COMMON_STATE
+    if path.is_file() and (arguments := arguments_of(path)):
+        yield SettingsFile(path, arguments, KeyTable(HONOURED, FIXED, arguments.keys()))
 
 
 def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
@@ -76,16 +89,35 @@ def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
         raise CheckpointError(
             f"{path}: a torch_dist checkpoint does not tell its number of heads; name its shape: --preset"
         )
-    names = [
-        name
-        for name, record in metadata_of(path).state_dict_metadata.items()
-        if isinstance(record, TensorStorageMetadata) and not name.startswith(_STATE)
-    ]
+    records = metadata_of(path).state_dict_metadata.items()
+    tensors = [name for name, record in records if isinstance(record, TensorStorageMetadata)]
+    names = [name for name in tensors if not name.startswith(_STATE)]
+    common = path / _COMMON_STATE
+    if common.is_file():
+        _require_told(shape, Values(arguments_of(common), common), common)
     entries = {(_FILE, name): entry for name, entry in read_distributed(path, names).items()}
     model = Model(shape)
     rows = next((entry.shape[0] for (_, name), entry in entries.items() if name.startswith("embedding.")), None)
     specs = list(specs_of(_rules(model, names), model, _FILE, vocabulary=rows))
-    return SourceCheckpoint(path, "torch_dist", "any", model, TensorSource(str(path), specs, entries))
+    left_out = {name: "is the optimizer's" for name in tensors if name not in names}
+    source = TensorSource(str(path), specs, entries)
+    return SourceCheckpoint(path, "torch_dist", "any", model, source, left_out=left_out)
+
+
+def _require_told(shape: LanguageConfig, told: Values, path: Path) -> None:
+    """Compare the shape that the user names with what Megatron-LM was told, as far as the checkpoint has it."""
+    for key, name in HONOURED.items():
+        mine = getattr(shape, name)
+        read = told.number if isinstance(mine, float) else told.whole
+        is_compared = name != "groups" and (shape.experts or name != "experts_per_token")
+        if is_compared and told.has(key) and read(key) != mine:
+            raise CheckpointError(f"{path}: {key}={read(key)}, --preset has model.{name}={mine}; name its own shape")
+    is_grouped = told.has("num_query_groups") and told.flag("group_query_attention")
+    groups = told.whole("num_query_groups") if is_grouped else shape.heads
+    if told.has("num_attention_heads") and groups != shape.groups:
+        raise CheckpointError(
+            f"{path}: num_query_groups={groups}, --preset has model.groups={shape.groups}; name its own shape"
+        )
 
 
 def _rules(model: Model, names: list[str]) -> tuple[Rule, ...]:
@@ -122,6 +154,7 @@ FORMAT = Format(
     is_here=_is_here,
     open=_open,
     plan=_plan,
+    settings=_settings,
     companions=frozenset({_COMMON_STATE}),
     finish=_finish,
     is_distributed=True,

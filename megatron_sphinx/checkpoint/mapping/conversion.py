@@ -6,6 +6,7 @@ That is proven on the boxes before anything is written; the first tensor for whi
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from math import prod
 from threading import Lock
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from megatron_sphinx.checkpoint.mapping.axes import Box, intersect
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.settings.keys import shown
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
 
+_LEAST_BYTES = 2  # of an element
 _ASSEMBLED = 2  # tensors put together from several chunks that are kept until they have been used
 
 
@@ -42,6 +45,12 @@ class TensorSource:
         Raises:
             CheckpointError: a tensor is missing, misshaped, or of no rule; it is named.
         """
+        for (file, name), entry in self.entries.items():
+            if not entry.dtype.is_floating_point or entry.dtype.itemsize < _LEAST_BYTES:
+                raise CheckpointError(
+                    f"{self.title}: {shown(name)} in {file} is of type {entry.dtype}; "
+                    f"give a checkpoint that is not quantized"
+                )
         expected = {(spec.file, spec.name): spec for spec in self.specs}
         for key, spec in expected.items():
             if key not in self.entries:
@@ -54,9 +63,11 @@ class TensorSource:
         files = {name: file for file, name in expected}
         for file, name in self.entries:
             if (file, name) not in expected and name in files:
-                raise CheckpointError(f"{self.title}: {name} is in {files[name]} and in {file}; remove one of them")
+                raise CheckpointError(
+                    f"{self.title}: {shown(name)} is in {files[name]} and in {file}; remove one of them"
+                )
             if (file, name) not in expected:
-                raise CheckpointError(f"{self.title}: {file} holds {name}, which no rule of its format knows")
+                raise CheckpointError(f"{self.title}: {file} holds {shown(name)}, which no rule of its format knows")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +153,7 @@ class Conversion:
 
         Args:
             spec: what it is.
-            dtype: type of its elements; that of the first source tensor unless given.
+            dtype: type of its elements; one that holds all that it is made of unless given.
         """
         out = torch.empty(spec.shape, dtype=dtype or self.dtype_of(spec))
         self.fill(spec, out)
@@ -157,10 +168,13 @@ class Conversion:
                 _crop(view, box, overlap).copy_(_crop(self._values(region), region.box, overlap))
 
     def dtype_of(self, spec: TensorSpec) -> torch.dtype:
-        """Return the type of the elements that a target tensor is made of."""
-        weight, box, _ = next(spec.regions(torch.empty(spec.shape, device="meta")))
-        _, region = next(self._overlapping(weight, box))
-        return self._source.entries[region.spec.file, region.spec.name].dtype
+        """Return the type that holds all elements of what a target tensor is made of."""
+        dtypes = {
+            self._source.entries[region.spec.file, region.spec.name].dtype
+            for weight, box, _ in spec.regions(torch.empty(spec.shape, device="meta"))
+            for _, region in self._overlapping(weight, box)
+        }
+        return reduce(torch.promote_types, dtypes)
 
     def _values(self, region: _Region) -> Tensor:
         regions = region.spec.regions(self._read(region.spec))
