@@ -83,6 +83,9 @@ class TrainingConfig:
         train: which weights are trained: all (language model, projections, tags), projections (with tags and skip
             token) or language. What is not trained stays as model.weights has it; the encoders always do.
         precision: the type of weights and activations: bf16 (fp32 master weights in the optimizer) or fp32.
+        deterministic: whether GPUs compute by kernels that give equal bits each time, where torch has them: then a run
+            that is repeated or goes on from a checkpoint has the bits of one in one go. Without it attention over
+            documents of several hundred tokens may differ in the last bits. On CPUs bits are equal anyway.
         activation_checkpointing: what backward computes again instead of keeping it: none; selective, the feed-forward
             layers and experts; or full, whole layers from their inputs.
         checkpointed_layers (layers): how many layers of each pipeline stage are computed again with
@@ -95,6 +98,7 @@ class TrainingConfig:
     epochs: float = 0.0
     train: str = "all"
     precision: str = "bf16"
+    deterministic: bool = False
     activation_checkpointing: str = "none"
     checkpointed_layers: int | None = None
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -188,6 +188,17 @@ def use_platform(gpu: int | None) -> Platform:
     return _chosen
 
 
+def be_deterministic() -> None:
+    """Let torch compute by kernels that give equal bits each time, where it has them; before CUDA is initialised.
+
+    Operations without such a kernel warn, and go on.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # a defence against bugs, which costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def current_platform() -> Platform:
     """The platform of this process; where none was chosen, the one that a process takes that is the only rank."""
     return _chosen or use_platform(local_rank() % torch.cuda.device_count() if torch.cuda.is_available() else None)

@@ -1,5 +1,6 @@
 """Which attention a micro-batch goes through, and that each gives what attention inside each document is."""
 
+import os
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.backends.cuda import cudnn_sdp_enabled, enable_cudnn_sdp
 
+from megatron_sphinx.device import be_deterministic
 from megatron_sphinx.model import attention
 from megatron_sphinx.model.attention import (
     PackedAttention,
@@ -202,3 +204,15 @@ def test_rotation_comes_before_attention(monkeypatch):
     wanted = attend_by_runs(*turned, v, rows, None).flatten(1)
     rows.rotation = (cos, sin)
     torch.testing.assert_close(module(q, k, v, None, packed_seq_params=rows), wanted)
+
+
+def test_where_bits_must_repeat_cudnns_kernel_is_not_taken(run_ranks):
+    def check() -> None:
+        be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        known = {"is_cuda": True, "dtype": torch.bfloat16, "head_width": 64}
+        assert attention_path(((2, 4096),), 4096, **known) is Path.VARLEN
+
+    run_ranks(1, check)

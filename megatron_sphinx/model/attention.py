@@ -85,7 +85,8 @@ def attention_path(
     """Choose how the attention of a micro-batch is computed.
 
     cuDNN's kernel is set up anew, for a second or so, for every shape that it has not met. So it is taken only for
-    documents of the longest length that there can be, one by one: they all have one shape. There it is the fastest.
+    documents of the longest length that there can be, one by one: they all have one shape. There it is the fastest, but
+    its backward does not give equal bits each time.
 
     Args:
         runs: neighbouring documents of one length: how many, and their length.
@@ -96,7 +97,7 @@ def attention_path(
     """
     if not is_cuda or dtype not in (torch.bfloat16, torch.float16) or head_width % 8 or head_width > _VARLEN_WIDTH:
         return Path.RUNS
-    is_whole = all(length == longest for _, length in runs)
+    is_whole = all(length == longest for _, length in runs) and not torch.are_deterministic_algorithms_enabled()
     return Path.WHOLE if is_whole and longest >= _CUDNN_FROM and head_width <= _CUDNN_WIDTH else Path.VARLEN
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain
-from megatron_sphinx.device import Platform
+from megatron_sphinx.device import Platform, be_deterministic
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Activity, Listener, Progress
@@ -61,6 +61,8 @@ def train(
     for_steps, for_files = (
         timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in (config.run.timeout, config.run.storage_timeout)
     )
+    if config.training.deterministic:
+        be_deterministic()
     platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
     trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
     progress = _progress(config, platform, trace)
