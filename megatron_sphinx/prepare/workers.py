@@ -51,12 +51,13 @@ class Report:
     def reject(self, lines: Sequence[dict[str, Any]]) -> None:
         """Count the entries of a quarantine by the first words of their reasons, up to a colon.
 
-        An entry stands for as many as its `documents` say, else for one.
+        An entry stands for as many as its `documents` say (none, where it is but a remark), else for one.
         """
         for line in lines:
-            self.first = self.first or line["reason"]
-            reason = line["reason"].split(":")[0]
-            self.rejected[reason] = self.rejected.get(reason, 0) + line.get("documents", 1)
+            if count := line.get("documents", 1):
+                self.first = self.first or line["reason"]
+                reason = line["reason"].split(":")[0]
+                self.rejected[reason] = self.rejected.get(reason, 0) + count
 
     @property
     def quarantined(self) -> int:
