@@ -112,8 +112,9 @@ def test_text_that_a_page_shows_is_asked_for(pymupdf, tmp_path):
     page.draw_rect(pymupdf.Rect(30, 80, 280, 120), fill=(0, 0, 0))
     page.insert_text((40, 105), "white on black", fontsize=16, color=(1, 1, 1))
     field = pymupdf.Widget()
-    field.field_name, field.field_type = "n", pymupdf.PDF_WIDGET_TYPE_TEXT
-    field.rect, field.field_value, field.text_fontsize = pymupdf.Rect(40, 200, 260, 230), "filled in by hand", 14
+    is_what = {"field_name": "n", "field_type": pymupdf.PDF_WIDGET_TYPE_TEXT, "text_fontsize": 14}
+    for name, value in {**is_what, "rect": pymupdf.Rect(40, 200, 260, 230), "field_value": "filled in by hand"}.items():
+        setattr(field, name, value)
     page.add_widget(field)
     page.add_freetext_annot(pymupdf.Rect(40, 300, 260, 330), "a remark", fontsize=14)
     document.save(tmp_path / "a.pdf")

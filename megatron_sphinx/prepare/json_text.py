@@ -161,8 +161,8 @@ class _Cutter:
         self._most_bytes = most_bytes
         self._depth, self._level = 0, int(is_array)  # of brackets, here and around each value
         self._is_string, self._is_escaped = False, False
-        self._kept, self._length = bytearray(), 0
-        self._offset, self._line = 0, 1
+        self._kept, self._length, self._lines = bytearray(), 0, 0  # of the value that is looked at
+        self._offset, self._line = 0, 1  # of its first byte
 
     def take(self, piece: bytes) -> Iterator[Cut]:
         """Take the next piece of the file; yield the values that end in it."""
@@ -196,24 +196,30 @@ class _Cutter:
         return True if self._depth == self._level == 0 else None
 
     def _add(self, content: bytes) -> None:
+        if not self._length:  # blanks before a value are not of it
+            value = content.lstrip(_BLANK)
+            self._pass_over(content[: len(content) - len(value)])
+            content = value
         self._length += len(content)
+        self._lines += content.count(b"\n")
         if self._length <= self._most_bytes:
             self._kept += content
         else:
-            self._line += self._kept.count(b"\n") + content.count(b"\n")
             self._kept = bytearray()
+
+    def _pass_over(self, content: bytes) -> None:
+        self._offset += len(content)
+        self._line += content.count(b"\n")
 
     def _cut(self, passed_over: int = 0, *, is_open: bool = False) -> Iterator[Cut]:
         """Yield what is kept if it is something, and begin anew behind it and so many bytes more."""
-        content = bytes(self._kept)
-        blank = content[: len(content) - len(content.lstrip(_BLANK))]
         if self._length > self._most_bytes:
             yield Cut(self._offset, self._line, None, is_open)
-        elif value := _value(content):
-            yield Cut(self._offset + len(blank), self._line + blank.count(b"\n"), value, is_open)
-        self._line += content.count(b"\n")
+        elif value := _value(self._kept):
+            yield Cut(self._offset, self._line, value, is_open)
         self._offset += self._length + passed_over
-        self._kept, self._length = bytearray(), 0
+        self._line += self._lines
+        self._kept, self._length, self._lines = bytearray(), 0, 0
 
     def end(self) -> Iterator[Cut]:
         """Yield what is left at the end of the file."""

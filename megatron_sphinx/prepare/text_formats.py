@@ -216,20 +216,21 @@ def _kind(path: str, stated: str, is_certain: bool, objects: Sequence[Any], shap
 def _json_shape(head: bytes) -> tuple[str, list[dict[str, Any]]]:
     """Say how JSON documents lie in a file, by its beginning, and return the first of the objects.
 
-    Lines are lines where the first is whole, or another is; else what begins with a bracket is an array, and what
-    is left stands one behind the other.
+    Lines are lines where the first is whole by itself. Else what begins with a bracket is an array; and what begins
+    with a brace is an object over several lines, if its end is found and it is one.
     """
     lines = [cut.content or b"" for cut in cut_lines(iter([head]), _HEAD_BYTES + 4)]
-    first = lines[0] if lines else b""
-    parsed = _objects(lines)
+    first, parsed = (lines[0] if lines else b""), _objects(lines)
     is_whole = _parsed(first) is not None
     if first[:1] == b"[" and (not is_whole or len(lines) == 1):
         cuts = cut_values(iter([head]), _HEAD_BYTES, is_array=True)
         return "array", _objects([content for cut in _few(cuts) if (content := cut.content)])
-    if is_whole or parsed or first[:1] != b"{" or (len(lines) == 1 and not first.endswith(b"}")):
-        return "lines", parsed
-    cuts = cut_values(iter([head]), _HEAD_BYTES, is_array=False)
-    return "values", _objects([content for cut in _few(cuts) if (content := cut.content)])
+    if first[:1] == b"{" and not is_whole:
+        cuts = cut_values(iter([head]), _HEAD_BYTES, is_array=False)
+        values = [content for cut in _few(cuts) if (content := cut.content)]
+        if _parsed(values[0]) is not None or (not parsed and len(lines) > 1):
+            return "values", _objects(values)
+    return "lines", parsed
 
 
 def _few(cuts: Iterator[Cut]) -> Iterator[Cut]:

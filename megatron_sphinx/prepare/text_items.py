@@ -4,6 +4,7 @@ Every document of a file is yielded, so that what goes in is what comes out and 
 """
 
 import codecs
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from megatron_sphinx.prepare.compression import pieces_of, unpacked
 from megatron_sphinx.prepare.json_text import Cut, cut_lines, parse, text_of
 from megatron_sphinx.prepare.text_formats import TextFormat, TextSettings, choose_key, decoded
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def items_of(
             elif form.kind == "text":
                 items = iter([_whole(file, form.encoding, most_bytes)])
             else:
-                pieces = _part(file, begin, end, count_lines) if form.is_plain and end is not None else None
+                is_part = form.is_plain and end is not None and (begin > 0 or end < file.seek(0, os.SEEK_END))
+                file.seek(0)
+                pieces = _part(file, begin, end or 0, count_lines) if is_part else None
                 items = _json(file, form, most_bytes, pieces)
             yield from map(_checked, items)
     except OSError as error:

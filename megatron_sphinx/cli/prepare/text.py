@@ -4,13 +4,15 @@
 
 FILE holds JSON (a line, an element of an array, or an object by itself a document), parquet (a row a document), or is
 one document itself (.txt, .md, .rst, .tex); each may be compressed by gzip, bzip2, xz, zstd or lz4, and be a URL that
-fsspec knows. Give TARGET as data.text. What cannot be used is listed in TARGET/quarantine.jsonl with its place, and the
-last line says that input = output + quarantine. Killed, the same command goes on where it was. Megatron's own .bin and
-.idx need nothing: give their prefix as data.text.
+fsspec knows.
 
 --key, --encoding and --format hold for all files, or as PATTERN=VALUE for those whose path or name is like a pattern:
 
     --key text --key 'refinedweb*=content' --encoding '*.txt=latin-1'
+
+Give TARGET as data.text. What cannot be used is listed in TARGET/quarantine.jsonl with its place, and the last line
+says that input = output + quarantine. Killed, the same command goes on where it was. Megatron's own .bin and .idx need
+nothing: give their prefix as data.text.
 """
 
 import argparse
