@@ -48,6 +48,7 @@ setup(
         "tensorboard>=2.18",
         "tqdm",
         "webdataset>=1.0,<2",
+        "zstandard>=0.23,<1",
     ],
     extras_require={
         "qformer": QFORMER,

@@ -112,5 +112,13 @@ def _can_be_path(name: str) -> bool:
         return False
 
 
+def printable(name: str) -> str:
+    """Return a name as it can be printed and hashed: bytes in it that are not UTF-8 become escapes in ASCII."""
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold
+        return name.encode(errors="backslashreplace").decode()
+
+
 def _shown(name: str) -> str:
     return repr(name)[:_MOST_SHOWN]

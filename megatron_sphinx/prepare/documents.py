@@ -16,11 +16,11 @@ from typing import Any
 from megatron_sphinx.data.files import remove_partial, renamed, state_of
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.paths import files_in
+from megatron_sphinx.paths import files_in, printable
 from megatron_sphinx.prepare.boxes import format_box
 from megatron_sphinx.prepare.pdf import DocumentPage, DocumentSettings, import_pymupdf, read_pages
 from megatron_sphinx.prepare.tasks import PROMPTS, ConversationJson, conversation
-from megatron_sphinx.prepare.workers import Report, in_parallel, write_json
+from megatron_sphinx.prepare.workers import Report, in_parallel, one_line, target_folder, write_json
 
 READ_PAGE = "Read the texts of this page in order."
 READ_REGION = "Read the text in the region {box}."
@@ -110,13 +110,21 @@ def write_documents(
         DataError: a document is missing, or no page is left.
     """
     import_pymupdf()  # where it is missing, that is said before any work is done
-    parts = target / ".parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    (target / "conversations.jsonl").unlink(missing_ok=True)
-    for folder in (target, parts):
-        remove_partial(folder)
-    work = partial(_write_document, target=target, settings=settings)
-    done = list(in_parallel(work, list(documents.items()), workers=workers, unit_name="document", show=show))
+    with target_folder(target):
+        parts = target / ".parts"
+        parts.mkdir(exist_ok=True)
+        (target / "conversations.jsonl").unlink(missing_ok=True)
+        for folder in (target, parts):
+            remove_partial(folder)
+        work = partial(_write_document, target=target, settings=settings)
+        done = list(in_parallel(work, list(documents.items()), workers=workers, unit_name="document", show=show))
+        report = _join(done, target)
+        shutil.rmtree(parts)
+    return report
+
+
+def _join(done: Sequence[Path], target: Path) -> Report:
+    """Join what was made of each document; raise DataError where no page is left."""
     report = Report()
     with renamed(target / "conversations.jsonl") as whole, whole.open("w") as conversations:
         with renamed(target / "quarantine.jsonl") as left_out, left_out.open("w") as quarantine:
@@ -125,10 +133,10 @@ def write_documents(
                 conversations.writelines(json.dumps(line) + "\n" for line in part["conversations"])
                 quarantine.writelines(json.dumps(line) + "\n" for line in part["quarantine"])
                 report.taken += len(part["conversations"])
+                report.inputs += part["pages"]
                 report.reject(part["quarantine"])
         if not report.taken:
             raise DataError(f"{target}: no page can be used{report.why()}; see quarantine.jsonl")
-    shutil.rmtree(parts)
     return report
 
 
@@ -141,8 +149,7 @@ def part_name(name: str, state: tuple[int, str], settings: DocumentSettings) -> 
         settings: how it becomes conversations.
     """
     values = ", ".join(f"{key}={value!r}" for key, value in vars(settings).items())
-    # the class was called Settings when the first folders were made, whose parts must still be known
-    return hashlib.sha256(f"({name!r}, {state!r}, Settings({values}))".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"({name!r}, {state!r}, DocumentSettings({values}))".encode()).hexdigest()[:24]
 
 
 def _write_document(document: tuple[str, Path], *, target: Path, settings: DocumentSettings) -> Path:
@@ -162,12 +169,17 @@ def _write_document(document: tuple[str, Path], *, target: Path, settings: Docum
     conversations: list[ConversationJson] = []
     quarantine: list[dict[str, Any]] = []
 
-    def leave_out(page: int | None, reason: str) -> None:
-        quarantine.append({"document": str(path), "page": page, "reason": reason})
+    def leave_out(page: int | None, reason: str, pages: int = 1) -> None:
+        entry = {"document": printable(str(path)), "page": page, "reason": one_line(reason)}
+        quarantine.append(entry | ({"documents": pages} if pages != 1 else {}))
 
     for page in read_pages(path, settings, leave_out):
         image = folder / f"{page.number:05d}.png"
         page.image.save(image)
         conversations.append(dialog(str(image.relative_to(target)), page, settings))
-    write_json(part, {"conversations": conversations, "quarantine": quarantine})
+        if page.refused or page.hidden:
+            reason = f"kept: without {page.refused} texts of bad Unicode and {page.hidden} lines that are not all shown"
+            leave_out(page.number, reason, 0)
+    pages = len(conversations) + sum(entry.get("documents", 1) for entry in quarantine)
+    write_json(part, {"conversations": conversations, "quarantine": quarantine, "pages": pages})
     return part

@@ -5,17 +5,19 @@ Texts are checked for what cannot be read: a font without a map to Unicode gives
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.prepare.boxes import Box, clip_box
 from megatron_sphinx.prepare.lines import SOFT_HYPHEN, TextLine, merge_lines, reading_order
+from megatron_sphinx.prepare.visible import Ink, shown
 
 _NOT_TEXT = {
     "Cc": "control character",
@@ -24,6 +26,7 @@ _NOT_TEXT = {
     "Cs": "lone surrogate",
 }
 _GLYPH_NUMBER = re.compile(r"\(cid:\d+\)")  # what some programs write for a character they do not know
+_MOST_PIXELS = 8192  # of a side: three images of a page are in memory
 _SLACK = 0.003  # of boxes, in the page's longest side: fonts are higher than their lines may be
 
 
@@ -47,12 +50,16 @@ class DocumentPage:
     Attributes:
         number: counted from 1.
         image: of the whole page.
-        texts: in reading order.
+        texts: those that the image shows, in reading order.
+        refused: how many texts more were refused by `clean`.
+        hidden: how many lines the image does not show, or not all of.
     """
 
     number: int
     image: Image.Image
     texts: Sequence[PageText]
+    refused: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class DocumentSettings:
     Attributes:
         pixels: longest side of a page's image.
         padding: where a page is in its square, `centre` or `corner`; boxes are fractions of the square.
-        most_pages: pages of a document, from its first; those behind them are not looked at.
+        most_pages: pages of a document, from its first; those behind them are left out.
         most_refused: share of a page's texts that may be refused by `clean`; else the page is left out.
         most_turns: questions of a dialog.
         most_characters: of a page whose texts are asked for all at once.
@@ -79,6 +86,10 @@ class DocumentSettings:
         for name in ("pixels", "most_pages", "most_turns"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name}={getattr(self, name)}: is too few; give 1 or more")
+        if self.pixels > _MOST_PIXELS:
+            raise DataError(f"pixels={self.pixels}: is too many; give {_MOST_PIXELS} or fewer")
+        if not 0 <= self.most_refused <= 1:
+            raise DataError(f"most_refused={self.most_refused:g}: is no share; give 0 to 1")
 
 
 def clean(text: str) -> str:
@@ -98,15 +109,26 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).replace(SOFT_HYPHEN, "").split())
 
 
-def read_pages(
-    path: Path, settings: DocumentSettings, leave_out: Callable[[int | None, str], None]
-) -> Iterator[DocumentPage]:
+class LeaveOut(Protocol):
+    """What is told of pages that are left out."""
+
+    def __call__(self, page: int | None, reason: str, pages: int = 1) -> None:
+        """Take note of a page; with no number, of all of them.
+
+        Args:
+            page: its number, or that of the first of several.
+            reason: why.
+            pages: how many there are, as far as it is known.
+        """
+
+
+def read_pages(path: Path, settings: DocumentSettings, leave_out: LeaveOut) -> Iterator[DocumentPage]:
     """Yield the pages of a PDF that can be used, in their order.
 
     Args:
         path: of the PDF.
         settings: how pages are rendered and checked.
-        leave_out: told number and reason for each page that is left out; no number where all of them are.
+        leave_out: told of each page that is left out.
 
     Raises:
         ConfigError: PyMuPDF is not installed.
@@ -120,13 +142,24 @@ def read_pages(
     with document:
         if document.needs_pass:
             return leave_out(None, "encrypted: it needs a password")
+        if not pages:
+            return leave_out(None, "no page: it has none")
+        with suppress(
+            Exception
+        ):  # PyMuPDF raises what it meets in damaged bytes; what a form says is then not asked for
+            document.bake()  # what annotations and forms show becomes a part of the pages, as other texts are
         for number in range(1, 1 + min(pages, settings.most_pages)):
             try:
-                yield _read_page(pymupdf, document[number - 1], number, settings)
+                page = _read_page(pymupdf, document[number - 1], number, settings)
             except DataError as error:
                 leave_out(number, str(error))
             except Exception as error:  # PyMuPDF raises what it meets in damaged bytes
                 leave_out(number, f"broken: {error}")
+            else:
+                yield page
+        if pages > settings.most_pages:
+            reason = f"behind page {settings.most_pages}: raise --most-pages to take them"
+            leave_out(settings.most_pages + 1, reason, pages - settings.most_pages)
     return None
 
 
@@ -155,47 +188,56 @@ def _read_page(pymupdf: Any, page: Any, number: int, settings: DocumentSettings)
     """
     zoom = settings.pixels / max(page.rect.width, page.rect.height)
     scaled = pymupdf.Matrix(zoom, zoom)
-    texts, refused = _texts(pymupdf, page, scaled)
+    to_pixels = page.rotation_matrix * scaled  # PyMuPDF gives places of texts as before the page is rotated
+    blocks = page.get_text("rawdict", flags=pymupdf.TEXT_PRESERVE_WHITESPACE)["blocks"]
+    ink = Ink(pymupdf, page, scaled)
+    lines = [_lines(pymupdf, block, to_pixels, ink) for block in blocks]
+    hidden = sum(count for _, count in lines)
+    texts, refused = _texts([line for line, _ in lines], page.rect * scaled)
     if refused and len(refused) > settings.most_refused * (len(texts) + len(refused)):
         raise DataError(f"bad Unicode: {len(refused)} of {len(texts) + len(refused)} texts, the first: {refused[0]}")
+    if not texts and hidden:
+        raise DataError(f"no text: {hidden} lines are in it, but its image does not show them, or too small to be read")
     if not texts:
         raise DataError("no text: perhaps it is a scan")
-    pixels = page.get_pixmap(matrix=scaled, alpha=False)
-    image = Image.frombytes("RGB", (pixels.width, pixels.height), pixels.samples)
     order = reading_order([text.box for text in texts], _SLACK * settings.pixels)
-    return DocumentPage(number, image, [texts[index] for index in order])
+    return DocumentPage(number, ink.image, [texts[index] for index in order], len(refused), hidden)
 
 
-def _texts(pymupdf: Any, page: Any, scaled: Any) -> tuple[list[PageText], list[str]]:
-    """Return the texts on a page, and the reasons why others are refused."""
-    width, height = page.rect.width * scaled.a, page.rect.height * scaled.d
-    to_pixels = page.rotation_matrix * scaled  # PyMuPDF gives places of texts as before the page is rotated
+def _texts(blocks: Sequence[Sequence[TextLine]], page: Any) -> tuple[list[PageText], list[str]]:
+    """Return the texts on a page, whose rectangle is given in pixels, and the reasons why others are refused."""
     texts, refused = [], []
-    for block in page.get_text("dict", flags=pymupdf.TEXT_PRESERVE_WHITESPACE)["blocks"]:
-        for line in merge_lines(_lines(pymupdf, block, to_pixels)):
-            try:
-                box = clip_box(line.box, width, height)
-            except DataError:  # not on the page
-                continue
-            try:
-                texts.append(PageText(clean(line.text), box))
-            except DataError as error:
-                refused.append(str(error))
+    for line in (line for block in blocks for line in merge_lines(block)):
+        try:
+            box = clip_box(line.box, page.width, page.height)
+        except DataError:  # not on the page
+            continue
+        try:
+            texts.append(PageText(clean(line.text), box))
+        except DataError as error:
+            refused.append(str(error))
     return [text for text in texts if text.text], refused
 
 
-def _lines(pymupdf: Any, block: dict[str, Any], to_pixels: Any) -> list[TextLine]:
-    """Return the lines of a block that say something, in pixels."""
-    lines = []
+def _lines(pymupdf: Any, block: dict[str, Any], to_pixels: Any, ink: Ink) -> tuple[list[TextLine], int]:
+    """Return the lines of a block that say something, in pixels, and of how many more the page shows not all."""
+    lines, hidden = [], 0
     for line in block.get("lines", ()):
-        spans = [span for span in line["spans"] if span["text"].strip()]
+        spans = [span for span in line["spans"] if any(letter["c"].strip() for letter in span["chars"])]
         if spans:
-            box = pymupdf.Rect(spans[0]["bbox"])
-            for span in spans[1:]:
-                box |= pymupdf.Rect(span["bbox"])
             x, y = line["dir"]
             right, down = x * to_pixels.a + y * to_pixels.c, x * to_pixels.b + y * to_pixels.d
             size = max(span["size"] for span in spans) * hypot(right, down)
-            text = "".join(span["text"] for span in line["spans"]).strip()
-            lines.append(TextLine(text, tuple(box * to_pixels), size, right > 100 * abs(down)))
-    return lines
+            letters = [letter for span in line["spans"] for letter in ink.letters(span, to_pixels, pymupdf)]
+            seen = shown(letters, size)
+            hidden += len(seen) < len(letters)
+            text = "".join(letter.text for letter in seen).strip()
+            if text:
+                boxes = [pymupdf.Rect(letter.box) for letter in seen if letter.text.strip()]
+                if len(seen) == len(letters):
+                    boxes = [pymupdf.Rect(span["bbox"]) for span in spans]
+                box = boxes[0]
+                for other in boxes[1:]:
+                    box |= other
+                lines.append(TextLine(text, tuple(box * to_pixels), size, right > 100 * abs(down)))
+    return lines, hidden

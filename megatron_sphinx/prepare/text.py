@@ -1,17 +1,16 @@
-"""Make token files from text as people have it: parquet, jsonl (plain, .zst or .gz), or plain files."""
+"""Make token files from text as people have it: JSON, parquet or plain files (see `text_formats.py`)."""
 
 import hashlib
-import io
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,10 +18,12 @@ from megatron_sphinx.data.files import open_file, remove_partial, renamed, state
 from megatron_sphinx.data.text import content_of
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare.workers import Report, in_parallel, is_held_out, write_json
+from megatron_sphinx.paths import printable
+from megatron_sphinx.prepare.text_formats import TextFormat, TextSettings, format_of
+from megatron_sphinx.prepare.text_items import Item, items_of, parquet_format
+from megatron_sphinx.prepare.workers import Report, check_share, in_parallel, is_held_out, target_folder, write_json
 
 PART_BYTES = 64 * 2**20
-_COMPRESSED = {".zst": "zstd", ".gz": "gzip"}
 
 
 class TokenWriter:
@@ -75,12 +76,15 @@ class InputRange:
     end: int
 
 
+Job: TypeAlias = tuple[InputRange, TextFormat, str]  # what becomes a token file, how, and its digest
+
+
 def write_text(
     paths: Sequence[str | Path],
     folder: Path,
     tokenizer: Tokenizer,
+    settings: TextSettings | None = None,
     *,
-    key: str = "content",
     held_out: float = 0.0,
     workers: int = 1,
     part_bytes: int = PART_BYTES,
@@ -88,50 +92,80 @@ def write_text(
 ) -> Report:
     """Tokenise files to a folder of token files, in which a document is `[BOS] text [EOS]`.
 
-    Empty texts are left out; documents that cannot be read too, and listed in `quarantine.jsonl`. A part of the input
+    Each document of a file is written, or listed in `quarantine.jsonl` with its place and a reason. A part of the input
     that is done stays so: killed, this goes on where it was.
 
     Args:
-        paths: of .parquet and .jsonl (also .jsonl.zst, .jsonl.gz), each row or line a document; any other file is one.
-            URLs that fsspec knows will do.
+        paths: of JSON, parquet and plain text, each also compressed (see `text_formats.py`). URLs that fsspec knows
+            will do.
         folder: of the token files.
         tokenizer: of the model that will be trained.
-        key: column or key of the text; RefinedWeb's is `content`.
+        settings: what the user says of the files.
         held_out: share of the documents that goes to `folder / "held_out"` instead, chosen by their text.
         workers: processes at a time.
         part_bytes: larger files are divided.
         show: whether to show progress.
 
     Raises:
-        DataError: a file is missing or is not what its name says, or there is no text in any of them.
+        DataError: a file is missing, nothing tells its format, or it has no such key; or there is no text in any.
     """
     import megatron.core.datasets.indexed_dataset  # noqa: F401 (before workers are forked, so that none has to)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    ranges = list(_divide(paths, key, part_bytes))
-    settings = (key, held_out, part_bytes, tokenizer.identity)
-    digests = [digest_of(part, state_of(part.path), settings) for part in ranges]
-    work = partial(_write_part, folder=folder, tokenizer=tokenizer, key=key, held_out=held_out)
-    targets = [folder, *([folder / "held_out"] if held_out else [])]
-    for target in (folder, folder / "held_out"):
-        (target / "index.json").unlink(missing_ok=True)
-        remove_partial(target)
-    jobs = list(zip(ranges, digests, strict=True))
-    summaries = list(in_parallel(work, jobs, workers=workers, unit_name="part", show=show))
+    settings = settings or TextSettings()
+    settings.check([str(path) for path in paths])
+    check_share("held_out", held_out)
+    parts = list(_divide(paths, settings, part_bytes))
+    more = (held_out, part_bytes, settings.most_bytes, tokenizer.identity)
+    jobs = [(part, form, digest_of(part, state_of(part.path), (form, *more))) for part, form in parts]
+    work = partial(_write_part, folder=folder, tokenizer=tokenizer, held_out=held_out, most_bytes=settings.most_bytes)
+    with target_folder(folder):
+        for target in (folder, folder / "held_out"):
+            (target / "index.json").unlink(missing_ok=True)
+            remove_partial(target)
+        summaries = list(in_parallel(work, jobs, workers=workers, unit_name="part", show=show))
+        report = _report(summaries, is_divided=bool(held_out))
+        _write_quarantine(folder, jobs, summaries)
+        if not report.taken:
+            names = ", ".join(printable(str(path)) for path in paths[:3])
+            raise DataError(f"{names}: no text{report.why()}; see {folder / 'quarantine.jsonl'}, or give another --key")
+        for number, target in enumerate([folder, *([folder / "held_out"] if held_out else [])]):
+            entries = [_entry(part, summary, number) for (part, _), summary in zip(parts, summaries, strict=True)]
+            _write_index(target, tokenizer, entries)
+    return report
+
+
+def _report(summaries: Sequence[dict[str, Any]], *, is_divided: bool) -> Report:
+    """Add up what was taken of all parts, and what not."""
     report = Report()
     for summary in summaries:
-        report.reject(summary["quarantine"])
+        report.inputs += summary["documents"]
+        report.first = report.first or summary["first"]
+        for reason, documents in summary["rejected"].items():
+            report.rejected[reason] = report.rejected.get(reason, 0) + documents
     report.taken = sum(summary["written"][0][0] for summary in summaries)
     report.tokens = sum(summary["written"][0][1] for summary in summaries)
-    report.held_out = sum(summary["written"][1][0] for summary in summaries) if held_out else 0
-    if not report.taken:
-        raise DataError(f"{', '.join(map(str, paths[:3]))}: no text{report.why()}; name its column or key by --key")
-    with renamed(folder / "quarantine.jsonl") as unfinished, unfinished.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for summary in summaries for line in summary["quarantine"])
-    for number, target in enumerate(targets):
-        entries = [_entry(part, summary, number) for part, summary in zip(ranges, summaries, strict=True)]
-        _write_index(target, tokenizer, entries)
+    report.held_out = sum(summary["written"][1][0] for summary in summaries) if is_divided else 0
     return report
+
+
+def _write_quarantine(folder: Path, jobs: Sequence[Job], summaries: Sequence[dict[str, Any]]) -> None:
+    """Join the quarantines of all parts; lines, which parts count from their begin, become those of the file."""
+    lines = 0
+    with renamed(folder / "quarantine.jsonl") as unfinished, unfinished.open("w") as whole:
+        for (part, _, _), summary in zip(jobs, summaries, strict=True):
+            lines = lines if part.begin else 0
+            if summary["rejected"]:
+                with _quarantine_of(folder, part).open() as file:
+                    for entry in map(json.loads, file):
+                        whole.write(
+                            json.dumps(entry | ({"line": entry["line"] + lines} if "line" in entry else {})) + "\n"
+                        )
+            lines += summary["lines"]
+
+
+def _quarantine_of(folder: Path, part: InputRange) -> Path:
+    """Return where a part keeps its own quarantine."""
+    return folder / f"{part.number:06d}.quarantine.jsonl"
 
 
 def _entry(part: InputRange, summary: dict[str, Any], target: int) -> dict[str, Any]:
@@ -145,43 +179,53 @@ def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, A
     """Remove what is left of an earlier call with more files, and write the index if there is a document."""
     known = {entry["name"] for entry in files}
     for path in folder.iterdir():
-        if re.fullmatch(r"\d{6}\.(bin|idx|json|content\.json)", path.name) and path.name[:6] not in known:
+        if (
+            re.fullmatch(r"\d{6}\.(bin|idx|json|content\.json|quarantine\.jsonl)", path.name)
+            and path.name[:6] not in known
+        ):
             path.unlink()
     if any(entry["documents"] for entry in files):
         write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.identity), "files": files})
 
 
-def _divide(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[InputRange]:
+def _divide(
+    paths: Sequence[str | Path], settings: TextSettings, part_bytes: int
+) -> Iterator[tuple[InputRange, TextFormat]]:
     """Divide the input into parts of about so many bytes, as far as its files can be read from the middle."""
     number = 0
     for path in map(str, paths):
         try:
-            size, _ = state_of(path)
+            bounds, form = _bounds(path, settings, part_bytes)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-        bounds = [0, size]
-        if path.endswith(".jsonl"):
-            bounds = [*range(0, max(size, 1), part_bytes), size]
-        elif path.endswith(".parquet"):
-            bounds = _row_groups(path, key, part_bytes)
+            raise DataError(f"{printable(path)}: cannot be read ({error.strerror or error}); check its path") from error
         for begin, end in pairwise(bounds):
-            yield InputRange(number, path, begin, end)
+            yield InputRange(number, path, begin, end), form
             number += 1
 
 
-def _row_groups(path: str, key: str, part_bytes: int) -> list[int]:
-    """Return where a parquet file is divided, in row groups: 0, the cuts, and how many there are."""
-    from pyarrow import ArrowException, parquet
+def _bounds(path: str, settings: TextSettings, part_bytes: int) -> tuple[list[int], TextFormat]:
+    """Return where a file is divided, in row groups of parquet, else in bytes; and how it is read.
 
-    try:
-        with open_file(path) as file:
-            table = parquet.ParquetFile(file)
-            names = table.schema_arrow.names
-            sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({' '.join(str(error).split())[:200]}); copy it again") from error
-    if key not in names:
-        raise DataError(f"{path}: has no column {key!r}, but {names}; give --key")
+    Raises:
+        OSError: the file cannot be read.
+        DataError: it is not what can be read.
+    """
+    size, _ = state_of(path)
+    form = format_of(path, settings)
+    if form.kind == "parquet":
+        try:
+            with open_file(path) as file:
+                form, sizes = parquet_format(path, file, settings)
+        except DataError:  # which is a ValueError
+            raise
+        except ValueError as error:
+            return [0, size], TextFormat("nothing", reason=str(error))
+        return _grouped(sizes, part_bytes), form
+    return ([*range(0, size, part_bytes), size] if form.is_plain else [0, size]), form
+
+
+def _grouped(sizes: Sequence[int], part_bytes: int) -> list[int]:
+    """Return where row groups of so many bytes are divided: 0, the cuts, and how many there are."""
     bounds, so_far = [0], 0
     for group, size in enumerate(sizes):
         if so_far and so_far + size > part_bytes:
@@ -199,43 +243,61 @@ def digest_of(part: InputRange, state: tuple[int, str], settings: tuple[Any, ...
         state: size and version of the file that it is in.
         settings: whatever else decides what is written.
     """
-    values = ", ".join(f"{name}={value!r}" for name, value in vars(part).items())
-    # the class was called _Part when the first folders were made, whose parts must still be known
-    return hashlib.sha256(f"(_Part({values}), {state!r}, {settings!r})".encode()).hexdigest()
+    return hashlib.sha256(f"({part!r}, {state!r}, {settings!r})".encode(errors="surrogateescape")).hexdigest()
 
 
-def _write_part(
-    job: tuple[InputRange, str], *, folder: Path, tokenizer: Tokenizer, key: str, held_out: float
-) -> dict[str, Any]:
+def _write_part(job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float, most_bytes: int) -> dict[str, Any]:
     """Write the token file of one part, if it is not there yet; return what its own .json says of it."""
-    part, digest = job
+    part, form, digest = job
     name = f"{part.number:06d}"
     done = folder / f"{name}.json"
     targets = [folder, *([folder / "held_out"] if held_out else [])]
     if done.is_file() and all((target / f"{name}.idx").is_file() for target in targets):
         known: dict[str, Any] = json.loads(done.read_text())
         if known["mark"] == digest:
-            return known if "contents" in known else known | _contents(targets, name, known["written"])
+            return known
     done.unlink(missing_ok=True)
-    quarantine: list[dict[str, Any]] = []
-    written = [[0, 0] for _ in targets]
+    summary: dict[str, Any] = {"mark": digest, "written": [[0, 0] for _ in targets], "documents": 0, "lines": 0}
+    rejected = Report()
+
+    def count_lines(lines: int) -> None:
+        summary["lines"] += lines
+
     writers = [TokenWriter(target / name, tokenizer) for target in targets]
     try:
-        for text in _documents(part, key, quarantine):
-            ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-            target = int(is_held_out(text, held_out))
-            writers[target].add(ids)
-            written[target][0] += 1
-            written[target][1] += len(ids)
+        with renamed(_quarantine_of(folder, part)) as unfinished, unfinished.open("w") as quarantine:
+            items = items_of(part.path, form, most_bytes, part.begin, part.end, count_lines=count_lines)
+            for item in items:
+                summary["documents"] += item.documents
+                if item.text is None:
+                    entry = _quarantined(part.path, item)
+                    rejected.reject([entry])
+                    quarantine.write(json.dumps(entry) + "\n")
+                else:
+                    ids = [tokenizer.bos, *tokenizer.encode(item.text), tokenizer.eos]
+                    target = int(is_held_out(item.text, held_out))
+                    writers[target].add(ids)
+                    summary["written"][target][0] += 1
+                    summary["written"][target][1] += len(ids)
     except BaseException as error:
         for writer in writers:
             writer.__exit__(type(error), error, None)
         raise
     for writer in writers:
         writer.__exit__(None, None, None)
-    summary = {"mark": digest, "written": written, "quarantine": quarantine, **_contents(targets, name, written)}
+    summary |= {"rejected": rejected.rejected, "first": rejected.first, **_contents(targets, name, summary["written"])}
     write_json(done, summary)
     return summary
+
+
+def _quarantined(path: str, item: Item) -> dict[str, Any]:
+    """Return the line of the quarantine for what cannot be used."""
+    entry: dict[str, Any] = {"shard": printable(path), "key": item.place, "reason": item.reason}
+    if item.line is not None:
+        entry["line"] = item.line
+    if item.documents != 1:
+        entry["documents"] = item.documents
+    return entry
 
 
 def _contents(targets: Sequence[Path], name: str, written: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -245,59 +307,3 @@ def _contents(targets: Sequence[Path], name: str, written: Sequence[Sequence[int
         content = content_of(target / name) if tokens else None
         contents.append(asdict(content) if content else None)
     return {"contents": contents}
-
-
-def _documents(part: InputRange, key: str, quarantine: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the texts of a part that hold something; those that cannot be used get an entry of the quarantine."""
-    for place, value in _values(part, key):
-        if isinstance(value, DataError):
-            quarantine.append({"shard": part.path, "key": place, "reason": str(value)})
-        elif isinstance(value, str) and "\0" in value:
-            quarantine.append({"shard": part.path, "key": place, "reason": "holds a NUL character"})
-        elif isinstance(value, str) and value.strip():
-            yield value
-
-
-def _values(part: InputRange, key: str) -> Iterator[tuple[str, object]]:
-    """Yield where each document of a part stands, and what stands there: text, or the reason why not."""
-    kind = Path(part.path).suffix
-    with open_file(part.path) as file:
-        if part.path.endswith((".jsonl", *(f".jsonl{ending}" for ending in _COMPRESSED))):
-            for offset, line in _lines(file, part, kind):
-                try:
-                    yield f"byte {offset}", json.loads(line)[key]
-                except (ValueError, KeyError, TypeError):
-                    yield f"byte {offset}", DataError(f"not a JSON object with the key {key!r}")
-        elif kind == ".parquet":
-            from pyarrow import parquet
-
-            table = parquet.ParquetFile(file)
-            rows = count()
-            for batch in table.iter_batches(columns=[key], row_groups=range(part.begin, part.end)):
-                for value in batch.column(0).to_pylist():
-                    yield f"row {next(rows)} from row group {part.begin}", value
-        else:
-            yield "whole", file.read().decode(errors="replace")
-
-
-def _lines(file: Any, part: InputRange, kind: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a .jsonl that begin in a part, each behind the offset of its first byte."""
-    if kind in _COMPRESSED:
-        from pyarrow import input_stream
-
-        offset = 0
-        try:
-            for line in io.BufferedReader(input_stream(file, compression=_COMPRESSED[kind])):
-                yield offset, line
-                offset += len(line)
-        except OSError as error:
-            raise DataError(f"{part.path}: does not decompress ({error}); copy it again") from error
-        return
-    offset = part.begin
-    if offset:  # a line that begins before belongs to the part before
-        file.seek(offset - 1)
-        offset += len(file.readline()) - 1
-    while offset < part.end and (line := file.readline()):
-        if line.strip():
-            yield offset, line
-        offset += len(line)

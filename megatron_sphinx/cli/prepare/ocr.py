@@ -42,4 +42,5 @@ def run(args: argparse.Namespace) -> int:
     report = write_documents(documents, args.target, settings, workers=args.workers, show=True)
     print(f"{args.target}: {report.taken} pages of {len(documents)} documents")
     print(report.left_out(), end="")
+    print(report.balance("pages"))
     return 0

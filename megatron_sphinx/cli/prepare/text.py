@@ -2,16 +2,24 @@
 
     megatron-sphinx prepare text FILE... TARGET --tokenizer MODEL
 
-Each line of a .jsonl (also .jsonl.zst, .jsonl.gz), each row of a .parquet, and each other file as a whole is a
-document; a FILE may be a URL that fsspec knows. Give TARGET as data.text. What cannot be read is listed in
-TARGET/quarantine.jsonl. Killed, the same command goes on where it was. Megatron's own .bin and .idx need nothing: give
-their prefix as data.text.
+FILE holds JSON (a line, an element of an array, or an object by itself a document), parquet (a row a document), or is
+one document itself (.txt, .md, .rst, .tex); each may be compressed by gzip, bzip2, xz, zstd or lz4, and be a URL that
+fsspec knows.
+
+--key, --encoding and --format hold for all files, or as PATTERN=VALUE for those whose path or name is like a pattern:
+
+    --key text --key 'refinedweb*=content' --encoding '*.txt=latin-1'
+
+Give TARGET as data.text. What cannot be used is listed in TARGET/quarantine.jsonl with its place, and the last line
+says that input = output + quarantine. Killed, the same command goes on where it was. Megatron's own .bin and .idx need
+nothing: give their prefix as data.text.
 """
 
 import argparse
 from pathlib import Path
 
 from megatron_sphinx.cli.command import add_tokenizer, add_workers
+from megatron_sphinx.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("target", type=Path, metavar="TARGET")
     add_tokenizer(parser)
-    parser.add_argument("--key", default="content", help="key or column of the text (RefinedWeb: content)")
+    key = "key or column of the text; of several the first that a file has; default: content or text"
+    parser.add_argument("--key", action="append", default=[], metavar="[PATTERN=]KEY", help=key)
+    encoding = "of files that are not UTF-8 and do not say what they are, such as latin-1"
+    parser.add_argument("--encoding", action="append", default=[], metavar="[PATTERN=]NAME", help=encoding)
+    form = "text, json or parquet, of files whose name and content do not tell; text: a file is a document"
+    parser.add_argument("--format", action="append", default=[], metavar="[PATTERN=]NAME", help=form)
+    parser.add_argument("--most-megabytes", type=float, default=16.0, help="of a document; each takes 60 of memory")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by text")
     add_workers(parser)
 
@@ -28,12 +42,25 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx.data.tokenizer import Tokenizer
     from megatron_sphinx.prepare.text import write_text
+    from megatron_sphinx.prepare.text_formats import PerFile, TextSettings
 
+    settings = TextSettings(
+        keys=PerFile("--key", args.key), encodings=PerFile("--encoding", args.encoding),
+        formats=PerFile("--format", args.format), most_bytes=most_bytes(args.most_megabytes),
+    )  # fmt: skip
     report = write_text(
-        args.files, args.target, Tokenizer(args.tokenizer),
-        key=args.key, held_out=args.held_out, workers=args.workers, show=True,
+        args.files, args.target, Tokenizer(args.tokenizer), settings,
+        held_out=args.held_out, workers=args.workers, show=True,
     )  # fmt: skip
     held_out = f", {report.held_out} more held out" if args.held_out else ""
     print(f"{args.target}: {report.taken} documents, {report.tokens} tokens{held_out}")
     print(report.left_out(), end="")
+    print(report.balance("documents"))
     return 0
+
+
+def most_bytes(megabytes: float) -> int:
+    """Return how many bytes a document may have; raise DataError where that is no number of any."""
+    if not 0 < megabytes < 2**20:
+        raise DataError(f"--most-megabytes={megabytes:g}: must be above 0; give 16, or more where there is memory")
+    return max(1, int(megabytes * 2**20))
