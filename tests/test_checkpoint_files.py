@@ -380,4 +380,4 @@ def test_ctrl_c_is_one_line(tmp_path):
         "sys.exit(run_alone(command))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "inspect: stopped by Ctrl-C\n")
+    assert (done.returncode, done.stderr) == (75, "inspect: stopped by Ctrl-C; run the same command again\n")

@@ -56,9 +56,6 @@ def execute(args: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = args.parser
     try:
         status: int = args.run(args)
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped by Ctrl-C", file=sys.stderr)
-        return 130
     except argparse.ArgumentError as error:  # arguments that do not go together
         parser.error(str(error))
     except KeyboardInterrupt:
