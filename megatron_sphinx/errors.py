@@ -1,5 +1,6 @@
 """Errors a run can end with. Each message names what, where, and a way out, in one line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -13,15 +14,22 @@ class SphinxError(Exception):
     is_shared = False  # whether every rank of the job raises it
 
 
-class ConfigError(SphinxError, ValueError):
+class _OneLineError(Exception):
+    """An error whose message stays one line, whatever names and values of the user's it quotes."""
+
+    def __str__(self) -> str:
+        return re.sub(r"[\x00-\x1f\x7f]+", " ", super().__str__())
+
+
+class ConfigError(_OneLineError, SphinxError, ValueError):
     """A configuration value that cannot work."""
 
 
-class DataError(SphinxError, ValueError):
+class DataError(_OneLineError, SphinxError, ValueError):
     """Data that is missing, damaged, or does not match its index."""
 
 
-class CheckpointError(SphinxError, ValueError):
+class CheckpointError(_OneLineError, SphinxError, ValueError):
     """A checkpoint that cannot be written, or does not match what was asked of it."""
 
 

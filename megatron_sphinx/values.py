@@ -1,16 +1,65 @@
 """Plain values, as YAML and the command line give them, into checked dataclasses; knows nothing of a training run."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from math import inf, isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.parsing import ParseError, parse_yaml, read_yaml, shortened
 
 T = TypeVar("T")  # a dataclass
+_SHARE = "between 0 and 1"
+_SET = "set it in the file or as {key}=value"  # the advice where a key is left out
+_NO_TEXT = re.compile("[\x00\ud800-\udc7f\udd00-\udfff]")  # what no file's name has, UTF-8 or not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The values that a number may have: the annotation of every number in a configuration or a file of ours.
+
+    Attributes:
+        least: the smallest of them.
+        above: a number below all of them.
+        most: the largest of them.
+        below: a number above all of them.
+        why: the reason for the bounds, which the message gives; empty where they need none.
+    """
+
+    least: float = -inf
+    above: float = -inf
+    most: float = inf
+    below: float = inf
+    why: str = ""
+
+    def fault(self, value: float) -> str:
+        """Say what a number must be that it is not; empty where it is in the range, which ends before the infinite."""
+        if not -inf < value < inf:
+            return f"a finite number, {self}".removesuffix(", ")
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return ""
+        if str(self) == _SHARE:
+            return _SHARE
+        is_low = value < self.least or value <= self.above
+        return str(Range(least=self.least, above=self.above) if is_low else Range(most=self.most, below=self.below))
+
+    def __str__(self) -> str:
+        if (self.least, self.most) == (0, 1):
+            return _SHARE
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {_figure(bound)}" for word, bound in bounds.items() if isfinite(bound))
+
+
+_ANY = Range(least=-(2**63), most=2**63)
+
+
+def _figure(number: float) -> str:
+    """Write a bound as people do."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[str, Any]:
@@ -23,14 +72,14 @@ def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[
         holds: what the message says that the file must hold.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping.
+        ConfigError: no such file, not YAML, too large or too deep, a key given twice, not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{title}: {error.strerror}; {otherwise}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{title}: not YAML: {' '.join(str(error).split())}") from error
+    except ParseError as error:
+        raise ConfigError(f"{title}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{title}: must hold {holds}")
     return values
@@ -53,11 +102,12 @@ def override(values: dict[str, Any], text: str) -> None:
     """
     key, separator, yaml_text = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{text}: an override must read key.path=value")
+        raise ConfigError(f"{shortened(text)}: an override must read key.path=value")
     try:
-        value = yaml.safe_load(yaml_text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text}: the value is not YAML") from error
+        value = parse_yaml(yaml_text)
+    except ParseError as error:
+        reason = str(error).removeprefix("line 1: ").removeprefix("not YAML: ")
+        raise ConfigError(f"{shortened(text)}: the value is not YAML ({reason}); put text in quotes") from error
     *parents, last = key.split(".")
     node: Any = values  # the mapping or list that holds the next name of the path
     for name in parents:
@@ -88,62 +138,121 @@ def check_choice(key: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{key}={value}: unknown value; {nearest(str(value), list(known))}")
 
 
-def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+def build(cls: type[T], values: Mapping[str, Any], path: str = "", *, advice: str = _SET) -> T:
     """Build a tree of dataclasses from plain values.
 
     Args:
-        cls: the dataclass at the root of the tree.
+        cls: the dataclass at the root of the tree. A number in it has a `Range`.
         values: plain values by the names of its fields.
         path: what messages put before a field's name, with the dot, e.g. `data.`.
+        advice: what the message about a key that is left out advises; `{key}` in it is the key.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a required key left out, a wrong type.
+        ConfigError: an unknown key (with the nearest known one), a required key left out, a wrong type, a number that
+            is not finite or out of its range.
     """
-    types = get_type_hints(cls)
+    types = _types(cast(Any, cls))
     for key in values:
         if key not in types:
-            raise ConfigError(f"{path}{key}: unknown key; {nearest(f'{path}{key}', [path + name for name in types])}")
+            near = nearest(f"{path}{key}"[:200], [path + name for name in types])
+            raise ConfigError(f"{path}{shortened(key)}: unknown key; {near}")
     for item in fields(cls):  # type: ignore[arg-type]
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise ConfigError(f"{path}{item.name}: not given; set it in the file or as {path}{item.name}=value")
-    return cls(**{key: _value(types[key], value, f"{path}{key}") for key, value in values.items()})
+            raise ConfigError(f"{path}{item.name}: not given; {advice.format(key=path + item.name)}")
+    return cls(**{key: _value(types[key], value, f"{path}{key}", advice) for key, value in values.items()})
 
 
-def _value(kind: Any, value: Any, path: str) -> Any:
+@cache
+def _types(cls: Hashable) -> dict[str, Any]:
+    """Return the type of each field of a dataclass, with the annotations of numbers."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def range_of(kind: Any) -> tuple[Any, Range | None]:
+    """Return a type without its annotations, and the range among them."""
+    if get_origin(kind) is Annotated:
+        plain, *notes = get_args(kind)
+        return plain, next((note for note in notes if isinstance(note, Range)), None)
+    return kind, None
+
+
+def _value(kind: Any, value: Any, path: str, advice: str) -> Any:
     """Turn a plain value into the type `kind`, or raise an error that names the key."""
+    kind, bounds = range_of(kind)
     if is_dataclass(kind):
         if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
-            return from_text(value)
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}={value}: must be a section with keys of its own")
-        return build(kind, value, f"{path}.")  # type: ignore[arg-type]
+            return from_text(_scalar(str, value, path, None))
+        return build(kind, _mapping(value, path), f"{path}.", advice=advice)  # type: ignore[arg-type]
     if isinstance(kind, UnionType):
         if value is None and NoneType in get_args(kind):
             return None
         kind = next(option for option in get_args(kind) if option is not NoneType)
     if get_origin(kind) is tuple:
-        item_kind = get_args(kind)[0]
-        if hasattr(item_kind, "from_text") and isinstance(value, str | Mapping | None):
-            value = [] if value is None else [value]  # a single item may stand without its list
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ConfigError(f"{path}={value}: must be a list")
-        return tuple(_value(item_kind, item, f"{path}.{i}") for i, item in enumerate(value))
-    return _scalar(kind, value, path)
+        item_kind = Annotated[get_args(kind)[0], bounds] if bounds else get_args(kind)[0]
+        return tuple(_value(item_kind, item, f"{path}.{i}", advice) for i, item in enumerate(_list(kind, value, path)))
+    if get_origin(kind) is dict:
+        item_kind = get_args(kind)[1]
+        return {
+            name: item if item_kind is Any else _value(item_kind, item, f"{path}.{shortened(name)}", advice)
+            for name, item in _mapping(value, path).items()
+        }
+    return value if kind is Any else _scalar(kind, value, path, bounds)
 
 
-def _scalar(kind: type, value: Any, path: str) -> Any:
-    """Turn a single value into a bool, an int, a float or a text."""
-    if kind is float:
-        try:  # YAML reads 5e-5 as text
-            return float(value) if not isinstance(value, bool) else _refuse(kind, value, path)
-        except (TypeError, ValueError):
-            _refuse(kind, value, path)
-    if type(value) is not kind:
-        _refuse(kind, value, path)
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    """Require a mapping."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}={shortened(value)}: must be a section with keys of its own")
     return value
 
 
-def _refuse(kind: type, value: Any, path: str) -> Any:
-    """Raise the error of a value that has another type."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{path}={value}: must be {names[kind]}")
+def _list(kind: Any, value: Any, path: str) -> Sequence[Any]:
+    """Require a list for a tuple; a single item that a text can stand for may stand without its list."""
+    if hasattr(get_args(kind)[0], "from_text") and isinstance(value, str | Mapping | None):
+        value = [] if value is None else [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"{path}={shortened(value)}: must be a list")
+    return value
+
+
+def _scalar(kind: Any, value: Any, path: str, bounds: Range | None) -> Any:
+    """Turn a single value into a bool, an int, a float or a text."""
+    found: Any = value
+    if kind is float:
+        try:  # YAML reads 5e-5 as text
+            found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        except OverflowError:
+            found = inf
+        except ValueError:
+            found = None
+    if type(found) is not kind:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        quotes = "; put it in quotes" if kind is str and isinstance(value, int | float) else ""
+        given = "null" if value is None else shortened(value)
+        raise ConfigError(f"{path}={given}: must be {names[kind]}{quotes}")
+    if kind is str and (bad := _NO_TEXT.search(found)):
+        raise ConfigError(f"{path}={shortened(found)}: holds the character U+{ord(bad.group()):04X}; remove it")
+    if kind in (int, float):
+        _check_range(found, bounds or _ANY, path)
+    return found
+
+
+def check_ranges(config: Any, path: str) -> None:
+    """Refuse a dataclass whose numbers are out of their ranges, however it was made; `path` as for `build`.
+
+    Raises:
+        ConfigError: a number is not finite or out of its range.
+    """
+    for name, kind in _types(cast(Any, type(config))).items():
+        _, bounds = range_of(kind)
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if bounds and value is not None:
+                _check_range(value, bounds, f"{path}{name}")
+
+
+def _check_range(value: float, bounds: Range, path: str) -> None:
+    """Refuse a number that is out of its range."""
+    if fault := bounds.fault(value):
+        why = f"; {bounds.why}" if bounds.why else ""
+        raise ConfigError(f"{path}={shortened(value)}: must be {fault}{why}")

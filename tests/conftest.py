@@ -284,6 +284,15 @@ def dialogs(tiny) -> Path:
     return folder
 
 
+@pytest.fixture
+def seed(capsys) -> int:
+    """The seed of a test that spoils valid files: another one each time, which is printed."""
+    number = int.from_bytes(os.urandom(4), "big")
+    with capsys.disabled():
+        print(f" seed {number} ", end="")  # noqa: T201
+    return number
+
+
 def size_of(index: SampleIndex, pair: int) -> tuple[int, int]:
     """Width and height of a sample's image, as an index has them."""
     found = index.sizes(pair, pair + 1)

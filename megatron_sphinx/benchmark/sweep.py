@@ -248,6 +248,8 @@ def _run(measurement: Measurement, config: Config, folder: Path) -> MeasuredRun:
     steps = measurement.warmup + measurement.steps
     command += [f"run.folder={folder.resolve()}", f"training.steps={steps + PROFILED}"]
     command += ["training.epochs=0", "checkpoint.resume=none"]
+    warmup = min(config.optimizer.warmup_of(config.training.steps), steps)  # of a run that is longer than this one
+    command += [f"optimizer.warmup_steps={warmup}", "optimizer.warmup_epochs=0"]
     command += ["--steps", str(measurement.steps), "--warmup", str(measurement.warmup)]
     with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as error:
         try:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.values import Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,11 +16,10 @@ class StageConfig:
             at least 1.
     """
 
-    lookahead: int = 4
+    lookahead: Annotated[int, Range(least=1, most=10_000, why="the language model waits for one")] = 4
 
     def __post_init__(self) -> None:
-        if self.lookahead < 1:
-            raise ConfigError(f"stage.lookahead={self.lookahead}: must be at least 1")
+        check_ranges(self, "stage.")
 
 
 @dataclass(frozen=True)
