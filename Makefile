@@ -14,7 +14,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe family figure7 test test_slow test_all lint benchmark skipping clean
+.PHONY: demo demo_moe family figure7 test test_slow test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -63,13 +63,21 @@ family: $(VENV)/demo.installed
 
 ## test: the tests of every day, on gloo ranks without a GPU; TESTS=... for some files
 test: $(VENV)/dev.installed
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not gpu" $(TESTS)
 
 ## test_slow: the rest: every layout with every number of encoder ranks, jobs that are interrupted, programs end to end
 test_slow: $(VENV)/dev.installed
 	$(PYTEST) -m slow $(TESTS)
 
-## test_all: both
+## test_gpu: what CUDA does otherwise, on one GPU
+test_gpu: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -m gpu -rs $(TESTS)
+
+## gpu: whether the package is right and fast on one GPU, in at most six minutes; the page is runs/gpu/page.md
+gpu: $(VENV)/gpu.installed
+	$(BIN)/megatron-sphinx gpu-check --out runs/gpu/check.json --page runs/gpu/page.md
+
+## test_all: all of them
 test_all: $(VENV)/dev.installed
 	$(PYTEST) $(TESTS)
 

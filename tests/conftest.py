@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from threading import RLock
 
+# for the processes of tests marked `gpu`; a worker of xdist finds it set
+os.environ["GPUS_OF_TESTS"] = os.environ.get("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the ranks of a test are more than a machine's GPUs
 
 # Ranks are forked from this process: what is imported here is imported once, not once a rank.

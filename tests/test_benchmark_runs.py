@@ -105,7 +105,19 @@ def test_a_real_sweep(start_ranks, tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(sweep, "run_launcher", launch)
     config = tiny.write(tmp_path / "c.yaml", {"data.tokenizer": "no_such_file", "data.pairs": "no_such_folder"})
-    options = ["--ranks", "2", "--steps", "2", "--warmup", "1", "--repeats", "1", "--output", str(tmp_path / "out")]
+    options = [
+        "data.micro_batch_rows=auto",
+        "--ranks",
+        "2",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--repeats",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(["benchmark", str(config), *options, "--synthetic", "--sweep", "parallel.encoder=1,0"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found["ratios"]) == ["parallel.encoder=0"]
@@ -113,6 +125,12 @@ def test_a_real_sweep(start_ranks, tiny, tmp_path, capsys, monkeypatch):
     assert len(commands) == 2
     assert [torchrun[:3] for torchrun in commands] == [[sys.executable, "-m", "torch.distributed.run"]] * 2
     stage, colocated = report.read([tmp_path / "out"])[::-1]
+    for point in (stage, colocated):
+        assert isinstance(point["config"]["data"]["micro_batch_rows"], int), "a point tells what its runs have taken"
+        assert (point["config"]["vision"]["batch_views"], point["config"]["vision"]["precision"] == "auto") == (
+            8,
+            False,
+        )
     assert [rank["role"] for rank in stage["per_rank"]] == ["language", "encoder"]
     assert [rank["role"] for rank in colocated["per_rank"]] == ["language", "language"]
     assert (stage["work"]["pairs"], stage["work"]["text_tokens"]) == (6, 150)

@@ -181,7 +181,9 @@ def test_other_kinds_of_plans_are_reached_with_what_they_were_given(monkeypatch,
     from megatron_sphinx.sizing import calibration, dry_run
 
     asked = []
-    monkeypatch.setattr(dry_run, "report", lambda config, layout: asked.append((config, layout.world)) or {"a": 1})
+    monkeypatch.setattr(
+        dry_run, "report", lambda config, layout, kind: asked.append((config, layout.world, kind)) or {"a": 1}
+    )
     monkeypatch.setattr(
         calibration, "calibrate", lambda config, *, ranks, target: asked.append((config, ranks, target))
     )
@@ -189,7 +191,9 @@ def test_other_kinds_of_plans_are_reached_with_what_they_were_given(monkeypatch,
     for words in (["dry-run", path, "--ranks", 2, "--json"], [path, "--dry-run", "--ranks", 2, "--json"],
                   [path, "--dry-run", "--nodes", 2, "--gpus-per-node", 1, "--json"]):  # fmt: skip
         assert json.loads(plan(*words)) == {"a": 1}
-        assert asked.pop()[1:] == (2,)
+        assert asked.pop()[1:] == (2, "a100-80g")
+        plan(*words, "--gpu", "h100-80g")
+        assert asked.pop()[1:] == (2, "h100-80g")
     file = tmp_path / "machine.yaml"
     for words in (["calibrate", path, "--output", file, "--ranks", 2], [path, "--calibrate", file, "--ranks", 2]):
         plan(*words)

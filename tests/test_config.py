@@ -69,6 +69,7 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
         ("parallel=3", r"parallel=3: must be a section with keys of its own"),
         ("vision.experts.5.weights=x", r"vision\.experts\.5\.weights: 5 must be one of the 2 items, counted from 0"),
         ("run.folder.name=x", r"run\.folder\.name: folder is a single value, not a section"),
+        ("training.precision=fp8", r"training\.precision=fp8: needs model\.kernels=transformer_engine, and is not"),
         ("training.precision=fp16", r"training\.precision=fp16: unknown value; did you mean bf16\?"),
         ("training.activation_checkpointing=ful", r"activation_checkpointing=ful: unknown value; did you mean full\?"),
         ("vision.experts.0.name=dinov2_vitg", r"dinov2_vitg: unknown expert; did you mean dinov2_vitg14\?"),

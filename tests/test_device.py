@@ -50,12 +50,15 @@ def test_a_process_computes_on_one_device_for_good(run_ranks, fake_gpus, monkeyp
         assert took_gpu[0] == Platform(torch.device("cuda", 0), "nccl", is_bf16_fast=True)
         assert took == [0]
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
         assert devices.choose("cuda", HashStore(), 0, 1) == took_gpu
         with pytest.raises(ConfigError, match=r"run\.device=cpu: this process computes on cuda already; start another"):
             devices.choose("cpu", HashStore(), 0, 1)
         assert took == [0]
 
     assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cudnn.allow_tf32
     run_ranks(1, check)
 
 
@@ -69,6 +72,21 @@ def test_without_a_choice_a_process_takes_a_gpu_that_it_sees(run_ranks, fake_gpu
         assert took == [gpu]
 
     run_ranks(1, check)
+
+
+def test_the_type_of_the_encoders_is_given_or_what_is_fast():
+    fast, slow = (Platform(torch.device("cpu"), "gloo", is_bf16_fast=is_fast) for is_fast in (True, False))
+    types = {
+        precision: [each.encoder_dtype(precision) for each in (fast, slow)] for precision in ("auto", "bf16", "fp32")
+    }
+    assert types == {
+        "auto": [torch.bfloat16, torch.float32], "bf16": [torch.bfloat16] * 2, "fp32": [torch.float32] * 2,
+    }  # fmt: skip
+
+
+def test_the_memory_of_a_machine_is_what_a_process_may_use_of_it():
+    own = Platform(torch.device("cpu"), "gloo", is_bf16_fast=False).memory_bytes()
+    assert 2**28 < own <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_the_cpu_hides_gpus_from_other_libraries(run_ranks, fake_gpus):

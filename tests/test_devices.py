@@ -143,6 +143,7 @@ def test_three_ranks_on_one_gpu_train_on_the_cpu_and_say_so(train, fake_gpus):
     note = f"run.device=auto: 3 ranks on host {socket.gethostname()} share 1 GPU, so all ranks compute on the CPU; "
     assert said.count(note) == 1
     assert "= 3 ranks, cpu, fp32" in said
+    assert re.search(r"^kernels: torch 2\.\S+; attention: torch's scaled_dot_product_attention$", said, re.MULTILINE)
 
 
 def test_on_the_cpu_no_gpu_is_touched_or_asked_for(train, fake_gpus, monkeypatch):

@@ -52,6 +52,7 @@ RUN_BY = {
     "megatron-sphinx mix": r'"mix"|"interpolate_weights(\.py)?"',
     "megatron-sphinx inspect": r'"inspect"|"inspect_checkpoint(\.py)?"',
     "megatron-sphinx benchmark": r'"benchmark", str\(config\)',
+    "megatron-sphinx gpu-check": r'"gpu-check"',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',
     "torchrun": r"torch\.distributed\.run|torchrun",
@@ -320,7 +321,7 @@ def test_commands_that_take_no_time_do_what_they_say(command, capsys, monkeypatc
 
 def test_the_makefile_calls_programs_with_arguments_that_they_take(parse):
     """The lines of the targets that train for minutes, parsed; what they do is tested with few steps."""
-    names = ("demo", "demo_moe", "figure7", "family", "benchmark", "skipping")
+    names = ("demo", "demo_moe", "figure7", "family", "benchmark", "skipping", "gpu")
     made = subprocess.run(
         ["make", "--dry-run", "--always-make", "--no-print-directory", *names],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -372,7 +373,8 @@ def test_the_classes_of_the_glossary_exist():
 
 
 @pytest.mark.parametrize(
-    ("target", "tier"), [("test", '-m "not slow" tests/test_x.py'), ("test_slow", "-m slow "), ("test_all", "")]
+    ("target", "tier"),
+    [("test", '-m "not slow and not gpu" tests/test_x.py'), ("test_slow", "-m slow "), ("test_all", "")],
 )
 def test_make_shares_tests_among_processes(target, tier):
     said = subprocess.run(

@@ -40,12 +40,19 @@ def test_the_page_says_what_there_is_and_what_a_run_will_use(page, tiny, tmp_pat
     assert values["flash-attn"] == "not installed (for transformer-engine's attention)"
     assert (values["device"], values["collectives"]) == ("cpu", "gloo")
     assert values["attention"] == "torch's scaled_dot_product_attention"
+    assert values["kernels"].startswith("torch 2.")
     assert (values["SLURM_PROCID"], values["MASTER_ADDR"]) == ("3", "node1")
     assert values["CUDA_VISIBLE_DEVICES"] == "(empty)"
     assert "SLURM_JOB_ACCOUNT" not in values
     free = float(values[str(tmp_path / "a" / "b")].partition(" GB free")[0].replace(",", ""))
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.2, abs=1)
     assert not (tmp_path / "a").exists(), "nothing is made"
+
+
+def test_kernels_that_a_run_cannot_have_are_broken(page, tiny, tmp_path):
+    status, lines = page(tiny.write(tmp_path / "c.yaml"), "model.kernels=liger")
+    assert status == 1
+    assert lines[-1].startswith("broken: model.kernels=liger: runs on GPUs only")
 
 
 def test_without_a_configuration_the_page_is_of_this_folder(page, tmp_path, monkeypatch):
@@ -123,4 +130,4 @@ def test_all_that_an_installation_asks_for_is_looked_at():
     )
     assert set(required) == doctor.REQUIRED.keys()
     extras = re.findall(r'^[A-Z]+ = \["([\w-]+)', text, re.MULTILINE)
-    assert set(extras) == {"transformers", "pymupdf", "shtab"} <= doctor.OPTIONAL.keys()
+    assert set(extras) == {"transformers", "pymupdf", "shtab", "liger-kernel"} <= doctor.OPTIONAL.keys()

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.batches import BatchBuilder
-from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.device import Platform, current_platform
 from megatron_sphinx.parallel.groups import ProcessGroups
@@ -54,13 +53,8 @@ class HostPixels:
 
     def submit(self, views):
         pending = self.loader.submit(views)
-
-        def result() -> Pixels:
-            read = pending.result()
-            self.recorder.name(HOST, *read.views.values())
-            return read
-
-        return SimpleNamespace(wait=pending.wait, result=result)
+        self.recorder.name(HOST, *pending.pixels.values())
+        return pending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +186,7 @@ def test_a_rank_that_fails_is_an_error(tiny, tmp_path, monkeypatch):
     config = configuration.load(tiny.write(tmp_path / "run.yaml"))
     monkeypatch.setattr(dry_run, "count", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="the dry run of language failed; see above"):
-        dry_run.report(config, ParallelLayout(world=1, config=config.parallel))
+        dry_run.report(config, ParallelLayout(world=1, config=config.parallel), "a100-80g")
 
 
 def test_memory_is_counted_by_part_and_time(run_ranks):

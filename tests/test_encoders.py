@@ -3,6 +3,9 @@
 import hashlib
 import os
 import random
+import shutil
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -146,3 +149,97 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ConfigError, match=r"list\.pth holds a list, not tensors by name; give a state dict"):
         load_expert(VisualExpertConfig(name="dinov2_small", weights=str(tmp_path / "list.pth")), seed=1)
+
+
+def test_views_may_lie_in_pieces():
+    config = mixture("clip_convnext_small", "dinov2_small", grid=4, batch_views=4)
+    views = pixels(config, 11)
+    model = encoders(config)
+    whole = model(views)
+    for cuts in ([0, 3, 4, 11], [0, 1, 1, 9, 11], [0, 11]):
+        pieces = [{side: stack[a:b] for side, stack in views.items()} for a, b in pairwise(cuts)]
+        assert torch.equal(model(*pieces), whole)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler, c++")
+def test_compiled_experts_give_the_same_features(run_ranks):
+    """To fp32 rounding; and bits that do not depend on their company, as without compilation."""
+    config = mixture("blip2_qformer_small", "dinov2_small", grid=4, batch_views=3)
+
+    def check() -> None:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1  # a pool of processes would outlive this one
+        views, model = pixels(config, 7), encoders(config)
+        plain = model(views).float()
+        assert model.compile_experts() > 0
+        compiled = model(views)
+        torch.testing.assert_close(compiled.float(), plain, rtol=0.01, atol=0.01)  # both are rounded to bf16
+        assert torch.equal(model({side: stack[[5, 2]] for side, stack in views.items()}), compiled[[5, 2]])
+
+    run_ranks(1, check, seconds=300)
+
+
+def test_a_run_says_how_long_it_compiled(train, monkeypatch):
+    monkeypatch.setattr(FrozenEncoders, "compile_experts", lambda _: 12.34)
+    said = "vision.compile=true: compiling 2 experts took 12.3 s\n"
+    for world, encoder, rank in ((2, 1, 1), (2, 0, 0)):
+        overrides = {"vision.compile": True, "training.steps": 1, "parallel.encoder": encoder}
+        ranks = train(world, overrides, name=str(encoder)).ranks
+        assert [ranks.text(each).count(said) for each in range(2)] == [int(each == rank) for each in range(2)]
+
+
+class Stream:
+    """Stands for a CUDA stream: it notes in a list of all streams what is asked of it."""
+
+    def __init__(self, name: str, done: list) -> None:
+        self.name, self.done = name, done
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.done.append((self.name, "waits for", other.name))
+
+
+def test_uploads_are_on_a_stream_of_their_own(monkeypatch):
+    """The encoding stream waits for each batch; the uploads wait for nothing, so the next batch is made ready early."""
+    done: list = []
+    main, side, current = Stream("main", done), Stream("uploads", done), []
+    config = mixture("clip_convnext_small", "dinov2_small", grid=4, batch_views=4)
+    model = encoders(config)
+    views = pixels(config, 6)
+    wanted = model(views)
+
+    @contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1] if current else main)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, of: done.append((of.name, "keeps", tuple(tensor.shape)))
+    )
+    inputs, encode = type(model)._inputs, type(model)._encode
+
+    def notes(name, work):
+        def noted(self, argument):
+            done.append((torch.cuda.current_stream().name, name))
+            return work(self, argument)
+
+        return noted
+
+    monkeypatch.setattr(type(model), "_inputs", notes("normalises", inputs))
+    monkeypatch.setattr(type(model), "_encode", notes("encodes", encode))
+    model._uploads = side
+    assert torch.equal(model(views), wanted)
+    batch = [
+        ("uploads", "normalises"), ("main", "waits for", "uploads"), ("main", "keeps", (4, 3, 64, 64)),
+        ("main", "keeps", (4, 3, 56, 56)), ("main", "encodes"),
+    ]  # fmt: skip
+    assert done == batch * 2
+
+
+def test_the_qformer_attends_by_the_fused_kernels():
+    """Which are what torch's scaled_dot_product_attention has; eager attention would keep all probabilities."""
+    model = encoders(mixture("blip2_qformer_small", "dinov2_small", grid=4)).experts[0]
+    assert {part.config._attn_implementation for part in (model.vision_model, model.qformer)} == {"sdpa"}

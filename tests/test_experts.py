@@ -16,6 +16,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.model import experts
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, GroupedExperts, Routing
+from megatron_sphinx.model.kernels import torch_kernels
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel, routing_of
 from megatron_sphinx.model.vision import VisualProjection
@@ -59,7 +60,7 @@ def test_grouped_experts_are_a_loop_over_experts(monkeypatch, seed, padding):
     config = SimpleNamespace(
         moe_ffn_hidden_size=ffn, expert_tensor_parallel_size=1, hidden_size=hidden, params_dtype=torch.float32
     )
-    module = GroupedExperts(count, config)
+    module = GroupedExperts(count, config, kernels=torch_kernels())
     for weight in module.parameters():
         torch.nn.init.normal_(weight)
     counts = [rng.choice([0, 1, 2, 7]) for _ in range(count)]

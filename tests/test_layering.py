@@ -11,16 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
     "errors", "parsing", "values", "console", "paths", "lock", "unpickling", "tensors", "device", "liveness",
     "parallel", "model", "data", "prepare", "stage", "checkpoint", "training", "config_names", "config",
-    "config_reference", "run", "sizing", "benchmark", "cli", "__main__",
+    "config_reference", "run", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
-    "deepspeed": {"training/deepspeed_setup.py"},
+    "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/visual_experts.py", "model/expert_files.py"},
-    "transformers": {"model/visual_experts.py"},
+    "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
     "fsspec": {"data/files.py"},
-    "megatron.core.datasets": {"data/text.py", "prepare/text.py"},
+    "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "values.py", "paths.py", "config.py", "config_names.py", "config_reference.py",

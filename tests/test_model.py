@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
-from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, _Rotate, rotation
+from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, rotation
+from megatron_sphinx.model.kernels import _Rotate, torch_kernels
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.sphinx import SphinxModel, place_views
@@ -245,7 +246,8 @@ def test_packed_attention_equals_one_masked_softmax(seed):
     lengths = sorted(rng.choice([1, 2, 5, 5, 9]) for _ in range(rng.randint(1, 7)))
     heads, kv, head, total = 6, rng.choice([1, 2, 3, 6]), 4, sum(lengths)
     q, k, v = torch.randn(total, heads, head), torch.randn(total, kv, head), torch.randn(total, kv, head)
-    out = PackedAttention(None, 1)(q, k, v, None, packed_seq_params=PackedRows.of(lengths, CPU))
+    attention = PackedAttention(kernels=torch_kernels(), longest=9)
+    out = attention(q, k, v, None, packed_seq_params=PackedRows.of(lengths, CPU))
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     allowed = (document[:, None] == document) & torch.ones(total, total, dtype=torch.bool).tril()
     k, v = (x.repeat_interleave(heads // kv, 1) for x in (k, v))
@@ -256,7 +258,8 @@ def test_packed_attention_equals_one_masked_softmax(seed):
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 1, 8), (0, 1, 8)])
 def test_rms_norm(shape):
-    norm = RMSNorm(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 8, 1e-5)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    norm = RMSNorm(config, 8, 1e-5, kernels=torch_kernels())
     torch.nn.init.uniform_(norm.weight)
     x = torch.randn(shape, requires_grad=True)
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight

@@ -245,7 +245,7 @@ def test_samples_of_weighted_sources_come_from_their_own(tmp_path):
 
 def real_planner(sequence_length: int, row_multiple: int, replicas: int, steps_in_one: int = 1) -> Planner:
     """The paper's step on real lengths: captions and documents of Debian packages (see the file)."""
-    real = json.loads((HERE / "real_lengths.json").read_text())
+    real = json.loads((HERE.parent / "megatron_sphinx" / "gpu_check" / "real_lengths.json").read_text())
     captions = [int(length) for length, times in real["captions"].items() for _ in range(times)]
     texts = [int(length) for length, times in real["documents"].items() for _ in range(times)]
     order = np.random.default_rng(0)

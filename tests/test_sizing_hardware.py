@@ -8,7 +8,10 @@ import yaml
 
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.model.architecture import VisionConfig, VisualExpertConfig
 from megatron_sphinx.sizing import hardware, published
+from megatron_sphinx.sizing.sizes import expert_cost
+from megatron_sphinx.sizing.step_time import full_batches, view_seconds
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,27 @@ def test_calibration_writes_hardware_that_plans(tiny, tmp_path, capsys):
     assert main(["plan", str(path), *args]) == 0
     seconds = json.loads(capsys.readouterr().out)["best"][0]["seconds"]
     assert min(seconds[name] for name in ("matrices", "kernels", "features", "reduction")) > 0
+
+
+MEASURED = {  # milliseconds a view on one H100 80 GB SXM, torch 2.11, bf16: views at once and expert
+    (8, "blip2_qformer"): 2.524, (32, "blip2_qformer"): 1.165, (128, "blip2_qformer"): 1.144,
+    (8, "clip_vit_l14"): 0.836, (32, "clip_vit_l14"): 0.462, (128, "clip_vit_l14"): 0.449,
+    (8, "clip_convnext_xxl"): 1.233, (32, "clip_convnext_xxl"): 1.082,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("views", "name"), MEASURED)
+def test_visual_experts_take_what_was_measured(views, name):
+    vision = VisionConfig(
+        experts=(VisualExpertConfig(name=name, weights="x"), VisualExpertConfig(name="dinov2_small", weights="x")),
+        batch_views=views,
+    )
+    seconds = view_seconds(vision, expert_cost(name), hardware.load("h100-80g"))
+    assert 1000 * seconds == pytest.approx(MEASURED[views, name], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("views", "size", "ahead", "encoded"), [(5, 8, 1, 8), (20, 32, 1, 32), (20, 32, 4, 64 / 3), (64, 32, 4, 64)]
+)
+def test_batches_are_filled_up(views, size, ahead, encoded):
+    assert full_batches(views, size, ahead) == pytest.approx(encoded)

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine", "flash-attn", "timm", "numpy")
+PACKAGES = ("torch", "megatron-core", "deepspeed", "liger-kernel", "transformer-engine", "flash-attn", "timm", "numpy")
 _VARIABLES = ("OMP_", "NCCL_", "GLOO_", "TORCH_", "CUDA_", "SLURM_JOB_", "SLURM_NNODES", "SLURM_NTASKS")  # prefixes
 
 

@@ -47,8 +47,9 @@ class RankObserver:
     def begin(self, context: RankContext) -> None:
         """Note what the rank is and has, and measure the peak FLOP/s of all ranks at once."""
         self._context, platform, seat = context, context.platform, context.groups.seat
-        is_bf16 = platform.is_bf16_fast if seat.encoder is not None else context.config.training.precision == "bf16"
-        dist.barrier()
+        config = context.config
+        precision = config.training.precision if seat.encoder is None else config.vision.precision
+        dist.barrier(group=context.groups.control)
         self._observed = {
             "rank": seat.rank,
             "role": seat.role,
@@ -58,9 +59,9 @@ class RankObserver:
             "device": platform.model,
             "threads": torch.get_num_threads(),
             "backend": platform.backend,
-            "peak_flops": platform.measure_peak_flops(torch.bfloat16 if is_bf16 else torch.float32),
+            "peak_flops": platform.measure_peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32),
         }
-        dist.barrier()
+        dist.barrier(group=context.groups.control)
 
     def step(self, plan: StepPlan, seconds: float, data_seconds: float, feature_seconds: float) -> None:
         """Note the seconds of a step of a language rank; begin and end the profile.

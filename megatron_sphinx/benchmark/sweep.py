@@ -25,6 +25,7 @@ from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, FolderError, SphinxError
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.run.automatic import with_taken
 from megatron_sphinx.training import metrics
 
 PLAIN = "as configured"  # the name of the only point where nothing is swept
@@ -161,11 +162,13 @@ def measure(measurement: Measurement, points: Mapping[str, Sequence[str]]) -> li
 def _repeat(measurement: Measurement, point: _Point, repeat: int) -> None:
     """Run a point once more, as its run number `repeat`, counted from 0."""
     assert point.config is not None
+    folder = measurement.folder / "runs" / f"{file_name(point.name)}_{repeat + 1}"
     try:
-        run = _run(measurement, point.config, measurement.folder / "runs" / f"{file_name(point.name)}_{repeat + 1}")
+        run = _run(measurement, point.config, folder)
     except BenchmarkError as error:
         point.fail(error)
         return
+    point.config = with_taken(point.config, folder)
     point.runs.append(run)
     speed, seconds = (median(line[name] for line in run.lines) for name in ("tokens_per_second", "step_seconds"))
     say(f"run {repeat + 1}/{measurement.repeats} of {point.name}: {speed:.0f} tokens/s, {seconds:.3f} s/step")

@@ -39,7 +39,8 @@ REQUIRED = {
 }  # fmt: skip
 # Distributions that a run does without, each with its module and what it is for.
 OPTIONAL = {
-    "transformer-engine": ("transformer_engine", "the language model's layers on GPUs"),
+    "liger-kernel": ("liger_kernel", "the language model's kernels on GPUs; pip install 'megatron-sphinx[cuda]'"),
+    "transformer-engine": ("transformer_engine", "model.kernels=transformer_engine on GPUs"),
     "flash-attn": ("flash_attn", "transformer-engine's attention"),
     "apex": ("apex", "megatron-core's fused kernels"),
     "transformers": ("transformers", "the Q-Former; pip install 'megatron-sphinx[qformer]'"),
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     page.section("required packages", required)
     page.section("optional packages", {name: _optional(name, *known) for name, known in OPTIONAL.items()})
     if device is not None and not page.broken:
-        page.section("what a run will use", _paths(device))
+        page.section("what a run will use", _paths(device, config, page.broken))
     page.section("variables", variables or {"none": "no launcher has set any"})
     page.section("run folder", _folder(Path(config.run.folder if config else "."), page.broken))
     print("\n".join([*page.lines, *(f"broken: {text}" for text in page.broken)]))
@@ -215,17 +216,21 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _paths(device: Platform) -> dict[str, str]:
-    """The libraries that a run takes for its parts, on a device."""
-    from megatron_sphinx.model.language import has_transformer_engine
+def _paths(device: Platform, config: Config | None, broken: list[str]) -> dict[str, str]:
+    """The libraries that a run takes for its parts, on a device; kernels that it cannot have go to `broken`."""
+    from megatron_sphinx.model.kernels import describe
 
-    is_portable = not has_transformer_engine()
-    norm = "torch's rms_norm" if device.is_cuda else "one of our own, in fp32"
+    choice, precision = (config.model.kernels, config.training.precision) if config else ("auto", "bf16")
+    try:
+        kernels, attention = describe(choice, device, precision)
+    except ConfigError as error:
+        broken.append(str(error))
+        kernels = attention = "none"
     return {
         "device": str(device.device),
         "collectives": device.backend,
-        "attention": "torch's scaled_dot_product_attention" if is_portable else "transformer-engine",
-        "norm": norm if is_portable else "transformer-engine",
+        "kernels": kernels,
+        "attention": attention,
         "encoders": f"timm, in {'bf16' if device.is_bf16_fast else 'fp32'}",
         "optimizer": "torch's fused AdamW, divided by DeepSpeed's ZeRO-2",
     }

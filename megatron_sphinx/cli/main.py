@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sphinx import __version__
-from megatron_sphinx.cli import benchmark, config, convert, doctor, inspect, measure, mix, packing, report, train, views
+from megatron_sphinx.cli import (
+    benchmark,
+    config,
+    convert,
+    doctor,
+    gpu_check,
+    inspect,
+    measure,
+    mix,
+    packing,
+    report,
+    train,
+    views,
+)
 from megatron_sphinx.cli.command import Command, add_command, execute, help_line
 from megatron_sphinx.cli.plan import plain
 from megatron_sphinx.cli.prepare import conversations, ocr, pairs, som, tasks, text
@@ -23,6 +36,7 @@ PREPARE: Mapping[str, Command] = {
 COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
+    "gpu-check": gpu_check,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

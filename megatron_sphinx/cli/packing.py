@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     print("sequence_length  replicas  row_multiple  rows    fill  at most  imbalance   worst")
     for length in args.sequence_lengths:
         for replicas in args.replicas:
-            data = replace(config.data, sequence_length=length, row_multiple=replicas)
+            at_once = 1 if config.data.micro_batch_rows == "auto" else config.data.micro_batch_rows
+            rows = {"row_multiple": replicas, "micro_batch_rows": at_once}
+            data = replace(config.data, sequence_length=length, **rows)
             planner = make_planner(data, sources, config.model, config.vision, replicas=replicas, seed=config.run.seed)
             print(_row(length, replicas, [planner.step(step) for step in range(args.steps)]))
     return 0

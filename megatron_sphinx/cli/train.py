@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add_configuration(parser)
+    parser.add_argument("--profile", action="store_true", help="print how long each phase of the start takes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    return run_rank(args)
+    return run_rank(args, is_profiled=args.profile)
 
 
-def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | None = None) -> int:
+def run_rank(
+    args: argparse.Namespace, make_observer: Callable[[], Observer] | None = None, *, is_profiled: bool = False
+) -> int:
     """Run one rank of a job; the exit status of its process.
 
     What must hold from the rank's first moment comes before the imports, which take seconds: a signal that arrives
@@ -39,6 +42,7 @@ def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | N
     Args:
         args: configuration and overrides.
         make_observer: makes what watches the rank.
+        is_profiled: whether the first rank prints how long each phase of the start took.
     """
     from megatron_sphinx import console
     from megatron_sphinx.liveness.stop import StopSignal
@@ -50,5 +54,7 @@ def run_rank(args: argparse.Namespace, make_observer: Callable[[], Observer] | N
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
             from megatron_sphinx.run import train
+            from megatron_sphinx.sizing.automatic import fit
 
-            return train.train(config, stop, make_observer() if make_observer else None)
+            observer = make_observer() if make_observer else None
+            return train.train(config, stop, observer, fit, is_profiled=is_profiled)

@@ -1,7 +1,7 @@
 """What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.values import Range, check_ranges
@@ -49,7 +49,8 @@ class DataConfig:
         row_multiple (rows): number that the rows of a step are a multiple of. The rows are of equal cost, so any number
             of replicas that divides it has even work; 1 takes as few rows as there can be. Long documents are cut where
             a row has its share of the cost, so let it be small beside the number of rows.
-        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1.
+        micro_batch_rows (rows): the most rows that a replica computes at once; at least 1. With auto a run takes the
+            most that fit into memory by the plan, prints them, and keeps them when it goes on.
         max_bad_share: share of the samples, from 0 to 1; the run stops when more than that could not be read.
         isolate_documents: whether attention stays inside each document and sample (true) or goes over the whole row.
         workers (threads): how many threads read and decode images on a rank; where shards are behind a URL, take
@@ -67,7 +68,9 @@ class DataConfig:
     text_tokens_per_step: Annotated[int, _AMOUNT] = 65536
     sequence_length: Annotated[int, Range(least=1, most=2**24, why="a row holds tokens")] = 2048
     row_multiple: Annotated[int, Range(least=1, most=1_000_000, why="rows are whole")] = 8
-    micro_batch_rows: Annotated[int, Range(least=1, most=1_000_000, why="a replica computes whole rows")] = 1
+    micro_batch_rows: Annotated[
+        int | Literal["auto"], Range(least=1, most=1_000_000, why="a replica computes whole rows")
+    ] = 1
     max_bad_share: Annotated[float, Range(least=0, most=1, why="it is a share of the samples")] = 0.05
     isolate_documents: bool = True
     workers: Annotated[int, Range(least=1, most=1024, why="somebody must read, and each is a thread")] = 2
@@ -90,6 +93,12 @@ class DataConfig:
                 "data.pairs_per_step=0: data.conversations_per_step and data.text_tokens_per_step are 0 too; "
                 "a step needs one of them"
             )
+
+    @property
+    def rows_at_once(self) -> int:
+        """The number of `micro_batch_rows`, in a configuration whose values of auto have been taken."""
+        assert self.micro_batch_rows != "auto", "data.micro_batch_rows=auto: no number has been taken yet"
+        return self.micro_batch_rows
 
     @property
     def samples(self) -> tuple[DataSource, ...]:

@@ -1,7 +1,7 @@
 """From the plan of a step to the pixels that encoder ranks encode: views of images, read and decoded by threads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,22 +51,31 @@ class PixelLoader:
         vision: how images are padded, resized and cut.
         workers: threads that read and decode.
         quarantine: file of JSON lines with shard, key, pair and reason.
+        is_pinned: whether pixels lie in page-locked memory, from which a GPU copies them while it computes.
     """
 
-    def __init__(self, index: SampleIndex, vision: VisionConfig, *, workers: int, quarantine: Path) -> None:
+    def __init__(
+        self, index: SampleIndex, vision: VisionConfig, *, workers: int, quarantine: Path, is_pinned: bool = False
+    ) -> None:
         self.index, self.vision, self.quarantine = index, vision, quarantine
+        self._is_pinned = is_pinned
         self._reader, self._views = ImageReader(index), views_of(vision.parts)
         self._pool = ThreadPoolExecutor(workers, "decode")
 
     def submit(self, views: Sequence[tuple[int, int]]) -> "PendingPixels":
         """Begin to read views, given as (sample, number of the view)."""
-        kind = pixel_type(self.vision)
-        arrays = {side: np.zeros((len(views), 3, side, side), kind) for side in self.vision.sides}
+        pixels = {side: self._zeros((len(views), 3, side, side)) for side in self.vision.sides}
+        arrays = {side: tensor.numpy() for side, tensor in pixels.items()}
         wanted: dict[int, list[tuple[int, int]]] = {}
         for index, (sample, view) in enumerate(views):
             wanted.setdefault(sample, []).append((view, index))
         read = {sample: self._pool.submit(self._read, sample, places, arrays) for sample, places in wanted.items()}
-        return PendingPixels(self, list(views), arrays, read)
+        return PendingPixels(self, list(views), pixels, read)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Make room for pixels."""
+        kind = torch.uint8 if pixel_type(self.vision) is np.uint8 else torch.float32
+        return torch.zeros(shape, dtype=kind, pin_memory=self._is_pinned)
 
     def _read(self, sample: int, wanted: Sequence[tuple[int, int]], arrays: dict[int, NDArray[Any]]) -> bool:
         """Decode a sample's image, and cut views of it into the arrays.
@@ -104,13 +113,13 @@ class PendingPixels:
     Attributes:
         loader: whose threads read them.
         views: (sample, number of the view) of each.
-        arrays: for each input side the pixels [views, 3, side, side] that are being written.
+        pixels: for each input side the pixels [views, 3, side, side] that are being written.
         read: for each sample whether its image could be read, once that is known.
     """
 
     loader: PixelLoader
     views: list[tuple[int, int]]
-    arrays: dict[int, NDArray[Any]]
+    pixels: dict[int, Tensor]
     read: dict[int, "Future[bool]"]
 
     def report(self, index: int, reason: str) -> None:
@@ -124,5 +133,10 @@ class PendingPixels:
     def result(self) -> Pixels:
         """Wait until all views are read, and return them."""
         bad = {sample for sample, is_read in self.read.items() if not is_read.result()}
-        views = {side: torch.from_numpy(array) for side, array in self.arrays.items()}
-        return Pixels(views, tuple(index for index, (sample, _) in enumerate(self.views) if sample in bad))
+        return Pixels(self.pixels, tuple(index for index, (sample, _) in enumerate(self.views) if sample in bad))
+
+
+def wait_for(micro_batches: Iterable[PendingPixels]) -> None:
+    """Wait until all views of some micro-batches are read."""
+    for pixels in micro_batches:
+        pixels.wait()

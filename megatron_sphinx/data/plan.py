@@ -122,7 +122,7 @@ class Planner:
         samples, cut = self._plan_samples(step)
         rows = self._packer.rows([*samples, *self._plan_text(step)], self.config.row_multiple)
         replicas = self._deal(rows)
-        size = self.config.micro_batch_rows
+        size = self.config.rows_at_once
         count = -(-max(map(len, replicas)) // size)
         micro_batches = tuple(tuple(dealt[n * size : (n + 1) * size] for dealt in replicas) for n in range(count))
         costs = [sum(map(self.cost, dealt)) for dealt in replicas]
@@ -170,7 +170,7 @@ class Planner:
 
     def _deal(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
         """Deal rows to replicas: the costliest first, each to the cheapest replica that has room."""
-        size = self.config.micro_batch_rows
+        size = self.config.rows_at_once
         limit = -(-len(rows) // (self.replicas * size)) * size
         dealt: list[list[Row]] = [[] for _ in range(self.replicas)]
         cheapest = [(0.0, replica) for replica in range(self.replicas)]

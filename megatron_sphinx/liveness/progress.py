@@ -10,6 +10,7 @@ from enum import Enum
 from math import inf
 from threading import get_ident
 from types import FrameType
+from typing import Protocol
 
 PACKAGE = __name__.partition(".")[0]
 _PROBES = 3  # how many of the last probes count
@@ -86,6 +87,16 @@ class Beat:
         return f"{step}{micro_batch}{self.kind.value}" + (f" ({self.place})" if self.place else "")
 
 
+class Listener(Protocol):
+    """Hears of a rank's progress as it happens, on the rank's own thread."""
+
+    def step(self, number: int) -> None:
+        """Hear that the rank begins a step."""
+
+    def activity(self, doing: Activity) -> None:
+        """Hear what the rank does from now on."""
+
+
 class Progress:
     """One rank's progress; made on the thread that does the rank's work.
 
@@ -94,6 +105,7 @@ class Progress:
         storage_timeout: seconds that a rank may stay at one thing that reads or writes large files.
         probe: does a small fixed amount of work, and returns how many seconds it took.
         probe_interval: steps between two probes; 0 for none.
+        listener: hears of every step and activity; None for nobody.
 
     Attributes:
         stragglers: slow ranks by name, and how many times as long as the median rank each takes; known on the first
@@ -108,11 +120,12 @@ class Progress:
         storage_timeout: float = inf,
         probe: Callable[[], float] | None = None,
         probe_interval: int = 0,
+        listener: Listener | None = None,
     ) -> None:
         self.timeout, self.storage_timeout = timeout, storage_timeout
         self.stragglers: dict[str, float] = {}
         self.saver: int | None = None
-        self._probe, self._probe_interval = probe, probe_interval
+        self._probe, self._probe_interval, self._listener = probe, probe_interval, listener
         self._probes: deque[float] = deque(maxlen=_PROBES)
         self._thread, self._host = get_ident(), socket.gethostname()
         self._step, self._beats = -1, 0
@@ -123,11 +136,15 @@ class Progress:
         is_new, self._step = step != self._step, step
         if is_new and self._probe and self._probe_interval and step % self._probe_interval == 0:
             self._probes.append(self._probe())
+        if is_new and self._listener:
+            self._listener.step(step)
         self.note(Activity.READING, micro_batch)
 
     def note(self, doing: Activity, micro_batch: int | None = None) -> None:
         """Note what the rank is doing from now on."""
         self._noted = (doing, micro_batch, time.monotonic())
+        if self._listener:
+            self._listener.activity(doing)
 
     def beat(self, who: str) -> Beat:
         """Describe how far the rank `who` is now; may be called from any thread."""

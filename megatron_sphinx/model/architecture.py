@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.values import Range, check_ranges
@@ -13,6 +13,8 @@ _COEFFICIENT = Range(least=0, most=1000, why="0 is for none")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+LEAST_BATCH_VIEWS, MOST_BATCH_VIEWS = 8, 32  # what vision.batch_views=auto takes on a CPU, and at most on a GPU
+KERNELS = ["auto", "torch", "liger", "transformer_engine"]
 PARTS = {1: 1, 5: 2, 10: 3}  # how many parts each side of the square is cut in, by the number of views
 
 
@@ -42,6 +44,10 @@ class LanguageConfig:
         rope_theta: base of the frequencies of rotary position embeddings.
         norm_epsilon: number added to the mean square in RMSNorm.
         init_std: standard deviation of new weights; output projections get it over sqrt(2 layers).
+        kernels: what the layers compute with beside matrix products and attention: auto (liger where liger_kernel
+            imports on a GPU, else torch), torch, liger (SwiGLU, RoPE, RMSNorm and cross entropy in Triton; GPUs only),
+            or transformer_engine (its layers, attention among them; GPUs only, and not yet proven). A run that goes on
+            may change it.
 
     Source: LLaMA 2, arXiv:2307.09288, section 2.2; Mixtral, arXiv:2401.04088, section 2.
     """
@@ -61,11 +67,14 @@ class LanguageConfig:
     rope_theta: Annotated[float, Range(least=1, most=1e12, why="frequencies fall with its powers")] = 10000.0
     norm_epsilon: Annotated[float, Range(above=0, most=0.1, why="it keeps a row of zeros from a division by 0")] = 1e-5
     init_std: Annotated[float, Range(above=0, most=100, why="weights of 0 get no gradient")] = 0.02
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         check_ranges(self, "model.")
         if not self.groups:
             object.__setattr__(self, "groups", self.heads)  # so that whoever reads it finds the number
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"model.kernels={self.kernels}: unknown value; {nearest(self.kernels, KERNELS)}")
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"model.heads={self.heads}: each head needs an even share of model.hidden={self.hidden}; "
@@ -82,7 +91,7 @@ class LanguageConfig:
     @property
     def shape(self) -> dict[str, Any]:
         """The fields that say whether weights fit this model; others may differ."""
-        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient")
+        free = ("preset", "weights", "init_std", "balance_loss_coefficient", "z_loss_coefficient", "kernels")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -258,7 +267,12 @@ class VisionConfig:
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
         resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
         batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
-            never depend on it.
+            never depend on its company. With auto a run takes 32 on a GPU, or as many of them as fit into memory, and 8
+            on a CPU, and keeps them when it goes on.
+        precision: what the experts compute in: bf16; fp32; or auto, bf16 where that is fast. A run keeps what it took
+            when it goes on, on whatever machine.
+        compile: whether torch.compile compiles the experts' forward for the one shape;
+            what it takes at the start is printed.
     """
 
     experts: tuple[VisualExpertConfig, ...]
@@ -267,10 +281,18 @@ class VisionConfig:
     padding: str = "centre"
     skip_padding_views: bool = False
     resize: str = "antialiased"
-    batch_views: Annotated[int, Range(least=1, most=100_000, why="encoders take whole views")] = 8
+    batch_views: Annotated[int | Literal["auto"], Range(least=1, most=100_000, why="encoders take whole views")] = (
+        "auto"
+    )
+    precision: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("padding", ("centre", "corner")), ("resize", ("antialiased", "accessory"))):
+        choices = {
+            "padding": ("centre", "corner"), "resize": ("antialiased", "accessory"),
+            "precision": ("auto", "bf16", "fp32"),
+        }  # fmt: skip
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
         check_ranges(self, "vision.")
@@ -290,6 +312,11 @@ class VisionConfig:
                     f"vision.grid={self.grid}: {item.name} gives {native}x{native} patches, which cannot be repeated "
                     f"to it; use a multiple of {native}"
                 )
+
+    @property
+    def views_at_once(self) -> int:
+        """The number of `batch_views`; of auto that no run has settled, the least that one takes."""
+        return LEAST_BATCH_VIEWS if self.batch_views == "auto" else self.batch_views
 
     @property
     def channels(self) -> int:

@@ -1,7 +1,10 @@
-"""Portable attention and norm: torch's own kernels where transformer-engine is not installed."""
+"""Attention inside the documents of packed rows, and the norm: what the decoder's layers are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -9,9 +12,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sphinx.device import current_platform
 from megatron_sphinx.model.experts import Routing
+from megatron_sphinx.model.kernels import Kernels
+
+_VARLEN_WIDTH = 256  # the widest head of flash attention
+_CUDNN_WIDTH = 128  # the widest head that cuDNN's backward takes on every GPU
+_CUDNN_FROM = 2048  # tokens of a document; an H100 took 3.5 % less for a step of such documents, shorter ones untried
 
 
 @dataclass
@@ -56,16 +65,55 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
         )
 
 
+class Path(StrEnum):
+    """How the attention of a micro-batch is computed; the value is what a run says of it.
+
+    Attributes:
+        RUNS: neighbouring documents of one length as one batch of scaled_dot_product_attention.
+        VARLEN: one call of torch's varlen attention for all documents, whatever their lengths.
+        WHOLE: each document by scaled_dot_product_attention alone, and by cuDNN's kernel where that takes it.
+    """
+
+    RUNS = "torch's scaled_dot_product_attention"
+    VARLEN = "torch's varlen attention"
+    WHOLE = "cuDNN's attention"
+
+
+def attention_path(
+    runs: Sequence[tuple[int, int]], longest: int, *, is_cuda: bool, dtype: torch.dtype, head_width: int
+) -> Path:
+    """Choose how the attention of a micro-batch is computed.
+
+    cuDNN's kernel is set up anew, for a second or so, for every shape that it has not met. So it is taken only for
+    documents of the longest length that there can be, one by one: they all have one shape. There it is the fastest.
+
+    Args:
+        runs: neighbouring documents of one length: how many, and their length.
+        longest: tokens of the longest document that there can be.
+        is_cuda: whether it is computed on a GPU.
+        dtype: of queries, keys and values; the varlen attention takes 16-bit types only.
+        head_width: channels of a head.
+    """
+    if not is_cuda or dtype not in (torch.bfloat16, torch.float16) or head_width % 8 or head_width > _VARLEN_WIDTH:
+        return Path.RUNS
+    is_whole = all(length == longest for _, length in runs)
+    return Path.WHOLE if is_whole and longest >= _CUDNN_FROM and head_width <= _CUDNN_WIDTH else Path.VARLEN
+
+
 class PackedAttention(nn.Module):
     """RoPE and causal attention inside each document of a packed row; a megatron-core `core_attention`.
 
-    Documents of one length go through scaled_dot_product_attention as one batch: no mask, no score matrix, and no work
-    for pairs of positions that may not see each other.
+    No mask, no score matrix, and no work for pairs of positions that may not see each other; `attention_path` says how.
+
+    Args:
+        kernels: what RoPE is computed with.
+        longest: tokens of the longest document that there can be.
+        softmax_scale: what scores are multiplied by; None for 1 / sqrt(head width).
     """
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, *_: Any, kernels: Kernels, longest: int, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.kernels, self.longest, self.softmax_scale = kernels, longest, softmax_scale
 
     def forward(
         self,
@@ -89,19 +137,87 @@ class PackedAttention(nn.Module):
         Returns:
             [tokens, heads * head width].
         """
-        if packed_seq_params.rotation is not None:
-            query, key = (_Rotate.apply(part, *packed_seq_params.rotation) for part in (query, key))
-        sizes = [documents * length for documents, length in packed_seq_params.runs]
-        out = []
-        for q, k, v, (documents, _length) in zip(
-            query.split(sizes), key.split(sizes), value.split(sizes), packed_seq_params.runs, strict=True
-        ):
-            q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            out.append(mixed.transpose(1, 2).flatten(0, 1))
-        return torch.cat(out).flatten(1)
+        rows = packed_seq_params
+        if rows.rotation is not None:
+            query, key = self.kernels.rotate(query, key, *rows.rotation)
+        path = attention_path(
+            rows.runs, self.longest, is_cuda=query.is_cuda, dtype=query.dtype, head_width=query.shape[-1]
+        )
+        attend = {Path.RUNS: attend_by_runs, Path.VARLEN: attend_at_once, Path.WHOLE: attend_to_whole}[path]
+        return attend(query, key, value, rows, self.softmax_scale).flatten(1)
+
+
+def attend_by_runs(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
+    """Attend inside each document, those of one length at once.
+
+    Args:
+        query: [tokens, heads, head width].
+        key: [tokens, groups, head width].
+        value: [tokens, groups, head width].
+        rows: the documents.
+        scale: what scores are multiplied by; None for 1 / sqrt(head width).
+
+    Returns:
+        [tokens, heads, head width].
+    """
+    return _attend_in_batches(query, key, value, rows.runs, scale)
+
+
+def attend_to_whole(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
+    """Attend inside each document, one after the other, by cuDNN's kernel where it takes them, else by flash's.
+
+    Backward needs no such permission: it follows from the operation that forward has recorded. Arguments and result
+    are those of `attend_by_runs`.
+    """
+    one_by_one = [(1, length) for documents, length in rows.runs for _ in range(documents)]
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return _attend_in_batches(query, key, value, one_by_one, scale)
+
+
+def _attend_in_batches(
+    query: Tensor, key: Tensor, value: Tensor, batches: Sequence[tuple[int, int]], scale: float | None
+) -> Tensor:
+    """Attend inside each document; `batches` says how many neighbours of which length are computed at once."""
+    sizes = [documents * length for documents, length in batches]
+    out = []
+    for q, k, v, (documents, _length) in zip(
+        query.split(sizes), key.split(sizes), value.split(sizes), batches, strict=True
+    ):
+        q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out.append(mixed.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
+    """Attend inside all documents by one call of flash attention, which takes strided values without a copy.
+
+    Arguments and result are those of `attend_by_runs`.
+    """
+    attend, knows_groups = _varlen_attention()
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if knows_groups:
+            options["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    ends, longest = (rows.cu_seqlens_q, rows.cu_seqlens_kv), (rows.max_seqlen_q, rows.max_seqlen_kv)
+    # a window that reaches as far back as there are tokens, and none ahead
+    out: Tensor = attend(query, key, value, *ends, *longest, scale=scale, window_size=(-1, 0), **options)
+    return out
+
+
+@cache
+def _varlen_attention() -> tuple[Callable[..., Any], bool]:
+    """Import torch's varlen attention, and find out whether it knows of key groups; that of older torches does not.
+
+    It is imported where it is needed only: it brings torch's compiler with it, which takes seconds.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
 
 
 def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,74 +239,19 @@ def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) ->
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotates the two halves of each head against each other; backward turns the gradients by the opposite angle.
-
-    It saves cosine and sine only, while autograd's own would keep both products.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate [tokens, heads, head width] by the angles of `rotation`."""
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Rotate the gradients back."""
-        cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of a head's first and second half: [tokens, heads, head width] to a new tensor like it."""
-    out = torch.empty_like(x)
-    (first, second), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight, no bias; a megatron-core norm module.
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
     """
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, *, kernels: Kernels, **_: Any) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=current_platform().device)
         self.weight = nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root of the mean square over the last dimension, and weigh."""
-        if x.is_cuda:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        out: Tensor = _NormOnCpu.apply(x, self.weight, self.eps)
-        return out
-
-
-class _NormOnCpu(torch.autograd.Function):
-    """The norm computed in fp32; on CPUs it takes half the time and memory of torch's own, which is several kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Norm over the last dimension of [..., hidden], computed in fp32 and returned in the type of `x`."""
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        out: Tensor = (wide * scale).mul_(weight.float()).to(x.dtype)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Compute the gradients of `x` and the weight in fp32, and return them in their types."""
-        x, weight, scale = ctx.saved_tensors
-        wide, of_out = (part.flatten(0, -2).float() for part in (x, gradients[0]))
-        scale, product = scale.flatten(0, -2), wide * of_out
-        of_weight = (scale.t() @ product)[0]
-        shared = (product @ weight.float()[:, None]).mul_(scale**3).div_(x.shape[-1])
-        of_x = (of_out * weight.float()).mul_(scale).addcmul_(wide, shared, value=-1)
-        return of_x.to(x.dtype).view(x.shape), of_weight.to(weight.dtype), None
+        return self.kernels.norm(x, self.weight, self.eps)

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
@@ -15,9 +17,26 @@ from torch import Tensor, nn
 
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import VisualExpertConfig
+from megatron_sphinx.model.drawing import DrawingFrom, in_threads
 from megatron_sphinx.model.visual_experts import build_expert
-from megatron_sphinx.parallel.seeding import stream_seed
+from megatron_sphinx.parallel.seeding import generator
 from megatron_sphinx.unpickling import load_torch
+
+RANDOM = "random"  # in place of a file: weights are drawn
+
+
+class LoadedExpert(NamedTuple):
+    """A visual expert that was loaded.
+
+    Attributes:
+        model: its module.
+        mark: the SHA-256 of its file, or `random <seed>`.
+        seconds: how long its weights took.
+    """
+
+    model: nn.Module
+    mark: str
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +115,42 @@ UNUSED_TENSORS = (
 )  # fmt: skip
 
 
+def load_experts(
+    items: Sequence[VisualExpertConfig], seed: int, resize: str, *, device: torch.device, dtype: torch.dtype
+) -> list[LoadedExpert]:
+    """Load the visual experts of a mixture, on a GPU several at once, and beside them the files' digests.
+
+    Args:
+        items: the experts, and their files.
+        seed: the run's seed.
+        resize: of the mixture, see `load_expert`.
+        device: where the experts go, each as soon as it is there; on `meta` they get shapes, and no numbers.
+        dtype: what they compute in.
+
+    Raises:
+        ConfigError: what `load_expert` raises, for the first expert that has no weights.
+    """
+
+    def load(item: VisualExpertConfig) -> LoadedExpert:
+        start = time.perf_counter()
+        if device.type == "meta":
+            with device:
+                model = build_expert(item.expert)
+        else:
+            model = _with_weights(item, seed, resize)
+        model.requires_grad_(False).eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        return LoadedExpert(model, "", time.perf_counter() - start)
+
+    paths = sorted({item.weights for item in items if item.weights != RANDOM})
+    with ThreadPoolExecutor(len(paths) + 1, "digests") as pool:  # they only read, and need no core of their own
+        marks = {path: pool.submit(_digest, path) for path in paths}
+        loaded = in_threads(load, items)
+        return [
+            one._replace(mark=marks[item.weights].result() if item.weights in marks else _mark_of_random(seed))
+            for item, one in zip(items, loaded, strict=True)
+        ]
+
+
 def load_expert(config: VisualExpertConfig, seed: int, resize: str = "antialiased") -> tuple[nn.Module, str]:
     """Build a visual expert with its weights, and identify them by the file's SHA-256, or by `random <seed>`.
 
@@ -110,11 +165,21 @@ def load_expert(config: VisualExpertConfig, seed: int, resize: str = "antialiase
     Raises:
         ConfigError: no such file, not a checkpoint, or weights of another architecture (each difference counted).
     """
+    model = _with_weights(config, seed, resize)
+    return model, _mark_of_random(seed) if config.weights == RANDOM else _digest(config.weights)
+
+
+def _mark_of_random(seed: int) -> str:
+    """Identify weights that were drawn from a run's seed."""
+    return f"{RANDOM} {seed}"
+
+
+def _with_weights(config: VisualExpertConfig, seed: int, resize: str) -> nn.Module:
+    """Build a visual expert on the CPU with its weights, as `load_expert` says; those of a file are mapped."""
     expert = config.expert
-    if config.weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(seed, f"expert {config.name}"))
-            return build_expert(expert), f"random {seed}"
+    if config.weights == RANDOM:
+        with DrawingFrom(generator(seed, f"expert {config.name}")):
+            return build_expert(expert)
     path = Path(config.weights)
     state, naming = translate(_read(path, config.name), expert.family)
     with torch.device("meta"):
@@ -136,8 +201,7 @@ def load_expert(config: VisualExpertConfig, seed: int, resize: str = "antialiase
             f"{told}; give weights of {expert.model or 'Salesforce/blip2-opt-2.7b'}"
         )
     model.load_state_dict(state, strict=True, assign=True)
-    status = path.stat()
-    return model, _sha256(path, status.st_size, status.st_mtime_ns)
+    return model
 
 
 def translate(state: Mapping[str, Tensor], family: str) -> tuple[dict[str, Tensor], str]:
@@ -211,6 +275,12 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
             f"vision.experts: {name}: {path} holds a {type(payload).__name__}, not tensors by name; give a state dict"
         )
     return {key: value for key, value in payload.items() if isinstance(value, Tensor)}
+
+
+def _digest(path: str) -> str:
+    """Compute the SHA-256 of a file, or remember it."""
+    status = Path(path).stat()
+    return _sha256(Path(path), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_sphinx.device import current_platform
+from megatron_sphinx.model.kernels import Kernels
 
 TEXT, IMAGE, PADDING = 0, 1, 2  # kinds of tokens
 _MOST_PADDING = 2.0  # rows with padding over rows without it, up to which batched products are faster
@@ -145,10 +146,12 @@ class GroupedExperts(nn.Module):
     Args:
         num_local_experts: how many experts this rank has.
         config: the widths; `expert_tensor_parallel_size` ranks share each matrix.
+        kernels: what SwiGLU is computed with.
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *, kernels: Kernels, **_: Any) -> None:
         super().__init__()
+        self.kernels = kernels
         device, dtype = current_platform().device, config.params_dtype
         ffn = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
 
@@ -173,7 +176,8 @@ class GroupedExperts(nn.Module):
         """
         counts = tokens_per_expert.tolist()
         is_even = len(hidden) > 0 and len(counts) * max(counts) <= _MOST_PADDING * len(hidden)
-        work = partial(_padded_experts if is_even and not hidden.is_cuda else _grouped_experts, counts)
+        is_padded = is_even and not hidden.is_cuda
+        work = partial(_padded_experts, counts) if is_padded else partial(_grouped_experts, self.kernels.swiglu, counts)
         inputs = (hidden, self.weight1, self.weight2, weights)
         return (_AtOnce.apply(work, *inputs) if torch.is_grad_enabled() else work(*inputs)), None
 
@@ -202,11 +206,18 @@ class _AtOnce(torch.autograd.Function):
         return None, *of_inputs
 
 
-def _grouped_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:
+def _grouped_experts(
+    swiglu: Callable[[Tensor], Tensor],
+    counts: list[int],
+    hidden: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weights: Tensor,
+) -> Tensor:
     """Compute all experts by torch's grouped products; see GroupedExperts.forward."""
     ends = torch.tensor(counts).cumsum(0).to(hidden.device, torch.int32)
-    gate, up = _grouped(hidden, weight1, ends).chunk(2, -1)
-    return _grouped(F.silu(gate) * up, weight2, ends) * weights[:, None].to(hidden.dtype)
+    active = swiglu(_grouped(hidden, weight1, ends))
+    return _grouped(active, weight2, ends) * weights[:, None].to(hidden.dtype)
 
 
 def _padded_experts(counts: list[int], hidden: Tensor, weight1: Tensor, weight2: Tensor, weights: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -23,11 +24,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_sphinx.device import current_platform, is_imported
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.model.attention import PackedAttention, PackedRows, RMSNorm, rotation
+from megatron_sphinx.model.drawing import draw_normal, in_threads
 from megatron_sphinx.model.experts import GroupedExperts, RowLayer, RowMoE, RowRouter
-from megatron_sphinx.model.shards import shards_of
+from megatron_sphinx.model.kernels import Kernels, choose
+from megatron_sphinx.model.shards import Block, shards_of
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig
 from megatron_sphinx.parallel.seeding import generator
@@ -36,14 +39,14 @@ from megatron_sphinx.parallel.seeding import generator
 class TargetGPT(GPTModel):  # type: ignore[misc]
     """megatron-core's GPT, whose last stage computes logits and losses only where `PackedRows` has a target.
 
-    The portable layers take RoPE from `PackedRows` too: megatron-core computes it for each document in each layer.
+    Our own layers take RoPE from `PackedRows` too: megatron-core computes it for each document in each layer.
     Under sequence parallelism the hidden states are gathered before they are chosen from, so the output layer must not
     gather again; the gather's backward sums what each tensor rank's part of the vocabulary gives, so nor must it sum.
     """
 
-    def __init__(self, *args: Any, rotary_base: float, **kwargs: Any) -> None:
-        self.is_portable = not has_transformer_engine()
-        embedding = "none" if self.is_portable else "rope"
+    def __init__(self, *args: Any, kernels: Kernels, rotary_base: float, **kwargs: Any) -> None:
+        self.kernels = kernels
+        embedding = "rope" if kernels.is_transformer_engine else "none"
         super().__init__(*args, position_embedding_type=embedding, rotary_base=rotary_base, **kwargs)
         width = self.config.kv_channels
         channels = torch.arange(0, width, 2, dtype=torch.float32, device=current_platform().device)
@@ -57,7 +60,15 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
 
         None where transformer-engine's layers rotate by themselves.
         """
-        return rotation(lengths, self.frequencies, self.config.params_dtype) if self.is_portable else None
+        if self.kernels.is_transformer_engine:
+            return None
+        return rotation(lengths, self.frequencies, self.config.params_dtype)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Compute the losses of right tokens [1, targets] by logits [targets, 1, own vocabulary]: fp32 [1, targets]."""
+        if self.kernels.cross_entropy is None:
+            return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
+        return self.kernels.cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedRows, **kwargs: Any) -> Tensor:
         """Choose the positions with a target before the output layer, the private hook that is nearest before it."""
@@ -71,58 +82,95 @@ class TargetGPT(GPTModel):  # type: ignore[misc]
         return out
 
 
+class GatedMLP(MLP):  # type: ignore[misc]
+    """megatron-core's feed-forward layer of a LLaMA: SwiGLU between two matrices, nothing else.
+
+    megatron-core's own forward adds an offset to the gated half, 0 in a LLaMA, which is one more tensor of this width.
+
+    Args:
+        config: the widths.
+        submodules: the two matrices.
+        kernels: what SwiGLU is computed with.
+        collection: the groups that the matrices are divided over.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        kernels: Kernels,
+        collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=collection.tp)
+        self.kernels = kernels
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """Compute the layer: [tokens, 1, hidden] to a tensor of this shape, and no bias."""
+        both, _bias = self.linear_fc1(hidden_states)
+        out: tuple[Tensor, Tensor | None] = self.linear_fc2(self.kernels.swiglu(both))
+        return out
+
+
 def block_spec(
-    config: LanguageConfig, groups: ProcessGroups, *, is_recomputed: bool
+    config: LanguageConfig, groups: ProcessGroups, kernels: Kernels, *, longest: int, is_recomputed: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Choose the modules that the decoder is made of: transformer-engine's where it imports, else torch's own kernels.
+    """Choose the modules that the decoder is made of: our own, or transformer-engine's where the kernels are.
 
     Args:
         config: the shape of the model.
         groups: the groups it computes in.
+        kernels: what it computes with.
+        longest: tokens of the longest document that there can be.
         is_recomputed: whether MoE experts are computed again in backward.
     """
-    dense = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    router = partial(RowRouter, balance=config.balance_loss_coefficient, z_loss=config.z_loss_coefficient)
-    experts = ModuleSpec(
-        module=RowMoE,
-        submodules=MoESubmodules(experts=GroupedExperts, router=router),
-        params={"collection": groups.collection, "is_recomputed": is_recomputed},
-    )
-    if has_transformer_engine():
+    experts = _experts_spec(config, groups, kernels, is_recomputed=is_recomputed)
+    if kernels.is_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=config.experts or None)
         if config.experts:
             spec.module, spec.submodules.mlp = RowLayer, experts
         return spec
+    norm = ModuleSpec(module=RMSNorm, params={"kernels": kernels})
+    dense = ModuleSpec(
+        module=GatedMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        params={"kernels": kernels, "collection": groups.collection},
+    )
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=ModuleSpec(module=PackedAttention, params={"kernels": kernels, "longest": longest}),
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
     layer = ModuleSpec(
         module=RowLayer if config.experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=experts if config.experts else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
     layers = groups.layout.config.stage_layers(config.layers)[groups.seat.pipeline]
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def has_transformer_engine() -> bool:
-    """Whether the layers are transformer-engine's: on GPUs where it is installed."""
-    return current_platform().is_cuda and is_imported("transformer_engine")
+def _experts_spec(
+    config: LanguageConfig, groups: ProcessGroups, kernels: Kernels, *, is_recomputed: bool
+) -> ModuleSpec:
+    """Choose the modules of a layer of MoE experts."""
+    router = partial(RowRouter, balance=config.balance_loss_coefficient, z_loss=config.z_loss_coefficient)
+    return ModuleSpec(
+        module=RowMoE,
+        submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts, params={"kernels": kernels}), router=router),
+        params={"collection": groups.collection, "is_recomputed": is_recomputed},
+    )
 
 
 def build_language(
@@ -144,10 +192,14 @@ def build_language(
         recompute: what backward computes again: none, selective (feed-forward layers and experts), or full (layers).
         recompute_layers: with `full`, how many layers of each stage are computed again; None for all.
     """
+    kernels = choose(config.kernels, current_platform())
     transformer = _transformer_config(config, groups.layout.config, dtype, **_recompute(recompute, recompute_layers))
     model = TargetGPT(
         config=transformer,
-        transformer_layer_spec=block_spec(config, groups, is_recomputed=recompute == "selective"),
+        transformer_layer_spec=block_spec(
+            config, groups, kernels, longest=sequence_length, is_recomputed=recompute == "selective"
+        ),
+        kernels=kernels,
         vocab_size=config.padded_vocabulary,
         max_sequence_length=sequence_length,
         pre_process=groups.is_first_stage,
@@ -265,38 +317,30 @@ def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups
     model.output_layer.register_forward_hook(hide)
 
 
-@torch.no_grad()
 def draw_weights(model: nn.Module, config: LanguageConfig, groups: ProcessGroups, seed: int) -> None:
-    """Set every weight from the run's seed and the weight's name: the same whole tensor for every layout.
+    """Set every weight from the run's seed and the weight's name: the same whole tensor for every layout and device.
 
     Norms start at one, biases at zero, tags and skip token uniform in [0, 1) as the released tags, matrices normal.
+    The matrices are drawn on the CPU, by as many threads as this process has cores.
     """
     shards = shards_of(model, config, groups)
+    matrices = []
     for own_name, weight in model.named_parameters():
-        shard = shards[own_name]
-        name = shard.name
+        shard, values = shards[own_name], weight.detach()
+        name, blocks = shard.name, shard.blocks
         if weight.ndim == 1:
-            weight.fill_(1.0 if name.endswith("weight") else 0.0)
+            values.fill_(1.0 if name.endswith("weight") else 0.0)
             if name.endswith(("_tag", "skip_token")):
-                weight.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
+                values.copy_(torch.rand(weight.shape, generator=generator(seed, name)))
             continue
         is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight", "experts.weight2"))
         std = config.init_std / (2 * config.layers) ** 0.5 if is_output else config.init_std
-        if shard.is_expert:
-            first = shard.blocks[0].offset[0]
-            draws = [_normal(shard.whole[1:], std, seed, f"{name}.{first + n}") for n in range(len(weight))]
-            whole, begin = torch.stack(draws), first
-        else:
-            whole, begin = _normal(shard.whole, std, seed, name), 0
-        position = 0
-        for block in shard.blocks:
-            (offset, *others), count = block.offset, prod(block.shape)
-            corners = zip((offset - begin, *others), block.shape, strict=True)
-            part = whole[tuple(slice(corner, corner + size) for corner, size in corners)]
-            weight.view(-1)[position : position + count] = part.flatten()
-            position += count
-
-
-def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
-    """Draw a tensor from the normal distribution, by the run's seed and the weight's name."""
-    return torch.empty(*shape).normal_(0.0, std, generator=generator(seed, name))
+        if not shard.is_expert:
+            matrices.append((values, shard.whole, blocks, std, generator(seed, name)))
+            continue
+        for expert, part in enumerate(values, start=blocks[0].offset[0]):
+            regions = [b for b in blocks if b.offset[0] <= expert < b.offset[0] + b.shape[0]]
+            own = tuple(Block(region.offset[1:], region.shape[1:]) for region in regions)
+            matrices.append((part, shard.whole[1:], own, std, generator(seed, f"{name}.{expert}")))
+    matrices.sort(key=lambda matrix: prod(matrix[1]), reverse=True)  # so that none that takes long is begun last
+    in_threads(lambda matrix: draw_normal(*matrix), matrices)

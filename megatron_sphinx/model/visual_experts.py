@@ -3,7 +3,7 @@
 timm builds all of them but the Q-Former, which transformers does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -23,18 +23,9 @@ class QFormer(nn.Module):
 
     def __init__(self, expert: VisualExpert) -> None:
         super().__init__()
-        try:
-            from transformers import (
-                Blip2QFormerConfig,
-                Blip2QFormerModel,
-                Blip2VisionConfig,
-                Blip2VisionModel,
-            )
-        except ImportError as error:
-            raise ConfigError(
-                "vision.experts: the Q-Former is built by transformers, which is not installed; "
-                "pip install 'megatron-sphinx[qformer]'"
-            ) from error
+        import_libraries([expert])
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         vision: dict[str, Any] = dict(zip(names, expert.options.get("vision", ()), strict=False))  # type: ignore[call-overload]
         qformer: dict[str, Any] = dict(zip(names, expert.options.get("qformer", ()), strict=False))  # type: ignore[call-overload]
@@ -79,6 +70,23 @@ FAMILIES: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "convnext": _convnext,
     "cnn": _cnn,
 }
+
+
+def import_libraries(experts: Sequence[VisualExpert]) -> None:
+    """Import what builds these experts. Two threads that import at once may wait for each other.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if not any(expert.family == "qformer" for expert in experts):
+        return
+    try:
+        from transformers import Blip2QFormerModel, Blip2VisionModel  # noqa: F401  # it imports what is asked for
+    except ImportError as error:
+        raise ConfigError(
+            "vision.experts: the Q-Former is built by transformers, which is not installed; "
+            "pip install 'megatron-sphinx[qformer]'"
+        ) from error
 
 
 def build_expert(expert: VisualExpert) -> nn.Module:

@@ -34,8 +34,15 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
-def build_model(config: Config, groups: ProcessGroups, platform: Platform) -> SphinxModel:
-    """Build this rank's shard of the trainable model, its weights drawn from the run's seed."""
+def build_model(config: Config, groups: ProcessGroups, platform: Platform, *, is_drawn: bool = True) -> SphinxModel:
+    """Build this rank's shard of the trainable model.
+
+    Args:
+        config: of the run.
+        groups: the rank's process groups.
+        platform: what the rank computes on.
+        is_drawn: whether its weights are drawn from the run's seed; tensors without memory have none to be set.
+    """
     dtype = dtype_of(config)
     language = build_language(
         config.model,
@@ -49,7 +56,8 @@ def build_model(config: Config, groups: ProcessGroups, platform: Platform) -> Sp
     if groups.is_first_stage:
         vision = VisualProjection(config.vision, config.model.hidden, dtype=dtype, device=platform.device)
     model = SphinxModel(language, vision, groups)
-    draw_weights(model, config.model, groups, config.run.seed)
+    if is_drawn:
+        draw_weights(model, config.model, groups, config.run.seed)
     model.freeze(config.training.train)
     return model
 

@@ -7,6 +7,9 @@ import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.console import say, say_of_ranks
+from megatron_sphinx.errors import writing
+from megatron_sphinx.model.kernels import describe
+from megatron_sphinx.run import start_clock
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.training.engine import Engine
 from megatron_sphinx.training.memory import rank_weights, zero2_bytes
@@ -45,6 +48,8 @@ def say_start(context: RankContext, holdings: list[Holding]) -> None:
             for held in holdings
         ]
     )
+    kernels, attention = describe(config.model.kernels, context.platform, config.training.precision)
+    say(f"kernels: {kernels}; attention: {attention}")
     plan = context.planner.step(0)
     say(f"step 0: {len(plan.rows)} rows, {plan.fill:.1%} full; costliest replica {plan.imbalance:.3f} of the mean")
     if plan.imbalance > _UNEVEN and config.data.row_multiple % layout.data:
@@ -53,6 +58,31 @@ def say_start(context: RankContext, holdings: list[Holding]) -> None:
         views, values = sum(len(segment.views) for row in plan.rows for segment in row), config.vision.feature_values
         total = views * values * 2
         say(f"step 0: {views} views x {values} values x 2 bytes = {total:,} bytes of features cross, 0 come back")
+
+
+def report_start(context: RankContext, ranks: list[dict[str, float]]) -> None:
+    """Print how long the start took, and keep it in the run folder; on the first rank.
+
+    Args:
+        context: of the rank.
+        ranks: by rank, the seconds of its phases.
+    """
+    total = start_clock.process_seconds()
+    say(start_clock.line(total, ranks))
+    if context.clock.is_profiled:
+        for line in start_clock.table(ranks):
+            say(f"  {line}")
+    with writing(context.folder):
+        start_clock.keep(context.folder, total, ranks)
+
+
+def report_first_step(context: RankContext) -> None:
+    """Print on the first rank when the job's first step was done, and keep it."""
+    if context.is_first_rank:
+        total = start_clock.process_seconds()
+        say(f"first step: done {total:.1f} s after the process began")
+        with writing(context.folder):
+            start_clock.keep_first_step(context.folder, total)
 
 
 def say_memory(context: RankContext, engine: Engine) -> None:

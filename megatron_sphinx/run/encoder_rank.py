@@ -15,9 +15,13 @@ class EncoderRank(Role):
 
     encoders: FrozenEncoders
 
+    def begin_encoders(self) -> None:
+        """Begin to load what this rank is for."""
+        self.loading = self.context.begin_encoders()
+
     def load_encoders(self) -> None:
-        """Load what this rank is for."""
-        self.encoders = self.context.encoders()
+        """Wait for what this rank is for."""
+        self.encoders = self.loaded_encoders()
 
     def introduce(self) -> Holding:
         """Tell the bytes of its encoders; there is no language weight that it could hold."""

@@ -1,11 +1,11 @@
 """How the ranks of a job meet, and what each of them has from then on: platform, groups, data, plan, liveness."""
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -22,8 +22,11 @@ from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.visual_experts import import_libraries
 from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
+from megatron_sphinx.run.automatic import Fit, settle
+from megatron_sphinx.run.start_clock import StartClock
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class RankContext:
         stop: whether the job was asked to stop.
         hold: the run folder in this job's hands; None where nothing is written there.
         scan: on the first rank, what reads data whose content nothing knows, while the steps go on.
+        clock: measures the start of the rank.
     """
 
     config: Config
@@ -51,6 +55,7 @@ class RankContext:
     stop: StopSignal = field(default_factory=StopSignal)
     hold: Hold | None = None
     scan: Scan | None = None
+    clock: StartClock = field(default_factory=StartClock)
 
     @property
     def folder(self) -> Path:
@@ -68,12 +73,37 @@ class RankContext:
             return None
         data = self.config.data
         quarantine = self.folder / "quarantine.jsonl"
-        return PixelLoader(self.sources.samples, self.config.vision, workers=data.workers, quarantine=quarantine)
+        return PixelLoader(
+            self.sources.samples, self.config.vision, workers=data.workers, quarantine=quarantine,
+            is_pinned=self.platform.is_cuda,
+        )  # fmt: skip
 
     def encoders(self) -> FrozenEncoders:
-        """Load the frozen encoders, in bf16 where that is fast."""
-        dtype = torch.bfloat16 if self.platform.is_bf16_fast else torch.float32
-        return FrozenEncoders(self.config.vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
+        """Load the frozen encoders, compiled where that is asked for."""
+        vision, seat = self.config.vision, self.groups.seat
+        dtype = self.platform.encoder_dtype(vision.precision)
+        encoders = FrozenEncoders(vision, device=self.platform.device, dtype=dtype, seed=self.config.run.seed)
+        if vision.compile:
+            seconds = encoders.compile_experts()
+            if seat.encoder == 0 or (seat.encoder is None and not seat.rank):
+                say(f"vision.compile=true: compiling {len(vision.experts)} experts took {seconds:.1f} s")
+        return encoders
+
+    def begin_encoders(self) -> Future[FrozenEncoders]:
+        """Begin to load the frozen encoders; what goes wrong is raised by the result.
+
+        For a GPU they are loaded on a thread of their own, while the start goes on; on the CPU at once.
+
+        Raises:
+            ConfigError: the library that builds one of them is not installed.
+        """
+        import_libraries([item.expert for item in self.config.vision.experts])
+        pool = ThreadPoolExecutor(1, "encoders", self.platform.enter_thread)
+        loading = pool.submit(self.encoders)
+        if not self.platform.is_cuda:
+            wait([loading])
+        pool.shutdown(wait=False)
+        return loading
 
 
 def find_place() -> tuple[int, int]:
@@ -113,7 +143,14 @@ def join(device: str, timeout_seconds: float) -> Platform:
         say(note)
     if not dist.is_initialized():
         world_store = PrefixStore("default_pg", store)
-        dist.init_process_group(platform.backend, store=world_store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            platform.backend,
+            store=world_store,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=platform.device if platform.is_cuda else None,
+        )
     return platform
 
 
@@ -125,16 +162,18 @@ def open_run(
     progress: Progress | None = None,
     stop: StopSignal | None = None,
     hold: Hold | None = None,
+    clock: StartClock | None = None,
+    fit: Fit | None = None,
 ) -> RankContext:
-    """Take the run folder and open the data, on all ranks or on none.
+    """Take the run folder, open the data and settle each value of auto, on all ranks or on none.
 
-    The first rank also compares the data's files with their indexes.
+    The first rank also compares the data's files with their indexes. `fit` says which values fit into memory.
 
     Raises:
         SphinxError: another job holds the folder, or data is missing or damaged; on all ranks.
     """
 
-    def work() -> RankContext:
+    def open_data() -> tuple[Config, Sources, Scan | None]:
         """Do what may fail on one rank alone."""
         if hold:
             hold.take()
@@ -144,21 +183,19 @@ def open_run(
             memory = Memory(Path(config.run.folder) / "content")
             sources.check(memory)
             scan = sources.scan(memory)
-        counted = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0)
-        planner = make_planner(
+        return config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0), sources, scan
+
+    counted, sources, scan = agree(open_data, groups.control)
+
+    def plan(config: Config) -> Planner:
+        """Make the planner of the run with this configuration."""
+        return make_planner(
             config.data, sources, config.model, config.vision,
             replicas=groups.layout.data, seed=config.run.seed, multiple=config.parallel.token_multiple,
         )  # fmt: skip
-        return RankContext(
-            counted,
-            platform,
-            groups,
-            sources,
-            planner,
-            progress or Progress(),
-            stop or StopSignal(),
-            hold,
-            scan,
-        )
 
-    return agree(work)
+    settled = settle(counted, platform, groups, plan, fit)
+    planner = agree(lambda: plan(settled), groups.control)
+    progress, stop = progress or Progress(), stop or StopSignal()
+    clock = clock or StartClock()
+    return RankContext(settled, platform, groups, sources, planner, progress, stop, hold, scan, clock)

@@ -41,10 +41,15 @@ class LanguageRank(Role):
     starting_point: StartingPoint = StartingPoint()
     reporter: Reporter | None = None
 
-    def load_encoders(self) -> None:
-        """Load the encoders where no rank of the job has them for itself."""
+    def begin_encoders(self) -> None:
+        """Begin to load the encoders where no rank of the job has them for itself."""
         if not self.context.config.parallel.encoder:
-            self.encoders = self.context.encoders()
+            self.loading = self.context.begin_encoders()
+
+    def load_encoders(self) -> None:
+        """Wait for the encoders that this rank loads."""
+        if self.loading is not None:
+            self.encoders = self.loaded_encoders()
 
     def build_model(self) -> None:
         """Draw the weights of this rank's shard from the run's seed."""
@@ -60,12 +65,12 @@ class LanguageRank(Role):
         return Holding(self.context.groups.seat.role, bytes_of(self.model), encoder_bytes, digests)
 
     def build_engine(self) -> None:
-        """Put the shard under its optimizer; open the checkpoints that it is kept in."""
+        """Put the shard under its optimizer."""
         self.engine = assembly.build_engine(self.context, self.model)
-        self.store = resume.open_store(self.context, self.encoder_digests)
 
     def choose_state(self) -> None:
-        """Find the checkpoint to go on from, or the weights to begin with."""
+        """Open the run's checkpoints; find the one to go on from, or the weights to begin with."""
+        self.store = resume.open_store(self.context, self.encoder_digests)
         self.chosen = resume.choose(self.context, self.store)
 
     def load_state(self) -> None:

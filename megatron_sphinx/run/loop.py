@@ -18,6 +18,7 @@ from megatron_sphinx.parallel.seeding import random_state
 from megatron_sphinx.run import banner
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.observer import Observer
+from megatron_sphinx.training.gpu_busy import GpuBusy
 from megatron_sphinx.training.metrics import Reporter
 from megatron_sphinx.training.optimizer import learning_rate
 from megatron_sphinx.training.step import StepReport, Trainer
@@ -53,6 +54,7 @@ class Loop:
         context = self.context
         builder = BatchBuilder(context.config.data, context.sources, context.config.vision, context.planner.multiple)
         self._batches = BatchLoader(context.planner, builder, context.groups.seat.data)
+        self._busy = GpuBusy.of(context.platform) if self.reporter else None
 
     def run(self, start: int, steps: int) -> bool:
         """Train steps `start` to `steps`; whether all of them were done (else a signal came and the state is saved).
@@ -76,6 +78,13 @@ class Loop:
                 for line in self.store.clear_the_way():
                     say(line)
             raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End what watches the GPU; further steps know nothing of it."""
+        if self._busy is not None:
+            self._busy.close()
 
     @property
     def _scan(self) -> Scan | None:
@@ -98,6 +107,7 @@ class Loop:
                 self.store.finish()
             if self.done == start + 1:
                 banner.say_memory(self.context, self.trainer.engine)
+                banner.report_first_step(self.context)
             self._check_bad()
             if sums.bad_data:
                 self._raise_from_scan()
@@ -199,4 +209,5 @@ class Loop:
             "checkpoint_wait_seconds": waited,
             "model_flops_utilization": flops / seconds / self.peak_flops,
             "peak_memory_bytes": self.context.platform.peak_memory_bytes(),
+            "gpu_busy_share": self._busy.share() if self._busy else None,
         }

@@ -7,10 +7,12 @@ can miss a collective, whatever is added to the list.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import agree
 from megatron_sphinx.run import banner
 from megatron_sphinx.run.banner import Holding
@@ -36,7 +38,10 @@ class Role(ABC):
 
     Attributes:
         told: by phase, what each rank told in it, in the order of ranks.
+        loading: the encoders that this rank is loading; None where it loads none.
     """
+
+    loading: Future[FrozenEncoders] | None = None
 
     def __init__(self, context: RankContext, observer: Observer | None = None) -> None:
         self.context, self.observer = context, observer
@@ -52,11 +57,17 @@ class Role(ABC):
         """Tell whether this rank was asked to stop; what the first rank has heard holds for all."""
         return StopNews(self.context.stop.has_come, self.context.stop.reason)
 
-    def load_encoders(self) -> Any:
-        """Load the frozen encoders, where this rank encodes."""
+    def begin_encoders(self) -> Any:
+        """Begin to load the frozen encoders beside the phases to come, where this rank encodes."""
 
     def build_model(self) -> Any:
         """Build the shard of the language model that this rank has."""
+
+    def build_engine(self) -> Any:
+        """Put the model under its optimizer."""
+
+    def load_encoders(self) -> Any:
+        """Wait for the frozen encoders, where this rank encodes."""
 
     @abstractmethod
     def introduce(self) -> Holding:
@@ -66,9 +77,6 @@ class Role(ABC):
         """Say on the first rank what everyone holds, and what the first step is made of."""
         if self.context.is_first_rank:
             banner.say_start(self.context, self.told["introduce"])
-
-    def build_engine(self) -> Any:
-        """Put the model under its optimizer."""
 
     def choose_state(self) -> Any:
         """Find what the run goes on from, or begins with, and check that it fits."""
@@ -90,6 +98,25 @@ class Role(ABC):
 
     def open_reports(self) -> Any:
         """Open the files that the steps are reported in."""
+
+    def tell_seconds(self) -> dict[str, float]:
+        """Tell how long this rank took for each phase so far."""
+        return self.context.clock.seconds
+
+    def report_start(self) -> Any:
+        """Say on the first rank how long the start took, and keep it in the run folder."""
+        if self.context.is_first_rank:
+            banner.report_start(self.context, self.told["tell_seconds"])
+
+    # what phases share
+
+    def loaded_encoders(self) -> FrozenEncoders:
+        """Wait for the encoders that `begin_encoders` began to load, and note what each expert's weights took."""
+        assert self.loading is not None, "this rank loads no encoders"
+        encoders = self.loading.result()
+        for name, seconds in encoders.load_seconds.items():
+            self.context.clock.note(f"expert {name}", seconds)
+        return encoders
 
     # what was told
 
@@ -113,11 +140,12 @@ class Role(ABC):
 
 START: tuple[Callable[[Any], Any], ...] = (
     Role.hear_of_stop,
-    Role.load_encoders,
+    Role.begin_encoders,
     Role.build_model,
+    Role.build_engine,
+    Role.load_encoders,  # until here they load beside the rest
     Role.introduce,
     Role.say_start,
-    Role.build_engine,
     Role.choose_state,
     Role.load_state,
     Role.clear_the_way,  # when nothing can fail any more: until then all stays as it is
@@ -125,6 +153,8 @@ START: tuple[Callable[[Any], Any], ...] = (
     Role.hear_of_stop,  # once more: what is before it may take minutes
     Role.begin_observing,
     Role.open_reports,
+    Role.tell_seconds,
+    Role.report_start,
 )
 
 
@@ -139,7 +169,7 @@ def start(role: Role) -> bool:
     if lacking := [name for name in names if not hasattr(role, name)]:
         raise TypeError(f"{type(role).__name__} lacks {lacking} of the phases of a start; give Role a default")
     for name in names:  # a role's own method of that name, where it has one
-        role.told[name] = take(getattr(role, name))
+        role.told[name] = take(role.context.clock.timed(name, getattr(role, name)), role.context.groups.control)
         if role.stop_news.has_come:
             role.context.stop.ask(role.stop_news.reason)
             banner.note_early_stop(role.context, role.stop_news.reason)
@@ -147,8 +177,12 @@ def start(role: Role) -> bool:
     return True
 
 
-def take(phase: Callable[[], Any]) -> list[Any]:
+def take(phase: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
     """Take a phase together with all other ranks.
+
+    Args:
+        phase: this rank's part.
+        group: every rank of the job, the one to talk over.
 
     Returns:
         What each rank tells, in the order of ranks.
@@ -156,7 +190,7 @@ def take(phase: Callable[[], Any]) -> list[Any]:
     Raises:
         SphinxError: the phase failed for the user's reasons, on any rank.
     """
-    own = agree(phase)
+    own = agree(phase, group)
     everyone = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, own, group=group)
     return everyone

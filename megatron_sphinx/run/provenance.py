@@ -14,6 +14,7 @@ from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.sources import Sources
+from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parallel.layout import ParallelLayout
 
 
@@ -96,6 +97,24 @@ def keep_config(folder: Path, config: Config) -> str:
     return name
 
 
+def earlier_config(checkpoint: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read what the run was told that wrote a checkpoint, as plain values; nothing where it cannot be known.
+
+    Args:
+        checkpoint: where it is; the config.yaml of its run folder tells it for one that does not.
+        manifest: what the checkpoint says of itself; it is read, as far as it can be, unless given.
+    """
+    if manifest is None:
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError:  # which the run will say, or pass over, when it looks for one that is intact
+            manifest = {}
+    earlier, path = manifest.get("config"), checkpoint.parent.parent / "config.yaml"
+    if earlier is None and path.is_file():
+        earlier = json.loads(json.dumps(yaml.safe_load(path.read_text())))
+    return earlier or {}
+
+
 def changes(checkpoint: Path, manifest: Mapping[str, Any], config: Config) -> list[str]:
     """List what a run is told otherwise than the one whose checkpoint it goes on from, key by key.
 
@@ -104,10 +123,7 @@ def changes(checkpoint: Path, manifest: Mapping[str, Any], config: Config) -> li
         manifest: what the checkpoint says of itself.
         config: of the run.
     """
-    earlier, path = manifest.get("config"), checkpoint.parent.parent / "config.yaml"
-    if earlier is None and path.is_file():
-        earlier = json.loads(json.dumps(yaml.safe_load(path.read_text())))
-    if earlier is None:
+    if not (earlier := earlier_config(checkpoint, manifest)):
         return []
     now = _known_to(earlier, _plain(config))
     return [f"{key}: {before} -> {after}" for key, before, after in differences(earlier, now)]

@@ -2,63 +2,82 @@
 
 import traceback
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import complain
+from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
-from megatron_sphinx.liveness.progress import Activity, Progress
+from megatron_sphinx.liveness.progress import Activity, Listener, Progress
 from megatron_sphinx.liveness.stop import STOPPED, StopSignal
 from megatron_sphinx.lock import Hold
+from megatron_sphinx.model.kernels import choose
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.run.automatic import Fit
 from megatron_sphinx.run.encoder_rank import EncoderRank
 from megatron_sphinx.run.job import find_place, join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
 from megatron_sphinx.run.observer import Observer
 from megatron_sphinx.run.phases import start
+from megatron_sphinx.run.start_clock import StartClock, process_seconds
+from megatron_sphinx.run.step_trace import StepTrace
+from megatron_sphinx.training.profile import ProfileConfig
 
 _MARGIN_SECONDS = 60.0  # a stall is reported by name before a collective gives up
 
 
-def train(config: Config, stop: StopSignal | None = None, observer: Observer | None = None) -> int:
+def train(
+    config: Config,
+    stop: StopSignal | None = None,
+    observer: Observer | None = None,
+    fit: Fit | None = None,
+    *,
+    is_profiled: bool = False,
+) -> int:
     """Train on this rank; the exit status of the process.
 
     Args:
         config: of the run.
         stop: hears of signals since the process began; without it none is heard of.
         observer: watches this rank.
+        fit: takes what fits into memory where a value is auto; without it the least is taken.
+        is_profiled: whether the first rank prints how long each phase of the start took.
 
     Raises:
         SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
     """
+    clock = StartClock(is_profiled=is_profiled)
+    clock.note("imports", process_seconds())
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=config.parallel)
+    config.training.profile.check_ranks(world)
     seat = layout.seat(rank)
     stop, hold = stop or StopSignal(), Hold(Path(config.run.folder), rank)
     for_steps, for_files = (
         timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in (config.run.timeout, config.run.storage_timeout)
     )
-    platform = join(config.run.device, for_files.total_seconds())
-    progress = Progress(
-        timeout=config.run.timeout,
-        storage_timeout=config.run.storage_timeout,
-        probe=platform.probe_seconds,
-        probe_interval=config.run.straggler_interval,
-    )
+    platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
+    trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
+    progress = _progress(config, platform, trace)
     name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
     lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
     try:
-        groups = ProcessGroups.create(layout, platform.backend, for_steps, for_files)
-        context = open_run(config, platform, groups, progress=progress, stop=stop, hold=hold)
+        choose(config.model.kernels, platform)  # refused here, before anything large is read
+        make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
+        groups = clock.timed("make_groups", make_groups)()
+        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, hold=hold)
+        context = clock.timed("open_data", partial(opening, fit=fit, clock=clock))()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
+        trace.close()
         if is_done:
-            _wait_for_end(progress, observer)
+            _wait_for_end(progress, observer, groups)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         if world == 1:
             lifeline.close()
@@ -71,12 +90,23 @@ def train(config: Config, stop: StopSignal | None = None, observer: Observer | N
     return _end(lifeline, world, is_done=is_done)
 
 
-def _wait_for_end(progress: Progress, observer: Observer | None) -> None:
+def _progress(config: Config, platform: Platform, listener: Listener) -> Progress:
+    """Make what a rank notes in what it is at, and how long it may take."""
+    return Progress(
+        timeout=config.run.timeout,
+        storage_timeout=config.run.storage_timeout,
+        probe=platform.probe_seconds,
+        probe_interval=config.run.straggler_interval,
+        listener=listener,
+    )
+
+
+def _wait_for_end(progress: Progress, observer: Observer | None, groups: ProcessGroups) -> None:
     """Wait for the other ranks: encoder ranks are done first, and stay to hear how the job ends."""
     if observer:
         observer.end()
     progress.note(Activity.ENDING)
-    dist.barrier()
+    dist.barrier(group=groups.control)
 
 
 def _end(lifeline: Lifeline, world: int, *, is_done: bool) -> int:

@@ -48,14 +48,15 @@ def number_bytes(precision: str) -> int:
 def feed_forward_values(model: LanguageConfig, sizes: ParallelConfig) -> float:
     """How many numbers the feed-forward part of one layer keeps for backward, for each position of a replica.
 
-    Gate and up are one tensor; SiLU of the gate, up (megatron-core adds an offset to it, a copy) and their product are
-    one each. MoE experts get each token `experts_per_token` times: the token, its place among the others and their
-    result are kept too.
+    Gate and up are one tensor; SiLU of the gate and its product with up are one each, of which liger's kernel keeps the
+    product only. (What `auto` will take is not known here: it is counted like torch's.) MoE experts get each token
+    `experts_per_token` times: the token, its place among the others and their result are kept too.
     """
+    widths = 3 if model.kernels == "liger" else 4
     if not model.experts:
-        return 5 * model.ffn / sizes.tensor
+        return widths * model.ffn / sizes.tensor
     copies = model.experts_per_token / sizes.tensor * sizes.expert_tensor
-    return copies * (4 * model.ffn / sizes.expert_tensor + 4 * model.hidden)
+    return copies * (widths * model.ffn / sizes.expert_tensor + 4 * model.hidden)
 
 
 def layer_bytes(model: LanguageConfig, sizes: ParallelConfig, precision: str, recompute: str) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What stands for data, pictures and frozen encoders in a dry run: the right sizes, and nothing in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,14 +77,14 @@ class BlankPixels:
         kind = torch.from_numpy(np.zeros(0, pixel_type(self.vision))).dtype
         with self.recorder.memory_for(HOST):
             pixels = {side: torch.empty(len(views), 3, side, side).to(kind) for side in self.vision.sides}
-        return SimpleNamespace(wait=lambda: None, result=lambda: Pixels(pixels, ()))
+        return SimpleNamespace(views=views, wait=lambda: None, result=lambda: Pixels(pixels, ()))
 
 
 class BlankEncoders(FrozenEncoders):
     """FrozenEncoders with weights of the right shapes. Every batch is alike, so the first one is run for all."""
 
     def __init__(self, recorder: Recorder, config: Config, platform: Platform) -> None:
-        dtype = torch.bfloat16 if platform.is_bf16_fast else torch.float32
+        dtype = platform.encoder_dtype(config.vision.precision)
         drawn = tuple(replace(item, weights="random") for item in config.vision.experts)
         with unset_fake_temporarily(), torch.device("meta"):
             super().__init__(
@@ -104,18 +104,18 @@ class BlankEncoders(FrozenEncoders):
         blank = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
         return nn.Parameter(blank, requires_grad=False) if isinstance(value, nn.Parameter) else blank
 
-    def _encode(self, chunk: Mapping[int, Tensor]) -> Tensor:
+    def _encode(self, inputs: list[Tensor]) -> Tensor:
         """Encode a batch, or count for it what the first one took."""
         if self._flops is None:
             before = dict(self.recorder.flops)
             with self.recorder.rise() as self._rise:
-                out = super()._encode(chunk)
+                out = super()._encode(inputs)
             self._flops = {kind: flops - before[kind] for kind, flops in self.recorder.flops.items()}
             return out
         for kind, flops in self._flops.items():
             self.recorder.flops[kind] += flops
         torch.empty(self._rise[0], dtype=torch.uint8)
-        return torch.empty(self.config.batch_views, self.config.feature_values, dtype=torch.bfloat16)
+        return torch.empty(self.config.views_at_once, self.config.feature_values, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)

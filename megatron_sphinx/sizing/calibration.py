@@ -32,6 +32,7 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import job
+from megatron_sphinx.sizing import automatic
 from megatron_sphinx.sizing.hardware import Efficiency, Flops, Hardware, load
 from megatron_sphinx.sizing.layouts import work_of
 from megatron_sphinx.sizing.sizes import encoder_cost
@@ -86,23 +87,21 @@ def measure(config: Config, groups: ProcessGroups) -> Hardware:
     """Measure what this rank reaches while all others measure at the same time; return the slowest rank's numbers."""
     platform = current_platform()
     work, _ = work_of(config)
+    config = _settled(config, work)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    positions = max(1, round(min(work.rows, config.data.micro_batch_rows) * work.positions))
+    positions = max(1, round(min(work.rows, config.data.rows_at_once) * work.positions))
     dtype = dtypes[config.training.precision]
     products = {name: _least(_matmul_flops(config.model, positions, kind)) for name, kind in dtypes.items()}
     attention = _least(_attention_flops(config.model, work, dtype)) / products[config.training.precision]
-    encoding = _least(_encoder_flops(config)) / products["bf16" if platform.is_bf16_fast else "fp32"]
+    encoding = _least(_encoder_flops(config)) / products[config.vision.precision]
     bandwidth = _least(_memory_bandwidth())
     kernel = _most(_kernel_seconds(config, groups, dtype))
     latency, link = _link()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if platform.is_cuda:
-        memory = torch.cuda.get_device_properties(platform.device).total_memory * dist.get_world_size()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Hardware(
         source=f"measured by {dist.get_world_size()} ranks on one {platform.device.type} machine, at the shapes of "
         f"{config.model.preset or config.run.folder}",
-        memory_bytes=memory / dist.get_world_size(),
+        memory_bytes=_memory_bytes(),
         process_bytes=_most(float(resident)),
         memory_bandwidth=bandwidth,
         node_bandwidth=link,
@@ -113,6 +112,21 @@ def measure(config: Config, groups: ProcessGroups) -> Hardware:
         shares=Efficiency(attention=attention, encoders=encoding),
         is_cuda=platform.is_cuda,
     )
+
+
+def _memory_bytes() -> float:
+    """Bytes of memory of a rank: of its GPU, or its share of the machine's."""
+    platform = current_platform()
+    return platform.memory_bytes() / (1 if platform.is_cuda else dist.get_world_size())
+
+
+def _settled(config: Config, work: Work) -> Config:
+    """Take what a run on this machine would take where a value is auto, a replica on each rank."""
+    platform, layout = current_platform(), ParallelLayout(world=dist.get_world_size(), config=ParallelConfig())
+    kind = replace(load("h100-80g" if platform.is_cuda else "cpu"), memory_bytes=_least(_memory_bytes()))
+    precision = "bf16" if platform.encoder_dtype(config.vision.precision) is torch.bfloat16 else "fp32"
+    config = replace(config, vision=replace(config.vision, precision=precision))
+    return automatic.settle(config, layout, work, kind, encoder_cost(config.vision)).config
 
 
 def _least(value: float) -> float:
@@ -208,10 +222,10 @@ def _encoder_flops(config: Config) -> float:
     """FLOP/s of the encoders on one of their batches; weights drawn, as they do not matter here."""
     platform, vision = current_platform(), config.vision
     drawn = replace(vision, experts=tuple(replace(item, weights="random") for item in vision.experts))
-    dtype = torch.bfloat16 if platform.is_bf16_fast else torch.float32
+    dtype = platform.encoder_dtype(vision.precision)
     encoders = FrozenEncoders(drawn, device=platform.device, dtype=dtype, seed=config.run.seed)
-    views = {side: torch.zeros(vision.batch_views, 3, side, side) for side in vision.sides}
-    return encoder_cost(vision).flops * vision.batch_views / _seconds(lambda: encoders(views))
+    views = {side: torch.zeros(vision.views_at_once, 3, side, side) for side in vision.sides}
+    return encoder_cost(vision).flops * vision.views_at_once / _seconds(lambda: encoders(views))
 
 
 def _link() -> tuple[float, float]:

@@ -12,14 +12,19 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.stage.dealing import deal
 
 
-def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[str, Any]]:
+def step(config: Config, layout: ParallelLayout, number: int, kind: str) -> Iterator[dict[str, Any]]:
     """Yield what is in a step: first the whole step, then each micro-batch of each replica.
 
     Args:
         config: the run, whose data is there.
         layout: how its ranks are divided.
         number: of the step, counted from 0.
+        kind: the hardware on which a value of auto is taken, a name of hardware.yaml or the path of a file.
     """
+    if config.data.micro_batch_rows == "auto":
+        from megatron_sphinx.sizing.layouts import settled  # which imports torch
+
+        config = settled(config, layout, kind).config
     sources = open_sources(config.data, config.model)
     planner = make_planner(
         config.data, sources, config.model, config.vision,
@@ -38,6 +43,7 @@ def step(config: Config, layout: ParallelLayout, number: int) -> Iterator[dict[s
         "fill": plan.fill,
         "padding_share": plan.padding_share,
         "imbalance": plan.imbalance,
+        "micro_batch_rows": config.data.micro_batch_rows,
     }
     for micro, replicas in enumerate(plan.micro_batches):
         counts = [len(views_in(rows)) for rows in replicas]

@@ -36,6 +36,7 @@ class TrainingSetup:
             then added over the other replicas.
         is_sharding_weights: whether weights too are partitioned, and gathered for each forward and backward (ZeRO-3,
             FSDP).
+        lookahead: micro-batches that encoders may be ahead.
         is_fused: whether norms, SwiGLU and rotary embeddings are one kernel each.
     """
 
@@ -54,6 +55,7 @@ class TrainingSetup:
     is_tensor_overlapped: bool = False
     shards: int | None = None
     is_sharding_weights: bool = False
+    lookahead: int = 1
     is_fused: bool = True
 
     @classmethod
@@ -71,11 +73,12 @@ class TrainingSetup:
             precision=training.precision,
             recompute=training.activation_checkpointing,
             recomputed_layers=training.checkpointed_layers,
-            micro_batch_rows=config.data.micro_batch_rows,
+            micro_batch_rows=config.data.rows_at_once,
             train=training.train,
             reduces_each_micro_batch=config.parallel.pipeline == 1,
             is_reduction_overlapped=is_cuda and config.parallel.pipeline == 1,
             is_gather_overlapped=False,
+            lookahead=config.stage.lookahead,
             is_fused=False,
         )
 

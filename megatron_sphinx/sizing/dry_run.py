@@ -34,9 +34,10 @@ from megatron_sphinx.parallel.seeding import seed_rank
 from megatron_sphinx.run import assembly
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.sizing.blanks import BlankBatches, BlankContext, MadeUpSamples, MadeUpText
+from megatron_sphinx.sizing.layouts import settled
 from megatron_sphinx.sizing.rank_counts import RankCounts, formulas
 from megatron_sphinx.sizing.recorded import BalancedRouter, RecordedEngine, RecordedFeatures
-from megatron_sphinx.sizing.recorder import Recorder
+from megatron_sphinx.sizing.recorder import CONTROL, Recorder
 from megatron_sphinx.sizing.work import CAPTION_TOKENS
 from megatron_sphinx.training.divergence import Watch
 
@@ -49,7 +50,7 @@ def axes(groups: ProcessGroups) -> dict[str, Any]:
     axes = {name: getattr(groups, name) for name in names} | {"pipeline flags": groups.flags}
     if groups.collection is not None:
         axes["expert counts"] = groups.collection.tp_ep
-    return axes | {"features": dist.group.WORLD}
+    return axes | {"features": groups.features, CONTROL: groups.control}
 
 
 def plan_of(config: Config, layout: ParallelLayout) -> tuple[Planner, str]:
@@ -91,13 +92,19 @@ def roles(layout: ParallelLayout, layers: int, plan: StepPlan) -> dict[str, int]
     return ranks | ({"encoder": layout.encoder_rank(0)} if layout.config.encoder else {})
 
 
-def report(config: Config, layout: ParallelLayout) -> dict[str, Any]:
+def report(config: Config, layout: ParallelLayout, kind: str) -> dict[str, Any]:
     """Take the step of each role in a process of its own; report what was counted, and what arithmetic says.
+
+    Args:
+        config: the run.
+        layout: how it is divided.
+        kind: the hardware on which a value of auto is taken, a name of hardware.yaml or the path of a file.
 
     Raises:
         SphinxError: the user's mistake, as the rank found it.
         RuntimeError: a rank failed.
     """
+    config = settled(config, layout, kind).config
     planner, said = plan_of(config, layout)
     plan = planner.step(0)
     chosen = roles(layout, config.model.layers, plan)
@@ -129,6 +136,8 @@ def report(config: Config, layout: ParallelLayout) -> dict[str, Any]:
         "ranks": layout.world,
         "step": said,
         "rows": len(plan.rows),
+        "micro_batch_rows": config.data.micro_batch_rows,
+        "batch_views": config.vision.batch_views,
         "micro_batches": len(plan.micro_batches),
         "roles": reports,
     }
@@ -138,7 +147,8 @@ def table(report: Mapping[str, Any]) -> str:
     """Lay out what `report` gives as text."""
     lines = [
         f"{report['layout']} = {report['ranks']} ranks",
-        f"step: {report['step']}; {report['rows']} rows, {report['micro_batches']} micro-batches a replica",
+        f"step: {report['step']}; {report['rows']} rows, {report['micro_batches']} micro-batches a replica of "
+        f"{report['micro_batch_rows']} rows; {report['batch_views']} views at once",
     ]
     for role, rank in report["roles"].items():
         head = f"{role} (rank {rank['rank']})"
@@ -188,7 +198,7 @@ def language_step(context: RankContext, recorder: Recorder, builder: BatchBuilde
     config, groups, planner = context.config, context.groups, context.planner
     seed_rank(config.run.seed, groups.seat)
     with recorder:
-        model = assembly.build_model(config, groups, context.platform)
+        model = assembly.build_model(config, groups, context.platform, is_drawn=recorder.fake is None)
         if recorder.fake is not None:
             model._apply = lambda *_, **__: model  # type: ignore[method-assign]  # cannot be moved, and need not
         for module in model.modules():

@@ -1,8 +1,10 @@
 """What a rank computes and communicates with: numbers with their source, from hardware.yaml or a file of the user's."""
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from math import log
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from megatron_sphinx.values import Range, build, read_mapping
 KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"))
 _PEAK = Range(least=0, most=1e21, why="FLOP/s, 0 where the hardware has none")
 _SHARE = Range(above=0, most=4, why="a share of the peak; that of another precision's may be above 1")
+_MEASURED = Range(above=0, most=1e6, why="views at once, and a share of the peak")
 _SPEED = Range(above=0, most=1e18, why="bytes, or bytes/s")
 _SECONDS = Range(least=0, most=100, why="seconds")
 
@@ -50,6 +53,21 @@ class Efficiency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderShares:
+    """Which share of the bf16 peak visual experts were measured to reach, as pairs of views at once and share.
+
+    Attributes:
+        clip, convnext, dinov2, qformer: by the experts' family, ascending in views; a family that was not measured
+            reaches `Efficiency.encoders`.
+    """
+
+    clip: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    convnext: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    dinov2: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    qformer: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One rank's share of a machine: the keys of a hardware file.
 
@@ -66,6 +84,7 @@ class Hardware:
             of the device, only what the device waits.
         flops: peak FLOP/s of matrix products.
         shares: which share of all these a training step reaches.
+        encoder_shares: shares of the bf16 peak that visual experts reach, where they were measured.
         is_cuda: whether the rank has a GPU; else it computes on a CPU.
     """
 
@@ -76,6 +95,7 @@ class Hardware:
     network_bandwidth: Annotated[float, _SPEED]
     flops: Flops
     shares: Efficiency
+    encoder_shares: EncoderShares = field(default_factory=EncoderShares)
     process_bytes: Annotated[float, Range(least=0, most=1e18)] = 2.5e9
     latency_seconds: Annotated[float, _SECONDS] = 10.0e-6
     kernel_seconds: Annotated[float, _SECONDS] = 0.0
@@ -98,21 +118,40 @@ class Hardware:
         share: float = getattr(self.shares, precision)
         return peak * share
 
-    @property
-    def encoder_precision(self) -> str:
-        """The precision that encoders compute in: bf16 on a GPU, and on a CPU where it is the faster one."""
+    def encoder_precision(self, precision: str) -> str:
+        """What encoders of this `vision.precision` compute in: with auto bf16 on a GPU, or where a CPU is faster so."""
+        if precision != "auto":
+            return precision
         return "bf16" if self.is_cuda or self.flops.bf16 > self.flops.fp32 else "fp32"
 
-    @property
-    def encoder_flops(self) -> float:
-        """FLOP/s that encoders reach."""
-        peak: float = getattr(self.flops, self.encoder_precision)
-        return peak * self.shares.encoders
+    def encoder_flops(self, precision: str, family: str, views: int) -> float:
+        """FLOP/s that a visual expert reaches.
+
+        Args:
+            precision: what it computes in, bf16 or fp32.
+            family: of the expert.
+            views: how many it encodes at once.
+        """
+        measured: tuple[tuple[float, ...], ...] = ()
+        if precision == "bf16":
+            measured = getattr(self.encoder_shares, family, ())
+        share = _between(measured, views) if measured else self.shares.encoders
+        peak: float = getattr(self.flops, precision)
+        return peak * share
 
     def attention_flops(self, precision: str) -> float:
         """FLOP/s that attention reaches in a model of this precision; fp8 models attend in bf16."""
         peak: float = getattr(self.flops, "fp32" if precision == "fp32" else "bf16")
         return peak * self.shares.attention
+
+
+def _between(measured: tuple[tuple[float, ...], ...], views: int) -> float:
+    """Interpolate a share between numbers of views, by their logarithm; beyond them it is the nearest one's."""
+    after = bisect_left([known for known, _ in measured], views)
+    if after in (0, len(measured)):
+        return measured[min(after, len(measured) - 1)][1]
+    (low, share), (high, other) = measured[after - 1 : after + 1]
+    return share + (other - share) * log(views / low) / log(high / low)
 
 
 def kinds() -> list[str]:

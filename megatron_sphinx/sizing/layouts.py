@@ -1,11 +1,14 @@
 """`plan --nodes N --gpus-per-node G --gpu KIND`: the layouts of a job, from a configuration to what is printed."""
 
 import json
+from dataclasses import replace
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing import hardware, search
+from megatron_sphinx.sizing.automatic import Settled, settle
 from megatron_sphinx.sizing.search import Candidate, PlanError, RefusedLayouts, SizingRequest
 from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
@@ -17,11 +20,17 @@ def work_of(config: Config) -> tuple[Work, str]:
         sources = open_sources(config.data, config.model)
     except DataError as error:
         return Work.expected(config), f"expected: the data is not there ({error})"
+    data = replace(config.data, micro_batch_rows=1)  # the rows are the same however many are computed at once
     planner = make_planner(
-        config.data, sources, config.model, config.vision, replicas=1, seed=config.run.seed,
+        data, sources, config.model, config.vision, replicas=1, seed=config.run.seed,
         multiple=config.parallel.token_multiple,
     )  # fmt: skip
     return Work.of_plan(planner.step(0), planner.lengths), "planned: step 0 of the data"
+
+
+def settled(config: Config, layout: ParallelLayout, kind: str) -> Settled:
+    """Take what a run on ranks of a kind of hardware would take where a value is auto; see automatic.settle."""
+    return settle(config, layout, work_of(config)[0], hardware.load(kind), encoder_cost(config.vision))
 
 
 def request_of(config: Config, *, nodes: int, ranks_per_node: int, kind: str) -> tuple[SizingRequest, str]:
@@ -75,5 +84,7 @@ def plan(config: Config, *, nodes: int, ranks_per_node: int, kind: str, is_json:
         f"{request.world} ranks, {kind}: {request.hardware.usable_bytes / 1e9:.0f} usable GB each; {work.rows} rows of "
         f"{work.positions:,.0f} positions and {work.views:.1f} views a step ({origin})"
     )
-    best = f"the first one: {' '.join(candidates[0].overrides)}"
+    vision = candidates[0].config.vision
+    views = f"vision.batch_views={vision.batch_views} vision.precision={vision.precision}"
+    best = f"the first one: {' '.join(candidates[0].overrides)} {views}"
     return "\n".join([head, search.table(request, candidates, refusals), best])

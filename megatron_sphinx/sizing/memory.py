@@ -18,6 +18,7 @@ from megatron_sphinx.sizing.activations import (
 )
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.stage.dealing import joined
 from megatron_sphinx.training.memory import BUCKET, RankWeights, rank_weights
 
 _LARGE_BYTES = 32 * 2**20  # glibc maps larger tensors one by one, and gives them back when they are freed
@@ -32,11 +33,13 @@ class EncoderCost:
         weights: how many numbers the weights are.
         flops: FLOPs to encode one view.
         values: numbers that one view has in memory at the moment when it has most.
+        families: the FLOPs of a view in each visual expert, behind its family.
     """
 
     weights: int
     flops: float
     values: float
+    families: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def language_rank(
     width = number_bytes(config.training.precision)
     weights = rank_weights(config.model, config.vision, layout, stage, config.training.train)
     trained = weights.shared + weights.experts
-    rows, micro_batches = rows_at_once(work, layout, config.data.micro_batch_rows)
+    rows, micro_batches = rows_at_once(work, layout, config.data.rows_at_once)
     size = MicroBatchSize.of_rows(work, rows)
     partition = -(-weights.shared // layout.data) + -(-weights.experts // layout.expert_data)
     frozen_masters = 0.0 if hardware.is_cuda else FP32_BYTES * -(-weights.frozen // layout.data)
@@ -133,7 +136,7 @@ def language_rank(
         "process": hardware.process_bytes,
         "weights": float(width * (trained + weights.frozen)),
         "optimizer": float(_OPTIMIZER_BYTES * partition) + frozen_masters,
-        "features": _feature_bytes(config, layout, stage, size),
+        "features": _feature_bytes(config, layout, stage, size, is_cuda=hardware.is_cuda),
         "encoders": 0.0 if layout.config.encoder else _encoder_bytes(config, encoders, hardware),
     }
     moments = _moments(config, layout, stage, weights, size, micro_batches, is_cuda=hardware.is_cuda)
@@ -196,12 +199,15 @@ def encoder_rank(
     config: Config, layout: ParallelLayout, work: Work, hardware: Hardware, encoders: EncoderCost
 ) -> dict[str, float]:
     """Bytes on an encoder rank when it holds most, by what holds them, and `total`."""
-    rows, _ = rows_at_once(work, layout, config.data.micro_batch_rows)
+    rows, _ = rows_at_once(work, layout, config.data.rows_at_once)
     size = MicroBatchSize.of_rows(work, rows)
     views = -(-size.views * layout.data // layout.config.encoder)  # a micro-batch's of all replicas, dealt evenly
     parts = {
         "process": hardware.process_bytes,
-        "features": 2.0 * config.vision.feature_values * views * (config.stage.lookahead + 2),
+        "features": 2.0
+        * config.vision.feature_values
+        * views
+        * (config.stage.lookahead + 1 + _together(config, views)),
         "encoders": _encoder_bytes(config, encoders, hardware),
     }
     if not hardware.is_cuda:
@@ -209,16 +215,22 @@ def encoder_rank(
     return parts | {"total": sum(parts.values())}
 
 
-def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize) -> float:
+def _feature_bytes(config: Config, layout: ParallelLayout, stage: int, size: MicroBatchSize, *, is_cuda: bool) -> float:
     """Bytes of features on a language rank, which the first stage alone has.
 
     There is a buffer for each micro-batch that is received ahead, one for the micro-batch being computed, and one for
-    its masked copy.
+    its masked copy. On a GPU what the micro-batch was received to is kept until the next one, when it has been read.
+    Where the rank encodes itself, there are those that it has encoded together.
     """
     if stage:
         return 0.0
-    ahead = config.stage.lookahead if layout.config.encoder else 0
+    ahead = config.stage.lookahead + is_cuda if layout.config.encoder else _together(config, size.views) - 1
     return 2.0 * config.vision.feature_values * size.views * (ahead + 2)
+
+
+def _together(config: Config, views: float) -> int:
+    """How many micro-batches of so many views an encoder encodes together."""
+    return joined([views] * config.stage.lookahead, config.vision.views_at_once)
 
 
 def _pixel_bytes(config: Config) -> float:
@@ -229,8 +241,8 @@ def _pixel_bytes(config: Config) -> float:
 
 def _encoder_bytes(config: Config, encoders: EncoderCost, hardware: Hardware) -> float:
     """Bytes of the experts' weights, and of the activations and fp32 pixels of one batch of views."""
-    width = number_bytes(hardware.encoder_precision)
-    views = config.vision.batch_views
+    width = number_bytes(hardware.encoder_precision(config.vision.precision))
+    views = config.vision.views_at_once
     return width * (encoders.weights + views * encoders.values) + FP32_BYTES * _pixel_bytes(config) * views
 
 

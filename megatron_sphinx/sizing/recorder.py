@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 HOST = "host"  # what the CPU's memory holds, wherever the rank computes
+CONTROL = "control"  # the group of small messages, which are not counted
 
 aten = torch.ops.aten
 
@@ -211,7 +212,7 @@ class Recorder(TorchDispatchMode):
         kind, message = COLLECTIVES[name]
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
         group = dist.ProcessGroup.unbox(boxed)
-        if group.size() == 1:
+        if group.size() == 1 or self._names[group.group_name] == CONTROL:
             return
         nbytes = sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(args[message]))
         key = (self._names[group.group_name], kind)

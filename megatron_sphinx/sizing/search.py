@@ -7,6 +7,7 @@ from typing import Any
 from megatron_sphinx.config import Config
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout, divisors
+from megatron_sphinx.sizing.automatic import settle
 from megatron_sphinx.sizing.counts import TrainingSetup
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.memory import EncoderCost, heaviest, peak
@@ -101,7 +102,8 @@ def evaluate(request: SizingRequest, config: Config) -> Candidate:
 
     Args:
         request: the job and its hardware.
-        config: the run with the layout, `request.config` or a variation of it.
+        config: the run with the layout, `request.config` or a variation of it. Where a value is auto, the candidate has
+            what a run would take.
 
     Raises:
         ConfigError: the sizes do not fit the job or the model.
@@ -115,6 +117,7 @@ def evaluate(request: SizingRequest, config: Config) -> Candidate:
             f"{layout.data} data-parallel replicas, some would compute nothing; take fewer ranks, or more tensor or "
             f"pipeline ranks"
         )
+    config = settle(config, layout, request.work, request.hardware, request.encoders).config
     memory = peak(config, layout, request.work, request.hardware, request.encoders)
     role, needed = heaviest(memory)
     if needed > request.hardware.usable_bytes:

@@ -63,14 +63,17 @@ def expert_cost(name: str) -> EncoderCost:
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in build_expert(expert).parameters())
     flops, values = encoder_work(expert)
-    return EncoderCost(weights, float(flops), float(values))
+    return EncoderCost(weights, float(flops), float(values), ((expert.family, float(flops)),))
 
 
 def encoder_cost(config: VisionConfig) -> EncoderCost:
     """Count what it takes to encode with the mixture, one expert after the other."""
     costs = [expert_cost(item.name) for item in config.experts]
     return EncoderCost(
-        sum(cost.weights for cost in costs), sum(cost.flops for cost in costs), max(cost.values for cost in costs)
+        sum(cost.weights for cost in costs),
+        sum(cost.flops for cost in costs),
+        max(cost.values for cost in costs),
+        tuple(family for cost in costs for family in cost.families),
     )
 
 

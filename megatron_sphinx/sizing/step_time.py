@@ -4,8 +4,9 @@ Only the numbers of the hardware are measured or fitted; everything here follows
 """
 
 from dataclasses import dataclass, fields, replace
-from math import log2
+from math import ceil, log2
 
+from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing.counts import (
     ReplicaWork,
@@ -23,6 +24,7 @@ from megatron_sphinx.sizing.counts import (
 from megatron_sphinx.sizing.hardware import Hardware
 from megatron_sphinx.sizing.memory import EncoderCost, unlike_stages
 from megatron_sphinx.sizing.work import Work
+from megatron_sphinx.stage.dealing import joined
 from megatron_sphinx.training.memory import rank_weights
 
 
@@ -292,6 +294,26 @@ def _exposed(
     return seconds | {"optimizer": update + hardware.kernel_seconds * operations}
 
 
+def view_seconds(vision: VisionConfig, encoders: EncoderCost, hardware: Hardware) -> float:
+    """Seconds to encode one view of a full batch, one visual expert after the other."""
+    precision = hardware.encoder_precision(vision.precision)
+    return sum(
+        flops / hardware.encoder_flops(precision, family, vision.views_at_once) for family, flops in encoders.families
+    )
+
+
+def full_batches(views: float, size: int, ahead: int) -> float:
+    """Return how many views are encoded for a micro-batch of so many: batches are filled up, with zeros.
+
+    Args:
+        views: of the micro-batch.
+        size: of a batch.
+        ahead: how many micro-batches can be encoded together.
+    """
+    together = joined([views] * ahead, size)
+    return ceil(together * views / size - 1e-9) * size / together
+
+
 def _encoding(
     setup: TrainingSetup,
     work: Work,
@@ -304,12 +326,13 @@ def _encoding(
     if setup.vision is None or encoders is None:
         return 0.0, 0.0
     layout, sizes = ranks.layout, ranks.layout.config
-    rate = ranks.hardware.encoder_flops
+    of_view, lookahead = view_seconds(setup.vision, encoders, ranks.hardware), setup.lookahead
     spread = sum(map(ranks.seconds_of, feature_transfers(setup, layout, replica, 0)))
     if not sizes.encoder:
-        views = replica.views * replica.micro_batches / (sizes.tensor * sizes.pipeline)
-        return views * encoders.flops / rate + spread, 0.0
-    seconds = work.views * work.rows * encoders.flops / sizes.encoder / rate
+        views = full_batches(replica.views / (sizes.tensor * sizes.pipeline), setup.vision.views_at_once, lookahead)
+        return replica.micro_batches * views * of_view + spread, 0.0
+    views = full_batches(replica.views * layout.data / sizes.encoder, setup.vision.views_at_once, lookahead)
+    seconds = replica.micro_batches * views * of_view
     seconds += sum(map(ranks.seconds_of, communication(setup, layout, work)["encoder"]))
     return max(0.0, seconds - language) + spread, seconds
 

@@ -1,12 +1,15 @@
 """How features reach the language ranks: forward only, a bounded number of micro-batches ahead, nothing ever back.
 
 Both ends compute the same shares from the plan, so no size or order is ever sent. An encoder sends a share to one rank
-of the replica's tensor group, which spreads it inside the group; which one goes round by the encoder's number. A view
-whose image could not be read travels as NaN: no flag beside it, no further message.
+of the replica's tensor group, which spreads it inside the group; which one goes round by the encoder's number. Neither
+begins before the other is ready (rendezvous.py). A view whose image could not be read travels as NaN: no flag beside
+it, no further message.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -18,7 +21,8 @@ from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.stage.dealing import DealtViews, deal
+from megatron_sphinx.stage.dealing import DealtViews, deal, joined
+from megatron_sphinx.stage.rendezvous import Arrival, Courier, Departure
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
 
@@ -53,89 +57,161 @@ def _spread(parts: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessG
             dist.broadcast(part, group=group, group_src=owner)
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The features of a micro-batch to come: its shares, a buffer for each, and those that this rank itself receives.
+
+    The buffers live on a stream of their own, and until `read`: what the device has computed when it needs none more.
+    """
+
+    shares: list[DealtViews]
+    parts: list[Tensor]
+    arrivals: list[Arrival]
+    read: torch.cuda.Event | None = None
+
+
 class FeatureReceiver:
-    """The language rank's end: receives are posted `lookahead` micro-batches ahead, so that encoders can run ahead."""
+    """The language rank's end: has buffers for `lookahead` micro-batches to come, so that encoders can run ahead.
+
+    What is announced is asked for whenever a micro-batch is taken, up to `lookahead` micro-batches ahead of it.
+    """
 
     def __init__(self, rounds: Iterator[Round], groups: ProcessGroups, *, values: int, lookahead: int) -> None:
-        platform = current_platform()
-        self.waiting, self.received_bytes = Stopwatch(platform), 0
-        self._rounds, self._groups, self._values, self._device = rounds, groups, values, platform.device
-        self._posted: deque[tuple[list[DealtViews], list[Tensor], list[dist.Work]]] = deque()
+        self._platform = current_platform()
+        self.waiting, self.received_bytes = Stopwatch(self._platform), 0
+        self._rounds, self._groups, self._values = rounds, groups, values
+        self._stream = self._platform.new_stream()
+        self._expected: Counter[int] = Counter()  # shares so far, by the encoder that they come from
+        self._ahead: deque[_MicroBatch] = deque()
+        self._taken: _MicroBatch | None = None
         for _ in range(lookahead):
-            self._post()
+            self._expect()
 
-    def _post(self) -> None:
-        """Begin to receive one more micro-batch, if there is one."""
+    def _expect(self) -> None:
+        """Make buffers for one more micro-batch, if there is one, and listen for its announcements."""
         if (ahead := next(self._rounds, None)) is None:
             return
         layout, seat = self._groups.layout, self._groups.seat
         mine = [share for share in shares_of(ahead, layout.config.encoder) if share.replica == seat.data]
-        parts = [torch.empty(share.count, self._values, dtype=torch.bfloat16, device=self._device) for share in mine]
-        works = []
+        with self._platform.on(self._stream):
+            parts = [self._empty(share.count) for share in mine]
+        arrivals = []
         for share, part in zip(mine, parts, strict=True):
             if share.encoder % layout.config.tensor == seat.tensor:
-                work = dist.irecv(part, layout.encoder_rank(share.encoder))
-                assert work is not None
-                works.append(work)
-        self._posted.append((mine, parts, works))
+                encoder, number = layout.encoder_rank(share.encoder), self._expected[share.encoder]
+                arrivals.append(Arrival(self._groups, self._platform, encoder, number, part))
+                self._expected[share.encoder] += 1
+        self._ahead.append(_MicroBatch(mine, parts, arrivals))
+
+    def _empty(self, views: int) -> Tensor:
+        """Make room for the features of some views."""
+        return torch.empty(views, self._values, dtype=torch.bfloat16, device=self._platform.device)
+
+    def _ask_for_announced(self) -> None:
+        """Begin to receive all that is announced; what comes from one encoder stays in its order."""
+        late = set()
+        for arrival in (arrival for micro_batch in self._ahead for arrival in micro_batch.arrivals):
+            if arrival.encoder not in late and arrival.is_announced:
+                arrival.begin(self._stream)
+            else:
+                late.add(arrival.encoder)
+
+    def _let_go(self) -> None:
+        """Give back the buffers of the micro-batch before, which the device must have read."""
+        if self._taken is not None and self._taken.read is not None:
+            self._taken.read.synchronize()
+        self._taken = None
 
     def prepare(self, count: int) -> None:
         """Do nothing: the encoders are at work already."""
 
     def next(self) -> Tensor:
         """Take the features of the next micro-batch, once they have come, and spread them over the tensor group."""
-        shares, parts, works = self._posted.popleft()
-        self._post()
+        self._let_go()
+        self._expect()
         with self.waiting:
-            for work in works:
-                work.wait()
-            _spread(parts, [share.encoder % self._groups.layout.config.tensor for share in shares], self._groups.tensor)
-        self.received_bytes += sum(part.nbytes for part in parts)
-        if not parts:
-            return torch.empty(0, self._values, dtype=torch.bfloat16, device=self._device)
-        return torch.cat(parts)
+            self._ask_for_announced()
+            taken = self._ahead.popleft()
+            for arrival in taken.arrivals:
+                arrival.begin(self._stream)
+            for arrival in taken.arrivals:
+                arrival.finish()
+            owners = [share.encoder % self._groups.layout.config.tensor for share in taken.shares]
+            _spread(taken.parts, owners, self._groups.tensor)
+        self.received_bytes += sum(part.nbytes for part in taken.parts)
+        features = torch.cat(taken.parts) if taken.parts else self._empty(0)
+        if (read := self._platform.mark()) is not None:
+            self._taken = replace(taken, read=read)
+        return features
 
 
 class FeatureSender:
     """The encoder rank's end: holds at most `lookahead` micro-batches that nobody has taken yet."""
 
     def __init__(self, groups: ProcessGroups, lookahead: int) -> None:
-        self._layout, self._lookahead = groups.layout, lookahead
-        self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._groups, self._lookahead, self._platform = groups, lookahead, current_platform()
+        self._couriers: dict[int, Courier] = {}
+        self._sending = Lock()
+        self._sent: deque[list[Departure]] = deque()
 
     def send(self, shares: Sequence[DealtViews], features: Sequence[Tensor]) -> None:
-        """Send the shares of one micro-batch; waits while too many earlier ones are not taken."""
+        """Announce the shares of one micro-batch, to be sent when asked for; waits while earlier ones are not taken."""
         while len(self._sent) >= self._lookahead:
             self._wait_for_oldest()
-        works = []
+        self._platform.synchronize_stream()  # what is announced is there: its receiver waits for no encoder
+        layout, departures = self._groups.layout, []
         for share, part in zip(shares, features, strict=True):
-            target = self._layout.rank_of(data=share.replica, tensor=share.encoder % self._layout.config.tensor)
-            work = dist.isend(part, target)
-            assert work is not None
-            works.append((work, part))
-        self._sent.append(works)
+            target = layout.rank_of(data=share.replica, tensor=share.encoder % layout.config.tensor)
+            if target not in self._couriers:
+                self._couriers[target] = Courier(self._groups, self._platform, target, self._sending)
+            departures.append(self._couriers[target].announce(part))
+        self._sent.append(departures)
 
     def drain(self) -> None:
         """Wait until everything is taken."""
         while self._sent:
             self._wait_for_oldest()
+        for courier in self._couriers.values():
+            courier.close()
 
     def _wait_for_oldest(self) -> None:
-        """Wait until the micro-batch that was sent first is taken."""
-        for work, _ in self._sent.popleft():
-            work.wait()
-        current_platform().synchronize()  # NCCL's wait holds back the stream, not this thread
+        """Wait until the micro-batch that was announced first is taken."""
+        for departure in self._sent[0]:
+            departure.wait()
+        self._sent.popleft()
 
 
-def encode(encoders: FrozenEncoders, pixels: PendingPixels) -> Tensor:
-    """Encode views: bf16 [views, feature_values], all NaN where the image is bad or the encoders give a NaN for it."""
-    read = pixels.result()
-    features: Tensor = encoders(read.views)
-    lost = features.isnan().any(1)
-    for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
-        pixels.report(view, "the encoders give NaN for it")
-    lost[list(read.bad)] = True
-    return features.masked_fill_(lost[:, None], float("nan"))
+def encoded_together(
+    upcoming: Sequence[PendingPixels | None], encoders: FrozenEncoders, most: int
+) -> list[PendingPixels]:
+    """Choose which of the next micro-batches are encoded together, at least the first one that has views.
+
+    Args:
+        upcoming: the views of each; None for one that has none.
+        encoders: what they are encoded with.
+        most: how many they may be.
+    """
+    some = [pixels for pixels in upcoming if pixels is not None][:most]
+    return some[: joined([len(pixels.views) for pixels in some], encoders.config.views_at_once)]
+
+
+def encode(encoders: FrozenEncoders, micro_batches: Sequence[PendingPixels]) -> list[Tensor]:
+    """Encode the views of some micro-batches together, in full batches.
+
+    Returns:
+        For each micro-batch bf16 [views, feature_values], all NaN where the image is bad or the encoders give a NaN for
+        it.
+    """
+    everything = [pixels.result() for pixels in micro_batches]
+    features: Tensor = encoders(*(read.views for read in everything))
+    parts = features.split([len(next(iter(read.views.values()))) for read in everything])
+    for pixels, read, part in zip(micro_batches, everything, parts, strict=True):
+        lost = part.isnan().any(1)
+        for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
+            pixels.report(view, "the encoders give NaN for it")
+        lost[list(read.bad)] = True
+        part.masked_fill_(lost[:, None], float("nan"))
+    return list(parts)
 
 
 class ColocatedEncoders:
@@ -156,6 +232,8 @@ class ColocatedEncoders:
         self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
         self._reading: deque[tuple[list[DealtViews], PendingPixels | None]] = deque()
         self._ready: deque[Tensor] = deque()
+        self._own: deque[Tensor] = deque()
+        self._lookahead = lookahead
         self._size, self._place = dist.get_world_size(groups.model), dist.get_rank(groups.model)
         for _ in range(lookahead):
             self._read()
@@ -189,6 +267,13 @@ class ColocatedEncoders:
         with self.waiting:
             if pending is not None:
                 own = parts[[share.encoder for share in shares].index(self._place)]
-                own.copy_(encode(self._encoders, pending))
+                own.copy_(self._own.popleft() if self._own else self._encode_ahead(pending))
             _spread(parts, [share.encoder for share in shares], self._groups.model)
         return out
+
+    def _encode_ahead(self, pending: PendingPixels) -> Tensor:
+        """Encode this rank's views of the micro-batch at hand; with it those of later ones, if that fills batches."""
+        ahead = encoded_together([pending, *(later for _, later in self._reading)], self._encoders, self._lookahead)
+        first, *later = encode(self._encoders, ahead)
+        self._own.extend(later)
+        return first

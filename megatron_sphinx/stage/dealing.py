@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated
 
 from megatron_sphinx.values import Range, check_ranges
+
+_ENOUGH = 0.9  # of a batch; to wait for more micro-batches is not worth what is left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,27 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "stage.")
+
+
+def joined(counts: Sequence[int | float], size: int) -> int:
+    """Say how many micro-batches an encoder encodes together, so that its batches, which are always full, waste little.
+
+    Args:
+        counts: views of each of the next micro-batches.
+        size: views of a batch.
+
+    Returns:
+        The fewest, at least one, whose views take up 90 % of their batches; or else those that take up most.
+    """
+    best, most, total = 1, 0.0, 0.0
+    for number, count in enumerate(counts, 1):
+        total += count
+        fill = total / (ceil(total / size) * size) if total else 1.0
+        if fill > most + 1e-9:
+            best, most = number, fill
+        if most >= _ENOUGH:
+            break
+    return best
 
 
 @dataclass(frozen=True)

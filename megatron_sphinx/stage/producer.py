@@ -4,11 +4,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
-from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
+from torch import Tensor
+
+from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in, wait_for
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
-from megatron_sphinx.stage.channel import FeatureSender, Round, encode, shares_of
+from megatron_sphinx.stage.channel import FeatureSender, Round, encode, encoded_together, shares_of
 from megatron_sphinx.stage.dealing import DealtViews
 
 
@@ -40,7 +42,7 @@ def produce(
 ) -> None:
     """Encode this encoder's shares of every micro-batch, images decoded `lookahead` micro-batches ahead of that.
 
-    A micro-batch without pictures costs nothing here and sends nothing.
+    A micro-batch without pictures costs and sends nothing. Several of few views are encoded together, and sent singly.
 
     Args:
         rounds: the micro-batches of all replicas, each behind its step and its number in the step.
@@ -55,14 +57,14 @@ def produce(
     """
     watches = reads, encodes, sends = [Stopwatch(current_platform()) for _ in range(3)]
     reading: deque[tuple[int, int, list[DealtViews], PendingPixels | None]] = deque()
+    ready: deque[Tensor] = deque()  # features of the next micro-batches that have views
 
     def read() -> None:
         """Begin to decode one more micro-batch, if there is one."""
         if (upcoming := next(rounds, None)) is None:
             return
         step, number, ahead = upcoming
-        mine = [share for share in shares_of(ahead, encoder_count) if share.encoder == encoder]
-        views = [view for s in mine for view in views_in(ahead[s.replica])[s.first : s.first + s.count]]
+        mine, views = _own(ahead, encoder, encoder_count)
         reading.append((step, number, mine, pixels.submit(views) if pixels and views else None))
 
     for _ in range(lookahead):
@@ -72,15 +74,23 @@ def produce(
         progress.begin(step, number)
         read()
         if pending is not None:
-            with reads:
-                pending.wait()
-            progress.note(Activity.ENCODING, number)
-            with encodes:
-                features = encode(encoders, pending)
+            if not ready:
+                ahead = encoded_together([pending, *(later for *_, later in reading)], encoders, lookahead)
+                with reads:
+                    wait_for(ahead)
+                progress.note(Activity.ENCODING, number)
+                with encodes:
+                    ready.extend(encode(encoders, ahead))
             progress.note(Activity.SENDING, number)
             with sends:
-                sender.send(shares, features.split([share.count for share in shares]))
+                sender.send(shares, ready.popleft().split([share.count for share in shares]))
         if observer:
             observer.micro_batch(sum(share.count for share in shares), *(watch.seconds for watch in watches))
     progress.note(Activity.SENDING)
     sender.drain()
+
+
+def _own(ahead: Round, encoder: int, encoder_count: int) -> tuple[list[DealtViews], list[tuple[int, int]]]:
+    """Find what one encoder takes of the next micro-batches: its shares, and their views as (sample, number)."""
+    mine = [share for share in shares_of(ahead, encoder_count) if share.encoder == encoder]
+    return mine, [view for s in mine for view in views_in(ahead[s.replica])[s.first : s.first + s.count]]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.micro_batch import MicroBatch
@@ -93,7 +94,9 @@ class Engine:
             self.reduced.take_all()
         else:
             for batch in batches:
-                forward(batch).backward()
+                loss = forward(batch)
+                with record_function("backward"):
+                    loss.backward()
         self.reduced.finish()
         if self._is_first_step:
             self.held["gradients"] = whole + sum(part.nbytes for part in self.reduced.parts())

@@ -7,6 +7,7 @@ from math import isfinite
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.liveness.progress import Activity, Progress
@@ -160,13 +161,15 @@ class Forward:
         features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=trainer.device)
         if groups.is_first_stage:
             assert trainer.features is not None
-            features, bad = mask_bad(batch, trainer.features.next())
+            with record_function("features"):
+                features, bad = mask_bad(batch, trainer.features.next())
         self._tell_last_stage(bad)
         routing = routing_of(batch, self.router_weight) if trainer.moe_layers else None
         if routing is not None:
             self.routings.append(routing)
-        out: Tensor = trainer.engine.model(batch, features, routing)
-        return self._loss(batch, out, bad) if groups.is_last_stage else out
+        with record_function("forward"):
+            out: Tensor = trainer.engine.model(batch, features, routing)
+            return self._loss(batch, out, bad) if groups.is_last_stage else out
 
     def _tell_last_stage(self, bad: Tensor) -> None:
         """Hand what the first stage knows of bad pairs to the last one."""

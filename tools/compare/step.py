@@ -17,7 +17,7 @@ of them. That their first losses agree, before and after an update, is checked.
 
 The peer has the micro-batch, and then the type of DeepSpeed's communication, that are fastest on the first steps,
 scaled dot-product attention without a mask (padding stands behind), and no activation checkpointing. Captions have the
-lengths of tests/real_lengths.json; tokens and features are random.
+lengths of megatron_sphinx/gpu_check/real_lengths.json; tokens and features are random.
 
 Prints a table of medians over the rounds (CPU: of all ranks) and, as the last line, one JSON object. `ratios` are our
 speed over the peer's in target tokens per second, medians over steps taken in turn; `cpu_ratio` of a row is the same
@@ -40,21 +40,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from step_sides import (
-    SMALL_VOCABULARY,
-    Ours,
-    Side,
-    WithDeepSpeed,
-    bare,
-    configure,
-    make_data,
-    open_job,
-    targets_of,
-    transformers,
-)
+from step_sides import SMALL_VOCABULARY, Side, WithDeepSpeed, bare, configure, transformers
 
 from megatron_sphinx.console import say
 from megatron_sphinx.device import use_platform
+from megatron_sphinx.gpu_check.workload import OurSteps, make_data, open_job, targets_of
 
 NAMES = ("bare", "transformers_captions", "transformers_captions_small_vocabulary", "transformers_text")
 AGREEMENT = 1e-3  # of the first two losses, relative
@@ -115,8 +105,8 @@ def sides(args: argparse.Namespace, name: str, folder: Path) -> tuple[Side, Side
     plans = [job.planner.step(step) for step in range(args.warmup + args.rounds)]
     facts = {"targets": targets_of(plans[-1]), "positions": plans[-1].positions, "positions_peer": plans[-1].positions}
     if name == "bare":
-        return Ours(job), bare(job, plans), facts
-    ours, samples = Ours(job), (job.config.data.pairs_per_step or args.rows) // args.ranks
+        return OurSteps(job), bare(job, plans), facts
+    ours, samples = OurSteps(job), (job.config.data.pairs_per_step or args.rows) // args.ranks
     sizes, first = sorted({max(samples // parts, 1) for parts in (1, 2, 4)}), plans[:3]
     size = fastest(lambda size: transformers(job, first, size, None), sizes)
     communication = fastest(lambda communication: transformers(job, first, size, communication), [None, "fp32"])

@@ -1,72 +1,27 @@
 """The sides of tools/compare/step.py: our training loop, a bare one, and transformers', on the same made data."""
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.batches import BatchBuilder
-from megatron_sphinx.data.index import SAMPLE
-from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pairs import SampleIndex
-from megatron_sphinx.data.pixels import views_in
-from megatron_sphinx.data.plan import StepPlan, rounds
-from megatron_sphinx.data.sources import Sources, make_planner
-from megatron_sphinx.data.text import TextIndex
-from megatron_sphinx.data.tokenizer import TokenizerIdentity
-from megatron_sphinx.device import Stopwatch, current_platform
+from megatron_sphinx.data.plan import StepPlan
+from megatron_sphinx.gpu_check import peer
+from megatron_sphinx.gpu_check.peer import Llama, padded_batches
+from megatron_sphinx.gpu_check.workload import Features, targets_of
 from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.model.sphinx import SphinxModel
-from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.run import assembly
 from megatron_sphinx.run.job import RankContext
-from megatron_sphinx.stage.channel import Round
-from megatron_sphinx.training.divergence import Watch
-from megatron_sphinx.training.metrics import Reporter, read
-from megatron_sphinx.training.optimizer import learning_rate, parameter_groups
 
-LENGTHS = Path(__file__).parents[2] / "tests" / "real_lengths.json"
-PAIRS, TEXT_TOKENS = 4096, 2**20  # of the made data
-PICTURES = 32  # whose features there are; more pairs share them
-TOKENIZER = {"vocabulary": 0, "sha256": "made by tools/compare/step.py"}
 SMALL_VOCABULARY = 512
-
-
-def make_data(folder: Path, vocabulary: int) -> None:
-    """Write indexes of pairs, whose captions have real lengths, and of text, one document; tokens are random."""
-    rng = np.random.default_rng(0)
-    counted = json.loads(LENGTHS.read_text())["captions"]
-    lengths = np.repeat(np.array(list(counted), np.int64), list(counted.values()))
-    samples = np.zeros(PAIRS, SAMPLE)
-    samples["tokens"] = rng.choice(lengths, PAIRS)
-    samples["caption"] = np.cumsum(samples["tokens"]) - samples["tokens"]
-    samples["width"] = samples["height"] = 224
-    (folder / "pairs").mkdir(parents=True)
-    samples.tofile(folder / "pairs" / "samples.bin")
-    rng.integers(3, vocabulary, samples["tokens"].sum()).astype(np.uint16).tofile(folder / "pairs" / "captions.bin")
-    content = {
-        "tokenizer": TOKENIZER,
-        "caption_type": "<u2",
-        "shards": [{"path": "0.tar", "bytes": 0, "samples": PAIRS}],
-    }
-    (folder / "pairs" / "index.json").write_text(json.dumps(content))
-    builder = IndexedDatasetBuilder(str(folder / "text.bin"), dtype=np.uint16)
-    builder.add_document(torch.from_numpy(rng.integers(3, vocabulary, TEXT_TOKENS)), [TEXT_TOKENS])
-    builder.finalize(str(folder / "text.idx"))
 
 
 def configure(args: argparse.Namespace, name: str, folder: Path) -> Config:
@@ -93,42 +48,6 @@ def configure(args: argparse.Namespace, name: str, folder: Path) -> Config:
     return configuration.build(Config, values)
 
 
-def open_job(config: Config, folder: Path) -> RankContext:
-    """Open a job of all ranks as replicas, on the made data."""
-    platform = current_platform()
-    groups = ProcessGroups.create(
-        ParallelLayout(world=dist.get_world_size(), config=ParallelConfig()), platform.backend
-    )
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2, identity=TokenizerIdentity(config.model.vocabulary, "none"))
-    sources = Sources(tokenizer, SampleIndex([folder / "pairs"]), TextIndex([folder / "text"]))
-    planner = make_planner(
-        config.data, sources, config.model, config.vision, replicas=groups.layout.data, seed=config.run.seed
-    )
-    return RankContext(config, platform, groups, sources, planner)
-
-
-class Features:
-    """What the frozen encoders have made of the pictures: a source for our loop, and features for the others."""
-
-    def __init__(self, job: RankContext) -> None:
-        self.waiting, self.received_bytes = Stopwatch(job.platform), 0
-        values = job.config.vision.feature_values
-        self.bank = torch.randn(PICTURES, values, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-        self._rounds: Iterator[Round] = rounds(job.planner, 0, job.config.training.steps)
-        self._replica = job.groups.seat.data
-
-    def of(self, rows: Sequence[Row]) -> Tensor:
-        """Look up the features of the views of some rows: bf16 [views, feature_values]."""
-        return self.bank[[pair % PICTURES for pair, _ in views_in(rows)]]
-
-    def prepare(self, count: int) -> None:
-        """Do nothing: all features lie ready."""
-
-    def next(self) -> Tensor:
-        """Look up the features of this replica's next micro-batch."""
-        return self.of(next(self._rounds)[self._replica])
-
-
 class Side(Protocol):
     """One of the sides that are compared."""
 
@@ -137,31 +56,6 @@ class Side(Protocol):
 
     def loss(self) -> float:
         """Average the loss over the last step's targets, in nats; all ranks ask together."""
-
-
-class Ours:
-    """Our training loop, one step at a time."""
-
-    def __init__(self, job: RankContext) -> None:
-        config, groups = job.config, job.groups
-        engine = assembly.build_engine(job, assembly.build_model(config, groups, job.platform))
-        trainer = assembly.build_trainer(job, engine, Features(job), Watch(config.divergence))
-        job.folder.mkdir(parents=True, exist_ok=True)
-        store = CheckpointStore(job.folder / "checkpoints", groups, keep=1, identity=dict, about={})
-        reporter = None
-        if groups.seat.rank == 0:
-            reporter = Reporter(job.folder, start=0, steps=config.training.steps, interval=config.run.print_interval)
-        self.loop, self.folder = assembly.build_loop(job, trainer, store, reporter), job.folder
-
-    def __call__(self, step: int) -> None:
-        """Take one step of the loop: plan, loader, training, metrics."""
-        self.loop.take_step(step)
-
-    def loss(self) -> float:
-        """Read the loss where our loop has written it."""
-        losses = [read(self.folder / "metrics.jsonl")[-1]["loss"] if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(losses)
-        return float(losses[0])
 
 
 class WithDeepSpeed:
@@ -183,42 +77,12 @@ class WithDeepSpeed:
         targets: Sequence[int],
         settings: dict[str, Any],
     ) -> None:
-        import deepspeed
-
-        config = job.config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config),
-            lr=learning_rate(config, 0, 1),
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
-        deepspeed.comm.init_distributed(dist_init_required=False)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": len(batches[0]),
-                "gradient_clipping": config.gradient_clip,
-                "bf16": {"enabled": job.config.training.precision == "bf16"},
-                "zero_optimization": {"stage": 2},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 2**62,
-            }
-            | settings,
-        )
+        self.engine = peer.WithDeepSpeed(job, model, settings)
         self.batches, self.targets, self.sum = batches, targets, torch.zeros([])
 
     def __call__(self, step: int) -> None:
-        """Take each micro-batch forward and backward, and let DeepSpeed update the weights after the last."""
-        self.sum = torch.zeros([])
-        for batch in self.batches[step]:
-            loss = self.engine(*batch) * (dist.get_world_size() / self.targets[step])
-            self.engine.backward(loss, scale_wrt_gas=False)
-            self.engine.step()
-            self.sum += loss.detach()
+        """Take the micro-batches of a step, and update the weights."""
+        self.sum = self.engine.step(self.batches[step], self.targets[step])
 
     def loss(self) -> float:
         """Average the loss over all ranks."""
@@ -248,40 +112,11 @@ def bare(job: RankContext, plans: Sequence[StepPlan]) -> WithDeepSpeed:
     return WithDeepSpeed(job, model, batches, [targets_of(plan) for plan in plans], settings)
 
 
-def targets_of(plan: StepPlan) -> int:
-    """Count the targets of a step."""
-    return plan.targets(of_samples=True) + plan.targets(of_samples=False)
-
-
-class Llama(nn.Module):
-    """transformers' LLaMA with the same projections before it, as LLaVA has them, and the same weights as ours."""
-
-    def __init__(self, ours: SphinxModel, config: Config) -> None:
-        super().__init__()
-        shape = config.model
-        self.llama = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=shape.padded_vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-                num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-                rms_norm_eps=shape.norm_epsilon, tie_word_embeddings=False, use_cache=False,
-                rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
-        assert shape.padded_vocabulary == shape.vocabulary, "padding of the vocabulary would have a probability"
-        self.llama.load_state_dict(llama_weights(ours.language.state_dict(), config))
-        self.vision = ours.vision if config.data.pairs_per_step else None
-        self.to(next(ours.parameters()).dtype)
-
-    def forward(self, tokens: Tensor, targets: Tensor, features: Tensor | None) -> Tensor:
-        """Add up the losses of a padded batch: tokens and targets [samples, positions], views behind the first."""
-        embed, inputs = self.llama.get_input_embeddings(), {"input_ids": tokens}
-        if features is not None:
-            assert self.vision is not None
-            views = self.vision(features)
-            text = embed(tokens[:, 1 + views.shape[1] :])
-            inputs = {"inputs_embeds": torch.cat([embed(tokens[:, :1]), views, text], 1)}
-        loss: Tensor = self.llama(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=1).loss
-        return loss
+def with_our_weights(ours: SphinxModel, config: Config) -> Llama:
+    """Make transformers' LLaMA with the same projections before it and the same weights as ours."""
+    model = Llama(config, ours.vision if config.data.pairs_per_step else None)
+    model.llama.load_state_dict(llama_weights(ours.language.state_dict(), config))
+    return model.to(next(ours.parameters()).dtype)
 
 
 def llama_weights(ours: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -310,24 +145,9 @@ def llama_weights(ours: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     }
 
 
-def padded_batches(job: RankContext, plan: StepPlan, size: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Make a peer's micro-batches of a step on this rank: samples in the plan's order, `size` at a time, padded."""
-    builder, features = BatchBuilder(job.config.data, job.sources, job.config.vision), Features(job)
-    pieces = sorted((piece for row in plan.rows for piece in row), key=lambda piece: (piece.item, piece.start))
-    mine = pieces[dist.get_rank() :: dist.get_world_size()]
-    batches = []
-    for chunk in (mine[first : first + size] for first in range(0, len(mine), size)):
-        built = [builder.build([(piece,)]) for piece in chunk]
-        tokens = pad_sequence([batch.tokens for batch in built], batch_first=True)
-        targets = pad_sequence([batch.targets for batch in built], batch_first=True, padding_value=-100)
-        seen = torch.cat([features.of([(piece,)]) for piece in chunk])
-        batches.append((tokens, targets, seen if len(seen) else None))
-    return batches
-
-
 def transformers(job: RankContext, plans: Sequence[StepPlan], size: int, communication: str | None) -> WithDeepSpeed:
     """Make the peer with micro-batches of so many samples; without `communication` DeepSpeed takes its default type."""
-    model = Llama(assembly.build_model(job.config, job.groups, job.platform), job.config)
-    batches = [padded_batches(job, plan, size) for plan in plans]
+    model = with_our_weights(assembly.build_model(job.config, job.groups, job.platform), job.config)
+    batches = [padded_batches(job, plan, (size, size), Features(job)) for plan in plans]
     settings = {"communication_data_type": communication} if communication else {}
     return WithDeepSpeed(job, model, batches, [targets_of(plan) for plan in plans], settings)

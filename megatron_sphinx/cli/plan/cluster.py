@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from megatron_sphinx.parallel.layout import ParallelLayout
 
 
+_KIND = "a100-80g"  # what a plan is for unless it is told
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is planned, and for how many ranks.
@@ -24,12 +27,14 @@ class Plan:
         nodes: of the cluster.
         ranks_per_node: GPUs, or ranks, of each node.
         ranks: of the job.
+        kind: of the GPUs.
     """
 
     config: Config
     nodes: int
     ranks_per_node: int
     ranks: int
+    kind: str
 
     @property
     def layout(self) -> ParallelLayout:
@@ -51,6 +56,11 @@ def add_cluster(parser: argparse.ArgumentParser, *, is_optional: bool = False) -
     parser.add_argument("--gpus-per-node", type=int, help="GPUs, or ranks, of each node")
 
 
+def add_gpu(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the kind of GPU, whose memory also decides where a value of the configuration is auto."""
+    parser.add_argument("--gpu", help=f"a100-80g, h100-80g, ... of sizing/hardware.yaml, or a file; default: {_KIND}")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Let a parser take whether JSON is printed instead of a table."""
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -67,7 +77,7 @@ def read(args: argparse.Namespace) -> Plan:
     config = configuration.load(args.config, args.overrides)
     nodes = args.nodes or 1
     per_node = args.gpus_per_node or args.ranks or config.parallel.smallest_world
-    return Plan(config, nodes, per_node, ranks=args.ranks or nodes * per_node)
+    return Plan(config, nodes, per_node, ranks=args.ranks or nodes * per_node, kind=getattr(args, "gpu", None) or _KIND)
 
 
 def show(facts: Any, table: Callable[[Any], str], *, is_json: bool) -> int:

@@ -7,7 +7,7 @@ Needs neither GPU nor data; without data it says what it has assumed.
 
 import argparse
 
-from megatron_sphinx.cli.plan.cluster import add_cluster, add_json, read
+from megatron_sphinx.cli.plan.cluster import add_cluster, add_gpu, add_json, read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_kind(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the kind of GPU, and whether only the configured layout is asked for."""
-    parser.add_argument("--gpu", help="a100-80g, h100-80g, ... of sizing/hardware.yaml, or a file")
+    add_gpu(parser)
     parser.add_argument("--as-configured", action="store_true", help="only the layout that the file asks for")
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.sizing import layouts
 
     text = layouts.plan(
-        plan.config, nodes=plan.nodes, ranks_per_node=plan.ranks_per_node, kind=args.gpu or "a100-80g",
+        plan.config, nodes=plan.nodes, ranks_per_node=plan.ranks_per_node, kind=plan.kind,
         is_json=args.json, is_as_configured=args.as_configured,
     )  # fmt: skip
     print(text)

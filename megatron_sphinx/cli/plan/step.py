@@ -9,12 +9,13 @@ picture and no GPU.
 import argparse
 import json
 
-from megatron_sphinx.cli.plan.cluster import add_cluster, read
+from megatron_sphinx.cli.plan.cluster import add_cluster, add_gpu, read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add_cluster(parser)
+    add_gpu(parser)
     parser.add_argument("--step", type=int, default=0, help="which step, counted from 0; default: 0")
 
 
@@ -24,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
     layout = plan.layout
     from megatron_sphinx.sizing import composition
 
-    for line in composition.step(plan.config, layout, args.step):
+    for line in composition.step(plan.config, layout, args.step, plan.kind):
         print(json.dumps(line))
     return 0
