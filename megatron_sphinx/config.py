@@ -15,15 +15,15 @@ import yaml
 
 from megatron_sphinx.config_names import meant
 from megatron_sphinx.data.config import DataConfig
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.errors import ConfigError, shortened
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig
-from megatron_sphinx.parsing import shortened
+from megatron_sphinx.ranges import Range, check_ranges
 from megatron_sphinx.stage.dealing import StageConfig
 from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
 from megatron_sphinx.training.profile import ProfileConfig
-from megatron_sphinx.values import Range, build, check_choice, check_ranges, merge, override, read_mapping
+from megatron_sphinx.values import build, check_choice, merge, override, read_mapping
 
 _MOST_STEPS, _MONTH = 99_999_999, 2_592_000
 PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_sphinx.config import PRESETS, Config, presets
-from megatron_sphinx.values import range_of
+from megatron_sphinx.ranges import range_of
 
 WORDS = {
     int: ("whole number", "whole numbers"),

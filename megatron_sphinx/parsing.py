@@ -3,13 +3,14 @@
 import json
 import re
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from megatron_sphinx.errors import shortened
 
 YAML_BYTES, JSON_BYTES = 2**20, 2**26  # the most of a file; an index of 700,000 shards has as many
 _DEPTH = 40  # of nested lists and mappings
@@ -244,14 +245,3 @@ def _fault(text: str, error: yaml.YAMLError) -> str:
     if "\t" in line[: len(line) - len(line.lstrip())]:
         problem = "it is indented by a tab; use spaces"
     return f"line {mark.line + 1}: not YAML: {shortened(problem)}"
-
-
-def shortened(value: object, most: int = 200) -> str:
-    """Write a value for a message: on one line, without control characters, and not longer than `most` signs."""
-    try:
-        text = str(value)
-    except ValueError:  # a number with thousands of digits
-        return "a number with thousands of digits"
-    text = " ".join(text[: 4 * most].split()) + text[4 * most :][:1]
-    text = "".join(f"\\u{ord(sign):04x}" if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in text)
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,65 +1,21 @@
 """Plain values, as YAML and the command line give them, into checked dataclasses; knows nothing of a training run."""
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.parsing import ParseError, parse_yaml, read_yaml, shortened
+from megatron_sphinx import parsing
+from megatron_sphinx.errors import ConfigError, nearest, shortened
+from megatron_sphinx.parsing import ParseError, parse_yaml, read_yaml
+from megatron_sphinx.ranges import ANY, Range, check_range, range_of, types_of
 
 T = TypeVar("T")  # a dataclass
-_SHARE = "between 0 and 1"
 _SET = "set it in the file or as {key}=value"  # the advice where a key is left out
 _NO_TEXT = re.compile("[\x00\ud800-\udc7f\udd00-\udfff]")  # what no file's name has, UTF-8 or not
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The values that a number may have: the annotation of every number in a configuration or a file of ours.
-
-    Attributes:
-        least: the smallest of them.
-        above: a number below all of them.
-        most: the largest of them.
-        below: a number above all of them.
-        why: the reason for the bounds, which the message gives; empty where they need none.
-    """
-
-    least: float = -inf
-    above: float = -inf
-    most: float = inf
-    below: float = inf
-    why: str = ""
-
-    def fault(self, value: float) -> str:
-        """Say what a number must be that it is not; empty where it is in the range, which ends before the infinite."""
-        if not -inf < value < inf:
-            return f"a finite number, {self}".removesuffix(", ")
-        if self.least <= value <= self.most and self.above < value < self.below:
-            return ""
-        if str(self) == _SHARE:
-            return _SHARE
-        is_low = value < self.least or value <= self.above
-        return str(Range(least=self.least, above=self.above) if is_low else Range(most=self.most, below=self.below))
-
-    def __str__(self) -> str:
-        if (self.least, self.most) == (0, 1):
-            return _SHARE
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {_figure(bound)}" for word, bound in bounds.items() if isfinite(bound))
-
-
-_ANY = Range(least=-(2**63), most=2**63)
-
-
-def _figure(number: float) -> str:
-    """Write a bound as people do."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[str, Any]:
@@ -83,6 +39,46 @@ def read_mapping(path: Path, title: str, *, otherwise: str, holds: str) -> dict[
     if not isinstance(values, dict):
         raise ConfigError(f"{title}: must hold {holds}")
     return values
+
+
+def read_json(path: Path, schema: Any, newest: int = 1) -> dict[str, Any]:
+    """Read a JSON file of ours, checked against what it must hold.
+
+    Args:
+        path: the file. Its key `format` is the version of what it holds; 1 where it has none.
+        schema: a dataclass with what must be there, and what may; keys beside it are left alone.
+        newest: the newest format that is known.
+
+    Returns:
+        What the file holds, as plain values.
+
+    Raises:
+        OSError: it cannot be opened.
+        ParseError: it is not JSON, lacks what must be there, has another type or a number out of its range, or was made
+            by a newer version of this package.
+    """
+    content = parsing.read_json(path)
+    if not isinstance(content, dict):
+        raise ParseError(f"{path.name} must hold an object with keys, not {shortened(content, 40)}")
+    version = content.get("format", 1)
+    if type(version) is int and version > newest:
+        raise ParseError(
+            f"{path.name} was made by a newer version (format {shortened(version, 20)}; this one knows {newest}); "
+            f"upgrade megatron-sphinx"
+        )
+    try:
+        build(_Format, {"format": version})
+        build(schema, content, advice="the file is not whole", is_open=True)
+    except ConfigError as error:
+        raise ParseError(f"{path.name}: {error}") from error
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """Which version of its kind a JSON file of ours is."""
+
+    format: Annotated[int, Range(least=1, most=1_000_000, why="it counts versions")]
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +134,7 @@ def check_choice(key: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{key}={value}: unknown value; {nearest(str(value), list(known))}")
 
 
-def build(cls: type[T], values: Mapping[str, Any], path: str = "", *, advice: str = _SET) -> T:
+def build(cls: type[T], values: Mapping[str, Any], path: str = "", *, advice: str = _SET, is_open: bool = False) -> T:
     """Build a tree of dataclasses from plain values.
 
     Args:
@@ -146,43 +142,29 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "", *, advice: st
         values: plain values by the names of its fields.
         path: what messages put before a field's name, with the dot, e.g. `data.`.
         advice: what the message about a key that is left out advises; `{key}` in it is the key.
+        is_open: whether keys that are not known are left out; else they are refused.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a required key left out, a wrong type, a number that
             is not finite or out of its range.
     """
-    types = _types(cast(Any, cls))
+    types = types_of(cast(Any, cls))
     for key in values:
-        if key not in types:
+        if key not in types and not is_open:
             near = nearest(f"{path}{key}"[:200], [path + name for name in types])
             raise ConfigError(f"{path}{shortened(key)}: unknown key; {near}")
     for item in fields(cls):  # type: ignore[arg-type]
         if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"{path}{item.name}: not given; {advice.format(key=path + item.name)}")
-    return cls(**{key: _value(types[key], value, f"{path}{key}", advice) for key, value in values.items()})
+    more = {"advice": advice, "is_open": is_open}
+    return cls(
+        **{key: _value(types[key], value, f"{path}{key}", more) for key, value in values.items() if key in types}
+    )
 
 
-@cache
-def _types(cls: Hashable) -> dict[str, Any]:
-    """Return the type of each field of a dataclass, with the annotations of numbers."""
-    return get_type_hints(cls, include_extras=True)
-
-
-def range_of(kind: Any) -> tuple[Any, Range | None]:
-    """Return a type without its annotations, and the range among them."""
-    if get_origin(kind) is Annotated:
-        plain, *notes = get_args(kind)
-        return plain, next((note for note in notes if isinstance(note, Range)), None)
-    return kind, None
-
-
-def _value(kind: Any, value: Any, path: str, advice: str) -> Any:
-    """Turn a plain value into the type `kind`, or raise an error that names the key."""
+def _value(kind: Any, value: Any, path: str, more: dict[str, Any]) -> Any:
+    """Turn a plain value into the type `kind`, or raise an error that names the key; `more` is for `build`."""
     kind, bounds = range_of(kind)
-    if is_dataclass(kind):
-        if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
-            return from_text(_scalar(str, value, path, None))
-        return build(kind, _mapping(value, path), f"{path}.", advice=advice)  # type: ignore[arg-type]
     if get_origin(kind) in (UnionType, Union):
         words = [word for option in get_args(kind) if get_origin(option) is Literal for word in get_args(option)]
         if (value is None and NoneType in get_args(kind)) or value in words:
@@ -190,13 +172,17 @@ def _value(kind: Any, value: Any, path: str, advice: str) -> Any:
         kind = next(option for option in get_args(kind) if option is not NoneType)
         if words:
             return _scalar(kind, value, path, bounds, f" or {' or '.join(words)}")
+    if is_dataclass(kind):
+        if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
+            return from_text(_scalar(str, value, path, None))
+        return build(kind, _mapping(value, path), f"{path}.", **more)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
         item_kind = Annotated[get_args(kind)[0], bounds] if bounds else get_args(kind)[0]
-        return tuple(_value(item_kind, item, f"{path}.{i}", advice) for i, item in enumerate(_list(kind, value, path)))
+        return tuple(_value(item_kind, item, f"{path}.{i}", more) for i, item in enumerate(_list(kind, value, path)))
     if get_origin(kind) is dict:
         item_kind = get_args(kind)[1]
         return {
-            name: item if item_kind is Any else _value(item_kind, item, f"{path}.{shortened(name)}", advice)
+            name: item if item_kind is Any else _value(item_kind, item, f"{path}.{shortened(name)}", more)
             for name, item in _mapping(value, path).items()
         }
     return value if kind is Any else _scalar(kind, value, path, bounds)
@@ -236,26 +222,5 @@ def _scalar(kind: Any, value: Any, path: str, bounds: Range | None, otherwise: s
     if kind is str and (bad := _NO_TEXT.search(found)):
         raise ConfigError(f"{path}={shortened(found)}: holds the character U+{ord(bad.group()):04X}; remove it")
     if kind in (int, float):
-        _check_range(found, bounds or _ANY, path)
+        check_range(found, bounds or ANY, path)
     return found
-
-
-def check_ranges(config: Any, path: str) -> None:
-    """Refuse a dataclass whose numbers are out of their ranges, however it was made; `path` as for `build`.
-
-    Raises:
-        ConfigError: a number is not finite or out of its range.
-    """
-    for name, kind in _types(cast(Any, type(config))).items():
-        _, bounds = range_of(kind)
-        given = getattr(config, name)
-        for value in given if isinstance(given, tuple) else (given,):
-            if bounds and isinstance(value, int | float):
-                _check_range(value, bounds, f"{path}{name}")
-
-
-def _check_range(value: float, bounds: Range, path: str) -> None:
-    """Refuse a number that is out of its range."""
-    if fault := bounds.fault(value):
-        why = f"; {bounds.why}" if bounds.why else ""
-        raise ConfigError(f"{path}={shortened(value)}: must be {fault}{why}")

@@ -259,7 +259,7 @@ def tiny(tmp_path_factory) -> Tiny:
         "data": {"pairs": str(folder / "pairs"), "text": str(folder / "text"),
                  "tokenizer": str(folder / "tokenizer.model"), "pairs_per_step": 6, "text_tokens_per_step": 150,
                  "sequence_length": 96, "row_multiple": 1, "micro_batch_rows": 2},
-        "optimizer": {"learning_rate": 1.0e-2, "warmup_steps": 2},
+        "optimizer": {"learning_rate": 1.0e-2, "warmup_steps": 1},
         "training": {"steps": 3, "precision": "fp32"},
         "checkpoint": {"interval": 2},
     }  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from mutations import mutated
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.errors import ConfigError, SphinxError
-from megatron_sphinx.parsing import ParseError, parse_json, parse_yaml, read_json, read_yaml, shortened
+from megatron_sphinx.errors import ConfigError, SphinxError, shortened
+from megatron_sphinx.parsing import ParseError, parse_json, parse_yaml, read_json, read_yaml
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.yaml"
 SECONDS = 2.0  # one, and as much again for a machine that is busy

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 _AMOUNT = Range(least=0, most=10**9, why="0 is for none")
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 _WIDTH = Range(least=1, most=2**24, why="a model has at least one, and no released one has more")
 _COEFFICIENT = Range(least=0, most=1000, why="0 is for none")

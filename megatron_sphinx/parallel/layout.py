@@ -5,7 +5,7 @@ from math import lcm
 from typing import Annotated
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 _RANKS = Range(least=1, most=1_000_000, why="1 is for no division")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.values import Range, build, read_mapping
+from megatron_sphinx.ranges import Range
+from megatron_sphinx.values import build, read_mapping
 
 KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"))
 _PEAK = Range(least=0, most=1e21, why="FLOP/s, 0 where the hardware has none")

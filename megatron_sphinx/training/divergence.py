@@ -7,7 +7,7 @@ from math import fsum, inf, isfinite, sqrt
 from typing import Annotated, Any
 
 from megatron_sphinx.errors import ConfigError, DivergedError, nearest
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 EXPERTS = "experts"  # the name of the group of MoE experts' weights
 _WARMUP_SHARE, _MOST_WARMUP = 0.05, 2000  # where optimizer.warmup_steps is null

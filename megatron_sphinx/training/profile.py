@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.values import Range, check_ranges
+from megatron_sphinx.ranges import Range, check_ranges
 
 _STEPS = Range(least=0, most=99_999_999, why="steps are counted from 0")
 
