@@ -200,7 +200,7 @@ class Config:
                 f"before its text; use more than {overhead}"
             )
         steps, warmup = self.training.steps, self.optimizer.warmup_steps
-        if steps and warmup is not None and warmup > steps:
+        if self.optimizer.learning_rate and steps and warmup is not None and warmup > steps:
             raise ConfigError(
                 f"optimizer.warmup_steps={warmup}: training.steps={steps} end before it, so that the rate never "
                 f"reaches optimizer.learning_rate; use fewer, or null for a twentieth of the steps"

@@ -86,7 +86,7 @@ def test_what_is_no_file_of_ours_is_told(place, content, message):
         ("text", {"files": [{"name": "000000", "documents": 1.5, "tokens": 3}]}, r"files\.0\.documents=1\.5: must be"),
         ("text", {"files": [{"name": "000000", "documents": 1, "tokens": 10**40}]}, r"files\.0\.tokens=1000+: must be"),
         ("text", {"files": [{"name": 7, "documents": 1, "tokens": 3}]}, r"files\.0\.name=7: must be text"),
-        ("text", {"files": [{"name": "../x", "documents": 1, "tokens": 3}]}, r"'\.\./x' is no name of a file beside it"),
+        ("text", {"files": [{"name": "../x", "documents": 1, "tokens": 3}]}, r"'\.\./x' is no name of a file"),
         ("checkpoint", {"step": -5}, r"step=-5: must be at least 0; checkpoints are named by steps of eight digits"),
         ("checkpoint", {"step": 10**9}, r"step=1000000000: must be at most 99,999,999"),
         ("checkpoint", {"step": "2"}, r"step=2: must be a whole number"),

@@ -148,7 +148,7 @@ def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, A
         if re.fullmatch(r"\d{6}\.(bin|idx|json|content\.json)", path.name) and path.name[:6] not in known:
             path.unlink()
     if any(entry["documents"] for entry in files):
-        write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.identity), "files": files})
+        write_json(folder / "index.json", {"format": 1, "tokenizer": asdict(tokenizer.identity), "files": files})
 
 
 def _divide(paths: Sequence[str | Path], key: str, part_bytes: int) -> Iterator[InputRange]:
