@@ -4,24 +4,28 @@ A section whose class is not here is a dataclass in the room that it configures.
 `config_reference.py` makes it from the docstrings of these classes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
+from megatron_sphinx.config_names import meant
 from megatron_sphinx.data.config import DataConfig
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.errors import ConfigError, shortened
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig
+from megatron_sphinx.ranges import Range, check_ranges
 from megatron_sphinx.stage.dealing import StageConfig
 from megatron_sphinx.training.divergence import DivergenceConfig
 from megatron_sphinx.training.optimizer import OptimizerConfig
 from megatron_sphinx.training.profile import ProfileConfig
 from megatron_sphinx.values import build, check_choice, merge, override, read_mapping
 
+_MOST_STEPS, _MONTH = 99_999_999, 2_592_000
 PRESETS = Path(str(resources.files("megatron_sphinx") / "presets"))
 
 
@@ -47,27 +51,29 @@ class RunConfig:
     """
 
     folder: str
-    seed: int = 1
+    seed: Annotated[int, Range(least=0, most=10**18, why="random generators take no other seeds")] = 1
     device: str = "auto"
-    timeout: float = 600.0
-    storage_timeout: float = 1800.0
-    print_interval: int = 10
-    straggler_interval: int = 100
-    straggler_ratio: float = 1.3
+    timeout: Annotated[
+        float, Range(least=3, most=_MONTH, why="ranks are heard of only so often; the most is 30 days")
+    ] = 600.0
+    storage_timeout: Annotated[float, Range(least=3, most=_MONTH, why="the most is 30 days")] = 1800.0
+    print_interval: Annotated[int, Range(least=1, most=_MOST_STEPS, why="a line is printed every so many steps")] = 10
+    straggler_interval: Annotated[int, Range(least=0, most=_MOST_STEPS, why="0 is for never")] = 100
+    straggler_ratio: Annotated[float, Range(above=1, most=1000, why="a rank at 1 is as fast as the others")] = 1.3
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"run.device={self.device}: must be auto, cpu or cuda")
-        if not self.timeout >= 3:
-            raise ConfigError(f"run.timeout={self.timeout}: must be at least 3; ranks are heard of only so often")
+        check_ranges(self, "run.")
+        if os.path.normpath(self.folder.strip() or ".") in (".", "/", "//"):
+            raise ConfigError(
+                f"run.folder={self.folder!r}: all that a run writes would lie among what is there; "
+                f"name a folder of its own, e.g. runs/first"
+            )
         if not self.storage_timeout >= self.timeout:
             raise ConfigError(
                 f"run.storage_timeout={self.storage_timeout}: must be at least run.timeout={self.timeout}"
             )
-        if self.straggler_interval < 0:
-            raise ConfigError(f"run.straggler_interval={self.straggler_interval}: must be at least 0")
-        if not self.straggler_ratio > 1:
-            raise ConfigError(f"run.straggler_ratio={self.straggler_ratio}: must be above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +100,17 @@ class TrainingConfig:
     """
 
     recipe: str | None = None
-    steps: int = 0
-    epochs: float = 0.0
+    steps: Annotated[int, Range(least=0, most=_MOST_STEPS, why="checkpoints are named by steps of eight digits")] = 0
+    epochs: Annotated[float, Range(least=0, most=1_000_000)] = 0.0
     train: str = "all"
     precision: str = "bf16"
     deterministic: bool = False
     activation_checkpointing: str = "none"
-    checkpointed_layers: int | None = None
+    checkpointed_layers: Annotated[int | None, Range(least=1, most=10_000, why="null is for all")] = None
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        check_ranges(self, "training.")
         check_choice("training.train", self.train, ("all", "projections", "language"))
         if self.precision == "fp8":
             raise ConfigError(
@@ -112,17 +119,11 @@ class TrainingConfig:
             )
         check_choice("training.precision", self.precision, ("bf16", "fp32"))
         check_choice("training.activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
-        if self.checkpointed_layers is not None:
-            if self.activation_checkpointing != "full":
-                raise ConfigError(
-                    f"training.checkpointed_layers={self.checkpointed_layers}: is for "
-                    f"training.activation_checkpointing=full only; set that, or leave this out"
-                )
-            if self.checkpointed_layers < 1:
-                raise ConfigError(f"training.checkpointed_layers={self.checkpointed_layers}: must be at least 1")
-        for name in ("steps", "epochs"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ConfigError(f"training.{name}={value}: must be at least 0")
+        if self.checkpointed_layers is not None and self.activation_checkpointing != "full":
+            raise ConfigError(
+                f"training.checkpointed_layers={self.checkpointed_layers}: is for "
+                f"training.activation_checkpointing=full only; set that, or leave this out"
+            )
         if not self.steps and not self.epochs:
             raise ConfigError("training.steps=0: training.epochs is 0 too; a run needs one of them")
         if self.steps and self.epochs:
@@ -140,11 +141,10 @@ class LossConfig:
             caption or an answer; at least 0.
     """
 
-    text_weight: float = 1.0
+    text_weight: Annotated[float, Range(least=0, most=1000, why="0 trains on no text")] = 1.0
 
     def __post_init__(self) -> None:
-        if not self.text_weight >= 0:
-            raise ConfigError(f"loss.text_weight={self.text_weight}: must be at least 0")
+        check_ranges(self, "loss.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +158,12 @@ class CheckpointConfig:
             of one. Where the run folder has later steps than that, they are moved aside.
     """
 
-    interval: int = 1000
-    keep: int = 2
+    interval: Annotated[int, Range(least=1, most=10**9, why="a checkpoint is made every so many steps")] = 1000
+    keep: Annotated[int, Range(least=1, most=10**9, why="a run goes on from its newest one")] = 2
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("interval", "keep"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"checkpoint.{name}={value}: must be at least 1")
+        check_ranges(self, "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +203,12 @@ class Config:
                 f"data.sequence_length={self.data.sequence_length}: an image takes {overhead} positions of a row "
                 f"before its text; use more than {overhead}"
             )
+        steps, warmup = self.training.steps, self.optimizer.warmup_steps
+        if self.optimizer.learning_rate and steps and warmup is not None and warmup > steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={warmup}: training.steps={steps} end before it, so that the rate never "
+                f"reaches optimizer.learning_rate; use fewer, or null for a twentieth of the steps"
+            )
         if self.training.train == "projections":
             if self.parallel.pipeline > 1:
                 raise ConfigError(
@@ -241,21 +245,26 @@ class Config:
     def with_epochs_in_steps(self, samples: int) -> "Config":
         """Replace epochs, of training and of the warm-up, by the steps that they take with `samples` samples an epoch.
 
+        What follows from the number of steps, and what is a share of another value, is a number then too.
+
         Raises:
-            ConfigError: epochs are given, but nothing to count them by.
+            ConfigError: epochs are given, but nothing to count them by; or the warm-up is longer than the run.
         """
         training, optimizer, amount = self.training, self.optimizer, self.data.samples_per_step
         if not amount and (training.epochs or optimizer.warmup_epochs):
             key = "training.epochs" if training.epochs else "optimizer.warmup_epochs"
             raise ConfigError(f"{key}: the run takes no pairs and no conversations to count epochs by; give steps")
-        warmup = optimizer.warmup_steps
-        if optimizer.warmup_epochs:
-            warmup += round(optimizer.warmup_epochs * samples / amount)
         steps = training.steps or max(1, round(training.epochs * samples / amount))
+        if optimizer.warmup_epochs:
+            warmup = (optimizer.warmup_steps or 0) + round(optimizer.warmup_epochs * samples / amount)
+        else:
+            warmup = optimizer.warmup_of(steps)
         return replace(
             self,
             training=replace(training, steps=steps, epochs=0.0),
-            optimizer=replace(optimizer, warmup_steps=warmup, warmup_epochs=0.0),
+            optimizer=replace(
+                optimizer, warmup_steps=warmup, warmup_epochs=0.0, minimum_learning_rate=optimizer.least_rate
+            ),
         )
 
     def to_yaml(self) -> str:
@@ -282,6 +291,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         if isinstance(given, dict) and (chosen := given.get(key)) is not None:
             check_choice(f"{section}.{key}", str(chosen), presets(folder))
             values = merge(_read(PRESETS / folder / f"{chosen}.yaml"), values)
+    if found := meant(Config, values):
+        raise ConfigError(f"{shortened(found[0])}: unknown key; did you mean {found[1]}?")
     return build(Config, values)
 
 

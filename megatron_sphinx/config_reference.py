@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_sphinx.config import PRESETS, Config, presets
+from megatron_sphinx.ranges import range_of
 
 WORDS = {
     int: ("whole number", "whole numbers"),
@@ -62,6 +63,7 @@ class Key:
     Attributes:
         name: the dotted path, with `<n>` for the number of an item of a list.
         kind: the type of its values, in words.
+        bounds: the range of a number, in words; empty for what is no number.
         default: what holds where nothing gives the key, as YAML; empty where it must be given.
         unit: what a number counts or is measured in; empty for a pure number, and for what is no number.
         text: what the key does, and which values fit.
@@ -69,6 +71,7 @@ class Key:
 
     name: str
     kind: str
+    bounds: str
     default: str
     unit: str
     text: str
@@ -94,14 +97,15 @@ def attributes(cls: type) -> dict[str, tuple[str, str]]:
 
 def keys_of(cls: type, path: str = "") -> Iterator[Key]:
     """List every key below a class, section by section in the order of its fields; each begins with `path`."""
-    texts, types = attributes(cls), get_type_hints(cls)
+    texts, types, noted = attributes(cls), get_type_hints(cls), get_type_hints(cls, include_extras=True)
     for item in fields(cls):
         name, kind = f"{path}{item.name}", types[item.name]
         if is_dataclass(kind):
             yield from keys_of(kind, f"{name}.")  # type: ignore[arg-type]
             continue
         unit, text = texts.get(item.name, ("", ""))
-        yield Key(name=name, kind=_kind(kind), default=_default(item), unit=unit, text=text)
+        bounds = str(range_of(noted[item.name])[1] or "")
+        yield Key(name=name, kind=_kind(kind), bounds=bounds, default=_default(item), unit=unit, text=text)
         if get_origin(kind) is tuple and is_dataclass(inner := get_args(kind)[0]):
             yield from keys_of(inner, f"{name}.<n>.")  # type: ignore[arg-type]
 
@@ -138,7 +142,7 @@ def reference() -> str:
         file = f"{cls.__module__.replace('.', '/')}.py"
         lines += [f"## {section.name}", ""]
         lines += [f"{_sentence(purposes[section.name][1])} `{cls.__name__}` in [{file}](../{file}).", ""]
-        lines += ["| key | type | default | unit | what it does |", "|---|---|---|---|---|"]
+        lines += ["| key | type | range | default | unit | what it does |", "|---|---|---|---|---|---|"]
         lines += [_row(key) for key in known if key.name.startswith(f"{section.name}.")]
         lines += [""]
     return "\n".join(lines)
@@ -162,7 +166,7 @@ def _recipes() -> Iterator[str]:
 def _row(key: Key) -> str:
     """Write the row of a section's table for one key."""
     default = f"`{key.default}`" if key.default else "must be given"
-    return f"| `{key.name}` | {key.kind} | {default} | {key.unit} | {_sentence(key.text)} |"
+    return f"| `{key.name}` | {key.kind} | {key.bounds} | {default} | {key.unit} | {_sentence(key.text)} |"
 
 
 def _sentence(text: str) -> str:

@@ -306,7 +306,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str] | None:
         owner = json.loads(first)
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):  # not a lock of ours
         return {}, ""
     return (owner, second) if isinstance(owner, dict) else ({}, "")
 

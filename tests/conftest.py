@@ -259,7 +259,7 @@ def tiny(tmp_path_factory) -> Tiny:
         "data": {"pairs": str(folder / "pairs"), "text": str(folder / "text"),
                  "tokenizer": str(folder / "tokenizer.model"), "pairs_per_step": 6, "text_tokens_per_step": 150,
                  "sequence_length": 96, "row_multiple": 1, "micro_batch_rows": 2},
-        "optimizer": {"learning_rate": 1.0e-2, "warmup_steps": 2},
+        "optimizer": {"learning_rate": 1.0e-2, "warmup_steps": 1},
         "training": {"steps": 3, "precision": "fp32"},
         "checkpoint": {"interval": 2},
     }  # fmt: skip
@@ -284,6 +284,15 @@ def dialogs(tiny) -> Path:
         [tiny.folder / "dialogs.json"], folder, tiny.tokenizer, images=tiny.folder / "pictures", samples_per_shard=15
     )
     return folder
+
+
+@pytest.fixture
+def seed(capsys) -> int:
+    """The seed of a test that spoils valid files: another one each time, which is printed."""
+    number = int.from_bytes(os.urandom(4), "big")
+    with capsys.disabled():
+        print(f" seed {number} ", end="")  # noqa: T201
+    return number
 
 
 def size_of(index: SampleIndex, pair: int) -> tuple[int, int]:

@@ -147,3 +147,13 @@ def test_a_folder_without_points(tmp_path, run_tool):
     (tmp_path / "points" / "a.json").write_text("{")
     with pytest.raises(DataError, match=r"a.json: is no point \(.*\); measure it again"):
         report.read([tmp_path])
+    some = {"name": "a", "steps": 1, "warmup": 1, "repeats": 1, "is_synthetic": True, "environment": {}}
+    for text, message in {
+        "[]": r"a\.json must hold an object with keys",
+        '{"name": "a"}': r"a\.json: ranks: not given; the file is not whole",
+        json.dumps(some | {"ranks": "two"}): r"a\.json: ranks=two: must be a whole number",
+        '{"name": "a", "format": 7}': r"a\.json was made by a newer version \(format 7; this one knows 1\)",
+    }.items():
+        (tmp_path / "points" / "a.json").write_text(text)
+        with pytest.raises(DataError, match=rf"a\.json: is no point \({message}.*\); measure it again"):
+            report.read([tmp_path])

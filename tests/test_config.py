@@ -85,7 +85,7 @@ def test_overrides_reach_items_of_lists_and_numbers_may_be_written_as_text():
         ("data.sequence_length=20", r"data\.sequence_length=20: an image takes 21 positions of a row"),
         ("data.pairs=null", r"data\.pairs: not given, but data\.pairs_per_step=48"),
         ("data.pairs=[{path: a, weight: 2}, b]", r"data\.pairs: some of the sources have no weight; give one to"),
-        ("data.text=[{path: a, weight: 0}]", r"data: weight=0\.0 of a: must be more than 0"),
+        ("data.text=[{path: a, weight: 0}]", r"data\.text\.0\.weight=0\.0: must be above 0"),
         ("data.text=[{path: a, weigth: 1}]", r"data\.text\.0\.weigth: unknown key; did you mean data\.text\.0"),
         ("data.text=3", r"data\.text=3: must be a list"),
         ("data.row_multiple=0", r"data\.row_multiple=0: must be at least 1"),

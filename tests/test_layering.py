@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device", "liveness",
-    "parallel", "model", "data", "prepare", "stage", "checkpoint", "training", "config", "config_reference", "run",
-    "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
+    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "training", "config_names", "config",
+    "config_reference", "run", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
@@ -23,7 +23,8 @@ OWNERS = {
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
 }
-LIGHT = ["errors.py", "values.py", "paths.py", "config.py", "config_reference.py", "parallel/layout.py",
+LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
+         "config_reference.py", "parallel/layout.py",
          "model/architecture.py", "model/views.py",
          "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
          "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",

@@ -20,7 +20,7 @@ from megatron_sphinx.sizing.step_time import full_batches, view_seconds
         ("[1]", "must hold keys such as"),
         ("base: a100", "base=a100: unknown hardware; did you mean a100-"),
         ("{base: a100-80g, memory: 3}", "memory: unknown key"),
-        ("{base: a100-80g, memory_bytes: 0}", "memory_bytes=0.0: must be more than 0"),
+        ("{base: a100-80g, memory_bytes: 0}", "memory_bytes=0.0: must be above 0"),
         ("{", "not YAML"),
     ],
 )

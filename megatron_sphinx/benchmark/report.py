@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from megatron_sphinx.benchmark import synthetic
+from megatron_sphinx.benchmark.point import MeasuredPointFile, PointFile
 from megatron_sphinx.benchmark.scaling import Curve, curves
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.values import read_json
 
 Point = Mapping[str, Any]
 _WAITS = {"waiting for features": "exposed_encoder_share", "waiting for data": "data_wait_share"}
@@ -44,8 +46,9 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
             raise DataError(f"{folder}: has no points/*.json; give folders that `megatron-sphinx benchmark` wrote")
         for path in paths:
             try:
-                points.append(json.loads(path.read_text()))
-            except ValueError as error:
+                point = read_json(path, PointFile)
+                points.append(point if "error" in point else read_json(path, MeasuredPointFile))
+            except (OSError, ValueError) as error:
                 raise DataError(f"{path}: is no point ({error}); measure it again") from error
     return points
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from megatron_sphinx import config as configuration
 from megatron_sphinx.benchmark import synthetic
 from megatron_sphinx.benchmark.environment import environment
@@ -25,6 +23,7 @@ from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, FolderError, SphinxError
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.parsing import ParseError, parse_yaml
 from megatron_sphinx.run.automatic import with_taken
 from megatron_sphinx.training import metrics
 
@@ -111,8 +110,8 @@ def points_of(sweeps: Sequence[str]) -> dict[str, list[str]]:
     for sweep in sweeps:
         key, separator, text = sweep.partition("=")
         try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
+            values = parse_yaml(f"[{text}]")
+        except ParseError:
             values = []
         if not separator or not key or not values or key in axes:
             raise ConfigError(f"--sweep {sweep}: must read key.path=value,value,... with another key each time")
@@ -251,6 +250,8 @@ def _run(measurement: Measurement, config: Config, folder: Path) -> MeasuredRun:
     steps = measurement.warmup + measurement.steps
     command += [f"run.folder={folder.resolve()}", f"training.steps={steps + PROFILED}"]
     command += ["training.epochs=0", "checkpoint.resume=none"]
+    warmup = min(config.optimizer.warmup_of(config.training.steps), steps)  # of a run that is longer than this one
+    command += [f"optimizer.warmup_steps={warmup}", "optimizer.warmup_epochs=0"]
     command += ["--steps", str(measurement.steps), "--warmup", str(measurement.warmup)]
     with (folder / "stdout.txt").open("w") as out, (folder / "stderr.txt").open("w") as error:
         try:

@@ -1,7 +1,6 @@
 """What a checkpoint holds, whether it is what it was, and how far two are apart: a tensor at a time."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sphinx import parsing
 from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
@@ -97,11 +97,11 @@ def read_digests(path: Path) -> dict[str, str]:
         CheckpointError: the file is missing, or is no manifest.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parsing.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give a file that --hash has written") from error
     sums = content.get("sha256") if isinstance(content, dict) else None
-    if not isinstance(sums, dict):
+    if not isinstance(sums, dict) or not sums or not all(isinstance(digest, str) for digest in sums.values()):
         raise CheckpointError(f"{path}: is no manifest; give a file that --hash has written")
     return sums
 

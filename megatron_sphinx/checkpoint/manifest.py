@@ -2,15 +2,58 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.parsing import ParseError
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.ranges import Range
+from megatron_sphinx.values import read_json
 
 MANIFEST = "checkpoint.json"
 PROVENANCE = "interpolation"  # what a mix was made of: a key of a manifest, and the name of a file elsewhere
-_KINDS = {"step": int, "identity": dict, "files": dict}
+FORMAT = 1  # of what is written; a newer one is refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchState:
+    """What a run remembers to judge its losses: `divergence` in a manifest.
+
+    Attributes:
+        skipped: steps of the run that were skipped.
+        in_a_row: the last of them, one behind the other.
+        losses, norms: of the last steps that were trained.
+    """
+
+    skipped: Annotated[int, Range(least=0, most=99_999_999)]
+    in_a_row: Annotated[int, Range(least=0, most=99_999_999)]
+    losses: Annotated[tuple[float, ...], Range(least=-1e300, most=1e300)]
+    norms: Annotated[tuple[float, ...], Range(least=0, most=1e300)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint must say of itself.
+
+    Attributes:
+        step: steps that are done.
+        bad_pairs: pairs so far whose image could not be read.
+        divergence: what the run remembers to judge its losses.
+        identity: what must agree with a run that goes on from it.
+        files: digests of its files, by their names.
+        layout: how the run was divided.
+        config: everything that the run was told.
+    """
+
+    step: Annotated[int, Range(least=0, most=99_999_999, why="checkpoints are named by steps of eight digits")]
+    bad_pairs: Annotated[int, Range(least=0, most=2**48)] = 0
+    divergence: WatchState | None = None
+    identity: dict[str, Any]
+    files: dict[str, str]
+    layout: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
 
 
 def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
@@ -24,11 +67,15 @@ def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
         CheckpointError: it is missing or incomplete, or names a file elsewhere.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = read_json(path / MANIFEST, Manifest, FORMAT)
+    except OSError as error:
         raise CheckpointError(f"{key}={path}: not a complete checkpoint; give a step_... folder") from error
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in _KINDS.items()):
-        raise CheckpointError(f"{key}={path}: {MANIFEST} does not describe a checkpoint; give a step_... folder")
+    except ParseError as error:
+        raise CheckpointError(
+            f"{key}={path}: {MANIFEST} does not describe a checkpoint ({error}); give a step_... folder"
+        ) from error
+    if not manifest["files"]:
+        raise CheckpointError(f"{key}={path}: {MANIFEST} names no files, so that it is no checkpoint; give another one")
     for name in manifest["files"]:
         if not is_plain(name):
             raise CheckpointError(f"{key}={path}: {MANIFEST} names {name!r}, no file in its folder; give another one")
@@ -40,6 +87,6 @@ def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write what a checkpoint says of itself, last of its files."""
     with (path / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump({"format": FORMAT, **manifest}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

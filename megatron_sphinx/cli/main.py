@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,12 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
+def _as_override(words: Sequence[str]) -> str:
+    """Say how a key that was given as if it were an option is written; nothing where none was."""
+    given = re.match(r"--?([a-z_]+(?:\.\w+)+)(?:[= ](.*))?$", " ".join(words))
+    return f"; a key is given without dashes: {given[1]}={given[2] or 'value'}" if given else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 2 the user's mistake, 75 stopped by a signal, 1 anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -93,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(words)  # overrides may also stand behind options
     takes_overrides = hasattr(args, "overrides")
     if unknown := [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_as_override(unknown) if takes_overrides else ''}")
     if rest:
         args.overrides += rest
     return execute(args)

@@ -82,11 +82,13 @@ def sizes_of(folders: Sequence[Path]) -> Sizes:
 
 def _key_of(folder: Path) -> str:
     """What an index is of: pairs or conversations; where there is none SampleIndex says so."""
+    from megatron_sphinx import parsing
+
     try:
-        content = json.loads((folder / "index.json").read_text())
+        content = parsing.read_json(folder / "index.json")
     except (OSError, ValueError):
         return "pairs"
-    return "conversations" if content.get("of") == "conversations" else "pairs"
+    return "conversations" if isinstance(content, dict) and content.get("of") == "conversations" else "pairs"
 
 
 def saved(sizes: Sizes, vision: VisionConfig, gflop_per_view: float) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.ranges import Range, check_ranges
 from megatron_sphinx.values import check_choice
+
+_AMOUNT = Range(least=0, most=10**9, why="0 is for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +21,7 @@ class DataSource:
     """
 
     path: str
-    weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ConfigError(f"data: weight={self.weight} of {self.path}: must be more than 0")
+    weight: Annotated[float | None, Range(above=0, most=1e15, why="a source that gives nothing is left out")] = None
 
     @classmethod
     def from_text(cls, path: str) -> "DataSource":
@@ -69,26 +68,24 @@ class DataConfig:
     conversations: tuple[DataSource, ...] = ()
     text: tuple[DataSource, ...] = ()
     tokenizer: str
-    pairs_per_step: int = 640
-    conversations_per_step: int = 0
-    text_tokens_per_step: int = 65536
+    pairs_per_step: Annotated[int, _AMOUNT] = 640
+    conversations_per_step: Annotated[int, _AMOUNT] = 0
+    text_tokens_per_step: Annotated[int, _AMOUNT] = 65536
     text_order: str = "auto"
-    sequence_length: int = 2048
-    row_multiple: int = 8
-    micro_batch_rows: int | Literal["auto"] = 1
-    max_bad_share: float = 0.05
+    sequence_length: Annotated[int, Range(least=1, most=2**24, why="a row holds tokens")] = 2048
+    row_multiple: Annotated[int, Range(least=1, most=1_000_000, why="rows are whole")] = 8
+    micro_batch_rows: Annotated[
+        int | Literal["auto"], Range(least=1, most=1_000_000, why="a replica computes whole rows")
+    ] = 1
+    max_bad_share: Annotated[float, Range(least=0, most=1, why="it is a share of the samples")] = 0.05
     isolate_documents: bool = True
-    workers: int = 2
+    workers: Annotated[int, Range(least=1, most=1024, why="somebody must read, and each is a thread")] = 2
 
     def __post_init__(self) -> None:
         check_choice("data.text_order", self.text_order, ("auto", "parts", "documents"))
-        for name in ("sequence_length", "row_multiple", "micro_batch_rows", "workers"):
-            if (value := getattr(self, name)) != "auto" and value < 1:
-                raise ConfigError(f"data.{name}={value}: must be at least 1")
+        check_ranges(self, "data.")
         for amount, name in _AMOUNTS.items():
             value, sources = getattr(self, amount), getattr(self, name)
-            if value < 0:
-                raise ConfigError(f"data.{amount}={value}: must be at least 0")
             if value and not sources:
                 raise ConfigError(f"data.{name}: not given, but data.{amount}={value}; give it, or set that to 0")
             if len({source.weight is None for source in sources}) > 1:
@@ -103,8 +100,6 @@ class DataConfig:
                 "data.pairs_per_step=0: data.conversations_per_step and data.text_tokens_per_step are 0 too; "
                 "a step needs one of them"
             )
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError(f"data.max_bad_share={self.max_bad_share}: must be between 0 and 1")
 
     @property
     def rows_at_once(self) -> int:

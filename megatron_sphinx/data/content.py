@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sphinx import parsing
 from megatron_sphinx.data.files import renamed
 from megatron_sphinx.errors import DataError
 
@@ -167,7 +168,7 @@ class Memory:
         """Return the content of data as it is now; None where that is not remembered."""
         for file in self._files(data):
             with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or somebody else's
-                remembered = json.loads(file.read_text())
+                remembered = parsing.read_json(file)
                 if remembered["files"] == _states(data):
                     return content_in(remembered)
         return None

@@ -12,12 +12,11 @@ In an index of conversations `captions.bin` holds their tokens, `samples.bin` a 
 says for each token whether it belongs to an answer.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,6 +24,8 @@ from megatron_sphinx.data.content import Content, content_in, measure
 from megatron_sphinx.data.files import Mapped, is_url
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.ranges import Range
+from megatron_sphinx.values import read_json
 
 SAMPLE = np.dtype(
     [
@@ -52,8 +53,27 @@ class Shard:
     """
 
     path: str
-    bytes: int
-    samples: int
+    bytes: Annotated[int, Range(least=0, most=2**63)]
+    samples: Annotated[int, Range(least=0, most=2**32)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexFile:
+    """What `index.json` of an index of samples must hold.
+
+    Attributes:
+        of: which kind of samples it has; pairs in the oldest, which do not say so.
+        tokenizer: identity of the one that it was made with.
+        caption_type: the type of token ids.
+        shards: the tar files of images.
+        content: what the other files hold; None where that is not known.
+    """
+
+    of: str = "pairs"
+    tokenizer: TokenizerIdentity
+    caption_type: str
+    shards: tuple[Shard, ...]
+    content: Any = None
 
 
 class IndexFolder:
@@ -74,9 +94,8 @@ class IndexFolder:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         try:
-            content = json.loads((folder / "index.json").read_text())
-            if (kind := content.get("of", "pairs")) != key:
-                raise DataError(f"data.{key}={folder}: is an index of {kind}; give it as data.{kind}")
+            content = read_json(folder / "index.json", IndexFile)
+            _check_kind(content, folder, key)
             self.tokenizer = TokenizerIdentity(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
             self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
@@ -89,6 +108,8 @@ class IndexFolder:
                 f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by "
                 f"megatron-sphinx prepare {key}"
             ) from error
+        except DataError:  # which is a ValueError
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
         [last] = self.samples.read(self.samples.size - 1, self.samples.size)
@@ -143,6 +164,12 @@ class IndexFolder:
                 f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {known_size}; "
                 f"copy it again, or {self._remedy}"
             )
+
+
+def _check_kind(content: dict[str, Any], folder: Path, key: str) -> None:
+    """Raise DataError where an index is of something else than the configuration takes it for."""
+    if (kind := content.get("of", "pairs")) != key:
+        raise DataError(f"data.{key}={folder}: is an index of {kind}; give it as data.{kind}")
 
 
 def _token_type(name: str) -> np.dtype[Any]:

@@ -4,7 +4,6 @@ A source is the prefix of one such file, whoever made it, or a folder of them as
 an `index.json` that says what is in each.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +30,12 @@ from megatron_sphinx.data.streams import TextSpans
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.ranges import Range
+from megatron_sphinx.values import read_json
 
 _OPEN_FILES = 64
 _REMEDY = "make it by megatron-sphinx prepare text"
+_COUNT = Range(least=0, most=2**48)
 
 
 def _paths(prefix: Path) -> list[Path]:
@@ -137,6 +139,36 @@ class _TokenFileEntry:
         return content_of(self.prefix, is_stopped)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListedTokenFile:
+    """What `index.json` of a folder of text must say of a token file.
+
+    Attributes:
+        name: of the token file, without its endings.
+        documents: how many documents it has.
+        tokens: how many tokens it has.
+        content: what it holds; None where that is not known.
+    """
+
+    name: str
+    documents: Annotated[int, _COUNT]
+    tokens: Annotated[int, _COUNT]
+    content: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextIndexFile:
+    """What `index.json` of a folder of text must hold.
+
+    Attributes:
+        tokenizer: identity of the one that it was made with.
+        files: the token files in the folder.
+    """
+
+    tokenizer: TokenizerIdentity
+    files: tuple[ListedTokenFile, ...]
+
+
 class TextIndex:
     """The documents of all sources; documents and tokens are numbered one source behind the other.
 
@@ -226,7 +258,7 @@ def _open_source(source: Path) -> tuple[list[_TokenFileEntry], TokenizerIdentity
         file = TokenFile(source)
         return [_TokenFileEntry(str(source), source, file.documents, file.tokens)], None
     try:
-        content = json.loads((source / "index.json").read_text())
+        content = read_json(source / "index.json", TextIndexFile)
         identity = TokenizerIdentity(**content["tokenizer"])
         files = [
             _TokenFileEntry(

@@ -3,12 +3,13 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import sentencepiece
 
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TokenizerIdentity:
         sha256: of the model's file.
     """
 
-    vocabulary: int
+    vocabulary: Annotated[int, Range(least=1, most=2**31, why="ids are counted from 0")]
     sha256: str
 
     def __repr__(self) -> str:

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.ranges import Range, check_ranges
+
+_WIDTH = Range(least=1, most=2**24, why="a model has at least one, and no released one has more")
+_COEFFICIENT = Range(least=0, most=1000, why="0 is for none")
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +32,8 @@ class LanguageConfig:
         hidden (channels): width of the residual stream; a multiple of twice model.heads.
         ffn (channels): width inside a feed-forward layer, or inside each expert.
         heads (heads): number of query heads in each layer.
-        groups (heads): number of key-value heads in each layer; must divide model.heads.
+        groups (heads): number of key-value heads in each layer; must divide model.heads, and is that number where it
+            is 0.
         vocabulary (tokens): number of tokens of the tokenizer, without padding.
         experts (experts): feed-forward experts of every layer, as Mixtral has them; 0 for the one feed-forward layer of
             a LLaMA.
@@ -49,25 +54,25 @@ class LanguageConfig:
 
     preset: str | None = None
     weights: str | None = None
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    vocabulary: int
-    experts: int = 0
-    experts_per_token: int = 2
-    balance_loss_coefficient: float = 0.0
-    z_loss_coefficient: float = 0.0
-    rope_theta: float = 10000.0
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
+    layers: Annotated[int, Range(least=1, most=10_000, why="a decoder has at least one, and no released one has more")]
+    hidden: Annotated[int, _WIDTH]
+    ffn: Annotated[int, _WIDTH]
+    heads: Annotated[int, _WIDTH]
+    groups: Annotated[int, Range(least=0, most=2**24, why="0 is for as many as model.heads")] = 0
+    vocabulary: Annotated[int, _WIDTH]
+    experts: Annotated[int, Range(least=0, most=10_000, why="0 is for a model without")] = 0
+    experts_per_token: Annotated[int, Range(least=1, most=10_000, why="each token goes to one")] = 2
+    balance_loss_coefficient: Annotated[float, _COEFFICIENT] = 0.0
+    z_loss_coefficient: Annotated[float, _COEFFICIENT] = 0.0
+    rope_theta: Annotated[float, Range(least=1, most=1e12, why="frequencies fall with its powers")] = 10000.0
+    norm_epsilon: Annotated[float, Range(above=0, most=0.1, why="it keeps a row of zeros from a division by 0")] = 1e-5
+    init_std: Annotated[float, Range(above=0, most=100, why="weights of 0 get no gradient")] = 0.02
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads", "groups", "vocabulary"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"model.{name}={value}: must be at least 1")
+        check_ranges(self, "model.")
+        if not self.groups:
+            object.__setattr__(self, "groups", self.heads)  # so that whoever reads it finds the number
         if self.kernels not in KERNELS:
             raise ConfigError(f"model.kernels={self.kernels}: unknown value; {nearest(self.kernels, KERNELS)}")
         if self.hidden % (2 * self.heads):
@@ -77,9 +82,6 @@ class LanguageConfig:
             )
         if self.heads % self.groups:
             raise ConfigError(f"model.groups={self.groups}: must divide model.heads={self.heads}")
-        for name in ("experts", "balance_loss_coefficient", "z_loss_coefficient"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ConfigError(f"model.{name}={value}: must be at least 0")
         if self.experts and not 2 <= self.experts_per_token <= self.experts:
             raise ConfigError(
                 f"model.experts_per_token={self.experts_per_token}: must be between 2 (a softmax over one logit "
@@ -295,12 +297,14 @@ class VisionConfig:
     """
 
     experts: tuple[VisualExpertConfig, ...]
-    grid: int = 16
-    views: int = 1
+    grid: Annotated[int, Range(least=1, most=1024, why="a view has at least one patch")] = 16
+    views: Annotated[int, Range(least=1, most=10)] = 1
     padding: str = "centre"
     skip_padding_views: bool = False
     resize: str = "antialiased"
-    batch_views: int | Literal["auto"] = "auto"
+    batch_views: Annotated[int | Literal["auto"], Range(least=1, most=100_000, why="encoders take whole views")] = (
+        "auto"
+    )
     precision: str = "auto"
     compile: bool = False
 
@@ -312,10 +316,9 @@ class VisionConfig:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"vision.{name}={value}: must be {' or '.join(known)}")
+        check_ranges(self, "vision.")
         if self.views not in PARTS:
             raise ConfigError(f"vision.views={self.views}: must be 1, 5 or 10")
-        if self.batch_views != "auto" and self.batch_views < 1:
-            raise ConfigError(f"vision.batch_views={self.batch_views}: must be at least 1")
         if not self.channels:
             raise ConfigError("vision.experts: needs at least one expert beside a Q-Former")
         names = [item.name for item in self.experts]

@@ -1,9 +1,13 @@
 """How the ranks of a job are divided. Arithmetic only: imports no torch, so a login node can check a plan."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import lcm
+from typing import Annotated
 
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.ranges import Range, check_ranges
+
+_RANKS = Range(least=1, most=1_000_000, why="1 is for no division")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,22 +27,16 @@ class ParallelConfig:
             language ranks.
     """
 
-    tensor: int = 1
-    pipeline: int = 1
-    pipeline_layers: tuple[int, ...] | None = None
+    tensor: Annotated[int, _RANKS] = 1
+    pipeline: Annotated[int, _RANKS] = 1
+    pipeline_layers: Annotated[tuple[int, ...] | None, Range(least=0, most=10_000)] = None
     sequence: bool = False
-    expert: int = 1
-    expert_tensor: int = 1
-    encoder: int = 0
+    expert: Annotated[int, _RANKS] = 1
+    expert_tensor: Annotated[int, _RANKS] = 1
+    encoder: Annotated[int, Range(least=0, most=1_000_000, why="0 is for encoders on the language ranks")] = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            size = getattr(self, field.name)
-            if field.name in ("pipeline_layers", "sequence"):
-                continue
-            least = 0 if field.name == "encoder" else 1
-            if size < least:
-                raise ConfigError(f"parallel.{field.name}={size}: must be at least {least}")
+        check_ranges(self, "parallel.")
         if self.sequence and self.tensor == 1:
             raise ConfigError(
                 "parallel.sequence=true: the tokens are shared by tensor ranks; set parallel.tensor above 1"

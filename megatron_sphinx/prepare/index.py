@@ -176,6 +176,7 @@ def _join(
             if not held_out:
                 quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(result.file))
     content = {
+        "format": 1,
         "of": sample_kind,
         "tokenizer": asdict(tokenizer.identity),
         "caption_type": tokenizer.identity.token_type.str,

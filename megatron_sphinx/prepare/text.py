@@ -185,7 +185,7 @@ def _write_index(folder: Path, tokenizer: Tokenizer, files: Sequence[dict[str, A
         ):
             path.unlink()
     if any(entry["documents"] for entry in files):
-        write_json(folder / "index.json", {"tokenizer": asdict(tokenizer.identity), "files": files})
+        write_json(folder / "index.json", {"format": 1, "tokenizer": asdict(tokenizer.identity), "files": files})
 
 
 def _divide(

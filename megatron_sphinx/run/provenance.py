@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
 from megatron_sphinx.checkpoint.manifest import read_manifest
@@ -16,6 +15,7 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.parsing import ParseError, read_yaml
 
 
 def identity(config: Config, sources: Sources, encoder_digests: Mapping[str, str]) -> dict[str, Any]:
@@ -116,8 +116,9 @@ def earlier_config(checkpoint: Path, manifest: Mapping[str, Any] | None = None) 
             manifest = {}
     earlier, path = manifest.get("config"), checkpoint.parent.parent / "config.yaml"
     if earlier is None and path.is_file():
-        earlier = json.loads(json.dumps(yaml.safe_load(path.read_text())))
-    return earlier or {}
+        with suppress(OSError, ParseError):  # it is only told of
+            earlier = read_yaml(path)
+    return dict(earlier) if isinstance(earlier, Mapping) else {}
 
 
 def changes(checkpoint: Path, manifest: Mapping[str, Any], config: Config) -> list[str]:

@@ -96,16 +96,16 @@ def _go_on(context: RankContext, store: CheckpointStore, engine: Engine, chosen:
     objects = store.load(chosen.path, engine.state.slices(with_copies=True), ["random"])
     engine.state.take()
     layout = sizes_of(context.config, context.groups.layout)
-    if manifest["layout"] == layout and "random" in objects:
+    if manifest.get("layout") == layout and "random" in objects:
         restore_random_state(objects["random"])
     if context.scan:
         context.scan.then = store.require_same_data
     if context.is_first_rank:
-        moved = "" if manifest["layout"] == layout else f", from layout {manifest['layout']}"
+        moved = "" if manifest.get("layout") == layout else f", from layout {manifest.get('layout')}"
         say(f"resumed after step {step} from {chosen.path}{moved}")
         for change in changes(chosen.path, manifest, context.config):
             say(f"  changed: {change}")
-    return StartingPoint(step, int(manifest["bad_pairs"]), divergence)
+    return StartingPoint(step, int(manifest.get("bad_pairs", 0)), divergence)
 
 
 def _model_of(config: Config) -> Model:

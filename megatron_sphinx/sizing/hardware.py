@@ -6,21 +6,27 @@ from functools import cache
 from importlib import resources
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.ranges import Range
 from megatron_sphinx.values import build, read_mapping
 
 KINDS = Path(str(resources.files("megatron_sphinx") / "sizing" / "hardware.yaml"))
+_PEAK = Range(least=0, most=1e21, why="FLOP/s, 0 where the hardware has none")
+_SHARE = Range(above=0, most=4, why="a share of the peak; that of another precision's may be above 1")
+_MEASURED = Range(above=0, most=1e6, why="views at once, and a share of the peak")
+_SPEED = Range(above=0, most=1e18, why="bytes, or bytes/s")
+_SECONDS = Range(least=0, most=100, why="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
     """Peak FLOP/s of matrix products, by their precision; 0 where the hardware has none."""
 
-    bf16: float
-    fp32: float
-    fp8: float = 0.0
+    bf16: Annotated[float, _PEAK]
+    fp32: Annotated[float, _PEAK]
+    fp8: Annotated[float, _PEAK] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +43,14 @@ class Efficiency:
             low.
     """
 
-    bf16: float = 1.0
-    fp8: float = 1.0
-    fp32: float = 1.0
-    attention: float = 1.0
-    encoders: float = 0.45
-    memory: float = 1.0
-    link: float = 1.0
-    usable: float = 0.9
+    bf16: Annotated[float, _SHARE] = 1.0
+    fp8: Annotated[float, _SHARE] = 1.0
+    fp32: Annotated[float, _SHARE] = 1.0
+    attention: Annotated[float, _SHARE] = 1.0
+    encoders: Annotated[float, _SHARE] = 0.45
+    memory: Annotated[float, _SHARE] = 1.0
+    link: Annotated[float, _SHARE] = 1.0
+    usable: Annotated[float, _SHARE] = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +62,10 @@ class EncoderShares:
             reaches `Efficiency.encoders`.
     """
 
-    clip: tuple[tuple[float, ...], ...] = ()
-    convnext: tuple[tuple[float, ...], ...] = ()
-    dinov2: tuple[tuple[float, ...], ...] = ()
-    qformer: tuple[tuple[float, ...], ...] = ()
+    clip: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    convnext: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    dinov2: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
+    qformer: Annotated[tuple[tuple[float, ...], ...], _MEASURED] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,22 +90,17 @@ class Hardware:
     """
 
     source: str
-    memory_bytes: float
-    memory_bandwidth: float
-    node_bandwidth: float
-    network_bandwidth: float
+    memory_bytes: Annotated[float, _SPEED]
+    memory_bandwidth: Annotated[float, _SPEED]
+    node_bandwidth: Annotated[float, _SPEED]
+    network_bandwidth: Annotated[float, _SPEED]
     flops: Flops
     shares: Efficiency
     encoder_shares: EncoderShares = field(default_factory=EncoderShares)
-    process_bytes: float = 2.5e9
-    latency_seconds: float = 10.0e-6
-    kernel_seconds: float = 0.0
+    process_bytes: Annotated[float, Range(least=0, most=1e18)] = 2.5e9
+    latency_seconds: Annotated[float, _SECONDS] = 10.0e-6
+    kernel_seconds: Annotated[float, _SECONDS] = 0.0
     is_cuda: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth"):
-            if not (value := getattr(self, name)) > 0:
-                raise ConfigError(f"{name}={value}: must be more than 0")
 
     @property
     def usable_bytes(self) -> float:

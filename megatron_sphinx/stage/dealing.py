@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Annotated
 
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.ranges import Range, check_ranges
 
 _ENOUGH = 0.9  # of a batch; to wait for more micro-batches is not worth what is left
 
@@ -18,11 +19,10 @@ class StageConfig:
             at least 1.
     """
 
-    lookahead: int = 4
+    lookahead: Annotated[int, Range(least=1, most=10_000, why="the language model waits for one")] = 4
 
     def __post_init__(self) -> None:
-        if self.lookahead < 1:
-            raise ConfigError(f"stage.lookahead={self.lookahead}: must be at least 1")
+        check_ranges(self, "stage.")
 
 
 def joined(counts: Sequence[int | float], size: int) -> int:

@@ -4,9 +4,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum, inf, isfinite, sqrt
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sphinx.errors import ConfigError, DivergedError, nearest
+from megatron_sphinx.ranges import Range, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,15 @@ class DivergenceConfig:
 
     on_nan: str = "stop"
     on_spike: str = "off"
-    window: int = 128
-    sigma: float = 6.0
-    most_skipped: int = 10
+    window: Annotated[int, Range(least=4, most=1_000_000, why="a deviation of fewer says nothing")] = 128
+    sigma: Annotated[float, Range(above=0, most=1e6, why="half of all steps are above the mean")] = 6.0
+    most_skipped: Annotated[int, Range(least=1, most=99_999_999, why="one step may always be skipped")] = 10
 
     def __post_init__(self) -> None:
         for name, known in (("on_nan", ["stop", "skip"]), ("on_spike", ["off", "stop", "skip"])):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"divergence.{name}={value}: unknown value; {nearest(str(value), known)}")
-        for name, least in (("window", 4), ("most_skipped", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"divergence.{name}={value}: must be at least {least}")
-        if not self.sigma > 0:
-            raise ConfigError(f"divergence.sigma={self.sigma}: must be above 0")
+        check_ranges(self, "divergence.")
 
 
 class Watch:

@@ -1,8 +1,12 @@
 """Which steps of a run are profiled, and on which ranks."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.ranges import Range, check_ranges
+
+_STEPS = Range(least=0, most=99_999_999, why="steps are counted from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +20,12 @@ class ProfileConfig:
             run folder; an encoder rank records how it encodes those steps.
     """
 
-    start: int = 0
-    steps: int = 0
-    ranks: tuple[int, ...] = (0,)
+    start: Annotated[int, _STEPS] = 0
+    steps: Annotated[int, _STEPS] = 0
+    ranks: Annotated[tuple[int, ...], Range(least=0, most=999_999, why="ranks are counted from 0")] = (0,)
 
     def __post_init__(self) -> None:
-        for name in ("start", "steps"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"training.profile.{name}={value}: must be at least 0")
+        check_ranges(self, "training.profile.")
         if not self.ranks:
             raise ConfigError("training.profile.ranks=[]: names no rank; name some, or set training.profile.steps=0")
 
