@@ -206,19 +206,20 @@ def test_defaults_of_meta(folders):
     ("form", "key", "value", "message"),
     [
         ("hf", "hidden_size", "64", "must be a whole number, at least 1"),
-        ("hf", "num_hidden_layers", 10**9, "describes 1000000000 layers, its files hold 12 tensors"),
-        ("hf", "num_hidden_layers", 10**400, "describes 10+ layers, its files hold 12 tensors"),
+        ("hf", "num_hidden_layers", 9999, "describes 9999 layers, its files hold 12 tensors"),
+        ("hf", "num_hidden_layers", 10**9, "layers=1000000000: must be at most 10,000"),
+        ("hf", "num_hidden_layers", 10**400, "layers=10+"),
         ("hf", "num_hidden_layers", 1.0, "must be a whole number, at least 1"),
         ("hf", "num_attention_heads", 0, "must be a whole number, at least 1"),
         ("hf", "rope_theta", "1e4", "must be a number above 0"),
         ("hf", "rms_norm_eps", -1, "must be a number above 0"),
         ("hf", "rms_norm_eps", float("nan"), "must be a number above 0"),
         ("hf", "vocab_size", True, "must be a whole number, at least 1"),
-        ("meta", "n_layers", 10**9, "describes 1000000000 layers, its files hold 12 tensors"),
+        ("meta", "n_layers", 10**9, "layers=1000000000: must be at most 10,000"),
         ("meta", "n_layers", ..., "n_layers=None: must be a whole number"),
         ("meta", "dim", [64], "must be a whole number"),
         ("meta", "moe", [1], "moe=.*: must hold keys"),
-        ("accessory", "n_layers", 10**9, "describes 1000000000 layers, its files hold 12 tensors"),
+        ("accessory", "n_layers", 10**9, "layers=1000000000: must be at most 10,000"),
         ("accessory", "moe", [1], "moe=.*: must hold keys"),
     ],
 )
@@ -230,7 +231,7 @@ def test_what_cannot_be_is_refused_before_memory_is_taken(folders, form, key, va
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layers": 10**9}, "describes 1000000000 layers"),
+        ({"layers": 10**9}, "layers=1000000000: must be at most 10,000"),
         ({"layers": "2"}, "does not describe a LLaMA or a Mixtral"),
         ({"novelty": 1}, "novelty: unknown key"),
         (None, "does not describe a LLaMA or a Mixtral"),

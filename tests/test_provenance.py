@@ -26,11 +26,12 @@ from megatron_sphinx.run.provenance import require_trained_as
 
 def test_what_was_changed_on_purpose_is_said_and_kept(train):
     run = train(1)
-    on = train(1, {"training.steps": 4, "optimizer.learning_rate": 3e-3, "loss.text_weight": 0.5})
+    on = train(1, {"training.steps": 4, "optimizer.learning_rate": 5e-3, "loss.text_weight": 0.5})
     said = [line for line in on.ranks.text().splitlines() if line.startswith("  changed: ")]
     assert said == [
         "  changed: loss.text_weight: 1.0 -> 0.5",
-        "  changed: optimizer.learning_rate: 0.01 -> 0.003",
+        "  changed: optimizer.learning_rate: 0.01 -> 0.005",
+        "  changed: optimizer.minimum_learning_rate: 0.001 -> 0.0005",
         "  changed: training.steps: 3 -> 4",
     ]
     manifest = json.loads((newest_of(on.folder) / "checkpoint.json").read_text())
