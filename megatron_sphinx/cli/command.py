@@ -58,6 +58,9 @@ def execute(args: argparse.Namespace) -> int:
         status: int = args.run(args)
     except argparse.ArgumentError as error:  # arguments that do not go together
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped by Ctrl-C; run the same command again", file=sys.stderr)
+        return 75
     except SphinxError as error:
         if not getattr(args, "may_be_rank", False) or _is_first_rank():
             print(f"{parser.prog}: {error}", file=sys.stderr)
