@@ -8,8 +8,9 @@ from conftest import draw
 from PIL import Image
 
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.answers import mentioned, merge_answers
 from megatron_sphinx.prepare.drawing import COLOURS, INTRODUCTION, MOST_MARKS, Mark, describe, draw_marks, place_of
-from megatron_sphinx.prepare.marks import mentioned, merge_answers, write_marks
+from megatron_sphinx.prepare.marks import write_marks
 
 
 def test_a_mark_is_on_its_object():

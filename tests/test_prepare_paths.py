@@ -13,9 +13,9 @@ from test_paths import LINK, SECRET, TURNS, Place, attacks, attacks_by_text, mak
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.answers import merge_answers
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.documents import find_documents
-from megatron_sphinx.prepare.marks import merge_answers
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
 from megatron_sphinx.prepare.text import write_text
 

@@ -18,7 +18,14 @@ from megatron_sphinx.prepare.index import PARTS, Quarantine, UnitResult, write_i
 from megatron_sphinx.prepare.json_files import Items, read_items
 from megatron_sphinx.prepare.shards import BLOCK, ShardImage, file_content, image_of, members
 from megatron_sphinx.prepare.template import Conversation, parse
-from megatron_sphinx.prepare.workers import Report, is_held_out, one_line, target_folder
+from megatron_sphinx.prepare.workers import (
+    Report,
+    check_share,
+    check_workers,
+    is_held_out,
+    one_line,
+    target_folder,
+)
 
 _NO_IMAGE = ShardImage(0, 0, 0, 0, 0, 0)
 _RECORDS = 2  # version of what is kept of a unit while an index is made
@@ -70,6 +77,8 @@ def index_conversations(
     Raises:
         DataError: a source cannot be read, or there is no conversation in any of them.
     """
+    check_share("held_out", held_out)
+    check_workers(workers)
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard={samples_per_shard}: must be 1 or more; give some hundreds")
     groups = [items for source in sources for items in read_items(source, samples_per_shard)]

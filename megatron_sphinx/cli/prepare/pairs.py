@@ -32,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx.data.tokenizer import Tokenizer
     from megatron_sphinx.prepare.pairs import index_shards
-    from megatron_sphinx.prepare.workers import check_share, target_folder
+    from megatron_sphinx.prepare.workers import check_share, check_workers, target_folder
 
     check_share("held_out", args.held_out)
+    check_workers(args.workers)
     tokenizer = Tokenizer(args.tokenizer)
     shards: list[str] = []
     left_out: list[dict[str, Any]] = []

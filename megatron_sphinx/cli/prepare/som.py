@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from megatron_sphinx.prepare.marks import merge_answers, write_marks
+    from megatron_sphinx.prepare.answers import merge_answers
+    from megatron_sphinx.prepare.marks import write_marks
     from megatron_sphinx.prepare.workers import Report, quarantine_beside
 
     report: Report
