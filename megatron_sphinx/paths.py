@@ -54,17 +54,20 @@ def inside(root: Path, name: str, *, follow_links: bool = False) -> str:
     return path
 
 
-def files_in(root: Path, endings: Collection[str], *, follow_links: bool = False) -> list[Path]:
+def files_in(root: Path, endings: Collection[str] | None, *, follow_links: bool = False) -> list[Path]:
     """Return the files of a folder and of all folders in it that have one of the endings, sorted.
 
     Args:
         root: folder that the user named; it may be a link itself.
-        endings: in small letters and without a dot; those of files may be in any letters.
+        endings: in small letters and without a dot; those of files may be in any letters. None for all files, of which
+            links are not looked at, since nobody reads them.
         follow_links: whether links in the folder may lead out of it; linked folders are then gone into, each once.
 
     Raises:
         DataError: such a file, or a folder, is a link that leads out, and links are not followed; or one to nowhere.
     """
+    if endings is None:
+        return sorted(_walk(root, follow_links))
     paths = [path for path in _walk(root, follow_links) if path.suffix.lower().removeprefix(".") in endings]
     for path in paths:
         if path.is_symlink():  # folders have been looked at on the way

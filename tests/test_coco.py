@@ -35,6 +35,7 @@ INSTANCES = [
     {"image_id": 4, "category_id": 7, "bbox": ONE},
 ]
 UNUSABLE = {
+    "images without id": 1,
     "crowd": 1,
     "empty box": 1,
     "box outside the picture": 1,
@@ -120,7 +121,7 @@ def test_coco_people(build):
         ("one.jpg", ["Detect all people shown in the image.", f"person{TEXT}", asked, "nose[0.20,0.50]"]),
         ("two.jpg", ["Detect all people shown in the image.", f"person{TWO}"]),
     ]
-    assert left_out(printed) == {"no keypoints": 1}
+    assert left_out(printed) == {"images without id": 1, "no keypoints": 1}
 
 
 def test_coco_captions(build):
@@ -130,7 +131,7 @@ def test_coco_captions(build):
     _, printed, made = build("caption", COCO | {"annotations": captions}, "--turns", "5")
     prompt = tasks.PROMPTS["caption"]
     assert said(made) == [("four.jpg", [prompt, "A é\ndog.", prompt, "B"])]
-    assert left_out(printed) == {"no caption": 1, "unknown image id": 1}
+    assert left_out(printed) == {"images without id": 1, "no caption": 1, "unknown image id": 1}
 
 
 def test_lists_and_lines_of_records(build):
@@ -155,10 +156,15 @@ def test_lists_and_lines_of_records(build):
             "vqa",
             b"{",
             "x.json",
-            r"x\.json: not JSON \(Expecting .*\); give a \.json, or a \.jsonl with one object a line",
+            r"x\.json: not JSON: Expecting .*; give a \.json, or a \.jsonl with one object a line",
         ),
-        ("vqa", b"\xff", "x.json", r"x\.json: not JSON \('utf-8' codec"),
-        ("vqa", b'{"a": 1}\n[\n', "x.jsonl", r"x\.jsonl line 2: not JSON \("),
+        ("vqa", b"\xff", "x.json", r"x\.json: not UTF-8: invalid start byte at byte 0"),
+        (
+            "vqa",
+            b'{"a": 1}\n[\n',
+            "x.jsonl",
+            r"vqa; 1 left out \(no question\); 1 left out \(not JSON\); the first: no q",
+        ),
         (
             "vqa",
             3,
@@ -174,13 +180,23 @@ def test_lists_and_lines_of_records(build):
         ),
         (
             "detect",
-            {"images": [1], "annotations": []},
+            {"images": 1, "annotations": []},
             "x.json",
             r"images: no list of JSON objects; give a file of COCO",
         ),
         ("vqa", [], "x.json", r"x\.json: holds no annotation that can be used for vqa\n"),
-        ("vqa", [{}, 1, 2], "x.json", r"for vqa; 2 left out \(no JSON object\); 1 left out \(no question\)\n"),
-        ("detect", COCO | {"annotations": INSTANCES[4:5]}, "x.json", r"for detect; 1 left out \(crowd\)\n"),
+        (
+            "vqa",
+            [{}, 1, 2],
+            "x.json",
+            r"for vqa; 2 left out \(no JSON object\); 1 left out \(no question\); the first: no question: .*\n",
+        ),
+        (
+            "detect",
+            COCO | {"annotations": INSTANCES[4:5]},
+            "x.json",
+            r"for detect; 1 left out \(crowd\); 1 left out .*\n",
+        ),
     ],
 )
 def test_wrong_files_are_one_line(build, task, content, name, message):
@@ -197,4 +213,4 @@ def test_files_that_cannot_be_opened_are_one_line(tmp_path, run_tool, build):
     assert re.search(r"x\.jsonl: cannot be written \(Is a directory\); give another TARGET", printed)
     status, _, error = run_tool("build_conversations.py", "vqa", tmp_path / "no.json", tmp_path / "t")
     assert status == 2
-    assert "no.json: cannot be read (No such file or directory); give a file of annotations\n" in error
+    assert "no.json: cannot be read (No such file or directory); check its path\n" in error

@@ -23,6 +23,7 @@ from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.template import SYSTEM, Conversation, parse
 
+TALK = [{"from": "human", "value": "What is a cat?"}, {"from": "gpt", "value": "An animal."}]
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 ODD = ("é", "e\u0301", "日本", "🙂", "👩\u200d👧", "ﬁ", "Ⅷ", "\u200b", "\ufeff", "\xa0", "  ", "\n", "\t", "###",
        "\n###", "Human:", "Assistant:", "a", "cat", "</s>", "<s>", "\U00010348", "\u202e", "ß", "İ", "'s",
@@ -121,10 +122,26 @@ def test_an_answer_is_what_would_be_generated(tokenizers):
         ({"conversations": [{"from": "human"}]}, "a turn without text: {'from': 'human'}"),
         ({"conversations": ["hello"]}, "a turn without text: hello"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "empty text: turn 2"),
-        ({"conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]}, "not Unicode: surrogates not allowed"),
+        (
+            {"conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]},
+            "text is not Unicode: half a surrogate pair at character 0",
+        ),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": "a\0b"}]}, "text with a NUL character"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": "It:\n### Cat"}]}, "the stop string is in an answer"),
-        ({"image": ["a", "b"], "conversations": TURNS}, r"image is no path: \['a', 'b'\]"),
+        ({"image": ["a", "b"], "conversations": TURNS}, "several images: 2 are given; a conversation"),
+        ({"image": "a", "images": ["b"], "conversations": TURNS}, "several images: 2 are given"),
+        ({"image": "a", "conversations": [*TURNS, *TURNS]}, "several images: <image> is there 2 times, but one image"),
+        ({"image": {"bytes": ""}, "conversations": TURNS}, r"image is no path: \{'bytes': ''\}"),
+        ({"image": [None], "conversations": TURNS}, "image is no path: None"),
+        ({"image": "https://a.b/c.jpg", "conversations": TURNS}, "image is a URL: https://a.b/c.jpg; download it"),
+        ({"image": "data:image/png;base64,AA", "conversations": TURNS}, "image is a URL: data:image/png"),
+        ({"video": "a.mp4", "conversations": TURNS}, "video instead of an image: a.mp4"),
+        ({"conversations": [TALK[0], {"from": "gpt", "value": "<video> It."}]}, "<video> instead of an image"),
+        ({"conversations": TURNS}, "no image: the text has <image>, but no image is given"),
+        ({"image": "", "conversations": TURNS}, "image is no path: ''"),
+        ({"image": None, "images": [], "conversations": TURNS}, "no image: the text has <image>"),
+        ({"conversations": [{"from": [], "value": "x"}]}, r"unknown role: \[\]"),
+        ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, "unknown role: {'a': 1}"),
     ],
 )
 def test_what_cannot_be_used_says_why(item, reason):
@@ -186,7 +203,7 @@ def test_bad_conversations_are_left_out_and_listed(tiny, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
     report = index_conversations([tmp_path / "d.jsonl"], tmp_path / "c", tiny.tokenizer)
     assert report.taken == 2
-    assert report.rejected == {"no conversations": 1, "image cannot be read": 1, "not an image": 1,
+    assert report.rejected == {"not JSON": 1, "image cannot be read": 1, "not an image": 1,
                                "turns out of order": 1}  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "c" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["1", "lost", "3", "4"]
@@ -195,7 +212,7 @@ def test_bad_conversations_are_left_out_and_listed(tiny, tmp_path):
 
 
 def test_text_alone_needs_no_shard(tiny, tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TURNS}] * 3))
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}] * 3))
     index_conversations([tmp_path / "d.json"], tmp_path / "c", tiny.tokenizer)
     index = SampleIndex([tmp_path / "c"], "conversations")
     index.check(tiny.tokenizer)
@@ -219,8 +236,8 @@ def test_an_image_is_held_out_with_all_its_conversations(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.json", "[", r"d\.json: not JSON \(.*\); give a list of conversations, or \.jsonl"),
-        ("d.json", "{}", r"d\.json: must hold a list of conversations"),
+        ("d.json", "[", r"d\.json: not JSON: .*; give a list of objects, or \.jsonl"),
+        ("d.json", "{}", r"d\.json: must hold a list of objects"),
         ("d.json", "[1]", r"d\.json: holds no conversation that can be used; 1 left out \(no conversations\)"),
         ("d.json", None, r"d\.json: cannot be read \(No such file or directory\)"),
         ("d.jsonl", "", r"d\.jsonl: holds no conversation that can be used"),
@@ -246,12 +263,14 @@ def test_an_index_of_something_else_is_refused(tiny, dialogs):
 
 def test_the_tool(tiny, tmp_path, run_tool):
     name, model = "prepare_conversations.py", ["--tokenizer", tiny.folder / "tokenizer.model"]
-    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TURNS}, {}]))
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}, {}]))
     status, out, _ = run_tool(name, tmp_path / "d.json", tmp_path / "c", *model)
     assert (status, out.splitlines()[1]) == (0, "  left out: 1 (no conversations)")
+    assert out.splitlines()[-1] == "input 2 = 1 conversations + 1 in quarantine.jsonl"
     assert "c: 1 conversations, " in out
     status, _, error = run_tool(name, tmp_path / "no.json", tmp_path / "c", *model)
-    assert (status, error.endswith("no.json: cannot be read (No such file or directory)\n")) == (2, True)
+    assert status == 2
+    assert error.endswith("no.json: cannot be read (No such file or directory); check its path\n")
 
 
 # truncation
@@ -330,7 +349,7 @@ def test_a_samples_loss_is_the_same_alone_and_packed(run_ranks, tiny, dialogs, t
 
 
 def test_weighted_data_sets_give_their_share(tiny, dialogs, tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TURNS}] * 5))
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": TALK}] * 5))
     index_conversations([tmp_path / "d.json"], tmp_path / "c", tiny.tokenizer)
     weighted = [{"path": str(dialogs), "weight": 2}, {"path": str(tmp_path / "c"), "weight": 1}]
     natural = [{"path": str(dialogs)}, {"path": str(tmp_path / "c")}]

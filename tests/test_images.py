@@ -75,7 +75,7 @@ def test_damaged_bytes_never_raise_anything_else():
         content = bytearray(whole[number % len(whole)])
         for _ in range(rng.randint(1, 12)):
             content[rng.randrange(len(content))] = rng.randrange(256)
-        for read in (images.size_of, images.decode):
+        for read in (images.shape_of, images.decode):
             try:
                 read(bytes(content))
             except DataError as error:

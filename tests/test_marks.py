@@ -8,8 +8,9 @@ from conftest import draw
 from PIL import Image
 
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare.answers import mentioned, merge_answers
 from megatron_sphinx.prepare.drawing import COLOURS, INTRODUCTION, MOST_MARKS, Mark, describe, draw_marks, place_of
-from megatron_sphinx.prepare.marks import mentioned, merge_answers, write_marks
+from megatron_sphinx.prepare.marks import write_marks
 
 
 def test_a_mark_is_on_its_object():
@@ -86,6 +87,9 @@ def test_marks_end_to_end(annotated, tmp_path, run_tool):
     command = ["prepare_som.py", "mark", tmp_path / "coco.json", tmp_path / "pictures", target, "--most-marks", "2"]
     status, out, _ = run_tool(*command)
     assert (status, out.splitlines()[0]) == (0, f"{target}: 1 images marked")
+    assert out.splitlines()[-1] == (
+        "input 4 images with 9 objects = 1 marked with 2 + 3 with the other 7 in quarantine.jsonl"
+    )
     reasons = {
         line["reason"]: (line["image"], line["object"])
         for line in map(json.loads, (target / "quarantine.jsonl").open())
@@ -119,6 +123,7 @@ def test_marks_end_to_end(annotated, tmp_path, run_tool):
     assert out.splitlines() == [
         f"{tmp_path / 'som.jsonl'}: 1 conversations", "  left out: 1 (empty answer)", "  left out: 2 (no answer)",
         "  left out: 1 (second answer)", "  left out: 1 (unknown id)", "  left out: 1 (unknown mark)",
+        "input 7 = 1 conversations + 6 in som.quarantine.jsonl",
     ]  # fmt: skip
     (line,) = map(json.loads, (tmp_path / "som.jsonl").open())
     question, answer = line["conversations"]
@@ -130,9 +135,9 @@ def test_marks_end_to_end(annotated, tmp_path, run_tool):
 def test_annotations_and_answers_that_cannot_be_read_say_why(annotated, tmp_path):
     coco, target = tmp_path / "coco.json", tmp_path / "out"
     for content, why in (
-        ("{", r"not as COCO's instances are \(JSONDecodeError .*\); give images, annotations, categories"),
-        ("[]", r"not as COCO's instances are \(TypeError "),
-        ('{"images": [], "categories": []}', r"not as COCO's instances are \(KeyError 'annotations'\)"),
+        ("{", r"coco\.json: not JSON: Expecting .*; give a \.json"),
+        ("[]", "not as COCO's instances are; give images, annotations, categories"),
+        ('{"images": [], "categories": []}', "not as COCO's instances are"),
         (
             json.dumps(annotated | {"annotations": []}),
             r"no object can be marked; .*1 left out \(not an image\); see .*quarantine",

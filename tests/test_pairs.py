@@ -19,7 +19,7 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare import index as index_writer
+from megatron_sphinx.prepare import shards as shard_reader
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
 from megatron_sphinx.stage.channel import encode
 
@@ -88,7 +88,7 @@ def test_img2dataset_tars_are_indexed_where_they_are(tiny, tmp_path):
         "0.jpg": png(draw(0)[0], "JPEG"), "0.txt": b"from txt", "0.json": json.dumps({"caption": "from json"}).encode(),
         "1.webp": png(draw(1)[0], "WEBP"),
         "6.json": json.dumps({"caption": None}).encode(), "6.jpeg": png(draw(6)[0], "JPEG"),
-        "a/b.x.png": png(draw(2)[0]),  # WebDataset calls its key a/b, and x.png is no image ending
+        "a/b.x.png": png(draw(2)[0]),  # WebDataset calls its key a/b; there is no such sample
         "2.png": png(draw(2)[0]),
         "3.txt": b"no picture",
         "4.png": b"broken", "4.txt": b"a caption",
@@ -96,10 +96,10 @@ def test_img2dataset_tars_are_indexed_where_they_are(tiny, tmp_path):
     }  # fmt: skip
     shard = write_tar(tmp_path / "00000.tar", members)
     report = index_shards([shard], tmp_path / "pairs", tiny.tokenizer)
-    assert (report.taken, report.rejected) == (2, {"no caption": 3, "no image": 1, "not an image": 1})
+    assert (report.taken, report.rejected) == (2, {"no caption": 4, "no image": 1, "not an image": 1})
     index = SampleIndex([tmp_path / "pairs"])
     assert sorted(caption_of(tiny, index, n) for n in (0, 1)) == ["from txt", "only json"]
-    assert set(quarantined(tmp_path / "pairs")) == {"2", "3", "4", "5", "6"}
+    assert set(quarantined(tmp_path / "pairs")) == {"2", "3", "4", "5", "6", "a/b.x"}
     report = index_shards([shard], tmp_path / "by_key", tiny.tokenizer, caption_key="caption")
     assert report.taken == 2
     index = SampleIndex([tmp_path / "by_key"])
@@ -153,7 +153,7 @@ def test_bad_pairs_are_left_out_and_listed_and_odd_ones_are_used(tiny, tmp_path)
     found = quarantined(tmp_path / "pairs")
     for key, (_, _, reason) in bad.items():
         assert found.pop(key).startswith(reason), key
-    assert found.pop("twice").startswith("duplicate key: twice.png comes after another image")
+    assert found.pop("twice").startswith("duplicate key: twice.png comes after another file")
     assert found.pop("b").startswith("the shard is cut short: ")
     assert found.pop(None).startswith("not a tar file")
     assert not found
@@ -205,7 +205,7 @@ def test_a_shard_that_could_not_be_read_this_time_is_not_taken_for_a_bad_one(tin
             return super().read(size)
 
     shards = sorted((tiny.folder / "shards").glob("*.tar"))
-    monkeypatch.setattr(index_writer, "open_file", Reset)
+    monkeypatch.setattr(shard_reader, "open_file", Reset)
     with pytest.raises(DataError, match=r"000000\.tar: cannot be read \(connection reset by peer\); run this again"):
         index_shards(shards, tmp_path / "pairs", tiny.tokenizer)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from conftest import draw
 from PIL import Image, PngImagePlugin
 
-from megatron_sphinx.data.images import size_of
+from megatron_sphinx.data.images import shape_of
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import files_in, inside, is_plain, relative
 
@@ -39,7 +39,7 @@ class Place:
     def keeps_the_secret(self) -> bool:
         """Whether it is in no file that was written, neither its bytes nor its pixels."""
         contents = [path.read_bytes() for path in self.made.rglob("*") if path.is_file()]
-        sizes = [size_of(path.read_bytes()) for path in (self.secret, *self.made.rglob("*.png"))]
+        sizes = [shape_of(path.read_bytes()) for path in (self.secret, *self.made.rglob("*.png"))]
         return bool(contents) and sizes[0] not in sizes[1:] and not any(SECRET in content for content in contents)
 
 

@@ -24,11 +24,15 @@ def test_the_tools_end_to_end(tiny, tmp_path, run_tool):
     model = tiny.folder / "tokenizer.model"
     status, out, _ = run_tool("prepare_pairs.py", tiny.folder / "pictures", tmp_path / "pairs", "--tokenizer", model)
     assert status == 0
-    assert re.fullmatch(r".*pairs: 60 pairs in 1 shards, \d+ caption tokens\n", out)
+    assert re.fullmatch(
+        r".*pairs: 60 pairs in 1 shards, \d+ caption tokens\ninput 60 = 60 pairs \+ 0 in quarantine\.jsonl\n", out
+    )
     SampleIndex([tmp_path / "pairs"]).check(tiny.tokenizer)
     whole = ["prepare_pairs.py", tiny.folder / "shards", tmp_path / "pairs", "--tokenizer", model, "--held-out", "0.3"]
     status, out, _ = run_tool(*whole)
-    assert re.fullmatch(r".*pairs: \d+ pairs in 3 shards, \d+ caption tokens, \d+ more held out\n", out)
+    assert re.fullmatch(
+        r".*pairs: \d+ pairs in 3 shards, \d+ caption tokens, \d+ more held out\ninput 60 = .* held out \+ 0 .*\n", out
+    )
     text = ["prepare_text.py", tiny.folder / "text.jsonl", tmp_path / "text", "--tokenizer", model]
     status, out, _ = run_tool(*text)
     assert (status, out.startswith(f"{tmp_path / 'text'}: 50 documents, ")) == (0, True)
@@ -40,7 +44,7 @@ def test_the_tools_end_to_end(tiny, tmp_path, run_tool):
         tmp_path / "bad.tar", {"0.png": b"broken", "0.txt": b"x", "1.png": png(draw(1)[0]), "1.txt": b"y"}
     )
     _, out, _ = run_tool("prepare_pairs.py", shard, tmp_path / "t", "--tokenizer", model)
-    assert out.endswith("  left out: 1 (not an image)\n")
+    assert out.endswith("  left out: 1 (not an image)\ninput 2 = 1 pairs + 1 in quarantine.jsonl\n")
 
 
 @pytest.mark.parametrize("tool", ["prepare_pairs.py", "prepare_text.py"])

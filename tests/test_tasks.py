@@ -161,7 +161,11 @@ def test_builders_pad_as_they_are_told():
         ("grounded_caption", {"phrases": ["dog"]}, r"no phrases: \['dog'\] holds what is no JSON object; give each of"),
         ("locate", {"box": [5, 5, 5, 9]}, "empty box: "),
         ("locate", {"box": None}, "not a box: None"),
-        ("locate", {"width": "100"}, "no size of the picture: '100' x 50 is none; give width and height in pixels"),
+        (
+            "locate",
+            {"width": "100"},
+            "no size of the picture: '100' x 50 is none; give width and height in whole pixels",
+        ),
         ("locate", {"height": 0}, "no size of the picture: 100 x 0"),
         ("locate", {"width": -100, "height": -50}, "no size of the picture: -100 x -50"),
         ("detect", {"objects": []}, r"no objects: \[\] is no list of any"),

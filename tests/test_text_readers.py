@@ -103,7 +103,7 @@ def test_of_a_cut_off_archive_what_is_whole_is_kept(tiny, tmp_path, ending):
 
 def test_a_bomb_is_left_out_before_it_fills_the_memory(tiny, tmp_path):
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"a" * 2**26))
-    with pytest.raises(DataError, match=r"t\.txt\.gz: no text; 1 left out \(longer than 16 MiB\); .* --most-megabytes"):
+    with pytest.raises(DataError, match=r"t\.txt\.gz: no text; 1 left out \(longer than 8 MiB\); .* --most-megabytes"):
         write_text([tmp_path / "t.txt.gz"], tmp_path / "out", tiny.tokenizer)
     quine = gzip.compress(b"text", 1)
     for _ in range(5):
@@ -327,7 +327,7 @@ def test_a_folder_or_a_wrong_format_is_refused(tiny, tmp_path):
         (
             "t.txt",
             b"a" * (MOST_BYTES + 1),
-            "longer than 16 MiB: cut it, or raise --most-megabytes where there is memory",
+            "longer than 8 MiB: cut it, or raise --most-megabytes where there is memory",
         ),
     ],
 )

@@ -21,7 +21,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sphinx.data.config import DataConfig, DataSource
-from megatron_sphinx.data.index import SAMPLE
+from megatron_sphinx.data.index import SAMPLE, UPRIGHT
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.text import TextIndex
@@ -43,7 +43,7 @@ def simulate_pairs(folder: Path, pairs: int) -> None:
         file.truncate(10 * pairs * 2)
     sizes = [PAIRS_PER_SHARD] * (pairs // PAIRS_PER_SHARD) + [pairs % PAIRS_PER_SHARD]
     shards = [{"path": f"{n:06d}.tar", "bytes": 0, "samples": size} for n, size in enumerate(sizes) if size]
-    content = {"tokenizer": TOKENIZER, "caption_type": "<u2", "shards": shards}
+    content = {"tokenizer": TOKENIZER, "caption_type": "<u2", "shards": shards, "sizes": UPRIGHT}
     (folder / "index.json").write_text(json.dumps(content))
 
 

@@ -91,6 +91,7 @@ class Mapped:
 
     Attributes:
         size: how many records there are.
+        record: type of a record.
 
     Raises:
         OSError: there is no such file.
@@ -101,16 +102,16 @@ class Mapped:
         with path.open("rb") as file:
             self._map = mmap(file.fileno(), 0, prot=PROT_READ)
         self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
-        self.size, self._record = len(self._map) // record.itemsize, record
+        self.size, self.record = len(self._map) // record.itemsize, record
 
     def read(self, first: int, last: int) -> NDArray[Any]:
         """Return a copy of records `first` to `last`, the last not among them."""
-        begin = first * self._record.itemsize
+        begin = first * self.record.itemsize
         aligned = begin - begin % ALLOCATIONGRANULARITY
-        size = (last - first) * self._record.itemsize
+        size = (last - first) * self.record.itemsize
         if size > ALLOCATIONGRANULARITY:
             self._map.madvise(MADV_WILLNEED, aligned, begin + size - aligned)
-        return np.frombuffer(self._map, self._record, last - first, begin).copy()
+        return np.frombuffer(self._map, self.record, last - first, begin).copy()
 
 
 class RangeReader:

@@ -33,13 +33,25 @@ SAMPLE = np.dtype(
         ("offset", "<u8"),  # of the image in the shard
         ("bytes", "<u4"),  # of the image
         ("header", "<u4"),  # CRC-32 of the 512 bytes before it: of the tar's header, so of its name, size and time
-        ("width", "<u4"),
+        ("width", "<u4"),  # of the upright image
         ("height", "<u4"),
+        (
+            "orientation",
+            "<u4",
+        ),  # EXIF's number for how stored pixels are turned to that, 1 to 8; 0: no image
         ("caption", "<u8"),  # first token in captions.bin
         ("tokens", "<u4"),  # of the caption
     ]
 )
 CONVERSATION = np.dtype([*SAMPLE.descr, ("targets", "<u4")])  # positions with a target; without an image `bytes` is 0
+UPRIGHT = "upright"  # what `sizes` of an index.json says; older indexes know the sizes of images as they are stored
+
+
+def _record(kind: np.dtype[Any], content: dict[str, Any]) -> np.dtype[Any]:
+    """Return the type of the records of an index, which is older where it knows of no orientation."""
+    if content.get("sizes") == UPRIGHT:
+        return kind
+    return np.dtype([field for field in kind.descr if field[0] != "orientation"])
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class IndexFolder:
             _check_kind(content, folder, key)
             self.tokenizer = TokenizerIdentity(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
-            self.samples = Mapped(folder / "samples.bin", SAMPLE if key == "pairs" else CONVERSATION)
+            self.samples = Mapped(folder / "samples.bin", _record(SAMPLE if key == "pairs" else CONVERSATION, content))
             self.token_type = _token_type(content["caption_type"])
             self.content = content_in(content)
             self.captions = Mapped(folder / "captions.bin", self.token_type)
@@ -117,6 +129,11 @@ class IndexFolder:
         sizes = (self.samples.size, self.captions.size, self.answers.size if self.answers is not None else tokens)
         if sizes != (sum(shard.samples for shard in self.shards), tokens, tokens):
             raise DataError(f"data.{key}={folder}: the files of the index disagree; {self._remedy}")
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether sizes are of images as they are looked at; an older index knows them as they are stored."""
+        return "orientation" in (self.samples.record.names or ())
 
     @property
     def _remedy(self) -> str:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sphinx.data import images
 from megatron_sphinx.data.content import BESIDE, ContentSource, Memory, check_known, fingerprint
 from megatron_sphinx.data.files import RangeReader
 from megatron_sphinx.data.index import IndexFolder
 from megatron_sphinx.data.streams import SampleSizes
 from megatron_sphinx.data.tokenizer import Tokenizer, check_tokenizer
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.paths import printable
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class SampleIndex:
     def __init__(self, folders: Sequence[str | Path], key: str = "pairs") -> None:
         self.folders = [IndexFolder(Path(folder), key) for folder in folders]
         self.bounds = [0, *accumulate(folder.samples.size for folder in self.folders)]
+        self._is_stored = False
+
+    def as_stored(self) -> "SampleIndex":
+        """Return the index with the sizes of images as they are stored, not as their orientations turn them."""
+        index = copy(self)
+        index._is_stored = True
+        return index
 
     def __len__(self) -> int:
         return self.bounds[-1]
@@ -97,7 +107,11 @@ class SampleIndex:
             begin, stop = self.bounds[source], min(last, self.bounds[source + 1])
             samples = self.folders[source].samples.read(first - begin, stop - begin)
             targets = samples["tokens"] + 1 if self.folders[source].answers is None else samples["targets"]
-            tables.append(SampleSizes(samples["width"], samples["height"], samples["tokens"], targets))
+            width, height = samples["width"], samples["height"]
+            if self._is_stored and self.folders[source].is_upright:
+                is_turned = np.isin(samples["orientation"], images.SIDEWAYS)
+                width, height = np.where(is_turned, height, width), np.where(is_turned, width, height)
+            tables.append(SampleSizes(width, height, samples["tokens"], targets))
             first = stop
         return SampleSizes.joined(tables)
 
@@ -145,6 +159,10 @@ class SampleIndex:
         numbers = (int(record[name]) for name in ("offset", "bytes", "header"))
         return ImageLocation(folder.path(shard), *numbers)
 
+    def is_upright(self, sample: int) -> bool:
+        """Say whether the size of a sample's image is that of the upright one; an older index has it as stored."""
+        return not self._is_stored and self.folders[bisect_right(self.bounds, sample) - 1].is_upright
+
     def name(self, sample: int) -> str:
         """Name a sample as an error should: by its index, and by its number in that."""
         source = bisect_right(self.bounds, sample) - 1
@@ -190,7 +208,10 @@ class ImageReader:
             header = self._files.read(image.path, image.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
         if zlib.crc32(header) != image.header:  # it may be any file, which is not for a message to show
             return image.path, f"at byte {image.offset}"
-        return image.path, split_name(header[:100].split(b"\0")[0].decode(errors="replace"))[0]
+        name = header[:100].split(b"\0")[0].decode(errors="surrogateescape")
+        if folder := header[345:500].split(b"\0")[0].decode(errors="surrogateescape"):  # where ustar has long ones
+            name = f"{folder}/{name}" if header[257:263] == b"ustar\0" else name
+        return image.path, printable(split_name(name)[0])
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -88,8 +88,9 @@ class PixelLoader:
         Returns:
             False where the image cannot be read.
         """
+        is_upright = self.vision.resize != "accessory" and self.index.is_upright(sample)
         try:
-            canvas = Canvas(images.decode(self._reader.read(sample)), self.vision)
+            canvas = Canvas(images.decode(self._reader.read(sample), is_upright=is_upright), self.vision)
         except (DataError, OSError) as error:
             self.report(sample, str(error))
             return False

@@ -83,9 +83,12 @@ def make_planner(
         views = encoded_views(width, height, vision)
         return image_positions(len(views), vision), views
 
+    samples = sources.samples
+    if samples is not None and vision.resize == "accessory":  # which leaves images as they are stored
+        samples = samples.as_stored()
     return Planner(
         config,
-        samples=sources.samples,
+        samples=samples,
         text=sources.text,
         tokens_of_views=tokens_of_views,
         cost=model.train_flops,

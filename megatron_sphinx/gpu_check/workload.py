@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.index import SAMPLE
+from megatron_sphinx.data.index import SAMPLE, UPRIGHT
 from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.pixels import views_in
@@ -56,6 +56,7 @@ def make_data(folder: Path, vocabulary: int) -> None:
     content = {
         "tokenizer": TOKENIZER,
         "caption_type": "<u2",
+        "sizes": UPRIGHT,
         "shards": [{"path": "0.tar", "bytes": 0, "samples": PAIRS}],
     }
     (folder / "pairs" / "index.json").write_text(json.dumps(content))

@@ -286,7 +286,8 @@ class VisionConfig:
             parts, row by row.
         padding: where a picture sits in the square that it is padded to: centre (SPHINX) or corner (SPHINX-X).
         skip_padding_views: whether a part that holds no pixel of the picture is one learned token, and not encoded.
-        resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights.
+        resize: how pictures are resized: antialiased; or accessory, as the released code resizes, for its weights; that
+            also leaves them as they are stored, not turned upright.
         batch_views (views): how many views are encoded at once; the shape is always full, so that a feature's bits
             never depend on its company. With auto a run takes 32 on a GPU, or as many of them as fit into memory, and 8
             on a CPU, and keeps them when it goes on.

@@ -8,8 +8,9 @@ LLaMA2-Accessory.
 """
 
 import re
+import sys
 from collections.abc import Sequence
-from math import isfinite
+from typing import TypeGuard
 
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.views import place
@@ -132,6 +133,13 @@ def _clamp(coordinate: float, size: float) -> float:
     return min(max(coordinate, 0.0), size)
 
 
+def is_finite(value: object) -> TypeGuard[float]:
+    """Say whether something is a number that a coordinate can be: no truth value, and not beyond what floats hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # which NaN is not
+
+
 def _numbers(values: Sequence[float], count: int, name: str) -> Sequence[float]:
     """Return the numbers unchanged; raise DataError where they are not `count` finite ones.
 
@@ -141,6 +149,8 @@ def _numbers(values: Sequence[float], count: int, name: str) -> Sequence[float]:
         name: what they make, for the error: a box or a point.
     """
     is_list = isinstance(values, list | tuple) and len(values) == count
-    if not is_list or not all(isinstance(value, int | float) and isfinite(value) for value in values):
-        raise DataError(f"not a {name}: {values} is not {count} finite numbers; give them in pixels, or leave it out")
+    if not is_list or not all(is_finite(value) for value in values):
+        raise DataError(
+            f"not a {name}: {str(values)[:80]} is not {count} finite numbers; give them in pixels, or leave it out"
+        )
     return values

@@ -2,13 +2,10 @@
 
 import hashlib
 import io
-import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,21 +13,23 @@ from megatron_sphinx.data.files import renamed
 from megatron_sphinx.data.index import CONVERSATION
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.paths import inside
-from megatron_sphinx.prepare.index import (
-    PARTS,
-    Quarantine,
-    ShardImage,
-    UnitResult,
-    image_of,
-    members,
-    write_index,
-    write_part,
-)
+from megatron_sphinx.paths import inside, printable
+from megatron_sphinx.prepare.index import PARTS, Quarantine, UnitResult, write_index, write_part
+from megatron_sphinx.prepare.json_files import Items, read_items
+from megatron_sphinx.prepare.shards import BLOCK, ShardImage, file_content, image_of, members
 from megatron_sphinx.prepare.template import Conversation, parse
-from megatron_sphinx.prepare.workers import Report, is_held_out
+from megatron_sphinx.prepare.workers import (
+    Report,
+    check_share,
+    check_workers,
+    is_held_out,
+    one_line,
+    target_folder,
+)
 
-_NO_IMAGE = ShardImage(0, 0, 0, 0, 0)
+_NO_IMAGE = ShardImage(0, 0, 0, 0, 0, 0)
+_RECORDS = 2  # version of what is kept of a unit while an index is made
+_MOST_KEY = 200  # characters of an id in the quarantine
 
 
 @dataclass(frozen=True)
@@ -39,38 +38,11 @@ class _Unit:
 
     Attributes:
         number: of the unit, and of its shard.
-        source: the file.
-        first: number of its first conversation in the file.
-        items: the conversations; None where they are the lines of the file from byte `begin` to `end`.
-        begin: first byte.
-        end: behind the last byte.
+        items: the conversations.
     """
 
     number: int
-    source: Path
-    first: int
-    items: Sequence[Any] | None
-    begin: int = 0
-    end: int = 0
-
-    def read(self) -> Iterator[tuple[str, Any]]:
-        """Yield each conversation as the file has it, behind a name for it; it is None where a line is not JSON."""
-        if self.items is not None:
-            items = list(self.items)
-        else:
-            with self.source.open("rb") as file:
-                file.seek(self.begin)
-                items = [_json(line) for line in file.read(self.end - self.begin).splitlines()]
-        for number, item in enumerate(items, self.first):
-            known = item.get("id") if isinstance(item, dict) else None
-            yield str(number if known is None else known), item
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    items: Items
 
 
 def index_conversations(
@@ -105,48 +77,28 @@ def index_conversations(
     Raises:
         DataError: a source cannot be read, or there is no conversation in any of them.
     """
-    units: list[_Unit] = []
-    for source in sources:
-        units += _units(source, len(units), samples_per_shard)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    check_share("held_out", held_out)
+    check_workers(workers)
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard={samples_per_shard}: must be 1 or more; give some hundreds")
+    groups = [items for source in sources for items in read_items(source, samples_per_shard)]
+    units = [_Unit(number, items) for number, items in enumerate(groups)]
 
     def work(number: int) -> UnitResult:
         unit = units[number]
-        return _index_unit(unit, images or unit.source.parent, folder, tokenizer, (held_out, follow_links))
+        return _index_unit(unit, images or unit.items.source.parent, folder, tokenizer, (held_out, follow_links))
 
-    report = write_index(
-        work, range(len(units)), folder, tokenizer,
-        sample_kind="conversations", held_out=held_out, workers=workers, unit_name="shard", show=show,
-        empty_error=f"{', '.join(map(str, sources[:3]))}: holds no conversation that can be used",
-    )  # fmt: skip
-    used = {unit.number for unit in units}
-    for shard in (folder / "shards").glob("*.tar"):  # of another run
-        if int(shard.stem) not in used:
-            shard.unlink()
+    with target_folder(folder):
+        (folder / "shards").mkdir(exist_ok=True)
+        report = write_index(
+            work, range(len(units)), folder, tokenizer,
+            sample_kind="conversations", held_out=held_out, workers=workers, unit_name="shard", show=show,
+            empty_error=f"{', '.join(map(str, sources[:3]))}: holds no conversation that can be used",
+        )  # fmt: skip
+        for shard in (folder / "shards").glob("*.tar"):  # of another run
+            if not shard.stem.isdecimal() or int(shard.stem) >= len(units):
+                shard.unlink()
     return report
-
-
-def _units(source: Path, first: int, size: int) -> Iterator[_Unit]:
-    """Divide a file into units of `size` conversations, whose numbers count from `first`."""
-    try:
-        if source.suffix == ".jsonl":
-            ends = [0]
-            with source.open("rb") as file:
-                for line in file:
-                    ends.append(ends[-1] + len(line))
-            cuts = [*range(0, len(ends) - 1, size), len(ends) - 1]
-            for number, (begin, end) in enumerate(pairwise(cuts), first):
-                yield _Unit(number, source, begin, None, ends[begin], ends[end])
-            return
-        items = json.loads(source.read_bytes())
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{source}: not JSON ({error}); give a list of conversations, or .jsonl") from error
-    if not isinstance(items, list):
-        raise DataError(f"{source}: must hold a list of conversations")
-    for number, begin in enumerate(range(0, len(items), size), first):
-        yield _Unit(number, source, begin, items[begin : begin + size])
 
 
 def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, options: tuple[float, bool]) -> UnitResult:
@@ -159,22 +111,23 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, opt
         tokenizer: of the model that will be trained.
         options: held-out share, and whether links are followed; what is made depends on them.
     """
-    state = unit.source.stat()
-    settings = (unit.number, unit.first, unit.end, str(unit.source), state.st_size, state.st_mtime_ns, str(root))
+    items = unit.items
+    state = items.source.stat()
+    place = (unit.number, items.first, items.end, str(items.source))
+    settings = (_RECORDS, *place, state.st_size, state.st_mtime_ns, str(root))
     name = hashlib.sha256(repr((settings, options, tokenizer.identity)).encode()).hexdigest()[:24]
     part, shard = folder / PARTS / f"{name}.npz", folder / "shards" / f"{unit.number:06d}.tar"
     if part.is_file():
         return _result(shard, part)
     held_out, follow_links = options
-    usable, contents, quarantine = _usable(unit, root, follow_links)
+    usable, contents, quarantine = _usable(items, root, follow_links)
     images = dict(zip(contents, _write_shard(shard, contents), strict=True))
     samples, tokens, answers, is_held = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], []
     count = 0
     for key, conversation in usable:
         image = images[conversation.image] if conversation.image is not None else _NO_IMAGE
         ids, is_answer = conversation.encode(tokenizer)
-        located = (0, image.offset, image.bytes, image.header, image.width, image.height)
-        samples.append((*located, count, len(ids), int(is_answer.sum()) + 1))  # EOS too
+        samples.append((0, *astuple(image), count, len(ids), int(is_answer.sum()) + 1))  # EOS too
         tokens.append(np.array(ids, np.int64))
         answers.append(is_answer)
         is_held.append(is_held_out(conversation.image or key, held_out))
@@ -182,18 +135,18 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, opt
     write_part(
         part, tokenizer,
         samples=np.array(samples, CONVERSATION), captions=np.concatenate(tokens), answers=np.concatenate(answers),
-        is_held_out=is_held, quarantine=quarantine,
+        is_held_out=is_held, inputs=len(usable) + len(quarantine), quarantine=quarantine,
     )  # fmt: skip
     return _result(shard, part)
 
 
 def _usable(
-    unit: _Unit, root: Path, follow_links: bool
+    items: Items, root: Path, follow_links: bool
 ) -> tuple[list[tuple[str, Conversation]], dict[str, bytes], Quarantine]:
-    """Read the conversations of a unit.
+    """Read conversations.
 
     Args:
-        unit: the conversations.
+        items: the conversations, as their file has them.
         root: folder that the paths of images are relative to.
         follow_links: whether links in that folder may lead out of it.
 
@@ -204,16 +157,19 @@ def _usable(
     usable: list[tuple[str, Conversation]] = []
     contents: dict[str, bytes] = {}
     quarantine: Quarantine = []
-    for key, item in unit.read():
+    for number, item in enumerate(items.read(), items.first):
+        known = item.content.get("id") if isinstance(item.content, dict) else None
+        key = printable(str(number if known is None else known)[:_MOST_KEY])
         try:
-            conversation = parse(item)
+            conversation = parse(item.checked())
             if conversation.image is not None:
                 path = inside(root, conversation.image, follow_links=follow_links)
                 conversation = replace(conversation, image=path)
                 if path not in contents:
                     contents[path] = _content(root / path)
         except DataError as error:
-            quarantine.append({"shard": str(unit.source), "key": key, "reason": " ".join(str(error).split())})
+            entry = {"shard": str(items.source), "key": key, "place": item.place, "reason": one_line(str(error))}
+            quarantine.append(entry)
         else:
             usable.append((key, conversation))
     return usable, contents, quarantine
@@ -229,11 +185,10 @@ def _content(path: Path) -> bytes:
     Raises:
         DataError: the file cannot be read, or is no image that can be used.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image cannot be read: {path} ({error.strerror})") from error
-    image_of(0, bytes(tarfile.BLOCKSIZE) + content)
+    content, fault = file_content(path)
+    if fault:
+        raise DataError(f"image cannot be read: {path} ({fault})")
+    image_of(0, bytes(BLOCK) + content)
     return content
 
 
@@ -247,7 +202,7 @@ def _write_shard(shard: Path, contents: dict[str, bytes]) -> list[ShardImage]:
             member = tarfile.TarInfo(path)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    return [image_of(offset, block) for _, offset, block in members(str(shard), _refuse)]
+    return [image_of(member.offset, member.block) for member in members(str(shard), _refuse)]
 
 
 def _refuse(key: str | None, reason: str) -> None:

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,38 +12,17 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sphinx.data import images
 from megatron_sphinx.data.content import Gauge
-from megatron_sphinx.data.files import is_url, open_file, remove_partial, renamed
-from megatron_sphinx.data.index import Shard
-from megatron_sphinx.data.pairs import split_name
+from megatron_sphinx.data.files import is_url, remove_partial, renamed
+from megatron_sphinx.data.index import UPRIGHT, Shard
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare.workers import Report, in_parallel, write_json
+from megatron_sphinx.prepare.workers import Report, check_share, in_parallel, target_folder, write_json
 
 PARTS = ".parts"  # what is done of an index is kept in this folder of it
 
 Unit = TypeVar("Unit")
 Quarantine = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class ShardImage:
-    """An image as it lies in a shard.
-
-    Attributes:
-        offset: its first byte in the shard.
-        bytes: its size.
-        header: CRC-32 of the tar header before it.
-        width: in pixels.
-        height: in pixels.
-    """
-
-    offset: int
-    bytes: int
-    header: int
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +52,7 @@ def write_index(
     unit_name: str,
     show: bool,
     empty_error: str,
+    left_out: Iterable[dict[str, Any]] = (),
 ) -> Report:
     """Write an index from units that are worked on in parallel; killed, the same call goes on where it was.
 
@@ -89,26 +67,35 @@ def write_index(
         unit_name: what a unit is called beside the progress bar.
         show: whether there is a progress bar.
         empty_error: the message of the error where there is no sample.
+        left_out: entries of the quarantine for what is in no unit.
 
     Raises:
-        DataError: there is no sample, or `work` raises it.
+        DataError: there is no sample, the folder cannot be written, another process writes it, or `work` raises it.
     """
-    parts = folder / PARTS
-    parts.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").unlink(missing_ok=True)
-    for written in (folder, parts):
-        remove_partial(written)
-    results = list(in_parallel(work, units, workers=workers, unit_name=unit_name, show=show))
-    report = Report()
-    for result in results:
-        report.reject(_quarantine(result.file))
-    report.taken, report.tokens = _join(results, folder, tokenizer, sample_kind, held_out=False)
-    if not report.taken:
-        raise DataError(empty_error + report.why())
-    (folder / "held_out" / "index.json").unlink(missing_ok=True)
-    if held_out:
-        report.held_out, _ = _join(results, folder / "held_out", tokenizer, sample_kind, held_out=True)
-    shutil.rmtree(parts)
+    check_share("held_out", held_out)
+    with target_folder(folder):
+        parts = folder / PARTS
+        parts.mkdir(exist_ok=True)
+        (folder / "index.json").unlink(missing_ok=True)
+        for written in (folder, parts):
+            remove_partial(written)
+        results = list(in_parallel(work, units, workers=workers, unit_name=unit_name, show=show))
+        quarantine = [*left_out]
+        report = Report(inputs=len(quarantine))
+        for result in results:
+            lines, inputs = _left_out(result.file)
+            quarantine += lines
+            report.inputs += inputs
+        report.reject(quarantine)
+        with _whole(folder / "quarantine.jsonl") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in quarantine)
+        report.taken, report.tokens = _join(results, folder, tokenizer, sample_kind, held_out=False)
+        if not report.taken:
+            raise DataError(empty_error + report.why())
+        (folder / "held_out" / "index.json").unlink(missing_ok=True)
+        if held_out:
+            report.held_out, _ = _join(results, folder / "held_out", tokenizer, sample_kind, held_out=True)
+        shutil.rmtree(parts)
     return report
 
 
@@ -119,6 +106,7 @@ def write_part(
     samples: NDArray[Any],
     captions: NDArray[np.int64],
     is_held_out: Sequence[bool],
+    inputs: int,
     quarantine: Quarantine,
     answers: NDArray[np.bool_] | None = None,
 ) -> None:
@@ -130,6 +118,7 @@ def write_part(
         samples: a SAMPLE or CONVERSATION for each sample; its `caption` counts from the unit's first token.
         captions: token ids of all samples, one behind the other.
         is_held_out: for each sample.
+        inputs: how many samples came in, good and bad.
         quarantine: what was left out.
         answers: for each token whether it belongs to an answer; None of pairs.
     """
@@ -137,6 +126,7 @@ def write_part(
         "samples": samples,
         "captions": captions.astype(tokenizer.identity.token_type),
         "is_held_out": np.array(is_held_out, np.bool_),
+        "inputs": np.array(inputs, np.int64),
         "quarantine": np.frombuffer(json.dumps(quarantine).encode(), np.uint8),
     }
     if answers is not None:
@@ -145,10 +135,11 @@ def write_part(
         np.savez(whole, **arrays)  # type: ignore[arg-type]
 
 
-def _quarantine(file: Path) -> Quarantine:
+def _left_out(file: Path) -> tuple[Quarantine, int]:
+    """Return what was left out of a unit, and how many samples came in."""
     with np.load(file) as arrays:
         lines: Quarantine = json.loads(arrays["quarantine"].tobytes())
-    return lines
+        return lines, int(arrays["inputs"])
 
 
 def _join(
@@ -162,7 +153,6 @@ def _join(
     with ExitStack() as stack:
         names = ["captions.bin", "samples.bin"] + ["answers.bin"] * (sample_kind == "conversations")
         files = {name: stack.enter_context(_whole(folder / name)) for name in names}
-        quarantine = stack.enter_context(_whole(folder / "quarantine.jsonl"))
         for number, result in enumerate(results):
             samples, captions, *answers = _chosen(result.file, held_out)
             samples["shard"] = number
@@ -173,11 +163,10 @@ def _join(
             relative = result.shard if is_url(result.shard) else os.path.relpath(result.shard, folder)
             shards.append(Shard(relative, result.bytes, len(samples)))
             count, tokens = count + len(samples), tokens + len(captions)
-            if not held_out:
-                quarantine.writelines(json.dumps(line).encode() + b"\n" for line in _quarantine(result.file))
     content = {
         "format": 1,
         "of": sample_kind,
+        "sizes": UPRIGHT,
         "tokenizer": asdict(tokenizer.identity),
         "caption_type": tokenizer.identity.token_type.str,
         "shards": [asdict(shard) for shard in shards],
@@ -206,53 +195,3 @@ def _chosen(file: Path, held_out: bool) -> list[NDArray[Any]]:
     samples = samples[chosen]
     samples["caption"] = np.cumsum(samples["tokens"], dtype=np.uint64) - samples["tokens"]
     return [samples, *token_arrays]
-
-
-def members(path: str, leave_out: Callable[[str | None, str], None]) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the regular files of a tar, as far as it can be read.
-
-    Args:
-        path: of the tar, or its URL.
-        leave_out: told key and reason where the tar cannot be read on.
-
-    Yields:
-        Name, offset of the content in the tar, and header and content in one.
-
-    Raises:
-        DataError: the disk or the network fails, so that nothing is known of the tar.
-    """
-    name = None
-    try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                name = member.name
-                if member.isreg():
-                    file.seek(member.offset_data - tarfile.BLOCKSIZE)
-                    block = file.read(tarfile.BLOCKSIZE + member.size)
-                    if len(block) != tarfile.BLOCKSIZE + member.size:
-                        raise tarfile.ReadError(f"it ends inside {name}")
-                    yield member.name, member.offset_data, block
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it lacks the mark of its end")
-    except OSError as error:  # of a network perhaps: nothing is known of the shard
-        raise DataError(f"{path}: cannot be read ({error}); run this again: what is done is kept") from error
-    except (tarfile.TarError, EOFError) as error:
-        fault = "not a tar file" if name is None else "the shard is cut short"
-        leave_out(split_name(name)[0] if name else None, f"{fault}: {error}")
-
-
-def image_of(offset: int, block: bytes) -> ShardImage:
-    """Return what an index knows of an image, which is opened, not decoded.
-
-    Args:
-        offset: of the content in the shard.
-        block: header and content.
-
-    Raises:
-        DataError: the image cannot be used.
-    """
-    content = block[tarfile.BLOCKSIZE :]
-    width, height = images.size_of(content)
-    images.check_size(width, height)
-    return ShardImage(offset, len(content), zlib.crc32(block[: tarfile.BLOCKSIZE]), width, height)

@@ -5,9 +5,8 @@ The model that is trained sees the images as they are: its questions say in word
 Source: SPHINX-X, arXiv:2402.05935, section 3.2; Set-of-Mark prompting, arXiv:2310.11441. The wording is ours.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,22 @@ from PIL import Image
 from megatron_sphinx.data.images import decode
 from megatron_sphinx.data.shuffle import key_of
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.paths import inside, relative
+from megatron_sphinx.paths import inside
 from megatron_sphinx.prepare.boxes import Box, clip_box, from_coco
+from megatron_sphinx.prepare.coco import id_of, read_coco
 from megatron_sphinx.prepare.drawing import MOST_MARKS, Mark, Polygon, describe, draw_marks, place_of
-from megatron_sphinx.prepare.tasks import ConversationJson, conversation
-from megatron_sphinx.prepare.workers import Report, in_parallel, write_lines
+from megatron_sphinx.prepare.json_files import read_json
+from megatron_sphinx.prepare.records import Record, picture_size
+from megatron_sphinx.prepare.shards import file_content
+from megatron_sphinx.prepare.texts import check_text
+from megatron_sphinx.prepare.workers import (
+    Report,
+    check_workers,
+    in_parallel,
+    one_line,
+    target_folder,
+    write_lines,
+)
 
 QUESTIONS = (
     "Describe each marked object: what it is, how it looks and what it does.",
@@ -31,9 +41,39 @@ QUESTIONS = (
     "How are the marked objects related to each other, in space and otherwise?",
 )
 REQUEST = "Call objects by their marks, such as mark 1. Answer in plain sentences, without headings or lists."
-_MENTIONED = re.compile(r"\bmark\s+#?(\d+)|\bmarks\s+(#?\d+(?:(?:[\s,&#-]|and|or|to)+\d+)*)", re.IGNORECASE)
+
 
 Entry = dict[str, Any]
+
+
+@dataclass
+class MarksReport(Report):
+    """How many images and objects were marked, and how many were not.
+
+    Attributes:
+        objects: how many annotations there are.
+        marked: how many of them have a mark.
+        unmarked: how many of them the lines of the quarantine leave out.
+    """
+
+    objects: int = 0
+    marked: int = 0
+    unmarked: int = 0
+
+    def balance(self, output: str, quarantine: str = "quarantine.jsonl") -> str:
+        """Say that no image and no object was lost; the tool's last line.
+
+        Raises:
+            RuntimeError: the numbers do not add up, which is a fault of this package.
+        """
+        if self.objects != self.marked + self.unmarked:
+            numbers = f"{self.objects} came in, {self.marked} + {self.unmarked} came out"
+            raise RuntimeError(f"the numbers of objects do not add up: {numbers}; please report this")
+        left = self.inputs - self.taken
+        return (
+            f"input {self.inputs} images with {self.objects} objects = {self.taken} {output} with {self.marked} + "
+            f"{left} with the other {self.unmarked} in {quarantine}"
+        )
 
 
 def write_marks(
@@ -46,11 +86,11 @@ def write_marks(
     follow_links: bool = False,
     workers: int = 1,
     show: bool = False,
-) -> Report:
+) -> MarksReport:
     """Write marked copies of images, and what an annotator model is asked about each.
 
     `target` gets `images/`, `prompts.jsonl` (id, image, marked, marks, description, question, prompt) and
-    `quarantine.jsonl` with image, object and reason of what is left out.
+    `quarantine.jsonl` with image, object, reason, and how many objects are left out for it.
 
     Args:
         annotations: JSON as COCO's instances: images, categories, and annotations with boxes and perhaps polygons.
@@ -70,88 +110,24 @@ def write_marks(
     """
     if not 1 <= most_marks <= MOST_MARKS:
         raise DataError(f"most_marks={most_marks}: not so many can be told apart; give 1 to {MOST_MARKS}")
-    pictures, quarantine = _read_annotations(annotations)
-    (target / "images").mkdir(parents=True, exist_ok=True)
+    check_workers(workers)
+    pictures, quarantine, objects = _read_annotations(annotations)
     read = partial(_read_image, images, follow_links=follow_links)
     work = partial(_mark_image, read=read, target=target, padding=padding, most_marks=most_marks)
-    done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, unit_name="image", show=show))
-    report = Report(taken=sum(prompt is not None for prompt, _ in done))
-    quarantine += [entry for _, left_out in done for entry in left_out]
-    report.reject(quarantine)
-    write_lines(target / "quarantine.jsonl", quarantine)
-    if not report.taken:
-        raise DataError(f"{annotations}: no object can be marked{report.why()}; see {target / 'quarantine.jsonl'}")
-    write_lines(target / "prompts.jsonl", [prompt for prompt, _ in done if prompt])
+    with target_folder(target):
+        (target / "images").mkdir(exist_ok=True)
+        done = list(in_parallel(work, list(enumerate(pictures)), workers=workers, unit_name="image", show=show))
+        prompts = [prompt for prompt, _ in done if prompt]
+        quarantine += [entry for _, left_out in done for entry in left_out]
+        report = MarksReport(inputs=len(pictures), taken=len(prompts), objects=objects)
+        report.reject(quarantine)
+        report.marked = sum(prompt["marks"] for prompt in prompts)
+        report.unmarked = sum(entry["objects"] for entry in quarantine)
+        write_lines(target / "quarantine.jsonl", quarantine)
+        if not report.taken:
+            raise DataError(f"{annotations}: no object can be marked{report.why()}; see {target / 'quarantine.jsonl'}")
+        write_lines(target / "prompts.jsonl", prompts)
     return report
-
-
-def merge_answers(prompts: Path, answers: Path, target: Path) -> Report:
-    """Join the answers of an annotator model to conversations about the images without marks.
-
-    Args:
-        prompts: the file that `write_marks` wrote.
-        answers: JSON lines with id and answer, in any order; of several to one prompt the first good one is taken.
-        target: file of conversations.
-
-    Returns:
-        How many answers are taken, and how many prompts and answers are not, by reason.
-
-    Raises:
-        DataError: a file cannot be read, or no answer can be used.
-    """
-    asked: dict[str, Entry] = {}
-    for entry in _read_lines(prompts):
-        keys = {"id", "image", "marks", "description", "question"}
-        if entry is None or not entry.keys() >= keys or not isinstance(entry["image"], str):
-            raise DataError(f"{prompts}: not all lines are prompts; make it by megatron-sphinx prepare som mark")
-        asked[entry["id"]] = entry
-    missing = set(asked)
-    taken: dict[str, Entry] = {}
-    report = Report()
-    for entry in _read_lines(answers):
-        key = str((entry or {}).get("id"))
-        try:
-            taken[key] = _merge(asked.get(key), entry, key in taken)
-        except DataError as error:
-            report.reject([{"reason": str(error)}])
-        missing.discard(key)
-    report.reject([{"reason": "missing answer"}] * len(missing))
-    report.taken = len(taken)
-    if not taken:
-        raise DataError(f"{answers}: no answer can be used{report.why()}; give those to {prompts}, as id and answer")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(target, [taken[key] for key in asked if key in taken])
-    return report
-
-
-def mentioned(text: str) -> set[int]:
-    """Return the numbers of the marks that a text speaks of: `mark 1`, `marks 1, 2 and 3`."""
-    return {int(number) for groups in _MENTIONED.findall(text) for number in re.findall(r"\d+", " ".join(groups))}
-
-
-def _merge(asked: Entry | None, entry: Entry | None, is_taken: bool) -> ConversationJson:
-    """Return the conversation that a prompt and its answer make.
-
-    Args:
-        asked: the prompt; None where no prompt has the answer's id.
-        entry: the line with the answer; None where it is no JSON object.
-        is_taken: whether another answer to the prompt has been taken.
-
-    Raises:
-        DataError: the answer cannot be used.
-    """
-    if entry is None or not entry.keys() >= {"id", "answer"}:
-        raise DataError("no answer: a line is no object with id and answer")
-    if asked is None:
-        raise DataError(f"unknown id: {entry['id']}")
-    if is_taken:
-        raise DataError(f"second answer: {entry['id']}")
-    answer = entry["answer"].strip() if isinstance(entry["answer"], str) else ""
-    if not answer:
-        raise DataError(f"empty answer: {entry['id']}")
-    if unknown := mentioned(answer) - set(range(1, asked["marks"] + 1)):
-        raise DataError(f"unknown mark: {min(unknown)} of {asked['marks']}")
-    return conversation(relative(asked["image"]), [(f"{asked['description']}\n{asked['question']}", answer)])
 
 
 @dataclass(frozen=True)
@@ -160,56 +136,78 @@ class _Picture:
 
     Attributes:
         key: its id, as text.
-        name: of its file.
+        record: `image`, the name of its file, and `width` and `height`; None where its id stands for several.
         objects: COCO's annotations of it, each with the `name` of its category.
     """
 
     key: str
-    name: str
+    record: Record | None
     objects: list[Entry]
 
+    @property
+    def name(self) -> str | None:
+        """Name of its file; None where there is none."""
+        name = (self.record or {}).get("image")
+        return name if isinstance(name, str) else None
 
-def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry]]:
-    """Return the images, and the quarantine's entries for objects that are in none of them."""
-    quarantine = []
+
+def _read_annotations(path: Path) -> tuple[list[_Picture], list[Entry], int]:
+    """Return the images, the quarantine's entries for objects that are in none of them, and how many objects there are.
+
+    Raises:
+        DataError: the file cannot be read, or has another form.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+        raise DataError(f"{path}: not as COCO's instances are; give images, annotations, categories")
+    quarantine: list[Entry] = []
+
+    def leave_out(reason: str, item: Any, objects: int = 0) -> None:
+        number = item.get("id") if isinstance(item, dict) else None
+        quarantine.append({"image": None, "object": number, "objects": objects, "reason": one_line(reason)})
+
     try:
-        content = json.loads(path.read_bytes())
-        names = {entry["id"]: entry["name"] for entry in content["categories"]}
-        pictures = {entry["id"]: _Picture(str(entry["id"]), str(entry["file_name"]), []) for entry in content["images"]}
-        for entry in content["annotations"]:
-            if entry["image_id"] in pictures:
-                pictures[entry["image_id"]].objects.append(entry | {"name": names.get(entry["category_id"])})
-            else:
-                reason = f"unknown image: {entry['image_id']}"
-                quarantine.append({"image": None, "object": entry.get("id"), "reason": reason})
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f"{type(error).__name__} {error}"
-        raise DataError(
-            f"{path}: not as COCO's instances are ({fault}); give images, annotations, categories"
-        ) from error
-    return list(pictures.values()), quarantine
+        coco = read_coco(content, leave_out)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    texts = Counter(map(str, coco.pictures))  # 1 and "1" are two images, whose answers could not be told apart
+    pictures = {
+        key: _Picture(str(key), record if texts[str(key)] == 1 else None, []) for key, record in coco.pictures.items()
+    }
+    for entry in coco.annotations:
+        picture = pictures.get(id_of(entry.get("image_id"))) if isinstance(entry, dict) else None
+        if picture is None:
+            named = f"unknown image: {str(entry.get('image_id'))[:80]}" if isinstance(entry, dict) else "no JSON object"
+            leave_out(named, entry, 1)
+        else:
+            picture.objects.append(entry | {"name": coco.names.get(id_of(entry.get("category_id")))})
+    return list(pictures.values()), quarantine, len(coco.annotations)
 
 
-def _read_image(images: Path, name: str, *, follow_links: bool) -> tuple[str, Image.Image]:
+def _read_image(images: Path, picture: _Picture, *, follow_links: bool) -> tuple[str, Image.Image]:
     """Return the normalised path of an image in its folder, and the image.
 
     Raises:
-        DataError: the image is not in the folder, cannot be read, or does not decode.
+        DataError: the image is not in the folder, cannot be read, does not decode, or is not of the size that its
+            annotations were made for.
     """
-    path = inside(images, name, follow_links=follow_links)
-    try:
-        content = (images / path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
-    return path, decode(content)
+    if picture.record is None:
+        raise DataError(f"image id of several images: {picture.key}")
+    if picture.name is None:
+        raise DataError(f"image without file_name: {picture.key}")
+    path = inside(images, picture.name, follow_links=follow_links)
+    content, fault = file_content(images / path)
+    if fault:
+        raise DataError(f"cannot be read: {fault}")
+    image = decode(content)
+    _check_size(picture.record, image.size)
+    return path, image
 
 
 def _mark_image(
     job: tuple[int, _Picture],
     *,
-    read: Callable[[str], tuple[str, Image.Image]],
+    read: Callable[[_Picture], tuple[str, Image.Image]],
     target: Path,
     padding: str,
     most_marks: int,
@@ -218,7 +216,7 @@ def _mark_image(
 
     Args:
         job: number and annotations of the image.
-        read: gives the path and the image for its name.
+        read: gives the path of the image, and the image.
         target: folder.
         padding: where an image is in its square, `centre` or `corner`.
         most_marks: on an image.
@@ -229,13 +227,13 @@ def _mark_image(
     number, picture = job
     quarantine: list[Entry] = []
 
-    def leave_out(item: object, reason: str) -> None:
-        quarantine.append({"image": picture.name, "object": item, "reason": reason})
+    def leave_out(item: object, reason: str, objects: int = 1) -> None:
+        quarantine.append({"image": picture.name, "object": item, "objects": objects, "reason": one_line(reason)})
 
     try:
-        path, image = read(picture.name)
+        path, image = read(picture)
     except DataError as error:
-        leave_out(None, str(error))
+        leave_out(None, str(error), len(picture.objects))
         return None, quarantine
     objects: list[tuple[str, Box, list[Polygon]]] = []
     for entry in picture.objects:
@@ -244,10 +242,10 @@ def _mark_image(
         except DataError as error:
             leave_out(entry.get("id"), str(error))
     largest = sorted(range(len(objects)), key=lambda index: -_area(objects[index][1]))[:most_marks]
-    if len(objects) > most_marks:
-        leave_out(None, f"too many objects: {len(objects) - most_marks} smaller ones have no mark")
+    if (more := len(objects) - most_marks) > 0:
+        leave_out(None, f"too many objects: {more} smaller ones have no mark", more)
     if not objects:
-        leave_out(None, "no object to mark")
+        leave_out(None, "no object to mark", 0)
         return None, quarantine
     marks = [
         Mark(count, name, box, polygons, place_of(box, polygons, image.size))
@@ -268,6 +266,15 @@ def _mark_image(
     return prompt, quarantine
 
 
+def _check_size(record: Record, size: tuple[int, int]) -> None:
+    """Raise DataError where annotations, whose boxes are in pixels, were made for an image of another size."""
+    if record["width"] is None and record["height"] is None:
+        return
+    if (known := picture_size(record)) != size:
+        shown = " and ".join(f"{width}x{height}" for width, height in (known, size))
+        raise DataError(f"another size: {shown} pixels, of the annotations and of the upright image")
+
+
 def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon]]:
     """Return name, box and outline of an object, in pixels of an image of such a size.
 
@@ -275,7 +282,8 @@ def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon
         DataError: the object cannot be marked.
     """
     if not isinstance(entry["name"], str):
-        raise DataError(f"unknown category: {entry['category_id']}")
+        raise DataError(f"unknown category: {str(entry.get('category_id'))[:80]}")
+    check_text(entry["name"], "name of a category")
     outline = entry.get("segmentation") or []
     if not isinstance(outline, list) or entry.get("iscrowd"):
         raise DataError("RLE mask: only boxes and polygons are drawn")
@@ -283,7 +291,7 @@ def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon
     for flat in outline:
         try:
             x, y = np.array(flat, np.float64).reshape(-1, 2).T
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"not a polygon: {error}") from error
         if len(x) < 3 or not np.isfinite([x, y]).all():
             raise DataError(f"not a polygon: {len(x)} points, or one that is not finite")
@@ -295,17 +303,3 @@ def _object(entry: Entry, size: tuple[int, int]) -> tuple[str, Box, list[Polygon
 def _area(box: Box) -> float:
     left, top, right, bottom = box
     return (right - left) * (bottom - top)
-
-
-def _read_lines(path: Path) -> Iterator[Entry | None]:
-    """Yield the lines of a file that are JSON objects, and None for each other line."""
-    try:
-        with path.open("rb") as file:
-            for line in filter(bytes.strip, file):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    entry = None
-                yield entry if isinstance(entry, dict) else None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its path") from error

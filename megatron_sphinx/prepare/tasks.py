@@ -18,6 +18,7 @@ from megatron_sphinx.paths import relative
 from megatron_sphinx.prepare import coco
 from megatron_sphinx.prepare.boxes import format_boxes, format_point
 from megatron_sphinx.prepare.coco import Coco, LeaveOut
+from megatron_sphinx.prepare.json_files import Item
 from megatron_sphinx.prepare.records import (
     Record,
     box_text,
@@ -120,7 +121,7 @@ def choice(record: Record, padding: str) -> ConversationJson:
     question, options, answer = text_of(record, "question"), texts_of(record, "options"), record.get("answer")
     if len(options) > len(ascii_uppercase):
         raise DataError(f"too many options: there are {len(options)}; give at most {len(ascii_uppercase)}")
-    if not isinstance(answer, int) or not 0 <= answer < len(options):
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
         raise DataError(f"no such option: answer {answer!r} is none of {len(options)}; count from 0")
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
     question = PROMPTS["choice"].format(question=question, options=lines)
@@ -249,36 +250,62 @@ TASKS = {
 }
 
 
-def build(task: str, content: object, padding: str, leave_out: LeaveOut) -> Iterator[ConversationJson]:
+@dataclass
+class Built:
+    """What has been made of a file of annotations, as far as `build` has come.
+
+    Attributes:
+        inputs: how many annotations the file has.
+        taken: how many of them have become conversations.
+    """
+
+    inputs: int = 0
+    taken: int = 0
+
+
+def build(
+    task: str, content: object, padding: str, leave_out: LeaveOut, built: Built | None = None
+) -> Iterator[ConversationJson]:
     """Yield the conversations of a file, in its order; paths of images are normalised, and none leads out of a folder.
 
     Args:
         task: a name in TASKS.
-        content: of the file: a list of records, or an object of COCO's form.
+        content: of the file: a list of records or of Items, or an object of COCO's form.
         padding: where pictures are in their squares, `centre` or `corner`.
-        leave_out: told the reason for each annotation that cannot be used.
+        leave_out: told the reason for each annotation that cannot be used, and the annotation.
+        built: counts.
 
     Raises:
         DataError: the content is of neither form.
     """
+    built = built or Built()
     records: Iterable[Any]
     if isinstance(content, list):
-        records = content
+        records, built.inputs = content, len(content)
     elif not isinstance(content, Mapping) or not {"images", "annotations"} <= content.keys():
         raise DataError("annotations: neither a list nor of COCO's form; give images and annotations, or JSON lines")
     elif (from_coco := TASKS[task].coco) is None:
         raise DataError(f"annotations: COCO's form has nothing for {task}; give a list of objects")
     else:
-        records = from_coco(coco.read_coco(content), leave_out)
+        read = coco.read_coco(content, leave_out)
+        records, built.inputs = from_coco(read, leave_out), coco.inputs_of(read, from_coco)
     for record in records:
-        if not isinstance(record, Mapping):
-            leave_out("no JSON object")
-            continue
+        sources = [record] if isinstance(content, list) else record[coco.ITEMS]
         try:
-            made = TASKS[task].build(record, padding)
-            if "image" in made:
-                made["image"] = relative(made["image"])
+            conversation = _conversation(task, record.checked() if isinstance(record, Item) else record, padding)
         except DataError as error:
-            leave_out(str(error))
+            for source in sources:
+                leave_out(str(error), source)
         else:
-            yield made
+            built.taken += len(sources)
+            yield conversation
+
+
+def _conversation(task: str, record: object, padding: str) -> ConversationJson:
+    """Return the conversation of a record; raise DataError where it cannot be used."""
+    if not isinstance(record, Mapping):
+        raise DataError("no JSON object")
+    made = TASKS[task].build(record, padding)
+    if "image" in made:
+        made["image"] = relative(made["image"])
+    return made

@@ -274,7 +274,9 @@ def _write_part(job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float
                     rejected.reject([entry])
                     quarantine.write(json.dumps(entry) + "\n")
                 else:
-                    ids = [tokenizer.bos, *tokenizer.encode(item.text), tokenizer.eos]
+                    ids = tokenizer.encode(item.text)
+                    ids.insert(0, tokenizer.bos)  # in place: of a long document each copy takes much memory
+                    ids.append(tokenizer.eos)
                     target = int(is_held_out(item.text, held_out))
                     writers[target].add(ids)
                     summary["written"][target][0] += 1

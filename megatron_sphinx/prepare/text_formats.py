@@ -20,7 +20,7 @@ from megatron_sphinx.prepare.json_text import Cut, cut_lines, cut_values, parse
 
 FORMATS = ("text", "json", "parquet")
 DEFAULT_KEYS = ("content", "text")
-MOST_BYTES = 16 * 2**20
+MOST_BYTES = 8 * 2**20
 _HEAD_BYTES = 2**20
 _HEAD_OBJECTS = 100
 _ENDINGS = {
@@ -219,7 +219,7 @@ def _json_shape(head: bytes) -> tuple[str, list[dict[str, Any]]]:
     Lines are lines where the first is whole by itself. Else what begins with a bracket is an array; and what begins
     with a brace is an object over several lines, if its end is found and it is one.
     """
-    lines = [cut.content or b"" for cut in cut_lines(iter([head]), _HEAD_BYTES + 4)]
+    lines = [cut.content or b"" for cut in _few(cut_lines(iter([head]), _HEAD_BYTES + 4))]
     first, parsed = (lines[0] if lines else b""), _objects(lines)
     is_whole = _parsed(first) is not None
     if first[:1] == b"[" and (not is_whole or len(lines) == 1):

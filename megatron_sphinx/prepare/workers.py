@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +23,7 @@ from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.paths import printable
 
 _LOCK = ".lock"  # in a folder, while it is written
+_LOCK_SECONDS = 2.0  # until workers of a killed process are gone
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 
 Unit = TypeVar("Unit")
@@ -133,6 +135,9 @@ def _begin(parent: int, work: Callable[[Any], Any]) -> None:
     """Keep the work of this process, and let it end when the one that forked it is gone, however that ended."""
     global _work
     _work = work
+    for lock in _locks.values():  # which end with the parent
+        os.close(lock)
+    _locks.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent is the one that speaks
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it went before this was said
@@ -170,7 +175,7 @@ def is_held_out(key: str, share: float) -> bool:
     return share > 0 and key_of("held out", printable(key)) < share * 2.0**64
 
 
-_locks: set[Path] = set()  # that this process has
+_locks: dict[Path, int] = {}  # open files that this process has locked
 
 
 @contextmanager
@@ -184,18 +189,18 @@ def target_folder(folder: Path) -> Iterator[None]:
     if path in _locks:  # by a caller
         yield
         return
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None
-        while lock is None:
-            lock = _locked(path)
-        _locks.add(path)
+        lock = _locks[path] = _lock(path)
         try:
             yield
         finally:
-            _locks.discard(path)
+            del _locks[path]
             path.unlink(missing_ok=True)
             os.close(lock)
+            if is_new and not any(path.parent.iterdir()):  # nothing came of it
+                path.parent.rmdir()
     except BlockingIOError as error:
         raise DataError(f"{folder}: another process writes it; wait for that, or give another TARGET") from error
     except OSError as error:
@@ -204,31 +209,39 @@ def target_folder(folder: Path) -> Iterator[None]:
         raise _cannot_write(folder, error) from error
 
 
-def _locked(path: Path) -> int | None:
-    """Open a file and lock it; None where its last owner has just removed it.
+def _lock(path: Path) -> int:
+    """Open a file and lock it.
 
     Raises:
-        BlockingIOError: another process has locked it.
+        BlockingIOError: another process has it, and keeps it.
     """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(lock).st_ino:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise
+        except FileNotFoundError:  # its last owner has just removed it
+            pass
+        except OSError:  # a file system without locks
             return lock
-    except BlockingIOError:
         os.close(lock)
-        raise
-    except FileNotFoundError:
-        pass
-    except OSError:  # a file system without locks
-        return lock
-    os.close(lock)
-    return None
+        time.sleep(0.05)
 
 
 def _cannot_write(folder: Path, error: OSError) -> DataError:
     fault = f"{error.strerror or error}: {error.filename or folder}"
     return DataError(f"{folder}: cannot be written ({fault}); mend that, or give another TARGET")
+
+
+def quarantine_beside(target: Path) -> Path:
+    """Return the file that lists what was left out of a file of JSON lines: x.quarantine.jsonl beside x.jsonl."""
+    return target.with_name(f"{target.name.removesuffix('.jsonl')}.quarantine.jsonl")
 
 
 def write_lines(path: Path, entries: Iterable[object]) -> None:

@@ -43,4 +43,5 @@ def run(args: argparse.Namespace) -> int:
     held_out = f", {report.held_out} more held out" if args.held_out else ""
     print(f"{args.target}: {report.taken} conversations, {report.tokens} tokens{held_out}")
     print(report.left_out(), end="")
+    print(report.balance("conversations"))
     return 0

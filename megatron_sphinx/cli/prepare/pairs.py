@@ -10,6 +10,7 @@ TARGET/quarantine.jsonl with shard and key. Killed, the same command goes on whe
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megatron_sphinx.cli.command import add_tokenizer, add_workers
 from megatron_sphinx.errors import DataError
@@ -31,37 +32,51 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx.data.tokenizer import Tokenizer
     from megatron_sphinx.prepare.pairs import index_shards
+    from megatron_sphinx.prepare.workers import check_share, check_workers, target_folder
 
+    check_share("held_out", args.held_out)
+    check_workers(args.workers)
     tokenizer = Tokenizer(args.tokenizer)
     shards: list[str] = []
-    for number, source in enumerate(args.sources):
-        shards += _shards_of(source, args.target / f"shards{number:03d}", args)
-    report = index_shards(
-        shards, args.target, tokenizer,
-        caption_key=args.caption_key, held_out=args.held_out, workers=args.workers, show=True,
-    )  # fmt: skip
+    left_out: list[dict[str, Any]] = []
+    with target_folder(args.target):
+        for number, source in enumerate(args.sources):
+            shards += _shards_of(source, args.target / f"shards{number:03d}", args, left_out)
+        report = index_shards(
+            shards, args.target, tokenizer,
+            caption_key=args.caption_key, held_out=args.held_out, workers=args.workers, show=True, left_out=left_out,
+        )  # fmt: skip
     held_out = f", {report.held_out} more held out" if args.held_out else ""
     print(f"{args.target}: {report.taken} pairs in {len(shards)} shards, {report.tokens} caption tokens{held_out}")
     print(report.left_out(), end="")
+    print(report.balance("pairs"))
     return 0
 
 
-def _shards_of(source: str, target: Path, args: argparse.Namespace) -> list[str]:
+def _shards_of(source: str, target: Path, args: argparse.Namespace, left_out: list[dict[str, Any]]) -> list[str]:
     """The shards that a source is, or holds, or is packed into under `target`.
+
+    Args:
+        source: path or URL.
+        target: folder of the shards that are made.
+        args: of the command.
+        left_out: gets an entry of the quarantine for what is not taken.
 
     Raises:
         DataError: there is no such source, or it is a folder that holds nothing to take.
     """
     from megatron_sphinx.data.files import is_url
-    from megatron_sphinx.paths import inside
-    from megatron_sphinx.prepare.pairs import write_shards
+    from megatron_sphinx.prepare.pairs import shards_in, write_shards
 
     folder = Path(source)
     if is_url(source) or folder.is_file():
         return [source]
     if not folder.is_dir():
         raise DataError(f"{source}: no such file or folder")
-    if tars := sorted(folder.glob("*.tar")):
-        return [str(folder / inside(folder, tar.name, follow_links=args.follow_links)) for tar in tars]
-    packed = write_shards(folder, target, args.samples_per_shard, workers=args.workers, follow_links=args.follow_links)
+    if tars := shards_in(folder, args.target, left_out, follow_links=args.follow_links):
+        return [str(tar) for tar in tars]
+    packed = write_shards(
+        folder, target, args.samples_per_shard,
+        caption_key=args.caption_key, workers=args.workers, follow_links=args.follow_links, left_out=left_out,
+    )  # fmt: skip
     return [str(shard) for shard in packed]

@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from megatron_sphinx.prepare.marks import merge_answers, write_marks
+    from megatron_sphinx.prepare.answers import merge_answers
+    from megatron_sphinx.prepare.marks import write_marks
+    from megatron_sphinx.prepare.workers import Report, quarantine_beside
+
+    report: Report
 
     if args.som == "mark":
         report = write_marks(
@@ -48,4 +52,8 @@ def run(args: argparse.Namespace) -> int:
         report = merge_answers(args.prompts, args.answers, args.target)
     print(f"{args.target}: {report.taken} {'images marked' if args.som == 'mark' else 'conversations'}")
     print(report.left_out(), end="")
+    if args.som == "mark":
+        print(report.balance("marked"))
+    else:
+        print(report.balance("conversations", quarantine_beside(args.target).name))
     return 0

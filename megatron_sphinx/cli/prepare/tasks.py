@@ -7,19 +7,21 @@ Paths of images are relative to the folder of the run's images, boxes are [left,
 COCO's form are used as they are: captions for caption, instances for detect and detect_category, person_keypoints for
 pose, and for locate and describe any whose annotations have `phrases`, a list of texts. TARGET gets a conversation a
 line, in the order of the annotations; the same command writes the same bytes. Annotations that cannot be used are
-counted by reason.
+listed in TARGET.quarantine.jsonl.
 
 Boxes are written in fractions of the padded square: give --padding as the model has it (vision.padding). TARGET is a
 source of `megatron-sphinx prepare conversations`.
 """
 
 import argparse
-import json
 import posixpath
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare.tasks import TASKS, ConversationJson, build, merge
+from megatron_sphinx.prepare.json_files import Item, read_items_or_object
+from megatron_sphinx.prepare.tasks import TASKS, Built, build, merge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    from megatron_sphinx.prepare.workers import Report
+    from megatron_sphinx.prepare.workers import Report, one_line, quarantine_beside
 
-    report = Report()
-    annotations = _read(args.annotations)
+    if args.turns < 1:
+        raise DataError(f"turns={args.turns}: must be 1 or more; leave --turns out for a question a conversation")
+    quarantine: list[dict[str, Any]] = []
+
+    def leave_out(reason: str, source: Any) -> None:
+        name = {"annotations": str(args.annotations), **name_of(source)}
+        quarantine.append(name | {"reason": one_line(reason)})
+
+    report, counts = Report(), Built()
+    annotations = read_items_or_object(args.annotations)
     try:
-        built = list(build(args.task, annotations, args.padding, lambda reason: report.reject([{"reason": reason}])))
+        built = list(build(args.task, annotations, args.padding, leave_out, counts))
     except DataError as error:
         raise DataError(f"{args.annotations}: {error}") from error
+    report.inputs, report.taken = counts.inputs, counts.taken
+    report.reject(quarantine)
     if not built:
         raise DataError(f"{args.annotations}: holds no annotation that can be used for {args.task}{report.why()}")
     for conversation in built:
@@ -52,43 +64,26 @@ def run(args: argparse.Namespace) -> int:
             conversation["image"] = posixpath.join(args.images, conversation["image"])
     dialogs = merge(built, args.turns)
     _write(args.target, dialogs)
+    _write(quarantine_beside(args.target), quarantine)
     questions = sum(len(dialog["conversations"]) // 2 for dialog in dialogs)
     text_only = sum("image" not in dialog for dialog in dialogs)
     of_text = f", {text_only} of text only" if text_only else ""
     print(f"{args.target}: {len(dialogs)} conversations, {questions} questions{of_text}")
     print(report.left_out(), end="")
+    print(report.balance("annotations", quarantine_beside(args.target).name))
     return 0
 
 
-def _read(path: Path) -> object:
-    """What a file of JSON, or of JSON lines, holds.
-
-    Raises:
-        DataError: it cannot be read, or is neither.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of annotations") from error
-    if path.suffix != ".jsonl":
-        return _parse(content, str(path))
-    lines = enumerate(content.splitlines(), 1)
-    return [_parse(line, f"{path} line {number}") for number, line in lines if line.strip()]
+def name_of(source: Any) -> dict[str, Any]:
+    """Name an annotation in the quarantine: by its place in a file, or by its id and its image's."""
+    if isinstance(source, Item):
+        return {"place": source.place}
+    if isinstance(source, Mapping):
+        return {key: source[key] for key in ("id", "image_id", "image", "file_name") if key in source}
+    return {"content": repr(source)[:80]}
 
 
-def _parse(content: bytes, name: str) -> object:
-    """What JSON holds; `name` begins the message where it is none.
-
-    Raises:
-        DataError: it is no JSON.
-    """
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{name}: not JSON ({error}); give a .json, or a .jsonl with one object a line") from error
-
-
-def _write(path: Path, conversations: list[ConversationJson]) -> None:
+def _write(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write JSON lines under their final name when they are whole.
 
     Raises:
@@ -98,6 +93,6 @@ def _write(path: Path, conversations: list[ConversationJson]) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, conversations)
+        write_lines(path, entries)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); give another TARGET") from error

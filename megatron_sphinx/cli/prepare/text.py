@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", action="append", default=[], metavar="[PATTERN=]NAME", help=encoding)
     form = "text, json or parquet, of files whose name and content do not tell; text: a file is a document"
     parser.add_argument("--format", action="append", default=[], metavar="[PATTERN=]NAME", help=form)
-    parser.add_argument("--most-megabytes", type=float, default=16.0, help="of a document; each takes 60 of memory")
+    parser.add_argument("--most-megabytes", type=float, default=8.0, help="of a document; each takes 90 of memory")
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by text")
     add_workers(parser)
 
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
 def most_bytes(megabytes: float) -> int:
     """Return how many bytes a document may have; raise DataError where that is no number of any."""
     if not 0 < megabytes < 2**20:
-        raise DataError(f"--most-megabytes={megabytes:g}: must be above 0; give 16, or more where there is memory")
+        raise DataError(f"--most-megabytes={megabytes:g}: must be above 0; give 8, or more where there is memory")
     return max(1, int(megabytes * 2**20))
