@@ -65,6 +65,7 @@ def test_a_target_that_cannot_be_written_is_one_line(command, tmp_path):
         "file": "file: cannot be written (File exists: .*file); mend that, or give another TARGET",
         "file/x": "file/x: cannot be written (Not a directory: .*file/x); mend that, or give another TARGET",
         "x" * 300: "x: cannot be written (File name too long: .*x); mend that, or give another TARGET",
+        "dangling": "dangling: cannot be written (File exists: .*dangling); mend that, or give another TARGET",
         "/proc/x": "x: cannot be written (No such file or directory: .*x); mend that, or give another TARGET",
     }.items():
         status, _, error = command(target=target)

@@ -49,7 +49,10 @@ class TokenWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         files = {ending: Path(f"{self._partial}{ending}") for ending in (".bin", ".idx")}
-        self._builder.finalize(str(files[".idx"]))
+        if kind is None:
+            self._builder.finalize(str(files[".idx"]))
+        else:
+            self._builder.data_file.close()  # its index takes seconds, and nobody reads it
         for ending, path in files.items():
             if kind is None:
                 with path.open("rb") as file:

@@ -189,8 +189,8 @@ def target_folder(folder: Path) -> Iterator[None]:
     if path in _locks:  # by a caller
         yield
         return
-    is_new = not folder.exists()
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locks[path] = _lock(path)
         try:
