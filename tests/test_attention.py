@@ -216,3 +216,31 @@ def test_where_bits_must_repeat_cudnns_kernel_is_not_taken(run_ranks):
         assert attention_path(((2, 4096),), 4096, **known) is Path.VARLEN
 
     run_ranks(1, check)
+
+
+def test_only_the_backward_of_attention_is_strict_where_a_run_is_deterministic(run_ranks, monkeypatch):
+    seen = []
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, query, _key, _value):
+            return query.clone()
+
+        @staticmethod
+        def backward(_ctx, gradient):
+            seen.append(("attention", torch.is_deterministic_algorithms_warn_only_enabled()))
+            return gradient, gradient, gradient
+
+    def check():
+        be_deterministic()
+        monkeypatch.setattr(attention, "attend_by_runs", lambda q, k, v, *_: Attend.apply(q, k, v))
+        inputs = torch.ones(4, 1, 8, requires_grad=True)
+        query, key, value = (inputs * factor for factor in (1.0, 2.0, 3.0))
+        rows = PackedRows.of([4], CPU)
+        out = PackedAttention(kernels=torch_kernels(), longest=4)(query, key, value, None, packed_seq_params=rows)
+        out.register_hook(lambda _: seen.append(("above", torch.is_deterministic_algorithms_warn_only_enabled())))
+        inputs.register_hook(lambda _: seen.append(("below", torch.is_deterministic_algorithms_warn_only_enabled())))
+        out.sum().backward()
+        assert seen == [("above", True), ("attention", False), ("below", True)]
+
+    run_ranks(1, check)

@@ -21,6 +21,7 @@ from megatron_sphinx.gpu_check.peaks import kind_of
 from megatron_sphinx.gpu_check.processes import Clock, TimeIsUpError
 from megatron_sphinx.gpu_check.runs import Runs
 from megatron_sphinx.gpu_check.scales import FULL, SMALL
+from megatron_sphinx.run import start_clock
 from megatron_sphinx.sizing import hardware
 
 # traces
@@ -254,6 +255,34 @@ def test_what_there_is_no_time_for_is_left_out(tmp_path):
         "the time of --minutes is spent"
     }
     assert not is_passed(found), "what is not shown to be right is not passed"
+
+
+def test_a_part_that_breaks_costs_no_other_part_its_findings(monkeypatch, tmp_path):
+    def broken(_):
+        raise KeyError("phases")
+
+    monkeypatch.setattr(runs, "demo", broken)
+    monkeypatch.setattr(runs, "startup", lambda _: Finding(section="fast", name="start-up"))
+    monkeypatch.setattr(check.Check, "job", lambda *_, **__: [])
+    found = check.check(SMALL, "cpu", ["fast"], minutes=1, folder=tmp_path)
+    assert [(one.name, one.absent) for one in found] == [("demo-like run", "KeyError: 'phases'"), ("start-up", "")]
+    monkeypatch.setattr(runs, "right", broken)
+    assert not is_passed(check.check(SMALL, "cpu", ["right"], minutes=1, folder=tmp_path))
+
+
+def test_a_start_is_reported_with_what_its_run_has_kept(monkeypatch, tmp_path):
+    def start(self, *_):
+        target = self.folder_of("startup")
+        target.mkdir(parents=True)
+        start_clock.keep(target, 2.0, [{"imports": 0.5, "build_model": 1.5}])
+        words = ["-c", f"import pathlib; pathlib.Path({str(target / 'metrics.jsonl')!r}).write_text('{{}}')"]
+        return self.clock.start(words, tmp_path / "log.txt")
+
+    monkeypatch.setattr(Runs, "start", start)
+    found = runs.startup(Runs(SMALL, "cpu", tmp_path, Clock(time.monotonic() + 60)))
+    assert (found.values["phase_imports"], found.values["phase_build_model"]) == (0.5, 1.5)
+    assert found.values["seconds"] > 0
+    assert not found.absent
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,26 @@ class Check:
 
     def run(self, sections: Sequence[str]) -> None:
         """Run some sections; what judges the package most comes first."""
-        whole = Runs(self.scale, self.device, self.folder, self.clock)
+        whole, has_profile = Runs(self.scale, self.device, self.folder, self.clock), "profile" in sections
         if "right" in sections:
-            self.found += self.job("right", "kernels", "parts against explicit arithmetic")
-            self.found += runs.right(whole)
+            self.add("right", "parts", lambda: self.job("right", "kernels", "parts against explicit arithmetic"))
+            self.add("right", "runs", lambda: runs.right(whole))
         if "fast" in sections:
-            self.found += self.table(has_profile="profile" in sections)
-            self.found.append(runs.demo(whole))
-            self.found += self.job("fast", "parts", "MoE experts and encoders")
-            self.found.append(runs.startup(whole))
-        elif "profile" in sections:
-            self.found += self.job("profile", "ours", "profile", has_rows=False, has_profile=True)
+            self.add("fast", "table", lambda: self.table(has_profile=has_profile))
+            self.add("fast", "demo-like run", lambda: [runs.demo(whole)])
+            self.add("fast", "parts", lambda: self.job("fast", "parts", "MoE experts and encoders"))
+            self.add("fast", "start-up", lambda: [runs.startup(whole)])
+        elif has_profile:
+            profile = partial(self.job, "profile", "ours", "profile", has_rows=False, has_profile=True)
+            self.add("profile", "profile", profile)
+
+    def add(self, section: str, name: str, look: Callable[[], list[Finding]]) -> None:
+        """Add what a part of the check finds; where it breaks, that is one finding more, and the others stay."""
+        try:
+            self.found += look()
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+            self.found.append(Finding(section=section, name=name, absent=fault, is_required=section == "right"))
 
     def job(self, section: str, name: str, title: str, **options: Any) -> list[Finding]:
         """Do a job in a process of its own; its findings, and one more where it has failed."""

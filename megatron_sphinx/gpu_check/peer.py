@@ -99,6 +99,8 @@ class WithDeepSpeed:
             eps=config.epsilon,
             fused=True,
         )
+        if not job.platform.is_cuda:
+            deepspeed.ops.__compatible_ops__ = {}  # none is needed here; looking for them would run a compiler
         deepspeed.comm.init_distributed(dist_init_required=False)
         self.engine, *_ = deepspeed.initialize(
             model=model,

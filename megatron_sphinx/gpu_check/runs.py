@@ -1,6 +1,5 @@
 """Checks whole runs of `train`: a GPU against the CPU, resume to the last bit, kernels, start-up, a demo's steps."""
 
-import json
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from megatron_sphinx.config import Config
 from megatron_sphinx.gpu_check.findings import Finding, Values
 from megatron_sphinx.gpu_check.processes import Clock, Process, TimeIsUpError
 from megatron_sphinx.gpu_check.scales import Scale, is_judged
+from megatron_sphinx.run import start_clock
 from megatron_sphinx.training import metrics
 from megatron_sphinx.values import build
 
@@ -285,7 +285,7 @@ def startup(runs: Runs) -> Finding:
     first = target / "metrics.jsonl"
     fault = runs.clock.wait(process, until=lambda: first.exists() and first.stat().st_size > 0)
     seconds = time_since(process)
-    phases = json.loads((target / "startup.json").read_text())["phases"] if (target / "startup.json").exists() else {}
+    phases = start_clock.read(target)["ranks"][0] if (target / start_clock.FILE).exists() else {}
     shutil.rmtree(target, ignore_errors=True)
     if fault:
         return Finding(section="fast", name=name, absent=f"after {seconds:.0f} s: {fault}")

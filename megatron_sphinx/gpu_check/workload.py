@@ -121,7 +121,8 @@ class Features:
 
     def of(self, rows: Sequence[Row]) -> Tensor:
         """Look up the features of the views of some rows: bf16 [views, feature_values]."""
-        return self.bank[[pair % PICTURES for pair, _ in views_in(rows)]]
+        pictures = torch.tensor([pair % PICTURES for pair, _ in views_in(rows)], dtype=torch.int64)
+        return self.bank.index_select(0, pictures.to(self.bank.device, non_blocking=True))
 
     def prepare(self, count: int) -> None:
         """Do nothing: all features lie ready."""

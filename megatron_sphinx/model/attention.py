@@ -52,7 +52,8 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
             device: where the boundaries are needed.
             known: the attributes `routing`, `target_positions` and `rotation`, where they are not None.
         """
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = ends.to(device, non_blocking=True)  # else the host would wait until the device is idle
         longest = max(lengths)
         return cls(
             qkv_format="thd",
@@ -145,7 +146,19 @@ class PackedAttention(nn.Module):
             rows.runs, self.longest, is_cuda=query.is_cuda, dtype=query.dtype, head_width=query.shape[-1]
         )
         attend = {Path.RUNS: attend_by_runs, Path.VARLEN: attend_at_once, Path.WHOLE: attend_to_whole}[path]
-        return attend(query, key, value, rows, self.softmax_scale).flatten(1)
+        out = attend(query, key, value, rows, self.softmax_scale)
+        if torch.are_deterministic_algorithms_enabled() and out.requires_grad:
+            _make_backward_strict(query, out)
+        return out.flatten(1)
+
+
+def _make_backward_strict(query: Tensor, out: Tensor) -> None:
+    """Let the backward between two tensors, and nothing else, be refused where it has no kernel of equal bits.
+
+    Attention has one, but while torch only warns it takes the faster one, whose bits differ, and warns.
+    """
+    out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
+    query.register_hook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
 
 
 def attend_by_runs(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
@@ -234,9 +247,11 @@ def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) ->
 
     Source: Su et al., arXiv:2104.09864, section 3.2.2.
     """
-    sizes = torch.tensor(lengths)
-    positions = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    angles = positions.to(frequencies.device)[:, None, None] * frequencies
+    device, total = frequencies.device, sum(lengths)
+    sizes = torch.tensor(lengths).to(device, non_blocking=True)
+    positions = torch.arange(total, device=device)
+    positions -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=total)  # the host knows the sum
+    angles = positions[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -215,7 +215,7 @@ def _grouped_experts(
     weights: Tensor,
 ) -> Tensor:
     """Compute all experts by torch's grouped products; see GroupedExperts.forward."""
-    ends = torch.tensor(counts).cumsum(0).to(hidden.device, torch.int32)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(hidden.device, non_blocking=True)
     active = swiglu(_grouped(hidden, weight1, ends))
     return _grouped(active, weight2, ends) * weights[:, None].to(hidden.dtype)
 

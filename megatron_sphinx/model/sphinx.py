@@ -101,7 +101,8 @@ def routing_of(batch: MicroBatch, weight: float) -> Routing:
     images = torch.cat([batch.view_positions, batch.skip_positions])
     kind = torch.full_like(row, TEXT).index_fill(0, images, IMAGE).masked_fill(row < 0, PADDING)
     row = row.where(row >= 0, batch.rows)
-    return Routing(row, kind, row.bincount(minlength=batch.rows + 1)[:-1], weight)
+    lengths = row.new_zeros(batch.rows + 1).index_add_(0, row, torch.ones_like(row))  # bincount would ask the device
+    return Routing(row, kind, lengths[:-1], weight)
 
 
 def place_views(text: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.model.warm_up import warm_up
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.loop import Loop
@@ -59,6 +60,9 @@ def build_model(config: Config, groups: ProcessGroups, platform: Platform, *, is
     if is_drawn:
         draw_weights(model, config.model, groups, config.run.seed)
     model.freeze(config.training.train)
+    if is_drawn and platform.is_cuda:
+        processors = torch.cuda.get_device_properties(platform.device).multi_processor_count
+        warm_up(language, longest=config.data.sequence_length, processors=processors)
     return model
 
 

@@ -209,7 +209,8 @@ def encode(encoders: FrozenEncoders, micro_batches: Sequence[PendingPixels]) -> 
         lost = part.isnan().any(1)
         for view in set(lost.nonzero().flatten().tolist()) - set(read.bad):
             pixels.report(view, "the encoders give NaN for it")
-        lost[list(read.bad)] = True
+        if read.bad:
+            lost[list(read.bad)] = True
         part.masked_fill_(lost[:, None], float("nan"))
     return list(parts)
 
