@@ -1,6 +1,7 @@
 """What a process says, on standard output and error; where nobody reads them any more, it goes on in a file."""
 
 import io
+import json
 import os
 import sys
 import time
@@ -19,6 +20,15 @@ def say(message: str) -> None:
 def complain(message: str) -> None:
     """Print a line about what is wrong, on standard error at once."""
     print(message, file=sys.stderr, flush=True)
+
+
+def last_words(message: str) -> None:
+    """Print on standard error what ends this process, and leave it to torchrun, which shows it in its summary."""
+    complain(message)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}  # of the two, it shows the call stack
+        with suppress(OSError), open(path, "x") as file:  # the first words stand
+            json.dump({"message": {"message": message, "extraInfo": about}}, file)
 
 
 def say_of_ranks(facts: Sequence[str]) -> None:

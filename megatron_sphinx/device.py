@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sphinx.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -27,11 +29,14 @@ class Platform:
         device: where tensors live.
         backend: the torch.distributed backend of every group.
         is_bf16_fast: whether bf16 matrix products beat fp32 ones on it.
+        has_fast_batches: whether batched matrix products over padded rows beat products one by one: on CPUs with AMX a
+            layer of MoE experts took 1/1.71 of the time, on an AMD EPYC without it 1/0.91.
     """
 
     device: torch.device
     backend: str
     is_bf16_fast: bool
+    has_fast_batches: bool = False
 
     @property
     def is_cuda(self) -> bool:
@@ -157,8 +162,17 @@ _ENTERING = Lock()
 
 
 def local_rank() -> int:
-    """Number of this process among the ranks of its machine, as torchrun or srun gives it."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    """Number of this process among the ranks of its machine, as torchrun or srun gives it.
+
+    Raises:
+        ConfigError: what they give is no such number.
+    """
+    text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(
+            f"LOCAL_RANK={text}: is no number of a rank; it is what a launcher such as torchrun or srun sets"
+        )
+    return int(text)
 
 
 def own_cores() -> int:
@@ -220,7 +234,8 @@ def _on_cpu() -> Platform:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     _adapt_megatron_to_cpu()
     capability = torch.cpu.get_capabilities()
-    return Platform(torch.device("cpu"), "gloo", bool(capability.get("amx_tile") or capability.get("avx512_bf16")))
+    has_amx = bool(capability.get("amx_tile"))
+    return Platform(torch.device("cpu"), "gloo", has_amx or bool(capability.get("avx512_bf16")), has_amx)
 
 
 def _adapt_megatron_to_cpu() -> None:

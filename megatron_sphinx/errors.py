@@ -1,11 +1,38 @@
 """Errors a run can end with. Each message names what, where, and a way out, in one line."""
 
+import errno
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+
+_ROOM = "make room or give another folder"
+_TYPED = "give a folder whose path holds folders only"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: f"the quota is used up: {_ROOM}",
+    errno.EFBIG: f"the largest size of a file is reached, see ulimit -f: raise it, {_ROOM}",
+    errno.EACCES: "get the right to write there, or give another folder",
+    errno.EPERM: "get the right to write there, or give another folder",
+    errno.EROFS: "it is mounted for reading only: give another folder",
+    errno.ENOTDIR: _TYPED,
+    errno.EEXIST: _TYPED,
+    errno.EISDIR: "a folder is in the place of a file: remove it, or give another folder",
+    errno.ENOENT: "nothing can be made there: give a folder on a file system that keeps files",
+    errno.ELOOP: _TYPED,
+    errno.ENAMETOOLONG: "give a folder with a shorter name",
+    errno.EINVAL: "the file system does not take such a name: give another folder",
+    errno.EIO: "the disk or the server of files fails: look at it, or give another folder",
+    errno.ESTALE: "the server of files has lost it: mount it again, or give another folder",
+    errno.EMFILE: "too many files are open, see ulimit -n: raise it",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.ETXTBSY: "the file is being run: give another folder",
+}
+
+_OF_PATHS = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP)
 
 
 class SphinxError(Exception):
@@ -24,6 +51,18 @@ class _OneLineError(Exception):
 
 class ConfigError(_OneLineError, SphinxError, ValueError):
     """A configuration value that cannot work."""
+
+
+class MeetingError(ConfigError):
+    """The ranks of a job cannot meet: a wrong address, a rank that is missing, or two of one number.
+
+    Attributes:
+        is_told: whether the first rank has said it, and this rank has only heard it.
+    """
+
+    def __init__(self, message: str, *, is_told: bool = False) -> None:
+        super().__init__(message)
+        self.is_told = is_told
 
 
 class DataError(_OneLineError, SphinxError, ValueError):
@@ -57,10 +96,27 @@ def writing(folder: Path) -> Iterator[None]:
     except FolderError:  # which is an OSError
         raise
     except OSError as error:
+        reason = _obstacle(folder) if error.errno in _OF_PATHS else ""
         raise FolderError(
-            f"run.folder={folder}: cannot be written ({error.strerror or error}); "
-            f"make room or give another folder, then go on with checkpoint.resume=auto"
+            f"run.folder={folder}: cannot be written ({reason or error.strerror or error}); "
+            f"{remedy_of(error)}, then go on with checkpoint.resume=auto"
         ) from error
+
+
+def _obstacle(folder: Path) -> str:
+    """Say what is in the place of a folder or of one above it; empty where nothing is."""
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to {os.readlink(place)}, which leads nowhere"
+        if place.exists():
+            return "" if place.is_dir() else f"{place} is a file"
+    return ""
+
+
+def remedy_of(error: BaseException) -> str:
+    """Say what to do about a file that cannot be written, by the system's number of the error."""
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC  # what others hide is nearly always that
+    return _REMEDIES.get(number or 0, "see that it can be written, or give another folder")
 
 
 def nearest(name: str, known: list[str]) -> str:

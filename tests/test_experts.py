@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from test_model import all_but_feed_forward, groups, text_batch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.device import current_platform
 from megatron_sphinx.model import experts
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.experts import IMAGE, PADDING, TEXT, GroupedExperts, Routing
@@ -55,6 +57,7 @@ def loop(module: GroupedExperts, hidden, counts, weights):
 @pytest.mark.parametrize("seed", range(8))
 def test_grouped_experts_are_a_loop_over_experts(monkeypatch, seed, padding):
     monkeypatch.setattr(experts, "_MOST_PADDING", padding)
+    monkeypatch.setattr(experts, "current_platform", lambda: replace(current_platform(), has_fast_batches=True))
     rng = random.Random(seed)
     count, hidden, ffn = rng.randint(1, 6), rng.choice([3, 8, 16]), rng.choice([5, 8, 12])
     config = SimpleNamespace(
@@ -82,8 +85,28 @@ def test_grouped_experts_are_a_loop_over_experts(monkeypatch, seed, padding):
         )  # every weight has a gradient, also where there are no rows
 
 
+def test_experts_are_padded_only_where_the_processor_gains_by_it(monkeypatch):
+    """Without AMX the padded batch takes longer than one product after the other."""
+    taken = []
+    for way in ("_padded_experts", "_grouped_experts"):
+        monkeypatch.setattr(experts, way, lambda *args, way=way: taken.append(way) or args[-4])
+    config = SimpleNamespace(
+        moe_ffn_hidden_size=8, expert_tensor_parallel_size=1, hidden_size=8, params_dtype=torch.float32
+    )
+    module = GroupedExperts(2, config, kernels=torch_kernels())
+    for has_fast_batches in (True, False):
+        platform = replace(current_platform(), has_fast_batches=has_fast_batches)
+        monkeypatch.setattr(experts, "current_platform", lambda platform=platform: platform)
+        with torch.no_grad():
+            module(torch.randn(4, 8), torch.tensor([2, 2]), torch.ones(4))
+    assert taken == ["_padded_experts", "_grouped_experts"]
+    assert current_platform().has_fast_batches is bool(torch.cpu.get_capabilities().get("amx_tile"))
+
+
 def train_in_another_way_on_each_rank(config):
-    experts._MOST_PADDING = float("inf") if os.environ["RANK"] == "0" else 0.0
+    is_first = os.environ["RANK"] == "0"
+    experts._MOST_PADDING = float("inf")
+    experts.current_platform = lambda: replace(current_platform(), has_fast_batches=is_first)
     return main(["train", str(config)])
 
 

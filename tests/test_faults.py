@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.device import Platform
+from megatron_sphinx.liveness import lifeline
 from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.training import step as training_step
@@ -61,6 +63,33 @@ def test_a_stopped_rank_is_named_by_the_others(train, lost, role):
     assert re.search(r"has not been heard of for \d+ s \(killed, stopped, or its node is gone\), last in ", said)
     assert re.search(r"; 2 ranks wait, the first, \w+ rank \d, in step \d+, .*; look there, then resume with", said)
     assert "Traceback" not in ranks.text()
+
+
+def test_a_rank_that_stood_still_names_itself_and_nobody_else(train):
+    folder, ranks = train.start(3, ENDLESS | {"parallel.encoder": 1, "run.timeout": 5})
+    wait_for_steps(folder, 3)
+    os.kill(ranks.pids[0], signal.SIGSTOP)
+    time.sleep(6.5)  # the last rank judges later
+    os.kill(ranks.pids[0], signal.SIGCONT)
+    assert ranks.wait() == [1, 1, 1]
+    assert re.search(
+        r"run.timeout=5: language rank 0 on host \S+ stood still for [67] s itself \(stopped by SIGSTOP", verdict(ranks)
+    )
+    assert "resume with checkpoint.resume=auto" in verdict(ranks)
+    assert "Traceback" not in ranks.text()
+
+
+def test_a_short_stop_is_reported_and_the_run_goes_on(train, monkeypatch):
+    monkeypatch.setattr(lifeline, "_STILL_SECONDS", 1.0)
+    folder, ranks = train.start(2, ENDLESS | {"parallel.encoder": 1, "run.timeout": 60})
+    wait_for_steps(folder, 2)
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(ranks.pids[1], signal.SIGCONT)
+    wait_for_steps(folder, (folder / "metrics.jsonl").read_text().count("\n") + 3)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.wait() == [75, 75]
+    assert re.search(r"\[encoder rank 1\] stood still for \d s itself .*; goes on\n", ranks.text(1))
 
 
 def test_a_killed_rank_is_named_by_the_others(train):
@@ -127,9 +156,9 @@ def watch_store(port: int) -> None:
 
 def test_a_rank_is_known_from_its_first_moment():
     store = HashStore()
-    lifeline = Lifeline(store, "language rank 1", rank=1, world=3)
+    line = Lifeline(store, "language rank 1", rank=1, world=3)
     assert store.check(["beat/1"]), "a rank that is lost before its watcher looked for the first time is named too"
-    lifeline.close()
+    line.close()
 
 
 def test_a_store_that_does_not_answer_ends_the_job(start_ranks):
@@ -267,3 +296,23 @@ def test_wrong_encoder_weights_are_one_line_on_all_ranks(train, tmp_path):
     said = [line for line in refused.ranks.text().splitlines() if line.startswith("megatron-sphinx train: ")]
     assert len(said) == 1
     assert "holds weights of another architecture" in said[0]
+
+
+# files that are cut while a run reads them
+
+
+@pytest.mark.parametrize("name", ["text/000000.bin", "text/000000.idx", "pairs/samples.bin", "pairs/captions.bin"])
+def test_a_file_that_is_cut_under_a_run_is_named(train, tiny, tmp_path, name):
+    """What is mapped and read beyond its end would kill the process by SIGBUS."""
+    kind = name.partition("/")[0]
+    shutil.copytree(tiny.folder / kind, tmp_path / "copy" / kind)
+    shutil.copytree(tiny.folder / "shards", tmp_path / "copy" / "shards")
+    folder, ranks = train.start(2, ENDLESS | {"parallel.encoder": 1, f"data.{kind}": str(tmp_path / "copy" / kind)})
+    wait_for_steps(folder, 2)
+    os.truncate(tmp_path / "copy" / name, 40)
+    assert ranks.wait() == [2, 2]
+    assert re.search(
+        rf"train: \S+/copy/{name}: has 40 bytes, and had \d+ when it was opened: it was cut while it is in use; copy",
+        verdict(ranks),
+    )
+    assert "Traceback" not in ranks.text()

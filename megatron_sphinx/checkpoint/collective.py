@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sphinx.checkpoint.slices import reason_of
-from megatron_sphinx.errors import CheckpointError, SphinxError
+from megatron_sphinx.checkpoint.slices import cause_of, reason_of
+from megatron_sphinx.errors import CheckpointError, SphinxError, remedy_of
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.parallel.groups import ProcessGroups
@@ -60,7 +60,7 @@ def write_together(groups: ProcessGroups, target: Path, work: Callable[[], Any])
     except (Exception, CheckpointException) as error:  # torch reports a full disk in errors of its own
         reason = (
             f"{target}: rank {groups.seat.rank} could not write it ({reason_of(error)}); earlier checkpoints are "
-            f"untouched; make room, then resume with checkpoint.resume=auto"
+            f"untouched; {remedy_of(cause_of(error))}, then resume with checkpoint.resume=auto"
         )
     outcomes = gathered(groups, (reason, result))
     for text, _ in outcomes:

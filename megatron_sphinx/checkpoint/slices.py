@@ -176,11 +176,25 @@ def copied(one: TensorSlice) -> TensorSlice:
     return TensorSlice(one.name, one.whole, one.block, values)
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return the error that began a failure: the system's own, where torch has put another one on top of it."""
+    if isinstance(error, CheckpointException):
+        return cause_of(next(iter(error.failures.values()))[0])
+    under: BaseException | None = error
+    while under is not None and not isinstance(under, OSError):
+        under = under.__cause__ or under.__context__
+    return under or error
+
+
 def reason_of(error: BaseException) -> str:
     """Return the text of the error that began a failure, in one line."""
-    if isinstance(error, CheckpointException):
-        return reason_of(next(iter(error.failures.values()))[0])
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    cause = cause_of(error)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    text = " ".join(str(cause).split())
+    if "inline_container" in text:  # torch's writer of zip files, which does not tell the system's error
+        return "a file could not be written to its end, as where there is no room"
+    return text[:200] or type(cause).__name__
 
 
 def weight_shapes(path: Path) -> dict[str, torch.Size]:

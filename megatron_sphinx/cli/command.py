@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.console import last_words
+from megatron_sphinx.errors import MeetingError, SphinxError
 
 if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
     Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -59,11 +59,12 @@ def execute(args: argparse.Namespace) -> int:
     except argparse.ArgumentError as error:  # arguments that do not go together
         parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped by Ctrl-C; run the same command again", file=sys.stderr)
+        last_words(f"{parser.prog}: stopped by Ctrl-C; run the same command again")
         return 75
     except SphinxError as error:
-        if not getattr(args, "may_be_rank", False) or _is_first_rank():
-            print(f"{parser.prog}: {error}", file=sys.stderr)
+        is_own = isinstance(error, MeetingError) and not error.is_told  # the first rank may never hear of it
+        if not getattr(args, "may_be_rank", False) or is_own or _is_first_rank():
+            last_words(f"{parser.prog}: {error}")
         return error.exit_status
     return status
 

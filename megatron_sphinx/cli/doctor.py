@@ -231,6 +231,7 @@ def _paths(device: Platform, config: Config | None, broken: list[str]) -> dict[s
         "collectives": device.backend,
         "kernels": kernels,
         "attention": attention,
+        "MoE experts": "padded, in batches" if device.has_fast_batches else "grouped products",
         "encoders": f"timm, in {'bf16' if device.is_bf16_fast else 'fp32'}",
         "optimizer": "torch's fused AdamW, divided by DeepSpeed's ZeRO-2",
     }

@@ -9,6 +9,7 @@ where a signal came and the state is saved: the same command goes on from there.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,20 @@ def run_rank(
     from megatron_sphinx.liveness.stop import StopSignal
 
     console.reserve_streams()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames where another rank is gone
     with StopSignal() as stop:
+        from megatron_sphinx.parallel.place import find_place
+
+        place = find_place()
         from megatron_sphinx import config as configuration
 
         config = configuration.load(args.config, args.overrides)
         with console.enduring(Path(config.run.folder) / "log.txt"):
+            from megatron_sphinx.parallel.meeting import meet
+
+            store = meet(place, config.run.storage_timeout)  # before the imports that take longest
             from megatron_sphinx.run import train
             from megatron_sphinx.sizing.automatic import fit
 
             observer = make_observer() if make_observer else None
-            return train.train(config, stop, observer, fit, is_profiled=is_profiled)
+            return train.train(config, stop, observer, fit, is_profiled=is_profiled, store=store)

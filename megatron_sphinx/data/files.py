@@ -1,6 +1,7 @@
 """Files as data comes in, on a disk or behind any URL that fsspec knows; and files that appear when they are whole."""
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -82,6 +83,35 @@ def open_file(path: str) -> BinaryIO:
     return system.open(name, "rb")  # type: ignore[no-any-return]
 
 
+class SizeWatch:
+    """Finds out that a memory-mapped file has been cut: what reads beyond its end is killed by SIGBUS without a word.
+
+    Args:
+        path: of the file, as it is mapped.
+
+    Raises:
+        OSError: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+
+    def require(self) -> None:
+        """Make sure that the file is not shorter than it was; to be called before each reading, which it makes safe.
+
+        Raises:
+            DataError: it is shorter.
+        """
+        size = os.fstat(self._file).st_size
+        if size < self._size:
+            raise DataError(
+                f"{self._path}: has {size} bytes, and had {self._size} when it was opened: it was cut while it is in "
+                f"use; copy it again, then go on with checkpoint.resume=auto"
+            )
+
+
 class Mapped:
     """A file of records, memory-mapped; only what is asked for is read, and that in one go.
 
@@ -101,11 +131,17 @@ class Mapped:
     def __init__(self, path: Path, record: np.dtype[Any]) -> None:
         with path.open("rb") as file:
             self._map = mmap(file.fileno(), 0, prot=PROT_READ)
+        self._watch = SizeWatch(path)
         self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
         self.size, self.record = len(self._map) // record.itemsize, record
 
     def read(self, first: int, last: int) -> NDArray[Any]:
-        """Return a copy of records `first` to `last`, the last not among them."""
+        """Return a copy of records `first` to `last`, the last not among them.
+
+        Raises:
+            DataError: the file has been cut since it was opened.
+        """
+        self._watch.require()
         begin = first * self.record.itemsize
         aligned = begin - begin % ALLOCATIONGRANULARITY
         size = (last - first) * self.record.itemsize

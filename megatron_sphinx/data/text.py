@@ -26,6 +26,7 @@ from megatron_sphinx.data.content import (
     fingerprint,
     measure,
 )
+from megatron_sphinx.data.files import SizeWatch
 from megatron_sphinx.data.streams import TextSpans
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
@@ -87,9 +88,15 @@ class TokenFile:
         if size != end:
             raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
         self.tokens = size // self._bytes
+        self._watches = [SizeWatch(path) for path in (bin_path, idx_path)]
 
     def spans(self, first: int, last: int) -> TextSpans:
-        """Return what tokens `first` to `last`, the last not among them, are in documents; no span is empty."""
+        """Return what tokens `first` to `last`, the last not among them, are in documents; no span is empty.
+
+        Raises:
+            DataError: the files have been cut since they were opened.
+        """
+        self._require_whole()
         index = self._dataset.index  # its pointers are in bytes
         lowest = int(np.searchsorted(index.sequence_pointers, first * self._bytes, side="right")) - 1
         highest = int(np.searchsorted(index.sequence_pointers, last * self._bytes, side="left"))
@@ -100,9 +107,19 @@ class TokenFile:
         return spans[np.flatnonzero(spans.length)]
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
-        """Return tokens `start` to `start + length` of a document."""
+        """Return tokens `start` to `start + length` of a document.
+
+        Raises:
+            DataError: the files have been cut since they were opened.
+        """
+        self._require_whole()
         tokens: NDArray[Any] = self._dataset.get(document, start, length)
         return tokens.astype(np.int64)
+
+    def _require_whole(self) -> None:
+        """Make sure that no file has been cut since it was opened: to read beyond its end would kill the process."""
+        for watch in self._watches:
+            watch.require()
 
 
 @dataclass

@@ -15,7 +15,8 @@ from megatron_sphinx.gpu_check import kernels, parts, steps
 from megatron_sphinx.gpu_check.findings import Note, append
 from megatron_sphinx.gpu_check.scales import SCALES, Scale
 from megatron_sphinx.gpu_check.workload import make_data
-from megatron_sphinx.run.job import find_place, join
+from megatron_sphinx.parallel.place import find_place
+from megatron_sphinx.run.job import join
 
 _JOIN_SECONDS = 60.0
 

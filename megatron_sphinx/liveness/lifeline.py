@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from megatron_sphinx.console import complain, say
+from megatron_sphinx.console import complain, last_words, say
 from megatron_sphinx.liveness.progress import Beat, Progress
 from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
 from megatron_sphinx.liveness.stop import StopSignal
@@ -29,6 +29,9 @@ _GRACE_SECONDS = 3.0  # in which a rank that is not stuck leaves in its own way
 _STORE_SECONDS = 1.5  # that the first rank stays longer than the others, who still read the store
 _LOOK_SECONDS = 0.5  # between two looks at the store
 _MOST_BEAT_SECONDS = 3.0
+_STILL_SECONDS = 10.0  # between two looks at the clock, beyond which a process was not merely slow
+_UNHEARD_SECONDS = 4.0  # between two judgements, beyond which silence says nothing about those who were to be heard
+_GONE = "it is gone: killed, or its node is; resume with checkpoint.resume=auto"
 
 
 class Lifeline:
@@ -62,6 +65,7 @@ class Lifeline:
         self._beat_seconds = min(_MOST_BEAT_SECONDS, max(_LOOK_SECONDS, self._progress.timeout / 30))
         self._last_beats: dict[int, tuple[Beat, float]] = {}  # by rank, and when each was first seen
         self._answered, self._blamed_since = time.monotonic(), inf
+        self._judged = time.monotonic()
         with suppress(RuntimeError):  # the store is gone: the watchers find out
             self._publish()  # at once: a rank that is lost in its first moment was there
         threads = {"lifeline": self._watch, "lifeline of the store": self._watch_store}
@@ -169,7 +173,7 @@ class Lifeline:
                 continue
             if self._closed.wait(_GRACE_SECONDS):  # a rank that is not stuck leaves in its own way
                 return
-            complain(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})")
+            last_words(f"[{self.name}] leaves: {end['by']} ended the job ({end['reason']})")
             self._exit(end["status"], _STORE_SECONDS if self.is_first_rank else 0.0)
 
     def _pass_on_stop(self) -> None:
@@ -190,6 +194,11 @@ class Lifeline:
         now, keys = time.monotonic(), [f"{_BEAT}/{rank}" for rank in range(self._world)]
         if len(self._last_beats) < self._world and not self._store.check(keys):
             return
+        if now - self._judged > 2 * self._beat_seconds + _UNHEARD_SECONDS:  # nobody was heard: all are given time anew
+            self._last_beats = {rank: (beat, now) for rank, (beat, _) in self._last_beats.items()}
+            self._judged = now
+            return
+        self._judged = now
         for rank, text in enumerate(self._store.multi_get(keys)):
             beat = Beat(**json.loads(text))
             if rank not in self._last_beats or self._last_beats[rank][0].number != beat.number:
@@ -204,7 +213,7 @@ class Lifeline:
         patience = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
         if stall and now - self._blamed_since >= patience and self._announce(1, stall):
             self._closed.set()
-            complain(f"megatron-sphinx train: {stall}")
+            last_words(f"megatron-sphinx train: {stall}")
             self._exit(1, _GRACE_SECONDS + _STORE_SECONDS if self.is_first_rank else 0.0)
         if self.is_first_rank:
             self._report_stragglers()
@@ -219,21 +228,48 @@ class Lifeline:
         self._progress.stragglers = slow
 
     def _watch_store(self) -> None:
-        """The life of the thread that never talks to the store, but watches whether it still answers."""
+        """The life of the thread that never talks to the store, but watches whether it still answers.
+
+        It also finds out that this process itself stood still: then the clock goes on between two of its looks.
+        """
         limit = self._progress.timeout
 
         def silence() -> float:
             return time.monotonic() - self._answered
 
+        looked = time.monotonic()
         while not self._closed.wait(_LOOK_SECONDS):
+            stood, looked = time.monotonic() - looked - _LOOK_SECONDS, time.monotonic()
+            if stood >= min(limit, _STILL_SECONDS):
+                self._say_stood(stood)
             if silence() < limit or self._closed.wait(2.0) or silence() < limit:  # this process may have been stopped
                 continue
             where = os.environ.get("MASTER_ADDR", "this process")
-            complain(
+            last_words(
                 f"[{self.name}] leaves: run.timeout={limit:g}: the job's store on {where} has not answered for "
                 f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto"
             )
             self._exit(1)
+
+    def _say_stood(self, seconds: float) -> None:
+        """Say that this process stood still for so long; end the job where that is longer than a rank may.
+
+        The others may have left meanwhile, each with a word about this rank: it must not blame them for being gone.
+        """
+        what = (
+            f"stood still for {seconds:.0f} s itself (stopped by SIGSTOP or Ctrl-Z, its machine suspended, or out of "
+            f"memory or processors)"
+        )
+        doing = self._progress.beat(self.name)
+        limit = self._progress.storage_timeout if doing.kind.is_long else self._progress.timeout
+        if seconds < limit:
+            complain(f"[{self.name}] {what}; goes on")
+            return
+        fault = f"run.timeout={limit:g}: {self.name} on host {doing.host} {what}; resume with checkpoint.resume=auto"
+        self._closed.set()  # before the other thread blames anybody
+        self.announce(1, fault)
+        last_words(f"megatron-sphinx train: {fault}")
+        self._exit(1, _STORE_SECONDS if self.is_first_rank else 0.0)
 
     def _exit(self, status: int, seconds: float = 0.0) -> NoReturn:
         """End this process after so many seconds, and let no destructor wait for a message that will never come."""
@@ -250,5 +286,5 @@ def _read(store: Store) -> dict[str, Any] | None:
             return None
         end: dict[str, Any] = json.loads(store.get(_ENDED))
     except RuntimeError:
-        return {"status": 1, "by": "the first rank, where the store was,", "reason": "it is gone"}
+        return {"status": 1, "by": "the first rank, where the store was,", "reason": _GONE}
     return end

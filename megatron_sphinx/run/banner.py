@@ -120,15 +120,28 @@ def note_early_stop(context: RankContext, reason: str) -> None:
         context.hold.end = f"stopped by {reason} before the first step; nothing new to save{_how_to_go_on(context)}"
 
 
-def note_end(context: RankContext, how: str, store: CheckpointStore, done: int) -> None:
-    """Let the last line of the run be how it ended, after how many steps, and where to look."""
+def note_end(context: RankContext, how: str, store: CheckpointStore, start: int, done: int) -> None:
+    """Let the last line of the run be how it ended, after how many steps, and where to look.
+
+    Args:
+        context: of the rank.
+        how: the run ended: done, failed, or stopped by what.
+        store: of its checkpoints.
+        start: step that this job began at.
+        done: steps done by now.
+    """
     if not context.hold:
         return
     plot = context.folder / "loss.png"
     drawn = f", plot {plot}" if plot.is_file() else ""
     way_on = _how_to_go_on(context) if how.startswith("stopped") else ""
     steps = context.config.training.steps
-    context.hold.end = f"{how} after {done} of {steps} steps; checkpoint {store.newest or 'none'}{drawn}{way_on}"
+    where = f"checkpoint {store.newest or 'none'}{drawn}"
+    if how == "done" and start >= steps:
+        known = f"training.steps={steps}: nothing to train, {start} steps were done before"
+        context.hold.end = f"{known}; {where}; raise training.steps to go on"
+        return
+    context.hold.end = f"{how} after {done} of {steps} steps; {where}{way_on}"
 
 
 def _how_to_go_on(context: RankContext) -> str:

@@ -13,8 +13,9 @@ from megatron_sphinx.model.architecture import LEAST_BATCH_VIEWS
 from megatron_sphinx.model.expert_files import load_expert
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.parallel.place import find_place
 from megatron_sphinx.run import resume
-from megatron_sphinx.run.job import find_place, join, open_run
+from megatron_sphinx.run.job import join, open_run
 
 _TIMEOUT = timedelta(hours=1)  # nobody is waited for
 
@@ -33,7 +34,7 @@ def check(config: Config, ranks: int | None = None) -> None:
         SphinxError: what a start would end with.
     """
     layout = ParallelLayout(world=ranks or config.parallel.smallest_world, config=config.parallel)
-    if find_place()[1] > 1:
+    if find_place().world > 1:
         raise ConfigError("--check: is for one process, not for each rank of a job; start it without torchrun or srun")
     say(f"{layout} = {layout.world} ranks")
     _check_folder(Path(config.run.folder))

@@ -1,14 +1,12 @@
 """How the ranks of a job meet, and what each of them has from then on: platform, groups, data, plan, liveness."""
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
@@ -17,7 +15,6 @@ from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.sources import Sources, make_planner, open_sources
 from megatron_sphinx.device import Platform
-from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.liveness.stop import StopSignal
 from megatron_sphinx.lock import Hold
@@ -25,6 +22,8 @@ from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.visual_experts import import_libraries
 from megatron_sphinx.parallel import devices
 from megatron_sphinx.parallel.groups import ProcessGroups, agree
+from megatron_sphinx.parallel.meeting import meet
+from megatron_sphinx.parallel.place import find_place
 from megatron_sphinx.run.automatic import Fit, settle
 from megatron_sphinx.run.start_clock import StartClock
 
@@ -106,49 +105,31 @@ class RankContext:
         return loading
 
 
-def find_place() -> tuple[int, int]:
-    """Find rank and world, as torchrun says them, or srun, or alone; set them for the libraries that read them again.
-
-    Raises:
-        ConfigError: Slurm has started several ranks that do not know of each other.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
-    if tasks > 1 and not {"MASTER_ADDR", "WORLD_SIZE"} & os.environ.keys():
-        raise ConfigError(
-            f"SLURM_NTASKS={tasks}: the ranks have nowhere to meet, each would train alone; start them by "
-            f"slurm/train.sbatch or torchrun, or export MASTER_ADDR and MASTER_PORT; for one rank set WORLD_SIZE=1"
-        )
-    names = {"RANK": ("SLURM_PROCID", "0"), "WORLD_SIZE": ("SLURM_NTASKS", "1"), "LOCAL_RANK": ("SLURM_LOCALID", "0")}
-    for name, (slurm_name, alone) in names.items():
-        os.environ.setdefault(name, os.environ.get(slurm_name, alone) if "MASTER_ADDR" in os.environ else alone)
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def join(device: str, timeout_seconds: float) -> Platform:
-    """Meet the other ranks, agree with them on what to compute on, and join the job's process group.
+def join(device: str, timeout_seconds: float, store: Store | None = None) -> Platform:
+    """Agree with the other ranks on what to compute on, and join the job's process group.
 
     Args:
         device: run.device.
         timeout_seconds: how long a rank may wait for others, here and in collectives of the world.
+        store: what `meet` has returned; without it the ranks meet here.
 
     Raises:
+        MeetingError: the ranks cannot meet.
         ConfigError: a rank lacks the device; on all ranks.
     """
-    world = int(os.environ["WORLD_SIZE"])
-    rank = int(os.environ["RANK"]) if world > 1 else 0
-    timeout = timedelta(seconds=timeout_seconds)
-    store: Store = HashStore() if world == 1 else next(rendezvous("env://", timeout=timeout))[0]
-    platform, note = devices.choose(device, store, rank, world)
-    if note and rank == 0:
+    place = find_place()
+    store = store if store is not None else meet(place, timeout_seconds)
+    platform, note = devices.choose(device, store, place.rank, place.world)
+    if note and place.rank == 0:
         say(note)
     if not dist.is_initialized():
         world_store = PrefixStore("default_pg", store)
         dist.init_process_group(
             platform.backend,
             store=world_store,
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=platform.device if platform.is_cuda else None,
         )
     return platform

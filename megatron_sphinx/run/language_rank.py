@@ -121,4 +121,4 @@ class LanguageRank(Role):
         finally:
             if self.reporter:
                 self.reporter.close()
-            banner.note_end(context, how, self.store, loop.done)
+            banner.note_end(context, how, self.store, start.step, loop.done)

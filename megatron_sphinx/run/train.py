@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.console import complain
+from megatron_sphinx.console import last_words
 from megatron_sphinx.device import Platform, be_deterministic
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -18,9 +19,10 @@ from megatron_sphinx.lock import Hold
 from megatron_sphinx.model.kernels import choose
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
+from megatron_sphinx.parallel.place import find_place
 from megatron_sphinx.run.automatic import Fit
 from megatron_sphinx.run.encoder_rank import EncoderRank
-from megatron_sphinx.run.job import find_place, join, open_run
+from megatron_sphinx.run.job import join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
 from megatron_sphinx.run.observer import Observer
 from megatron_sphinx.run.phases import start
@@ -38,6 +40,7 @@ def train(
     fit: Fit | None = None,
     *,
     is_profiled: bool = False,
+    store: Store | None = None,
 ) -> int:
     """Train on this rank; the exit status of the process.
 
@@ -47,6 +50,7 @@ def train(
         observer: watches this rank.
         fit: takes what fits into memory where a value is auto; without it the least is taken.
         is_profiled: whether the first rank prints how long each phase of the start took.
+        store: where the ranks have met already; without it they meet here.
 
     Raises:
         SphinxError: the user's mistake, on a job of one rank or before the ranks have met.
@@ -63,7 +67,7 @@ def train(
     )
     if config.training.deterministic:
         be_deterministic()
-    platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds()))()
+    platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds(), store))()
     trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
     progress = _progress(config, platform, trace)
     name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
@@ -128,16 +132,16 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
     if isinstance(error, SphinxError):
         is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
         if is_mine:
-            complain(f"megatron-sphinx train: {error}")
+            last_words(f"megatron-sphinx train: {error}")
         return error.exit_status
     end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
     if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
         return int(end["status"])
     if end is not None:
-        complain(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})")
+        last_words(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})")
         return int(end["status"])
     text = "".join(traceback.format_exception(error))
-    complain(f"[{lifeline.name}] failed:\n{text}")
+    last_words(f"[{lifeline.name}] failed:\n{text}")
     return 1
 
 
