@@ -154,7 +154,7 @@ def test_a_mutated_checkpoint_is_one_line_or_is_read(try_all, name):
     try_all(name, 0, QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("name", FILES)
 def test_many_mutated_checkpoints_are_one_line_or_are_read(try_all, name):
     try_all(name, QUICK, SLOW)

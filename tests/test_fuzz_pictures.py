@@ -178,7 +178,7 @@ def test_a_mutated_file_is_read_or_refused(tiny, tmp_path, read):
     run(read, tiny, tmp_path, QUICK, seed=16)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("read", READERS)
 def test_thousands_of_mutated_files_are_read_or_refused(tiny, tmp_path, read):

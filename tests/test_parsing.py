@@ -184,6 +184,6 @@ def test_mutated_configurations_are_read_or_refused(tmp_path, seed):
     fuzz_configurations(60, tmp_path, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_mutated_configurations_are_read_or_refused(tmp_path, seed):
     fuzz_configurations(2000, tmp_path, seed)

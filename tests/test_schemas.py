@@ -135,6 +135,6 @@ def test_mutated_files_are_read_or_refused(place, seed):
     fuzz(place, 60, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 def test_many_mutated_files_are_read_or_refused(place, seed):
     fuzz(place, 2000, seed)

@@ -151,7 +151,7 @@ def test_damaged_text_costs_no_more_than_itself(tiny, tmp_path, name):
     fuzz_text(tiny, tmp_path, name, QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", TEXT)
 def test_much_damaged_text_costs_no_more_than_itself(tiny, tmp_path, name):
@@ -167,7 +167,7 @@ def test_damaged_pdfs_cost_no_more_than_themselves(pymupdf, tmp_path):
     fuzz_pdf(pymupdf, tmp_path, QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(1800)
 def test_many_damaged_pdfs_cost_no_more_than_themselves(pymupdf, tmp_path):
     fuzz_pdf(pymupdf, tmp_path, SLOW)
