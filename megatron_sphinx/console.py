@@ -23,11 +23,16 @@ def complain(message: str) -> None:
 
 
 def last_words(message: str) -> None:
-    """Print on standard error what ends this process, and leave it to torchrun, which shows it in its summary."""
+    """Print on standard error what ends this process, and leave it to torchrun."""
     complain(message)
+    leave_to_torchrun(message)
+
+
+def leave_to_torchrun(message: str) -> None:
+    """Write what ends this process where torchrun looks for it, which shows it in its summary; the first stands."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": message, "timestamp": str(int(time.time()))}  # of the two, it shows the call stack
-        with suppress(OSError), open(path, "x") as file:  # the first words stand
+        with suppress(OSError), open(path, "x") as file:
             json.dump({"message": {"message": message, "extraInfo": about}}, file)
 
 

@@ -130,6 +130,8 @@ def test_only_the_first_rank_of_a_job_says_what_every_rank_would(monkeypatch, ca
     for variable in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setenv(variable, "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         assert main(["train", str(DEMO), "parallel.tensr=2"]) == 2
         assert capsys.readouterr().err == ""
         assert main(["config", str(DEMO), "parallel.tensr=2"]) == 2

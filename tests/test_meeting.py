@@ -255,6 +255,7 @@ def test_torchrun_is_told_the_first_last_words(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     console.last_words("the cause")
     console.last_words("what follows from it")
+    console.leave_to_torchrun("what another rank says")
     assert capsys.readouterr().err == "the cause\nwhat follows from it\n"
     told = json.loads(path.read_text())["message"]
     assert told["message"] == told["extraInfo"]["py_callstack"] == "the cause"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from megatron_sphinx.console import last_words
+from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.errors import MeetingError, SphinxError
 
 if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
@@ -63,8 +63,8 @@ def execute(args: argparse.Namespace) -> int:
         return 75
     except SphinxError as error:
         is_own = isinstance(error, MeetingError) and not error.is_told  # the first rank may never hear of it
-        if not getattr(args, "may_be_rank", False) or is_own or _is_first_rank():
-            last_words(f"{parser.prog}: {error}")
+        is_said = not getattr(args, "may_be_rank", False) or is_own or _is_first_rank()
+        (last_words if is_said else leave_to_torchrun)(f"{parser.prog}: {error}")
         return error.exit_status
     return status
 

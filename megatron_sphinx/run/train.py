@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.console import last_words
+from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.device import Platform, be_deterministic
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -131,8 +131,7 @@ def _report(error: Exception, lifeline: Lifeline) -> int:
     """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
     if isinstance(error, SphinxError):
         is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
-        if is_mine:
-            last_words(f"megatron-sphinx train: {error}")
+        (last_words if is_mine else leave_to_torchrun)(f"megatron-sphinx train: {error}")
         return error.exit_status
     end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
     if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
