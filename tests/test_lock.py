@@ -208,11 +208,16 @@ def test_of_many_at_once_one_takes_it(tmp_path):
                 except FolderError:
                     os._exit(0)
                 (tmp_path / f"taken_{number}").touch()
-                time.sleep(1.5)  # while it is held, nobody else may take it
+                while not (tmp_path / "all others are done").exists():  # while it is held, nobody else may take it
+                    time.sleep(0.01)
                 os._exit(0)
             pids.append(pid)
-        for pid in pids:
-            assert os.waitpid(pid, 0)[1] == 0
+        while len(pids) > 1:
+            ended = {pid: os.waitpid(pid, os.WNOHANG) for pid in pids}
+            pids = [pid for pid, (is_ended, status) in ended.items() if not is_ended or status]
+            time.sleep(0.01)
+        (tmp_path / "all others are done").touch()
+        assert os.waitpid(pids[0], 0)[1] == 0
         assert len(list(tmp_path.glob("taken_*"))) == 1
         for path in tmp_path.iterdir():
             path.unlink()

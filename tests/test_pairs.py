@@ -327,7 +327,7 @@ def test_a_picture_that_the_encoders_cannot_take_is_quarantined_too(tiny, copied
         features[1, 2] = float("nan")
         return features
 
-    features = encode(encoders, loader.submit([(1, 0), (4, 0), (5, 0)]))
+    features = encode(encoders, [loader.submit([(1, 0), (4, 0), (5, 0)])])[0]
     assert features.isnan().all(1).tolist() == [False, True, False]
     line = json.loads((tmp_path / "quarantine.jsonl").read_text())
     assert (line["pair"], line["reason"]) == (4, "the encoders give NaN for it")

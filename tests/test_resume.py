@@ -47,6 +47,7 @@ def test_killed_at_a_random_step_a_run_goes_on_to_the_same_bits(train):
         "ended.json",
         "loss.png",
         "metrics.jsonl",
+        "startup.json",
         "tensorboard",
     ]
 
