@@ -86,6 +86,27 @@ def test_a_bf16_sum_over_micro_batches_is_not_rounded(run_ranks):
     run_ranks(1, check)
 
 
+def test_weights_without_a_gradient_have_zeros_and_memory_is_not_read_before_it_is_written(run_ranks, monkeypatch):
+    def check() -> None:
+        dist.init_process_group("gloo")
+        monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, float("nan"), **options))
+        weights = [nn.Parameter(torch.zeros(count)) for count in (2, 3, 1)]
+        reduced = PartitionedGradients([PartitionedGroup(weights, [0, 3, 6], 8, dist.group.WORLD)], torch.device("cpu"))
+        reduced.take_in_backward()
+        weights[1].sum().backward()
+        weights[1].sum().backward()
+        reduced.finish()
+        assert reduced.parts()[0].tolist() == [0, 0, 0, 2, 2, 2, 0, 0]
+        weights[0].sum().backward()  # more after it is finished
+        reduced.finish()
+        assert reduced.parts()[0].tolist() == [1, 1, 0, 2, 2, 2, 0, 0]
+        reduced.clear()
+        reduced.finish()
+        assert reduced.parts()[0].tolist() == [0] * 8
+
+    run_ranks(1, check)
+
+
 class CountMoved(TorchDispatchMode):
     """Counts the bytes that operations on gradients read and write; views move nothing."""
 

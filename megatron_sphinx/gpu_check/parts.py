@@ -17,9 +17,11 @@ from megatron_sphinx.gpu_check.peaks import peak_of
 from megatron_sphinx.gpu_check.scales import Scale, is_judged
 from megatron_sphinx.gpu_check.steps import timed
 from megatron_sphinx.model.architecture import LEAST_BATCH_VIEWS, MOST_BATCH_VIEWS, VisionConfig
+from megatron_sphinx.model.drawing import in_threads
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.experts import GroupedExperts
 from megatron_sphinx.model.kernels import choose
+from megatron_sphinx.model.visual_experts import import_libraries
 from megatron_sphinx.sizing.sizes import expert_cost
 from megatron_sphinx.values import build
 
@@ -88,9 +90,13 @@ def encoders(scale: Scale, note: Note) -> None:
     dtype = torch.bfloat16 if platform.is_bf16_fast else torch.float32
     default = MOST_BATCH_VIEWS if platform.is_cuda else LEAST_BATCH_VIEWS  # what auto takes where memory has room
     total_seconds = total_flops = 0.0
-    for name in scale.experts:
-        vision = build(VisionConfig, {"grid": scale.grid, "experts": [{"name": name, "weights": "random"}]})
-        alone = FrozenEncoders(vision, device=platform.device, dtype=dtype, seed=1)
+    visions = [
+        build(VisionConfig, {"grid": scale.grid, "experts": [{"name": name, "weights": "random"}]})
+        for name in scale.experts
+    ]
+    import_libraries([item.expert for vision in visions for item in vision.experts])
+    draw = partial(FrozenEncoders, device=platform.device, dtype=dtype, seed=1)
+    for name, vision, alone in zip(scale.experts, visions, in_threads(draw, visions), strict=True):
         flops = expert_cost(name).flops
         for size in (None, *scale.views):
             alone.config = replace(vision, batch_views=default if size is None else size)
@@ -105,9 +111,6 @@ def encoders(scale: Scale, note: Note) -> None:
             values = {"milliseconds_a_view": seconds * 1e3, "peak_share": flops / seconds / peak.flops}
             batch = "the default" if size is None else f"{size}"
             note(Finding(section="fast", name=f"encoder {name}, {batch} at once", values=values))
-        del alone
-        if platform.is_cuda:
-            torch.cuda.empty_cache()
     values = {"milliseconds_a_view": total_seconds * 1e3, "peak_share": total_flops / total_seconds / peak.flops}
     if is_judged(scale, platform.device.type):
         is_fast = values["peak_share"] >= ENCODER_SHARE

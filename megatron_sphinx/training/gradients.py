@@ -61,6 +61,7 @@ class _GroupGradient:
         self.size, self.rank = dist.get_world_size(group.copies), dist.get_rank(group.copies)
         self.part: Tensor | None = None  # from the first gradient of a step to its update
         self.buckets: list[_Bucket] = []  # the last one is being filled, the one before it reduced
+        self._begun: set[int] = set()  # with one copy: where in the part the weights begin that have a gradient
 
     def own(self) -> Tensor:
         """This rank's part, fp32 [group.part]; zeros where nothing has come yet."""
@@ -71,7 +72,7 @@ class _GroupGradient:
     def add(self, start: int, gradient: Tensor) -> None:
         """Add numbers, [count] of any type, that begin at `start` in the group."""
         if self.size == 1:
-            self.own().narrow(0, start, len(gradient)).add_(gradient)
+            self._add_here(start, gradient)
             return
         while len(gradient):
             bucket = self._bucket_with_room()
@@ -81,6 +82,32 @@ class _GroupGradient:
             bucket.pieces.append(_Piece(owner, bucket.filled, count, target))
             bucket.filled += count
             start, gradient = start + count, gradient[count:]
+
+    def _add_here(self, start: int, gradient: Tensor) -> None:
+        """Add the whole gradient of a weight to the part; the first one is written, so that no zeros are before it."""
+        if self.part is None:
+            self.part = torch.empty(self.group.part, dtype=torch.float32, device=self._device)
+        target = self.part.narrow(0, start, len(gradient))
+        if start in self._begun:
+            target.add_(gradient)
+        else:
+            target.copy_(gradient)
+            self._begun.add(start)
+
+    def _fill_up(self) -> None:
+        """Write zeros where no gradient has come."""
+        part, end = self.own(), 0
+        for weight, offset in zip(self.group.weights, self.group.offsets, strict=True):
+            if offset in self._begun:
+                if end < offset:
+                    part[end:offset].zero_()
+                end = offset + weight.numel()
+            self._begun.add(offset)
+        part[end:].zero_()
+
+    def clear(self) -> None:
+        """Forget the sum, and give its memory back."""
+        self.part, self._begun = None, set()
 
     def _bucket_with_room(self) -> _Bucket:
         """The bucket to fill; where the last one is full it is reduced while the one before it is filled anew."""
@@ -123,6 +150,8 @@ class _GroupGradient:
         for bucket in self.buckets:
             self._settle(bucket)
         self.buckets = []
+        if self.size == 1:
+            self._fill_up()
         self.own()
 
 
@@ -180,7 +209,7 @@ class PartitionedGradients:
     def clear(self) -> None:
         """Forget the sum, and give its memory back."""
         for group in self._groups:
-            group.part = None
+            group.clear()
 
     def buffers(self) -> Iterator[Tensor]:
         """Give the buckets that there are just now."""
