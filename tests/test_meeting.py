@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from conftest import Ranks
@@ -262,3 +264,19 @@ def test_torchrun_is_told_the_first_last_words(monkeypatch, tmp_path, capsys):
     assert abs(int(told["extraInfo"]["timestamp"]) - time.time()) < 60
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(Path("/proc/none/error.json")))
     console.last_words("where it cannot be written it is said all the same")
+
+
+def test_in_a_slurm_job_a_late_first_rank_is_waited_for(monkeypatch, capsys):
+    """Nodes of one job may start minutes apart; meanwhile it is said who is missing."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(meeting, "_ANSWER_SECONDS", 0.5)
+    port = free_port()
+    address = Address("127.0.0.1", port)
+    timeout = timedelta(seconds=60)
+    late = Timer(1.5, lambda: stores.append(meeting._listen(address, timeout)))
+    stores = []
+    late.start()
+    assert meeting._connect(address, timeout, is_first=False)
+    late.join()
+    said = f"MASTER_PORT={port}: nothing listens there yet (Connection refused): rank 0 is missing"
+    assert said in capsys.readouterr().out

@@ -21,6 +21,7 @@ from megatron_sphinx.errors import MeetingError
 from megatron_sphinx.parallel.place import Place, read_number
 
 _ANSWER_SECONDS = 20.0  # in which something must listen where the ranks meet, and answer as a store does
+_SLURM_SECONDS = 300.0  # the same in a Slurm job, whose nodes may start long after each other
 _PATIENCE_SECONDS = 15.0  # until the first line about who is missing
 _REPORT_SECONDS = 30.0  # between two such lines
 _LOOK_SECONDS = 0.2
@@ -113,14 +114,18 @@ def _connect(address: Address, timeout: timedelta, *, is_first: bool) -> TCPStor
     Raises:
         MeetingError: nothing listens there, or nothing that is a store.
     """
-    deadline = time.monotonic() + _ANSWER_SECONDS
+    began = time.monotonic()
+    deadline, is_told = began + _grace(timeout), False
     while True:
         try:
             socket.create_connection((address.host, address.port), max(1.0, deadline - time.monotonic())).close()
             break
         except (OSError, UnicodeError) as error:
             if time.monotonic() >= deadline or (is_first and isinstance(error, socket.gaierror | UnicodeError)):
-                raise MeetingError(_nobody_there(address, error, is_first=is_first)) from None
+                raise MeetingError(_nobody_there(address, error, _grace(timeout), is_first=is_first)) from None
+            if not is_told and time.monotonic() >= began + _ANSWER_SECONDS:
+                is_told = True
+                say(f"{address}: nothing listens there yet ({_reason(error)}): rank 0 is missing; still waiting")
             time.sleep(_LOOK_SECONDS)
     made: list[TCPStore] = []
     faults: list[Exception] = []
@@ -134,7 +139,7 @@ def _connect(address: Address, timeout: timedelta, *, is_first: bool) -> TCPStor
 
     thread = Thread(target=connect, name="meeting", daemon=True)
     thread.start()
-    thread.join(max(3.0, deadline - time.monotonic()))
+    thread.join(_ANSWER_SECONDS)
     if made:
         return made[0]
     why = f" ({_first_line(faults[0])})" if faults else ""
@@ -144,7 +149,12 @@ def _connect(address: Address, timeout: timedelta, *, is_first: bool) -> TCPStor
     )
 
 
-def _nobody_there(address: Address, error: Exception, *, is_first: bool) -> str:
+def _grace(timeout: timedelta) -> float:
+    """Seconds in which rank 0 must be there after this one."""
+    return min(_SLURM_SECONDS if "SLURM_JOB_ID" in os.environ else _ANSWER_SECONDS, timeout.total_seconds())
+
+
+def _nobody_there(address: Address, error: Exception, seconds: float, *, is_first: bool) -> str:
     """Say that nothing answers where the ranks would meet."""
     if isinstance(error, socket.gaierror | UnicodeError):
         return f"MASTER_ADDR={address.host}: is no known host ({_reason(error)}); give the host that rank 0 runs on"
@@ -154,7 +164,7 @@ def _nobody_there(address: Address, error: Exception, *, is_first: bool) -> str:
             f"address ({_reason(error)}); give the name of this host, which all ranks can reach"
         )
     return (
-        f"{address}: nothing has listened there for {_ANSWER_SECONDS:.0f} s ({_reason(error)}), so that rank 0 is "
+        f"{address}: nothing has listened there for {seconds:.0f} s ({_reason(error)}), so that rank 0 is "
         f"missing; start rank 0 on that host, or give the one where it runs"
     )
 
