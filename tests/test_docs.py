@@ -375,7 +375,7 @@ def test_the_classes_of_the_glossary_exist():
 
 @pytest.mark.parametrize(
     ("target", "tier"),
-    [("test", '-m "not slow and not gpu" tests/test_x.py'), ("test_slow", "-m slow "), ("test_all", "")],
+    [("test", '-m "not slow and not fuzz and not gpu" tests/test_x.py'), ("test_slow", "-m slow "), ("test_all", "")],
 )
 def test_make_shares_tests_among_processes(target, tier):
     said = subprocess.run(
