@@ -57,7 +57,7 @@ def test_a_disk_too_full_for_the_metrics_is_one_line_too(train, start_ranks, tin
 def read_nothing(config: Path) -> int:
     """Train, but no image can be read."""
 
-    def decode(_):
+    def decode(*_, **__):
         raise DataError("does not decode")
 
     images.decode = decode

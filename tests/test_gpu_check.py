@@ -389,7 +389,7 @@ def test_runs_are_configured_like_the_demo(tmp_path):
     assert Path(dense.data.tokenizer).exists()
     demo = configuration.load(Path(__file__).parents[1] / "examples" / "demo.yaml")
     full: Config = runs.prepared(FULL, tmp_path, has_experts=False)
-    for section, keys in {"model": ("layers", "hidden", "ffn", "heads"), "optimizer": ("learning_rate", "warmup_steps"),
+    for section, keys in {"model": ("layers", "hidden", "ffn", "heads"), "optimizer": ("learning_rate", "weight_decay"),
                           "data": ("pairs_per_step", "text_tokens_per_step", "sequence_length", "micro_batch_rows"),
                           "loss": ("text_weight",)}.items():  # fmt: skip
         for key in keys:

@@ -36,6 +36,7 @@ REQUIRED = {
     "timm": "timm", "einops": "einops", "fsspec": "fsspec", "matplotlib": "matplotlib", "numpy": "numpy",
     "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml", "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tqdm": "tqdm", "webdataset": "webdataset",
+    "zstandard": "zstandard",
 }  # fmt: skip
 # Distributions that a run does without, each with its module and what it is for.
 OPTIONAL = {

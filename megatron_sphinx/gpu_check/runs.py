@@ -92,7 +92,7 @@ def prepared(scale: Scale, folder: Path, *, has_experts: bool) -> Config:
     """Configure a run like the demo's, on the demo's data where that is there, else on data that is made up."""
     text, hidden = scale.right_text, scale.right_hidden
     values: Values = {
-        "run": {"folder": str(folder / "run"), "seed": 1, "print_interval": 2**30},
+        "run": {"folder": str(folder / "run"), "seed": 1, "print_interval": 99_999_999},
         "model": {
             "layers": scale.right_layers, "hidden": hidden, "ffn": 11 * hidden // 4, "heads": hidden // 32,
             "groups": hidden // 32, "vocabulary": 1024,
@@ -106,7 +106,7 @@ def prepared(scale: Scale, folder: Path, *, has_experts: bool) -> Config:
             "text_tokens_per_step": text, "sequence_length": min(text, 256), "row_multiple": 1, "micro_batch_rows": 4,
         },
         "loss": {"text_weight": 0.25},
-        "optimizer": {"learning_rate": 2e-3, "minimum_learning_rate": 2e-4, "warmup_steps": 20, "weight_decay": 0.1},
+        "optimizer": {"learning_rate": 2e-3, "warmup_steps": scale.right_steps, "weight_decay": 0.1},
         "training": {"steps": scale.right_steps},
         "checkpoint": {"interval": scale.right_steps // 2},
     }  # fmt: skip

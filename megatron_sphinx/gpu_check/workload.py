@@ -38,7 +38,7 @@ from megatron_sphinx.values import build
 LENGTHS = Path(str(resources.files("megatron_sphinx") / "gpu_check" / "real_lengths.json"))
 PAIRS, TEXT_TOKENS = 4096, 2**20  # of the made data
 PICTURES = 32  # whose features there are; more pairs share them
-TOKENIZER = {"vocabulary": 0, "sha256": "made by gpu-check"}
+TOKENIZER = {"vocabulary": 32_000, "sha256": "made by gpu-check"}
 
 
 def make_data(folder: Path, vocabulary: int) -> None:
@@ -77,7 +77,7 @@ def configure(scale: Scale, kind: str, micro_batch_rows: int, folder: Path) -> C
     pairs = {"mixed": scale.pairs, "captions": 2 * scale.pairs, "text": 0}[kind]
     rows = {"mixed": scale.text_rows, "captions": 0, "text": 4 * scale.text_rows}[kind]
     values = {
-        "run": {"folder": str(folder / f"run_{kind}_{micro_batch_rows}"), "seed": 1, "print_interval": 2**30},
+        "run": {"folder": str(folder / f"run_{kind}_{micro_batch_rows}"), "seed": 1, "print_interval": 99_999_999},
         "model": {
             "layers": scale.layers, "hidden": scale.hidden, "ffn": scale.ffn, "vocabulary": scale.vocabulary,
             "heads": scale.heads, "groups": scale.heads,

@@ -59,26 +59,24 @@ def train(
     clock.note("imports", process_seconds())
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=config.parallel)
-    config.training.profile.check_ranks(world)
     seat = layout.seat(rank)
+    config.training.profile.check_ranks(world)
     stop, hold = stop or StopSignal(), Hold(Path(config.run.folder), rank)
     for_steps, for_files = (
         timedelta(seconds=seconds + _MARGIN_SECONDS) for seconds in (config.run.timeout, config.run.storage_timeout)
     )
-    if config.training.deterministic:
-        be_deterministic()
-    platform = clock.timed("join", partial(join, config.run.device, for_files.total_seconds(), store))()
+    platform = clock.timed("join", partial(_join, config, for_files.total_seconds(), store))()
     trace = StepTrace(ProfileConfig() if observer else config.training.profile, Path(config.run.folder), rank, platform)
     progress = _progress(config, platform, trace)
-    name, ratio = f"{seat.role} rank {rank}", config.run.straggler_ratio
-    lifeline = Lifeline.connect(name, progress=progress, stop=stop, straggler_ratio=ratio)
+    ratio = config.run.straggler_ratio
+    lifeline = Lifeline.connect(f"{seat.role} rank {rank}", progress=progress, stop=stop, straggler_ratio=ratio)
     stop.has_met()
     try:
         choose(config.model.kernels, platform)  # refused here, before anything large is read
         make_groups = partial(ProcessGroups.create, layout, platform.backend, for_steps, for_files)
         groups = clock.timed("make_groups", make_groups)()
-        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, hold=hold)
-        context = clock.timed("open_data", partial(opening, fit=fit, clock=clock))()
+        opening = partial(open_run, config, platform, groups, progress=progress, stop=stop, fit=fit)
+        context = clock.timed("open_data", partial(opening, hold=hold, clock=clock))()
         role = (LanguageRank if seat.encoder is None else EncoderRank)(context, observer)
         is_done = start(role) and role.run()
         trace.close()
@@ -94,6 +92,13 @@ def train(
         lifeline.leave(status, str(error))
     hold.give_back(0 if is_done else STOPPED)
     return _end(lifeline, world, is_done=is_done)
+
+
+def _join(config: Config, timeout_seconds: float, store: Store | None) -> Platform:
+    """Join the job, on a device that computes as the configuration says."""
+    if config.training.deterministic:
+        be_deterministic()
+    return join(config.run.device, timeout_seconds, store)
 
 
 def _progress(config: Config, platform: Platform, listener: Listener) -> Progress:

@@ -29,7 +29,7 @@ def configure(args: argparse.Namespace, name: str, folder: Path) -> Config:
     has_pairs, has_text = name != "transformers_text", name in ("bare", "transformers_text")
     vocabulary = SMALL_VOCABULARY if name.endswith("small_vocabulary") else args.vocabulary
     values = {
-        "run": {"folder": str(folder / name), "seed": 1, "print_interval": 2**30},
+        "run": {"folder": str(folder / name), "seed": 1, "print_interval": 99_999_999},
         "model": {
             "layers": args.layers, "hidden": args.hidden, "ffn": args.ffn, "vocabulary": vocabulary,
             "heads": args.hidden // 64, "groups": args.hidden // 64,
