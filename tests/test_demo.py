@@ -39,6 +39,7 @@ def test_the_demo(run_example, run_ranks, tmp_path):
         f"vision.experts.0.weights={data / 'efficientnet_lite0.pth'}",
         f"run.folder={folder}",
         "training.steps=2",
+        "optimizer.warmup_steps=null",
     ]
     assert configuration.load(EXAMPLES / "demo.yaml", overrides).parallel.encoder == 1
     run_ranks(3, lambda: main(["train", str(EXAMPLES / "demo.yaml"), *overrides]))

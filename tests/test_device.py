@@ -157,7 +157,7 @@ def launched(monkeypatch, capsys):
     ],
 )
 def test_the_demo_is_started_on_the_ranks_that_there_are_gpus_for(launched, gpus, ranks, overrides, said):
-    words = ["-m", "megatron_sphinx", "train", "examples/demo.yaml", "training.steps=2"]
+    words = ["-m", "megatron_sphinx", "train", "examples/demo.yaml", "training.steps=2", "optimizer.warmup_steps=null"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     assert launched(gpus, *words) == (said, [*torchrun, *words, *overrides])
     makefile = (ROOT / "Makefile").read_text()

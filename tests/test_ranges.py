@@ -130,7 +130,9 @@ def test_names_of_other_programs_lead_to_keys_that_exist():
 
 
 def test_the_warm_up_is_a_share_of_the_steps_and_the_minimum_one_of_the_rate():
-    of_twelve = configuration.load(DEMO, ["training.steps=12", "optimizer.learning_rate=1e-4"])
+    of_twelve = configuration.load(
+        DEMO, ["training.steps=12", "optimizer.learning_rate=1e-4", "optimizer.warmup_steps=null"]
+    )
     taken = of_twelve.with_epochs_in_steps(0).optimizer
     assert (taken.warmup_steps, taken.minimum_learning_rate) == (1, pytest.approx(1e-5))
     rates = [learning_rate(of_twelve.optimizer, step, 12) for step in range(12)]
@@ -143,7 +145,7 @@ def test_the_warm_up_is_a_share_of_the_steps_and_the_minimum_one_of_the_rate():
 
 
 def test_a_warm_up_in_passes_that_the_run_never_leaves_is_refused():
-    config = configuration.load(DEMO, ["optimizer.warmup_epochs=9"])
+    config = configuration.load(DEMO, ["optimizer.warmup_epochs=9", "optimizer.warmup_steps=0"])
     with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps=188: training\.steps=110 end before it"):
         config.with_epochs_in_steps(1000)
 
