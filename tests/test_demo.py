@@ -84,6 +84,7 @@ def test_the_family(run_example, run_ranks, tmp_path):
 
     def train(name: str, config: str, *more: str) -> Path:
         overrides = [f"vision.experts.0.weights={demo / 'efficientnet_lite0.pth'}", "parallel={}", "training.steps=1",
+                     "optimizer.warmup_steps=null",
                      f"run.folder={tmp_path / name}", f"data.tokenizer={demo / 'tokenizer.model'}",
                      f"data.text={demo / 'text'}", *more]  # fmt: skip
         run_ranks(1, lambda: main(["train", str(EXAMPLES / config), *overrides]))
