@@ -81,7 +81,7 @@ test_gpu: $(VENV)/dev.installed
 gpu: $(VENV)/gpu.installed
 	$(BIN)/megatron-sphinx gpu-check --out runs/gpu/check.json --page runs/gpu/page.md
 
-## test_all: all of them
+## test_all: all of them, the thousands of damaged files too
 test_all: $(VENV)/dev.installed
 	$(PYTEST) $(TESTS)
 

@@ -143,7 +143,7 @@ def _index_unit(unit: _Unit, root: Path, folder: Path, tokenizer: Tokenizer, opt
 def _usable(
     items: Items, root: Path, follow_links: bool
 ) -> tuple[list[tuple[str, Conversation]], dict[str, bytes], Quarantine]:
-    """Read conversations.
+    """Sort records into conversations that can be trained on, with their images, and entries of the quarantine.
 
     Args:
         items: the conversations, as their file has them.

@@ -197,7 +197,7 @@ class Courier:
                     departure.sent.set_exception(error)
 
     def _send(self, departure: Departure) -> None:
-        """Send features.
+        """Send the features of a departure to the language rank, and wait until they have left.
 
         NCCL's own wait would hold back a stream, and with it sends to other ranks where streams share a queue.
         """
