@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from mmap import ALLOCATIONGRANULARITY, MADV_RANDOM, MADV_WILLNEED, PROT_READ, mmap
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -83,41 +82,17 @@ def open_file(path: str) -> BinaryIO:
     return system.open(name, "rb")  # type: ignore[no-any-return]
 
 
-class SizeWatch:
-    """Finds out that a memory-mapped file has been cut: what reads beyond its end is killed by SIGBUS without a word.
+class Records:
+    """A file of records, of which only those that are asked for are read. Threads may share it.
+
+    They are read by pread, not through a memory map: what reads a map beyond the end of a file that has been cut is
+    killed by SIGBUS without a word, and no check comes early enough.
 
     Args:
-        path: of the file, as it is mapped.
-
-    Raises:
-        OSError: there is no such file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-        self._size = os.fstat(self._file).st_size
-
-    def require(self) -> None:
-        """Make sure that the file is not shorter than it was; to be called before each reading, which it makes safe.
-
-        Raises:
-            DataError: it is shorter.
-        """
-        size = os.fstat(self._file).st_size
-        if size < self._size:
-            raise DataError(
-                f"{self._path}: has {size} bytes, and had {self._size} when it was opened: it was cut while it is in "
-                f"use; copy it again, then go on with checkpoint.resume=auto"
-            )
-
-
-class Mapped:
-    """A file of records, memory-mapped; only what is asked for is read, and that in one go.
-
-    Args:
-        path: of the file; it must not be empty.
+        path: of the file.
         record: type of a record.
+        begin: bytes before the first record.
+        size: how many records there are; None for all that fit.
 
     Attributes:
         size: how many records there are.
@@ -125,29 +100,42 @@ class Mapped:
 
     Raises:
         OSError: there is no such file.
-        ValueError: the file is empty.
+        ValueError: it holds no record.
     """
 
-    def __init__(self, path: Path, record: np.dtype[Any]) -> None:
-        with path.open("rb") as file:
-            self._map = mmap(file.fileno(), 0, prot=PROT_READ)
-        self._watch = SizeWatch(path)
-        self._map.madvise(MADV_RANDOM)  # else each page that is touched brings a hundred others along
-        self.size, self.record = len(self._map) // record.itemsize, record
+    def __init__(self, path: Path, record: np.dtype[Any], *, begin: int = 0, size: int | None = None) -> None:
+        self._path, self._begin, self._file = path, begin, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._bytes = os.fstat(self._file).st_size
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # else what is read brings its neighbours along
+        self.size, self.record = (self._bytes - begin) // record.itemsize if size is None else size, record
+        if self.size < 1:
+            raise ValueError(f"{path} is empty")
 
     def read(self, first: int, last: int) -> NDArray[Any]:
-        """Return a copy of records `first` to `last`, the last not among them.
+        """Return records `first` to `last`, the last not among them, as an array that is the caller's own.
 
         Raises:
             DataError: the file has been cut since it was opened.
         """
-        self._watch.require()
-        begin = first * self.record.itemsize
-        aligned = begin - begin % ALLOCATIONGRANULARITY
-        size = (last - first) * self.record.itemsize
-        if size > ALLOCATIONGRANULARITY:
-            self._map.madvise(MADV_WILLNEED, aligned, begin + size - aligned)
-        return np.frombuffer(self._map, self.record, last - first, begin).copy()
+        itemsize = self.record.itemsize
+        content = bytearray((last - first) * itemsize)
+        view, done = memoryview(content), 0
+        while done < len(content):  # one call returns 2 GiB at most
+            read = os.preadv(self._file, [view[done:]], self._begin + first * itemsize + done)
+            if not read:
+                raise DataError(
+                    f"{self._path}: has {os.fstat(self._file).st_size} bytes, and had {self._bytes} when it was "
+                    f"opened: it was cut while it is in use; copy it again, then go on with checkpoint.resume=auto"
+                )
+            done += read
+        return np.frombuffer(content, self.record)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.read(number, number + 1)[0]
+
+    def __len__(self) -> int:
+        return self.size
 
 
 class RangeReader:

@@ -4,8 +4,8 @@ An index is a folder:
 
 * `index.json`: which kind of samples it has, the tokenizer's identity, the shards with their sizes, the type of tokens,
   and the content (see `content.py`);
-* `samples.bin`: a SAMPLE for each pair, shard by shard, memory-mapped;
-* `captions.bin`: the tokens of all captions, memory-mapped;
+* `samples.bin`: a SAMPLE for each pair, shard by shard;
+* `captions.bin`: the tokens of all captions;
 * `quarantine.jsonl`: what was left out, and why.
 
 In an index of conversations `captions.bin` holds their tokens, `samples.bin` a CONVERSATION for each, and `answers.bin`
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from megatron_sphinx.data.content import Content, content_in, measure
-from megatron_sphinx.data.files import Mapped, is_url
+from megatron_sphinx.data.files import Records, is_url
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.ranges import Range
@@ -110,11 +110,11 @@ class IndexFolder:
             _check_kind(content, folder, key)
             self.tokenizer = TokenizerIdentity(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
-            self.samples = Mapped(folder / "samples.bin", _record(SAMPLE if key == "pairs" else CONVERSATION, content))
+            self.samples = Records(folder / "samples.bin", _record(SAMPLE if key == "pairs" else CONVERSATION, content))
             self.token_type = _token_type(content["caption_type"])
             self.content = content_in(content)
-            self.captions = Mapped(folder / "captions.bin", self.token_type)
-            self.answers = None if key == "pairs" else Mapped(folder / "answers.bin", np.dtype(np.bool_))
+            self.captions = Records(folder / "captions.bin", self.token_type)
+            self.answers = None if key == "pairs" else Records(folder / "answers.bin", np.dtype(np.bool_))
         except OSError as error:
             raise DataError(
                 f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by "

@@ -1,10 +1,10 @@
-"""Text as token files: Megatron's .bin and .idx, memory-mapped.
+"""Text as token files: Megatron's .bin and .idx.
 
 A source is the prefix of one such file, whoever made it, or a folder of them as `prepare text` makes it, with
 an `index.json` that says what is in each.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from megatron_sphinx.data.content import (
     fingerprint,
     measure,
 )
-from megatron_sphinx.data.files import SizeWatch
+from megatron_sphinx.data.files import Records
 from megatron_sphinx.data.streams import TextSpans
 from megatron_sphinx.data.tokenizer import Tokenizer, TokenizerIdentity, check_tokenizer
 from megatron_sphinx.errors import DataError
@@ -37,6 +37,7 @@ from megatron_sphinx.values import read_json
 _OPEN_FILES = 64
 _REMEDY = "make it by megatron-sphinx prepare text"
 _COUNT = Range(least=0, most=2**48)
+_HEADER = 34  # bytes before the lengths in an .idx; source: _IndexReader of megatron.core.datasets.indexed_dataset
 
 
 def _paths(prefix: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def _paths(prefix: Path) -> list[Path]:
 
 
 class TokenFile:
-    """Documents of tokens, memory-mapped. Every array it returns is a copy: the maps close with this object.
+    """Documents of tokens. Every array that it returns is the caller's own.
 
     Attributes:
         documents: how many documents it has.
@@ -69,12 +70,11 @@ class TokenFile:
         if not size:
             raise DataError(f"data.text={prefix}: holds no tokens; make it again from files with text")
         try:
-            self._dataset = IndexedDataset(str(prefix))
+            index = IndexedDataset(str(prefix)).index
         except Exception as error:
             raise DataError(
                 f"data.text={prefix}: {idx_path} is not an index of tokens ({error}); make it again"
             ) from error
-        index = self._dataset.index
         self.token_type = np.dtype(index.dtype)
         if self.token_type.kind not in "iu":
             raise DataError(
@@ -88,7 +88,11 @@ class TokenFile:
         if size != end:
             raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
         self.tokens = size // self._bytes
-        self._watches = [SizeWatch(path) for path in (bin_path, idx_path)]
+        self._tokens = Records(bin_path, self.token_type)
+        lengths, pointers = index.sequence_lengths.dtype, index.sequence_pointers.dtype
+        self._lengths = Records(idx_path, lengths, begin=_HEADER, size=self.documents)
+        begin = _HEADER + self.documents * lengths.itemsize
+        self._pointers = Records(idx_path, pointers, begin=begin, size=self.documents)
 
     def spans(self, first: int, last: int) -> TextSpans:
         """Return what tokens `first` to `last`, the last not among them, are in documents; no span is empty.
@@ -96,12 +100,10 @@ class TokenFile:
         Raises:
             DataError: the files have been cut since they were opened.
         """
-        self._require_whole()
-        index = self._dataset.index  # its pointers are in bytes
-        lowest = int(np.searchsorted(index.sequence_pointers, first * self._bytes, side="right")) - 1
-        highest = int(np.searchsorted(index.sequence_pointers, last * self._bytes, side="left"))
-        begins = index.sequence_pointers[lowest:highest] // self._bytes
-        ends = begins + index.sequence_lengths[lowest:highest]
+        lowest = bisect_right(self._pointers, first * self._bytes) - 1  # pointers are in bytes
+        highest = bisect_left(self._pointers, last * self._bytes)
+        begins = self._pointers.read(lowest, highest) // self._bytes
+        ends = begins + self._lengths.read(lowest, highest)
         start, stop = np.maximum(begins, first), np.minimum(ends, last)
         spans = TextSpans(np.arange(lowest, highest, dtype=np.int64), start - begins, stop - start, stop == ends)
         return spans[np.flatnonzero(spans.length)]
@@ -112,14 +114,8 @@ class TokenFile:
         Raises:
             DataError: the files have been cut since they were opened.
         """
-        self._require_whole()
-        tokens: NDArray[Any] = self._dataset.get(document, start, length)
-        return tokens.astype(np.int64)
-
-    def _require_whole(self) -> None:
-        """Make sure that no file has been cut since it was opened: to read beyond its end would kill the process."""
-        for watch in self._watches:
-            watch.require()
+        begin = int(self._pointers[document]) // self._bytes + start
+        return self._tokens.read(begin, begin + length).astype(np.int64)
 
 
 @dataclass
