@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
     "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
-    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "training", "config_names", "config",
-    "config_reference", "run", "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names", "config",
+    "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
@@ -28,6 +28,7 @@ LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "confi
          "model/architecture.py", "model/views.py",
          "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
          "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",
+         "generation/requests.py", "generation/ticks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py", "checkpoint/formats/registry.py",
          "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",

@@ -1,0 +1,122 @@
+"""What the commands, the server and the tests ask of a model that answers; `serving.model.Model` is the real one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.generation.requests import Chunk, Picture, Prompt, Sampling
+
+
+@dataclass(frozen=True)
+class Message:
+    """What somebody said in a chat.
+
+    Attributes:
+        role: system, user or assistant.
+        text: what was said.
+    """
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A chat made ready to be answered.
+
+    Attributes:
+        prompt: its tokens.
+        dropped: how many of its oldest turns did not fit, and were left out.
+        stop: texts that end an answer in the template of the chat.
+    """
+
+    prompt: Prompt
+    dropped: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a model is at, and what it has done since it was loaded.
+
+    Attributes:
+        waiting: requests that no token has been computed of.
+        running: requests that are computed.
+        cached_places: tokens that the caches of all replicas hold for requests and for later ones.
+        places: tokens that they have room for.
+        prompt_tokens: of all prompts so far.
+        hit_tokens: how many of those were in the prefix cache.
+        new_tokens: drawn so far.
+        pictures: encoded so far.
+        picture_hits: pictures asked about so far that needed no encoding.
+        finished: requests that ended, cancelled ones among them.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    cached_places: int = 0
+    places: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    new_tokens: int = 0
+    pictures: int = 0
+    picture_hits: int = 0
+    finished: int = 0
+
+
+Listener = Callable[[Chunk | SphinxError], None]
+
+
+class Ticket(Protocol):
+    """A request that has been handed in."""
+
+    def cancel(self) -> None:
+        """End the request; what it held is free soon. Its listener hears a last chunk, of finish CANCELLED."""
+
+
+class Answers(Protocol):
+    """A model that answers requests of many threads at once.
+
+    Attributes:
+        name: what users call it.
+        positions: tokens of prompt and answer together, at most.
+        padding: where a picture is in the square that boxes are fractions of: centre or corner.
+        has_vision: whether it can be asked about pictures.
+    """
+
+    name: str
+    positions: int
+    padding: str
+    has_vision: bool
+
+    def picture(self, content: bytes) -> Picture:
+        """Look at the content of a picture's file.
+
+        Raises:
+            DataError: it is no picture that can be read, it is too large, or the model has no eyes.
+        """
+
+    def chat(self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int) -> ChatPrompt:
+        """Make a chat ready to be answered, its oldest turns left out where it is too long.
+
+        Raises:
+            DataError: the roles are out of order, or the picture, the system prompt and the last question alone are too
+                long for the model with so many new tokens.
+        """
+
+    def submit(self, prompt: Prompt, sampling: Sampling, listen: Listener) -> Ticket:
+        """Hand in a request; returns at once.
+
+        Args:
+            prompt: what to answer.
+            sampling: how.
+            listen: called in another thread with each part of the answer, the last one with its finish; or with an
+                error, which is then the last it hears.
+
+        Raises:
+            DataError: prompt and answer do not fit into the model, or into its cache.
+        """
+
+    def load(self) -> Load:
+        """Return what the model is at."""

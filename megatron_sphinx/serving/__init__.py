@@ -1,0 +1,1 @@
+"""A model loaded to answer: from Python, for files of questions, over HTTP, on a web page."""
