@@ -35,65 +35,73 @@ class Stub:
     url: str = ""
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the stub of its server says."""
+
+    def log_message(self, *_):
+        """Keep quiet."""
+
+    def _json(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        stub = self.server.stub
+        stub.keys.append(self.headers["Authorization"])
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in stub.models]
+        self._json(200, {"object": "list", "data": models})
+
+    def do_POST(self):
+        stub = self.server.stub
+        stub.keys.append(self.headers["Authorization"])
+        stub.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        if stub.status != 200:
+            error = {"message": stub.error, "type": "invalid_request_error", "param": None, "code": None}
+            return self._json(stub.status, {"error": error})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for part in stub.script:
+            if isinstance(part, Event):
+                part.wait(20)
+            else:
+                self._send(stub, part if isinstance(part, dict) else {"delta": {"content": part}})
+        return self.wfile.write(b"data: [DONE]\n\n")
+
+    def _send(self, stub, choice):
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "tiny-sphinx"}
+        chunk["choices"] = [{"index": 0, "delta": {}, "finish_reason": None, **choice}]
+        chunk |= {"dropped_turns": stub.dropped} if stub.dropped else {}
+        try:
+            self.wfile.write(f"data: {json.dumps(choice if 'error' in choice else chunk)}\n\n".encode())
+            self.wfile.flush()
+        except OSError:
+            stub.cut.set()
+            raise
+
+
+class Server(ThreadingHTTPServer):
+    """Serves in threads, and says nothing of clients that went away."""
+
+    daemon_threads = True
+
+    def __init__(self, stub: Stub) -> None:
+        self.stub = stub
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def handle_error(self, *_):
+        """Keep quiet."""
+
+
 @contextmanager
 def stub_server() -> Iterator[Stub]:
     """Run one on a free port of this machine."""
     stub = Stub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def _json(self, status, content):
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            stub.keys.append(self.headers["Authorization"])
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in stub.models]
-            self._json(200, {"object": "list", "data": models})
-
-        def do_POST(self):
-            stub.keys.append(self.headers["Authorization"])
-            stub.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            if stub.status != 200:
-                error = {"message": stub.error, "type": "invalid_request_error", "param": None, "code": None}
-                return self._json(stub.status, {"error": error})
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.end_headers()
-            for part in stub.script:
-                if isinstance(part, Event):
-                    part.wait(20)
-                    continue
-                choice = part if isinstance(part, dict) else {"delta": {"content": part}}
-                self._send(choice)
-            return self.wfile.write(b"data: [DONE]\n\n")
-
-        def _send(self, choice):
-            chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "tiny-sphinx"}
-            chunk["choices"] = [{"index": 0, "delta": {}, "finish_reason": None, **choice}]
-            if stub.dropped:
-                chunk["dropped_turns"] = stub.dropped
-            try:
-                event = choice if "error" in choice else chunk
-                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-                self.wfile.flush()
-            except OSError:
-                stub.cut.set()
-                raise
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_):
-            pass
-
-    server = Quiet(("127.0.0.1", 0), Handler)
+    server = Server(stub)
     stub.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

@@ -30,8 +30,10 @@ from megatron_sphinx.serving.batch import answer_all
 from megatron_sphinx.serving.questions import Asking
 from megatron_sphinx.serving.rows import sources_of
 
+GREEDY, BARE = Sampling(), Asking()
 
-def ask(double, source, target, asking=Asking(), sampling=Sampling(), **options):
+
+def ask(double, source, target, asking=BARE, sampling=GREEDY, **options):
     """Answer inputs, and read the lines of the target."""
     sources = sources_of([source] if isinstance(source, Path) else source)
     report = answer_all(double, "m", sources, target, asking, sampling, **options)
@@ -87,7 +89,8 @@ def test_every_form_of_a_row_is_asked(pictures, tmp_path):
         {"image": ["1.png"], "prompt": "b", "answer": "gold"},
         {"url": "2.png", "text": "c"},
         {"image_path": str(pictures / "0.png")},
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [part, {"type": "text", "text": "d"}]}]},
+        {"messages": [{"role": "system", "content": "s"},
+                      {"role": "user", "content": [part, {"type": "text", "text": "d"}]}]},
         {"image": "1.png", "conversations": [
             {"from": "human", "value": "<image>\ne"}, {"from": "gpt", "value": "x"},
             {"from": "human", "value": "f"}, {"from": "gpt", "value": "to be generated"}]},
@@ -115,16 +118,32 @@ def test_tables_and_tars_are_read(pictures, tmp_path):
     with (pictures / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["url", "question"], ["0.png", "a, \n b"], ["2.png", "c"]])
     images = [{"bytes": png(0), "path": None}, {"bytes": None, "path": "1.png"}]
-    parquet.write_table(pa.table({"image": images, "question": ["d", "e"], "score": [1.5, float("nan")]}), pictures / "t.parquet")
+    parquet.write_table(
+        pa.table({"image": images, "question": ["d", "e"], "score": [1.5, float("nan")]}), pictures / "t.parquet"
+    )
     with tarfile.open(pictures / "t.tar", "w") as tar:
-        for name, content in {"k.png": png(1), "k.json": b'{"question": "f"}', "l.json": b"[", "m.0.jpg": png(2), "m.txt": b"."}.items():
+        for name, content in {
+            "k.png": png(1),
+            "k.json": b'{"question": "f"}',
+            "l.json": b"[",
+            "m.0.jpg": png(2),
+            "m.txt": b".",
+        }.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     sources = [pictures / "rows.csv", pictures / "t.parquet", pictures / "t.tar"]
     lines = ask(Double(caption), sources, tmp_path / "out.jsonl", Asking("p"))
     answers = [line.get("answer", "").replace(" yes", "") for line in lines]
-    assert answers == [f"a, \n b? {size(0)}", f"c? {size(2)}", f"d? {size(0)}", f"e? {size(1)}", f"f? {size(1)}", "", f"p? {size(2)}"]
+    assert answers == [
+        f"a, \n b? {size(0)}",
+        f"c? {size(2)}",
+        f"d? {size(0)}",
+        f"e? {size(1)}",
+        f"f? {size(1)}",
+        "",
+        f"p? {size(2)}",
+    ]
     assert [line["score"] for line in lines[2:4]] == [1.5, None]
     assert lines[4]["key"] == "k"
     assert "l.json: not a JSON object" in lines[5]["error"]
@@ -158,7 +177,10 @@ def test_a_torn_tar_gives_its_samples_and_an_error(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "is neither text nor image_url"),
         ({"question": "q", "image": ["0.png", "1.png"]}, "several images: 2 are given"),
         ({"question": "q", "image": {"a": 1}}, "is neither a path nor a file's content"),
-        ({"question": "q", "image": "none.png"}, r"image: .*none.png cannot be read \(.*\); give its folder by --images"),
+        (
+            {"question": "q", "image": "none.png"},
+            r"image: .*none.png cannot be read \(.*\); give its folder by --images",
+        ),
         ({"question": "q", "image": "../x.png"}, "path out of the folder"),
         ({"question": "q", "image": "https://example.org/x.png"}, "is a URL; download it, or give --allow-urls"),
         ({"question": "q", "image": "data:image/png;base64,%%"}, "is not base64"),
@@ -167,7 +189,9 @@ def test_a_torn_tar_gives_its_samples_and_an_error(tmp_path):
 )
 def test_what_cannot_be_asked_has_a_line_that_says_why(row, error, pictures, tmp_path):
     source = pictures / "rows.jsonl"
-    source.write_text('{"question": "a"}\n' + (row if isinstance(row, str) else json.dumps(row)) + '\n{"question": "z"}\n')
+    source.write_text(
+        '{"question": "a"}\n' + (row if isinstance(row, str) else json.dumps(row)) + '\n{"question": "z"}\n'
+    )
     first, bad, last = ask(Double(caption), source, tmp_path / "out.jsonl")
     assert re.search(error, bad["error"])
     assert (first["answer"].split()[0], last["answer"].split()[0]) == ("a?", "z?")
@@ -234,28 +258,31 @@ def journal_lines(target: Path) -> int:
 
 
 def test_a_finished_file_is_left_alone_and_other_settings_are_refused_by_name(tmp_path, monkeypatch):
-    source, target = jsonl(tmp_path / "rows.jsonl", [{"question": "a"}, {"image": "none.png", "question": "b"}]), tmp_path / "o"
+    source, target = (
+        jsonl(tmp_path / "rows.jsonl", [{"question": "a"}, {"image": "none.png", "question": "b"}]),
+        tmp_path / "o",
+    )
     ask(Double(caption), source, target)
     double = Double(caption)
     ask(double, source, target)
     assert double.asked == []
-    with pytest.raises(DataError, match="was begun with sampling.temperature=0.0, not 0.5; give another --output, or"):
+    with pytest.raises(DataError, match=r"was begun with sampling.temperature=0.0, not 0.5; give another --output, or"):
         ask(double, source, target, sampling=Sampling(temperature=0.5))
-    with pytest.raises(DataError, match="was begun with asking.prompt=, not p;"):
+    with pytest.raises(DataError, match=r"was begun with asking.prompt=, not p;"):
         ask(double, source, target, Asking("p"))
     monkeypatch.setattr(Double, "name", "other")
-    with pytest.raises(DataError, match="was begun with model.name=double, not other;"):
+    with pytest.raises(DataError, match=r"was begun with model.name=double, not other;"):
         ask(double, source, target)
     monkeypatch.undo()
     jsonl(source, [{"question": "c"}])
-    with pytest.raises(DataError, match="was begun with input.*rows.jsonl="):
+    with pytest.raises(DataError, match=r"was begun with input.*rows.jsonl="):
         ask(double, source, target)
     settings = tmp_path / "o.settings.json"
     settings.write_text("{")
-    with pytest.raises(DataError, match="o.settings.json: cannot be read .* to begin anew"):
+    with pytest.raises(DataError, match=r"o.settings.json: cannot be read .* to begin anew"):
         ask(double, source, target)
     settings.unlink()
-    with pytest.raises(DataError, match="o: is there, and o.settings.json is not, which says what made it"):
+    with pytest.raises(DataError, match=r"o: is there, and o.settings.json is not, which says what made it"):
         ask(double, source, target)
 
 
@@ -270,7 +297,7 @@ def test_a_file_of_answers_has_one_writer_and_says_what_it_cannot_write(tmp_path
         assert (file.errors, file.is_whole) == (1, True)
     assert [json.loads(line) for line in target.read_text().splitlines()] == [{"error": "e"}, {"answer": "\ud800"}]
     target.write_text("{}\nx\n")
-    with pytest.raises(DataError, match="line 2 is not a JSON object .* though it was finished; remove it"):
+    with pytest.raises(DataError, match=r"line 2 is not a JSON object .* though it was finished; remove it"):
         AnswerFile(target, {})
     with pytest.raises(DataError, match=r"cannot be written \(File exists\)"):
         AnswerFile(target / "x", {})

@@ -14,7 +14,7 @@ import os
 from megatron_sphinx.console import say
 from megatron_sphinx.ranges import Range, check_range
 
-_KEY = "SPHINX_API_KEY"
+_KEY = "MEGATRON_SPHINX_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

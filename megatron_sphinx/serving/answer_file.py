@@ -184,7 +184,9 @@ class AnswerFile:
                     self.errors += "error" in json.loads(line)
                 except (ValueError, TypeError) as error:
                     fault = f"line {number + 1} is not a JSON object ({error})"
-                    raise DataError(f"{self._path}: {fault}, though it was finished; remove it to have it anew") from error
+                    raise DataError(
+                        f"{self._path}: {fault}, though it was finished; remove it to have it anew"
+                    ) from error
 
     def _refused(self, error: OSError) -> DataError:
         return DataError(f"{self._path}: cannot be written ({error.strerror or error}); {remedy_of(error)}")

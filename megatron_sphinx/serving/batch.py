@@ -12,12 +12,14 @@ from tqdm import tqdm
 
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.generation.answering import Answers, ChatPrompt, Ticket
-from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Sampling
+from megatron_sphinx.generation.grounding import ground
+from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Sampling
 from megatron_sphinx.serving.answer_file import AnswerFile
+from megatron_sphinx.serving.box_entries import entries_of
 from megatron_sphinx.serving.questions import Asking, Question, questions_of
 from megatron_sphinx.serving.rows import Source
 
-_OURS = ("answer", "finish", "prompt_tokens", "new_tokens", "dropped", "error")
+_OURS = ("answer", "finish", "prompt_tokens", "new_tokens", "boxes", "dropped", "error")
 _MOST_SEED = 2**63
 
 
@@ -123,8 +125,6 @@ class _Run:
         self._slots.acquire()
         self._check()
         try:
-            if question.fault:
-                raise DataError(question.fault)
             content = question.content(self._asking)
             picture = None if content is None else self._answers.picture(content)
             chat = self._answers.chat(question.messages, picture, self._sampling.max_new_tokens)
@@ -176,8 +176,15 @@ class _Run:
             elif heard.finish is not None:
                 whole = Generation.of(chunks, len(chat.prompt.tokens))
                 counts = {"prompt_tokens": whole.prompt_tokens, "new_tokens": len(whole.tokens)}
-                dropped = {"dropped": chat.dropped} if chat.dropped else {}
-                self._end(number, question, {"answer": whole.text, "finish": whole.finish.value, **counts, **dropped})
+                more = {"boxes": self._boxes(whole.text, chat.prompt.picture), "dropped": chat.dropped}
+                line = {"answer": whole.text, "finish": whole.finish.value, **counts}
+                self._end(number, question, line | {name: value for name, value in more.items() if value})
+
+    def _boxes(self, text: str, picture: Picture | None) -> list[dict[str, Any]]:
+        """Return the boxes and points in an answer, in pixels of the picture."""
+        if picture is None:
+            return []
+        return entries_of(text, ground(text, picture.width, picture.height, self._answers.padding))
 
     def _end(
         self, number: int, question: Question, line: dict[str, Any] | None, fault: SphinxError | None = None

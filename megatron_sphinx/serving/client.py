@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import openai
 
 from megatron_sphinx.errors import SphinxError, shortened
-from megatron_sphinx.serving.regions import Region, regions_of
+from megatron_sphinx.generation.grounding import Grounding
+from megatron_sphinx.serving.box_entries import groundings_of
 
 _HERE = ("127.0.0.1", "localhost", "::1")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 600.0
@@ -28,13 +29,13 @@ class Part:
 
     Attributes:
         text: what follows what came before.
-        regions: boxes and points of the whole answer; they come with its last part.
+        groundings: boxes and points of the whole answer; they come with its last part.
         finish: why the answer ends here; empty where it goes on.
         dropped: how many of the oldest turns the server has left out.
     """
 
     text: str = ""
-    regions: tuple[Region, ...] = ()
+    groundings: tuple[Grounding, ...] = ()
     finish: str = ""
     dropped: int = 0
 
@@ -105,7 +106,7 @@ class Server:
                             extra, whole = choice.delta.model_extra or {}, chunk.model_extra or {}
                             yield Part(
                                 choice.delta.content or "",
-                                tuple(regions_of(extra.get("boxes"))),
+                                tuple(groundings_of(extra.get("boxes"))),
                                 choice.finish_reason or "",
                                 int(whole.get("dropped_turns") or 0),
                             )

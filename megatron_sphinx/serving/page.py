@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.generation.grounding import draw_groundings
 from megatron_sphinx.serving.client import Part, Server, ServerError
-from megatron_sphinx.serving.regions import draw_regions
 from megatron_sphinx.serving.transcript import Turn, messages_of, shown
 
 # Source: the kinds of questions that accessory/demos/multi_turn_mm_box.py of LLaMA2-Accessory offers
@@ -93,7 +95,7 @@ class _Coming:
                     if part.dropped:
                         note = f"the {part.dropped} oldest turns did not fit, and were left out"
                     self.turn = replace(
-                        turn, answer=turn.answer + part.text, regions=turn.regions + part.regions, note=note
+                        turn, answer=turn.answer + part.text, groundings=turn.groundings + part.groundings, note=note
                     )
                     self._news.set()
         finally:
@@ -115,9 +117,15 @@ def build(page: Page, model: str) -> Any:
         with gradio.Row():
             with gradio.Column(scale=2):
                 picture = gradio.Image(
-                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], elem_id="picture"
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
                 )
-                drawn = gradio.Image(label="Boxes", interactive=False, format="png", elem_id="drawn", buttons=["download"])
+                drawn = gradio.Image(
+                    label="Boxes", interactive=False, format="png", elem_id="drawn", buttons=["download"]
+                )
                 with gradio.Accordion("Sampling", open=False):
                     sliders = [
                         gradio.Slider(0, 2, 0.1, step=0.05, label="temperature", elem_id="temperature"),
@@ -127,13 +135,15 @@ def build(page: Page, model: str) -> Any:
                     ]
             with gradio.Column(scale=3):
                 chat = gradio.Chatbot(
-                    label="Chat", height=480, elem_id="chat", latex_delimiters=[], allow_tags=False, feedback_options=None,
-                    buttons=["copy"],
+                    label="Chat", height=480, elem_id="chat", latex_delimiters=[], allow_tags=False,
+                    feedback_options=None, buttons=["copy"],
                 )  # fmt: skip
                 question = gradio.Textbox(label="Question", lines=1, max_lines=4, elem_id="question", autofocus=True)
                 with gradio.Row():
                     buttons = {
-                        name: gradio.Button(name, elem_id=name.lower(), variant="primary" if name == "Submit" else None)
+                        name: gradio.Button(
+                            name, elem_id=name.lower(), variant="primary" if name == "Submit" else "secondary"
+                        )
                         for name in ("Submit", "Stop", "Undo", "Clear")
                     }
                 gradio.Examples([[example] for example in EXAMPLES], [question], label="For example")
@@ -142,12 +152,21 @@ def build(page: Page, model: str) -> Any:
 
 
 def _connect(
-    page: Page, picture: Any, drawn: Any, turns: Any, chat: Any, question: Any, sliders: list[Any], buttons: dict[str, Any]
+    page: Page,
+    picture: Any,
+    drawn: Any,
+    turns: Any,
+    chat: Any,
+    question: Any,
+    sliders: list[Any],
+    buttons: dict[str, Any],
 ) -> None:
     """Say what happens when something on the page is used."""
     import gradio
 
-    async def submit(text: str, path: str | None, before: list[Turn], *values: float) -> AsyncGenerator[tuple[Any, ...]]:
+    async def submit(
+        text: str, path: str | None, before: list[Turn], *values: float
+    ) -> AsyncGenerator[tuple[Any, ...]]:
         if not text.strip():
             yield (gradio.skip(),) * 4
             return
@@ -180,10 +199,10 @@ def _connect(
 
 def _drawn(path: str | None, turn: Turn) -> Any:
     """Return the picture with the boxes of an answer; None where there are none."""
-    if path is None or not turn.regions:
+    if path is None or not turn.groundings:
         return None
     try:
-        return draw_regions(Path(path).read_bytes(), turn.regions)
+        return draw_groundings(decode(Path(path).read_bytes()), turn.groundings)
     except (DataError, OSError):  # the server could read it, and has said what it shows
         return None
 
@@ -200,11 +219,12 @@ class Site:
         url: of the page.
 
     Raises:
-        ConfigError: gradio is not installed, or the port is taken.
+        ConfigError: gradio is not installed, or the port cannot be had.
         ServerError: there is no server.
     """
 
     def __init__(self, server: Server, host: str, port: int) -> None:
+        port = _free(host, port)
         self._folder = tempfile.TemporaryDirectory(prefix="sphinx-page-")
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": self._folder.name}
         try:
@@ -214,14 +234,11 @@ class Site:
         model = server.model()
         self._blocks = build(Page(server, model), model).queue(api_open=False)
         fonts = ["system-ui", "sans-serif"]  # of the browser's machine: none is fetched from elsewhere
-        try:
-            _, self.url, _ = self._blocks.launch(
-                server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True,
-                allowed_paths=[], max_file_size=_MOST_BYTES, ssr_mode=False, footer_links=[], enable_monitoring=False,
-                mcp_server=False, pwa=False, theme=gradio.themes.Default(font=fonts, font_mono=["monospace"]),
-            )  # fmt: skip
-        except OSError as error:
-            raise ConfigError(f"--port={port}: the page cannot listen there ({error}); give another one") from error
+        _, self.url, _ = self._blocks.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, allowed_paths=[],
+            max_file_size=_MOST_BYTES, ssr_mode=False, footer_links=[], enable_monitoring=False, mcp_server=False,
+            pwa=False, theme=gradio.themes.Default(font=fonts, font_mono=["monospace"]),
+        )  # fmt: skip
 
     def wait(self) -> None:
         """Wait until the page is closed, or the process is told to end."""
@@ -233,9 +250,14 @@ class Site:
         self._folder.cleanup()
 
 
-def _free_port(host: str) -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind((host, 0))
-        return int(found.getsockname()[1])
+def _free(host: str, port: int) -> int:
+    """Return a port that can be listened on, 0 becoming any; raise ConfigError where it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, port))
+            return int(found.getsockname()[1])
+        except OSError as error:
+            fault = f"the page cannot listen there ({error.strerror}); give another --port, or --host"
+            raise ConfigError(f"{host}:{port}: {fault}") from error

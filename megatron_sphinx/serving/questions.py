@@ -67,8 +67,10 @@ class Question:
         """Read the file of the picture; None without a picture.
 
         Raises:
-            DataError: it cannot be read, or may not be.
+            DataError: it cannot be read, or may not be; or the row has a fault.
         """
+        if self.fault:
+            raise DataError(self.fault)
         if self.image is None or isinstance(self.image, bytes):
             return self.image
         if match := _DATA_URL.match(self.image):
@@ -176,7 +178,9 @@ def _message(turn: Any, images: list[Any]) -> Message:
         else:
             raise DataError(f"no message: {shortened(part, 80)} is neither text nor image_url; write it as one of them")
     if role is None:
-        raise DataError(f"unknown role: {shortened(turn.get('role', turn.get('from')), 80)}; known: {', '.join(_ROLES)}")
+        raise DataError(
+            f"unknown role: {shortened(turn.get('role', turn.get('from')), 80)}; known: {', '.join(_ROLES)}"
+        )
     return Message(role, "\n".join(texts))
 
 
@@ -209,4 +213,6 @@ def _fetched(url: str, asking: Asking) -> bytes:
         with open_file(url) as file:
             return file.read(MOST_BYTES + 1)
     except Exception as error:  # whatever the file system behind the URL raises
-        raise DataError(f"image: {shortened(url, 80)} cannot be read ({shortened(error, 80)}); check the URL") from error
+        raise DataError(
+            f"image: {shortened(url, 80)} cannot be read ({shortened(error, 80)}); check the URL"
+        ) from error

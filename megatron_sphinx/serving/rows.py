@@ -1,4 +1,4 @@
-"""Rows of questions as they come in: JSON, tables, folders of pictures, tars; a bad row costs itself, never the rest."""
+"""Rows of questions as they come in: JSON, tables, folders of pictures, tars; a bad row costs itself alone."""
 
 import csv
 import hashlib

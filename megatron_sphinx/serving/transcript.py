@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sphinx.generation.grounding import Grounding
 from megatron_sphinx.serving.client import picture_part
-from megatron_sphinx.serving.regions import COLOURS, Region, brackets_of
 
 _SIGNS = re.compile(r"[^\w\s]|_|(?<=\n)[ \t]+")  # whatever Markdown, HTML or TeX may take for its own
 
@@ -19,14 +19,14 @@ class Turn:
     Attributes:
         question: as it was asked.
         answer: as much as has come of it.
-        regions: boxes and points in the answer.
+        groundings: boxes and points in the answer.
         note: what is to be said beside it: an error, that turns were left out, or that it was cut off.
         is_failed: whether an error came instead of the answer; such a turn is not sent again.
     """
 
     question: str
     answer: str = ""
-    regions: tuple[Region, ...] = ()
+    groundings: tuple[Grounding, ...] = ()
     note: str = ""
     is_failed: bool = False
 
@@ -70,13 +70,12 @@ def escaped(text: str) -> str:
 def _coloured(turn: Turn) -> str:
     """Return an answer with its brackets in their colours."""
     parts, behind = [], 0
-    for begin, end, name in brackets_of(turn.regions):
-        if behind <= begin < end <= len(turn.answer):
-            red, green, blue = COLOURS[name]
-            bracket = escaped(turn.answer[begin:end])
+    for found in turn.groundings:
+        if found.colour and behind <= found.begin < found.end <= len(turn.answer):
+            bracket = escaped(turn.answer[found.begin : found.end])
             parts += [
-                escaped(turn.answer[behind:begin]),
-                f'<span style="color: rgb({red}, {green}, {blue})">{bracket}</span>',
+                escaped(turn.answer[behind : found.begin]),
+                f'<span style="color: {found.colour}">{bracket}</span>',
             ]
-            behind = end
+            behind = found.end
     return "".join([*parts, escaped(turn.answer[behind:])])
