@@ -34,7 +34,7 @@ class Double:
         most: how many were on their way at once, at most.
     """
 
-    name, positions, padding, has_vision = "double", 1000, "centre", True
+    name, positions, padding = "double", 1000, "centre"
 
     def __init__(
         self, answer: Callable[[Sequence[Message], Picture | None], str], seconds: float = 0.0, dropped: int = 0

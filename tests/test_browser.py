@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,11 @@ import pytest
 from PIL import Image
 from stub_server import END, stub_server
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed")
+pytest.importorskip("selenium", reason="selenium is not installed")
 pytest.importorskip("gradio", reason="gradio is not installed")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -153,6 +154,16 @@ def test_a_picture_is_asked_about_and_boxes_are_drawn(browser, site, stub, tmp_p
     until(lambda: "Once more" not in chat())
 
     assert [name for name in fetched() if not name.startswith((site, "data:", "blob:"))] == []
+
+
+def test_the_page_has_its_picture_taken(site, stub, tmp_path):
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "picture.png")
+    stub.script = ["a cup[0.1,0.2,0.5,0.7]", {"delta": {"boxes": [{"box": [30, 20, 150, 120]}]}, **END}]
+    target = tmp_path / "page.png"
+    program = runpy.run_path(str(ROOT / "examples" / "page_screenshot.py"))
+    program["main"]([site, str(tmp_path / "picture.png"), "What is it?", str(target)])
+    assert Image.open(target).size[0] == 1280
+    assert target.stat().st_size < 60_000
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(ROOT / "setup.py"), "setup.py"])
