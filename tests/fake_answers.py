@@ -33,9 +33,8 @@ class _Running:
     text: str
     sampling: Sampling
     listen: Listener
-    cached: int
+    cached_tokens: int
     place: int = 0
-    has_begun: bool = False
 
     def cancel(self) -> None:
         with self.owner.changed:
@@ -170,8 +169,7 @@ class FakeAnswers:
         if (count := one.sampling.top_logprobs) is not None:
             top = tuple((tokens[0] + n, -0.5 - n if n < 2 else -float("inf")) for n in range(count))
             logprobs = (TokenLogprob(tokens[0], -0.5, top),)
-        cached, one.cached = one.cached, 0
-        return Chunk(sign, tokens, logprobs, finish, cached)
+        return Chunk(sign, tokens, logprobs, finish)
 
 
 @contextmanager
@@ -196,5 +194,3 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it has not happened in time"
         time.sleep(0.005)
-
-

@@ -1,4 +1,4 @@
-"""The server, asked by OpenAI's own client: chats whole and streamed, pictures, usage, log-probabilities, many at once."""
+"""The server, asked by OpenAI's own client: chats whole and streamed, pictures, log-probabilities, many at once."""
 
 import base64
 import io
@@ -127,7 +127,7 @@ def test_log_probabilities(client):
 
 
 def test_a_picture_is_seen_once_and_boxes_are_in_its_own_pixels():
-    fake = FakeAnswers(script=lambda question, seed: f" It[0.25,0.25,0.75,0.75] and [0.5,0.4,2.0,0.6]: {question}")
+    fake = FakeAnswers(script=lambda question, seed: f" It[0.25,0.25,0.75,0.75] and [0.5,0.5] not [2,0]: {question}")
     with served(fake) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         answers = [
             client.chat.completions.create(model="fake", messages=user(about(data_url(40, 20), text)))
@@ -136,7 +136,10 @@ def test_a_picture_is_seen_once_and_boxes_are_in_its_own_pixels():
         parts = list(client.chat.completions.create(model="fake", messages=user(about(data_url(40, 20))), stream=True))
     for answer in answers:
         # of the square of 40 pixels the picture's 20 rows are the middle ones
-        assert [one["box"] for one in answer.choices[0].message.boxes] == [[10, 0, 30, 20], [20, 6, 40, 14]]
+        assert answer.choices[0].message.boxes == [
+            {"box": [10, 0, 30, 20], "phrase": "It", "begin": 2, "end": 23},
+            {"point": [20, 10], "phrase": "and", "begin": 28, "end": 37},
+        ]
     assert parts[-1].choices[0].delta.boxes == answers[0].choices[0].message.boxes
     assert [answer.usage.prompt_tokens_details.cached_tokens for answer in answers] == [0, 1 + PICTURE_POSITIONS]
     assert fake.prompts[0].picture.content == base64.b64decode(data_url(40, 20).partition(",")[2])

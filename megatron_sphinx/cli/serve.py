@@ -17,6 +17,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_sphinx.cli.command import add_model
 from megatron_sphinx.console import complain
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.ranges import Range, check_range
@@ -40,7 +41,7 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a run's folder, or a checkpoint")
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 for any that is free")
     parser.add_argument("--api-key", action="append", default=[], metavar="KEY", help="that requests must have")
@@ -94,4 +95,4 @@ def run(args: argparse.Namespace) -> int:
 
     gate = Gate(None, limits.requests)
     server = HttpServer(gate, limits, access, args.host, args.port, is_quiet=args.quiet)
-    return serve(lambda: load(args.model), gate, server, limits)
+    return serve(lambda: load(args.model, tensor=args.tensor), gate, server, limits)

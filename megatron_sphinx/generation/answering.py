@@ -79,6 +79,10 @@ Listener = Callable[[Chunk | SphinxError], None]
 class Ticket(Protocol):
     """A request that has been handed in."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt were in the prefix cache; known once the first chunk has come."""
+
     def cancel(self) -> None:
         """End the request; what it held is free soon. Its listener hears a last chunk, of finish CANCELLED."""
 
@@ -137,3 +141,6 @@ class Answers(Protocol):
         Raises:
             SphinxError: it answers nothing any more, since a rank of it was lost.
         """
+
+    def close(self) -> None:
+        """End the answers that are under way, and let the other ranks of the model go."""

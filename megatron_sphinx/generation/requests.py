@@ -111,14 +111,12 @@ class Chunk:
         tokens: ids that were drawn since the last chunk, EOS and those of a stop string among them.
         logprobs: of those tokens, where they were asked for.
         finish: why the answer ends with this chunk; None where it goes on.
-        cached_tokens: how many tokens of the prompt were in the prefix cache; told with the first chunk, 0 in others.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

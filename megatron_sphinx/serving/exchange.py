@@ -80,7 +80,7 @@ class Exchange:
                 del self._tickets[index]
                 raise heard
             self._new += len(heard.tokens)
-            self._cached = max(self._cached, heard.cached_tokens)
+            self._cached = max(self._cached, self._tickets[index].cached_tokens)
             if heard.tokens and self.first_token is None:
                 self.first_token = time.monotonic()
             if heard.finish is not None:

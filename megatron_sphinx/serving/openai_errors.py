@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.errors import ConfigError, DataError, SphinxError
 from megatron_sphinx.generation.answering import QueueFullError, TooLongError
 
 RETRY_SECONDS = 1  # after which a client that was told to come again may do so
@@ -46,7 +46,7 @@ def as_request_error(error: SphinxError) -> RequestError:
         return error
     if isinstance(error, TooLongError):
         return RequestError(str(error), code="context_length_exceeded", parameter="messages")
-    if isinstance(error, DataError):
+    if isinstance(error, DataError | ConfigError):
         return RequestError(str(error), parameter="messages")
     if isinstance(error, QueueFullError):
         return RequestError(str(error), status=503, code="queue_full")

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sphinx.generation.grounding import ground
 from megatron_sphinx.generation.requests import Generation, Picture, TokenLogprob
-from megatron_sphinx.prepare.boxes import parse_boxes, to_pixels
+from megatron_sphinx.serving.box_entries import entries_of
 
 LEAST_LOGPROB = -9999.0  # what JSON is given for the logarithm of 0
 _HALF = "\ufffd"
@@ -134,9 +135,7 @@ class Writer:
         """Return the boxes of an answer in pixels of the picture as it was given; nothing without a picture."""
         if self.picture is None:
             return {}
-        width, height = self.picture.width, self.picture.height
-        boxes = [to_pixels(box, width, height, self.padding) for box in parse_boxes(text)]
-        return {"boxes": [{"box": [round(side, 2) for side in box]} for box in boxes]}
+        return {"boxes": entries_of(text, ground(text, self.picture.width, self.picture.height, self.padding))}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Return log-probabilities in OpenAI's form."""

@@ -1,4 +1,4 @@
-"""The life of a process that serves: it listens, loads its model, answers, and ends when it is asked to or has failed."""
+"""The life of a process that serves: it listens, loads its model, answers, and ends when asked to or when it failed."""
 
 import signal
 import socket
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from threading import Thread
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 
@@ -20,13 +19,6 @@ from megatron_sphinx.serving.server import make_app
 _POLL_SECONDS = 0.1
 _PROBE_SECONDS = 1.0  # after which a model without requests is asked whether it still lives
 _LAST_SECONDS = 3.0  # that errors, and answers that were cut off, may take to reach their clients
-
-
-class Loaded(Answers, Protocol):
-    """A model in this process, perhaps with other ranks that follow it."""
-
-    def close(self) -> None:
-        """End the answers that are under way, and let the other ranks go."""
 
 
 class HttpServer:
@@ -99,7 +91,7 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def serve(load: Callable[[], Loaded], gate: Gate, server: HttpServer, limits: Limits) -> int:
+def serve(load: Callable[[], Answers], gate: Gate, server: HttpServer, limits: Limits) -> int:
     """Load a model, and answer until a signal comes; the exit status.
 
     While the model is loaded, requests are told to come again.

@@ -6,23 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from megatron_sphinx.generation.answering import Load
 from megatron_sphinx.serving.gate import Gate
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-_GAUGES = {
-    "waiting": "Answers that no token has been computed of.",
-    "running": "Answers that are computed.",
-    "cached_places": "Tokens that the key-value caches hold.",
-    "places": "Tokens that the key-value caches have room for.",
-}
-_COUNTERS = {
-    "prompt_tokens": "Tokens of all prompts.",
-    "hit_tokens": "Tokens of prompts that were in the prefix cache.",
-    "new_tokens": "Tokens drawn.",
-    "pictures": "Pictures encoded.",
-    "picture_hits": "Pictures asked about that needed no encoding.",
-    "finished": "Answers that ended.",
-}
 
 
 class Metrics:
@@ -67,7 +54,19 @@ class _Model(Collector):
         load = self._gate.load()
         yield GaugeMetricFamily("sphinx_ready", "Whether requests are answered.", float(load is not None))
         if load is not None:
-            for name, title in _GAUGES.items():
-                yield GaugeMetricFamily(f"sphinx_{name}", title, getattr(load, name))
-            for name, title in _COUNTERS.items():
-                yield CounterMetricFamily(f"sphinx_{name}", title, getattr(load, name))
+            yield from _of_load(load)
+
+
+def _of_load(load: Load) -> Iterator[Metric]:
+    """Yield what a model is at, and what it has done."""
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily
+    yield gauge("sphinx_waiting", "Answers that no token has been computed of.", load.waiting)
+    yield gauge("sphinx_running", "Answers that are computed.", load.running)
+    yield gauge("sphinx_cached_places", "Tokens that the key-value caches hold.", load.cached_places)
+    yield gauge("sphinx_places", "Tokens that the key-value caches have room for.", load.places)
+    yield counter("sphinx_prompt_tokens", "Tokens of all prompts.", load.prompt_tokens)
+    yield counter("sphinx_hit_tokens", "Tokens of prompts that were in the prefix cache.", load.hit_tokens)
+    yield counter("sphinx_new_tokens", "Tokens drawn.", load.new_tokens)
+    yield counter("sphinx_pictures", "Pictures encoded.", load.pictures)
+    yield counter("sphinx_picture_hits", "Pictures asked about that needed no encoding.", load.picture_hits)
+    yield counter("sphinx_finished", "Answers that ended.", load.finished)
