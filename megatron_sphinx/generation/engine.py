@@ -40,7 +40,7 @@ class EngineError(SphinxError):
 
 
 class Engine:
-    """Continuous batching: each tick computes the next tokens of all answers, and as much of prompts as it has room for.
+    """Continuous batching: a tick computes the next token of each answer, and as much of prompts as it has room for.
 
     Equal requests in equal order give equal ticks. No method but `answer` and `score` may be called by two threads at
     once.

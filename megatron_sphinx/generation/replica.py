@@ -112,9 +112,9 @@ class Replica:
                 planned.append((sequence, sequence.next_piece(1)))
                 budget -= 1
         prompts = self._prompts()
-        while budget and (sequence := next(prompts, None)) is not None:
-            count = min(sequence.rest, budget)
-            planned.append((sequence, sequence.next_piece(count)))
+        while budget and (prompt := next(prompts, None)):
+            count = min(prompt.rest, budget)
+            planned.append((prompt, prompt.next_piece(count)))
             budget -= count
         return planned
 

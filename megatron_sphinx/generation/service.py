@@ -80,7 +80,13 @@ class Service:
         return self._hand_in(self._engine.answer(prompt, sampling, listen))
 
     def score(self, prompt: Prompt, continuation: tuple[int, ...], listen: Listener) -> RequestTicket:
-        """Hand in a request for the log-probabilities of a continuation; see Engine.score, errors are as of `submit`."""
+        """Hand in a request for the log-probabilities of a continuation; the arguments are those of Engine.score.
+
+        Raises:
+            DataError: there is nothing to score, or it does not fit.
+            QueueFull: too many requests are waiting.
+            ClosedError: the service is closed.
+        """
         return self._hand_in(self._engine.score(prompt, continuation, listen))
 
     def _hand_in(self, sequence: CachedSequence) -> RequestTicket:
