@@ -43,7 +43,7 @@ class FakeExecutor:
         self.replicas, self.stages, self.block, self.places = replicas, stages, block, block * blocks
         self.positions, self._encoding_ticks, self._kept = positions, encoding_ticks, kept
         self._states = [{} for _ in range(replicas)]  # of each place: (position, state)
-        self._under_way = deque([], maxlen=max(stages - 1, 0))  # places written by each tick, and outcomes
+        self._under_way = deque(maxlen=stages - 1)  # places written by each tick, and outcomes
         self._pictures = [{} for _ in range(replicas)]  # positions, and polls before it is ready
         self.encodings, self.ticks = [], []
         self.computed = 0

@@ -137,6 +137,11 @@ class Engine:
         self._replicas[sequence.replica].remove(sequence)
 
     @property
+    def waiting(self) -> int:
+        """How many requests wait; any thread may ask."""
+        return sum(len(replica.waiting) for replica in self._replicas)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do before another request comes."""
         return not any(replica.waiting or replica.running for replica in self._replicas)
@@ -199,7 +204,7 @@ class Engine:
         """Return what the engine is at."""
         pools = [replica.pool for replica in self._replicas]
         return Load(
-            waiting=sum(len(replica.waiting) for replica in self._replicas),
+            waiting=self.waiting,
             running=sum(len(replica.running) for replica in self._replicas),
             cached_places=sum(pool.filled * pool.block for pool in pools),
             places=sum(pool.count * pool.block for pool in pools),

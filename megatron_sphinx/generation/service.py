@@ -50,6 +50,9 @@ class Service:
         executor: computes the ticks, in the engine's thread.
         language: of the answers.
         limits: of what is taken on at once.
+
+    Attributes:
+        is_closing: whether it takes no requests any more.
     """
 
     def __init__(self, executor: Executor, language: Language, limits: Limits) -> None:
@@ -59,7 +62,7 @@ class Service:
         self._handed_in = 0  # requests among these
         self._load = self._engine.load()
         self._error: SphinxError | None = None
-        self._is_closing = False
+        self.is_closing = False
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,15 +97,21 @@ class Service:
         with self._changed:
             if self._error is not None:
                 raise self._error
-            if self._is_closing:
+            if self.is_closing:
                 raise ClosedError("the model is being closed: it takes no request any more; load it again")
-            if self._load.waiting + self._handed_in >= self._most_waiting:
+            if self._engine.waiting + self._handed_in >= self._most_waiting:
                 raise QueueFull(
                     f"waiting={self._most_waiting}: as many requests as may are waiting already; ask again later"
                 )
             self._handed_in += 1
-            self._tell(lambda: self._engine.add(sequence))
+            self._tell(lambda: self._add(sequence))
         return RequestTicket(self, sequence)
+
+    def _add(self, sequence: CachedSequence) -> None:
+        """Let the engine begin with a request."""
+        with self._changed:
+            self._engine.add(sequence)
+            self._handed_in -= 1
 
     def cancel(self, sequence: CachedSequence) -> None:
         """End a request that was handed in before."""
@@ -117,7 +126,7 @@ class Service:
     def load(self) -> Load:
         """Return what the engine is at, or was before the tick that it computes now."""
         with self._changed:
-            return replace(self._load, waiting=self._load.waiting + self._handed_in)
+            return replace(self._load, waiting=self._engine.waiting + self._handed_in)
 
     def close(self, *, finish: bool = True) -> None:
         """Take no requests any more, and return once the thread has ended.
@@ -126,7 +135,7 @@ class Service:
             finish: whether requests that were handed in are answered first; they are cancelled otherwise.
         """
         with self._changed:
-            self._is_closing = True
+            self.is_closing = True
             if not finish:
                 self._tell(lambda: self._engine.end_all(Finish.CANCELLED))
             self._changed.notify_all()
@@ -148,6 +157,8 @@ class Service:
                 self._error = error
             self._do_what_was_told()
             self._engine.end_all(error)
+            with self._changed:
+                self._load = self._engine.load()
 
     def _wait(self, *, is_busy: bool) -> bool:
         """Sleep while there is nothing to do; False where there will be no more.
@@ -157,7 +168,7 @@ class Service:
         """
         with self._changed:
             while not self._todo and self._engine.is_idle:
-                if self._is_closing:
+                if self.is_closing:
                     return False
                 self._changed.wait()
             if not self._todo and not is_busy:
@@ -167,9 +178,6 @@ class Service:
     def _do_what_was_told(self) -> None:
         """Do what other threads want done; the lock is not held, since listeners are called."""
         with self._changed:
-            todo, self._todo, taken = self._todo, deque(), self._handed_in
+            todo, self._todo = self._todo, deque()
         for what in todo:
             what()
-        with self._changed:
-            self._handed_in -= taken
-            self._load = self._engine.load()
