@@ -14,7 +14,7 @@ from megatron_sphinx.errors import DivergedError
 from megatron_sphinx.generation.requests import TokenLogprob
 from megatron_sphinx.generation.ticks import Draw
 
-_LIKELIEST = 1024  # of a row that are sorted at first; nearly always they are enough
+_LIKELIEST = (128, 2048)  # tokens of a row that are sorted, before all are; nearly always so few are enough
 _FINITE = (torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
 _ROWS_AT_ONCE = 64  # in double precision, when log-probabilities are computed
 
@@ -95,10 +95,16 @@ def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperatures = torch.tensor([one.temperature for one in draws], dtype=torch.float64, device=logits.device)
     below = logits.double() - logits.max(1, keepdim=True).values  # which stays finite at the lowest temperature
     probabilities = (below / temperatures[:, None]).softmax(1)
-    tokens, is_drawn = _invert(probabilities, draws, min(_LIKELIEST, logits.shape[1]))
-    if not is_drawn.all():
-        rows = (~is_drawn).nonzero()[:, 0]
-        tokens[rows] = _invert(probabilities[rows], [draws[row] for row in rows.tolist()], logits.shape[1])[0]
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    rows = torch.arange(len(draws), device=logits.device)
+    for count in (*_LIKELIEST, logits.shape[1]):
+        found, is_found = _invert(
+            probabilities[rows], [draws[row] for row in rows.tolist()], min(count, logits.shape[1])
+        )
+        tokens[rows[is_found]] = found[is_found]
+        rows = rows[~is_found]
+        if not len(rows):
+            break
     return tokens
 
 
