@@ -102,4 +102,6 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the tokenizer, which cannot be left out."""
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="sentencepiece .model, tokenizer.json, or a folder with one"
+    )
