@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 from megatron_sphinx import config as configuration
+from megatron_sphinx.__main__ import main
+from megatron_sphinx.checkpoint.convert import convert
+from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
@@ -33,7 +37,7 @@ def make_bytes(path: Path, control: list[str] = CONTROL, normalizer=None) -> Pat
     made.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400, special_tokens=control, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(TEXTS * 3, trainer)
     made.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -99,7 +103,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last(kinds):
         assert spans[-1] == (1, 2)
         assert len(whole) == 1
         if kind != "sentencepiece":  # the small model has the whole character as unknown
-            assert spans.count((1, 1)) == 3, ids
+            assert spans.count((1, 1)) == len(ids) - len(spans[: spans.index((1, 1))]) - 1 >= 2
 
 
 def test_spans_are_those_of_the_right_words(kinds):
@@ -266,25 +270,56 @@ def test_answers_of_a_conversation_are_found(kinds):
         assert re.sub(r"\s", "", learned) == "naïve🙂###acircle###"
 
 
-def test_data_is_prepared_and_opened_with_a_tokenizer_json(tiny, tmp_path, run_tool):
-    """Pairs and text by several processes, from a folder that holds the tokenizer."""
-    make_bytes(tmp_path / "tokenizer.json")
-    (tmp_path / "a.txt").write_text(TEXTS[0])
-    status, _, error = run_tool("prepare_text.py", tmp_path / "a.txt", tmp_path / "text", "--tokenizer", tmp_path)
-    assert not status, error
-    shards = [*tiny.folder.glob("**/*.tar")]
-    status, _, error = run_tool(
-        "prepare_pairs.py", *shards, tmp_path / "pairs", "--tokenizer", tmp_path, "--workers", 2
-    )
-    assert not status, error
-    own = {f"data.{name}": str(tmp_path / name) for name in ("pairs", "text")} | {"data.tokenizer": str(tmp_path)}
-    config = configuration.load(tiny.write(tmp_path / "run.yaml", own | {"model.vocabulary": 384}))
+@pytest.fixture(scope="module")
+def prepared(tiny, tmp_path_factory):
+    """Pairs and text made by several processes, with the tokenizer in the same folder."""
+    folder = tmp_path_factory.mktemp("prepared")
+    make_bytes(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}')
+    (folder / "a.txt").write_text(" ".join(TEXTS * 50))
+    given, shards = ["--tokenizer", folder, "--workers", 2], [*tiny.folder.glob("**/*.tar")]
+    assert not main([*map(str, ["prepare", "text", folder / "a.txt", folder / "text", *given])])
+    assert not main([*map(str, ["prepare", "pairs", *shards, folder / "pairs", *given])])
+    own = {f"data.{name}": str(folder / name) for name in ("pairs", "text")}
+    return folder, own | {"data.tokenizer": str(folder), "model.vocabulary": 448}
+
+
+def test_data_is_prepared_and_opened_with_a_tokenizer_json(tiny, tmp_path, prepared):
+    folder, values = prepared
+    config = configuration.load(tiny.write(tmp_path / "run.yaml", values))
     sources = open_sources(config.data, config.model)
     sources.check()
     tokenizer = sources.tokenizer
     ids = sources.text.read(0, 0, 10).tolist()
-    assert ids[0] == tokenizer.bos
+    assert ids[0] == tokenizer.bos == 1
     assert TEXTS[0].startswith(tokenizer.decode(ids))
-    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text() + " ")
-    with pytest.raises(DataError, match=r"was made with a tokenizer of 3\d\d pieces"):
-        open_sources(config.data, config.model).check()
+    shutil.copytree(folder, tmp_path / "other")
+    with (tmp_path / "other" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    changed = configuration.load(
+        tiny.write(tmp_path / "run.yaml", values | {"data.tokenizer": str(tmp_path / "other")})
+    )
+    with pytest.raises(DataError, match=r"was made with a tokenizer of \d\d\d pieces"):
+        open_sources(changed.data, changed.model).check()
+
+
+def test_it_goes_along_with_what_was_trained_and_is_known_again(train, tiny, tmp_path, prepared):
+    folder, values = prepared
+    run = train(1, values | {"training.steps": 1}, "first")
+    done = convert(run.folder, tmp_path / "hf", "hf", WriteOptions())
+    assert not [note for note in done.notes if "token" in note]
+    names = ("tokenizer.json", "tokenizer_config.json")
+    assert all((tmp_path / "hf" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    said = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"], said["vocab_size"]) == (1, 2, 448)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode(TEXTS[0], add_special_tokens=False) == Tokenizer(folder).encode(TEXTS[0])
+    shutil.copy(tiny.folder / "tokenizer.model", tmp_path / "hf")  # as transformers writes both
+    convert(tmp_path / "hf", tmp_path / "ours", "megatron", WriteOptions())
+    for source in ("hf", "ours"):
+        train(1, values | {"training.steps": 1, "model.weights": str(tmp_path / source)}, f"from {source}")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    ended = train(1, values | {"model.weights": str(tmp_path / "hf")}, "refused", status=2)
+    assert re.search(
+        r"hf: was made with tokenizer=[0-9a-f]{64}, this run has [0-9a-f]{64}; configure the same", ended.ranks.text()
+    )

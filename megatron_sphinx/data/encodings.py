@@ -189,7 +189,8 @@ def _side_by_side(offsets: Sequence[tuple[int, int]], length: int) -> Spans:
     Returns:
         A character of several tokens belongs to the last of them, one that is in none to the token behind it.
     """
-    ends, limit = [], length
+    ends: list[int] = []
+    limit = length
     for begin, end in reversed(offsets):
         ends.append(min(end, limit) if ends else length)
         limit = min(begin, ends[-1])

@@ -37,9 +37,9 @@ class NamedToken(NamedTuple):
     token: str | int
 
 
-def tokenizer_in(folder: Path) -> Path | None:
-    """Return the file of the tokenizer in a folder: tokenizer.model, else tokenizer.json; None without either."""
-    return next((folder / name for name in (SENTENCEPIECE, JSON) if (folder / name).is_file()), None)
+def tokenizers_in(folder: Path) -> list[Path]:
+    """List the files of the tokenizer in a folder: tokenizer.model and tokenizer.json, the one that is taken first."""
+    return [folder / name for name in (SENTENCEPIECE, JSON) if (folder / name).is_file()]
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -50,10 +50,10 @@ def tokenizer_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = tokenizer_in(path)
-    if found is None:
+    found = tokenizers_in(path)
+    if not found:
         raise DataError(f"{KEY}={path}: holds no {SENTENCEPIECE} and no {JSON}; give a folder with one of them")
-    return found
+    return found[0]
 
 
 def named_tokens(path: Path, name: str) -> Iterator[NamedToken]:
