@@ -136,4 +136,6 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the tokenizer, which cannot be left out."""
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="sentencepiece .model, tokenizer.json, or a folder with one"
+    )
