@@ -1,10 +1,10 @@
 """The ranks of a model that answers: how each is built, and what those do that only follow the first."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_sphinx.checkpoint.collective import all_or_none
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.device import Platform
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
 from megatron_sphinx.generation.runner import ModelRunner, cache_places
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -58,6 +58,22 @@ class LoadOptions:
     precision: str | None = None
     positions: Annotated[int, Range(least=2, most=2**24)] | None = None
     cache_bytes: Annotated[int, Range(least=1, most=2**50)] | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> "LoadOptions":
+        """Make options of attributes, those of `parallel` given by themselves.
+
+        Raises:
+            ConfigError: one is not known, or out of its range.
+        """
+        known, sizes = {item.name for item in fields(cls)}, {item.name for item in fields(ParallelConfig)}
+        if unknown := sorted(given.keys() - known - sizes):
+            raise ConfigError(
+                f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], sorted(known | sizes))}"
+            )
+        parallel = {name: given.pop(name) for name in list(given) if name in sizes}
+        options = cls(**given)
+        return replace(options, parallel=ParallelConfig(**parallel)) if parallel else options
 
     def __post_init__(self) -> None:
         check_ranges(self, "")
