@@ -99,10 +99,12 @@ class Job:
     source: ModelSource
     cache_bytes: int
     _lifeline: Lifeline
+    _groups: ProcessGroups
 
     def close(self) -> None:
         """Let the other ranks go, and leave the job."""
         self.executor.close()
+        dist.barrier(group=self._groups.control)
         self._lifeline.close()
         dist.destroy_process_group()
 
@@ -126,7 +128,7 @@ def start(path: Path, options: LoadOptions) -> Job:
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=options.parallel)
     platform = join(options.device, _MEETING_SECONDS)
-    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}")
+    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}", command="serve", remedy="load it again")
     try:
         groups = ProcessGroups.create(layout, platform.backend, _FOREVER, _FOREVER)
         job = _load(path, options, groups, platform, lifeline)
@@ -134,6 +136,7 @@ def start(path: Path, options: LoadOptions) -> Job:
             return job
         if job is not None:
             job.executor.follow()
+        dist.barrier(group=groups.control)  # a connection that is closed drops what it still has to send
     except Exception as error:
         if world == 1:
             lifeline.close()
@@ -159,7 +162,7 @@ def _load(
     places = _places(model, groups, platform, positions, options.cache_bytes)
     runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
     executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
-    return Job(executor, source, runner.cache_bytes, lifeline)
+    return Job(executor, source, runner.cache_bytes, lifeline, groups)
 
 
 def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:
