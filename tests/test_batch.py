@@ -387,3 +387,12 @@ def test_the_command_says_how_many_answers_and_errors_there_are(pictures, tmp_pa
     assert "sampling.temperature=-1.0: must be at least 0" in capsys.readouterr().err
     assert main([*words, "--in-flight=0"]) == 2
     assert "--in-flight=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_an_input_that_goes_away_is_named(tmp_path):
+    for name in ("x.csv", "x.jsonl"):
+        (tmp_path / name).write_text("question\n")
+        [source] = sources_of([tmp_path / name])
+        (tmp_path / name).unlink()
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*No such file.*\); check"):
+            list(source.rows())
