@@ -24,11 +24,6 @@ class EmbeddingCache:
     def __contains__(self, key: str) -> bool:
         return key in self._positions
 
-    @property
-    def is_making(self) -> bool:
-        """Whether a picture is in the making."""
-        return len(self._ready) < len(self._positions)
-
     def is_ready(self, key: str) -> bool:
         """Whether the embeddings of a picture can be used."""
         return key in self._ready
