@@ -84,7 +84,7 @@ def test_a_chat_in_chatml_is_what_transformers_makes_of_it():
     peer = PreTrainedTokenizerFast(tokenizer_object=tokens.tokens[True], bos_token="<|im_start|>")
     peer.chat_template = (
         "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant\n"
+        "{{ '<|im_start|>assistant\n' }}"
     )
     messages = said("what is this?", "a red circle.", "世界 this?", system="be brief")
     contents = [{"role": message.role, "content": message.text} for message in messages]
