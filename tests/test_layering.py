@@ -22,6 +22,8 @@ OWNERS = {
     "fsspec": {"data/files.py"},
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
+    "gradio": {"serving/page.py"},
+    "openai": {"serving/client.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
          "config_reference.py", "parallel/layout.py",
