@@ -76,6 +76,12 @@ def make_chat(
     return ChatPrompt(Prompt(tuple(head + ids), picture), dropped, template.stop)
 
 
+def ends_of(template: ChatTemplate, tokenizer: Encoder) -> tuple[int, ...]:
+    """Return the ids that end an answer: EOS, and those control tokens that do in the template, which have no text."""
+    names = [name for name in template.stop if name in template.control]
+    return tuple({tokenizer.eos, *_control(names, tokenizer).values()})
+
+
 def _sort(messages: Sequence[Message], template: ChatTemplate) -> tuple[str | None, list[tuple[str, str]], str]:
     """Return system prompt, earlier questions with their answers, and the last question; see `make_chat`."""
     for number, message in enumerate(messages):
@@ -124,11 +130,7 @@ def _encode(parts: Iterable[_Part], template: ChatTemplate, tokenizer: Encoder) 
     What stands between two control tokens is encoded at once, whoever wrote it: tokens may reach from a template into a
     message, as they did in training. No control token is ever made of a message.
     """
-    special = {BOS: [tokenizer.bos], EOS: [tokenizer.eos]}
-    for name in template.control:
-        ids = tokenizer.encode(name, has_special=True)
-        if len(ids) == 1:  # elsewhere the tokenizer has no such token, and it is text
-            special[name] = ids
+    special = {BOS: tokenizer.bos, EOS: tokenizer.eos} | _control(template.control, tokenizer)
     names = re.compile(f"({'|'.join(map(re.escape, special))})")
     cut = (
         (piece, is_own and piece in special)
@@ -137,6 +139,12 @@ def _encode(parts: Iterable[_Part], template: ChatTemplate, tokenizer: Encoder) 
     )
     for is_special, run in groupby(cut, key=lambda one: one[1]):
         if is_special:
-            yield from (number for name, _ in run for number in special[name])
+            yield from (special[name] for name, _ in run)
         else:
             yield from tokenizer.encode("".join(text for text, _ in run))
+
+
+def _control(names: Iterable[str], tokenizer: Encoder) -> dict[str, int]:
+    """Return the ids of those names that are control tokens of a tokenizer; elsewhere they are text."""
+    encoded = {name: tokenizer.encode(name, has_special=True) for name in names}
+    return {name: ids[0] for name, ids in encoded.items() if len(ids) == 1}
