@@ -50,14 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
     sources = sources_of(args.input, follow_links=args.follow_links)
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
-    report = answer_all(
     with load(args.model, **model_options(args)) as model:
         report = answer_all(
             model, str(args.model.resolve()), sources, args.output, asking, sampling,
             in_flight=args.in_flight, show=True,
         )  # fmt: skip
-        in_flight=args.in_flight, show=True,
-    )  # fmt: skip
     before = f", {report.before} of them from before" if report.before else ""
     print(f"{args.output}: {report.answered} answers, {report.errors} errors{before}")
     return 0

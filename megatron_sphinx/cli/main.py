@@ -23,6 +23,7 @@ from megatron_sphinx.cli import (
     mix,
     packing,
     report,
+    serve,
     train,
     views,
 )
@@ -39,7 +40,7 @@ PREPARE: Mapping[str, Command] = {
 COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
-    "gpu-check": gpu_check, "chat": chat, "generate": generate, "demo": demo,
+    "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")
