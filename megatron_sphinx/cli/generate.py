@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
     with load(args.model, **model_options(args)) as model:
         report = answer_all(
-            model, str(args.model.resolve()), sources, args.output, asking, sampling,
+            model, args.model, sources, args.output, asking, sampling,
             in_flight=args.in_flight, show=True,
         )  # fmt: skip
     before = f", {report.before} of them from before" if report.before else ""
