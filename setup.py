@@ -49,6 +49,7 @@ setup(
         "safetensors",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboard>=2.18",
+        "tokenizers>=0.22,<0.24",
         "tqdm",
         "webdataset>=1.0,<2",
         "zstandard>=0.23,<1",

@@ -17,7 +17,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model
+from megatron_sphinx.cli.command import add_model, model_options
 from megatron_sphinx.console import complain
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.ranges import Range, check_range
@@ -95,4 +95,4 @@ def run(args: argparse.Namespace) -> int:
 
     gate = Gate(None, limits.requests)
     server = HttpServer(gate, limits, access, args.host, args.port, is_quiet=args.quiet)
-    return serve(lambda: load(args.model, tensor=args.tensor), gate, server, limits)
+    return serve(lambda: load(args.model, **model_options(args)), gate, server, limits)

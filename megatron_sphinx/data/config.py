@@ -40,7 +40,7 @@ class DataConfig:
             data.pairs are, and instead of them.
         text: folders of text made by `megatron-sphinx prepare text`, or prefixes of Megatron's .bin and .idx, given as
             the folders of data.pairs are.
-        tokenizer: file of the sentencepiece model that all of the data was made with.
+        tokenizer: what all of the data was made with: a sentencepiece model, a tokenizer.json, or a folder with one.
         pairs_per_step (pairs): image-text pairs in every optimizer step; 0 for a run without pairs.
         conversations_per_step (conversations): conversations in every optimizer step, with an image or without; 0 for
             a run without conversations.
