@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_conversations_are_validated_on_with_skipped_views(train, held_out, refe
     """A run on pairs is validated on conversations: each gives as many samples a step."""
     given = STEADY | {
         "validation.conversations": str(held_out / "conversations"), "vision.views": 5, "vision.padding": "corner",
-        "vision.skip_padding_views": True, "training.steps": 1, "data.sequence_length": 200,
+        "vision.skip_padding_views": True, "training.steps": 1, "data.sequence_length": 400,
     }  # fmt: skip
     wanted = validations(train(1, given, "one"))
     assert_alike(validations(train(language + 1, given | {"parallel.encoder": 1}, "many")), wanted)
@@ -156,7 +157,7 @@ def test_the_loss_is_what_a_step_of_training_has_on_the_same_data(train, held_ou
 
 
 @pytest.fixture
-def interrupted(train, validated, tmp_path, monkeypatch):
+def interrupted(train, monkeypatch):
     """`interrupted(call, number, world, …)` trains; the first rank sends itself a signal in a validation."""
 
     def start(call: int, number: signal.Signals, world: int, overrides: dict):
@@ -166,11 +167,12 @@ def interrupted(train, validated, tmp_path, monkeypatch):
             calls.append(1)
             if len(calls) == call and os.environ["RANK"] == "0":
                 os.kill(os.getpid(), number)
+                time.sleep(0.2)  # a thread hears of it
             return evaluate(self, plan, batches, known)
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "evaluate", evaluate_and_kill)
-            _, ranks = train.start(world, validated | overrides)
+            _, ranks = train.start(world, overrides)
             return ranks.wait()
 
     return start
@@ -180,14 +182,15 @@ def interrupted(train, validated, tmp_path, monkeypatch):
     ("call", "number", "statuses", "encoder"),
     [
         pytest.param(1, signal.SIGTERM, [75], 0, id="stopped"),
-        pytest.param(3, signal.SIGKILL, [-9], 0, id="killed in the last", marks=pytest.mark.slow),
-        pytest.param(3, signal.SIGTERM, [75, 75], 1, id="stopped in the last, with an encoder rank"),
+        pytest.param(5, signal.SIGKILL, [-9], 0, id="killed in the last", marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGTERM, [75, 75], 1, id="stopped in the last, with an encoder rank"),
     ],
 )
 def test_one_that_is_interrupted_is_made_again(train, validated, interrupted, call, number, statuses, encoder):
     """Whichever of the steps' worth it was in; and what comes of all is what an uninterrupted run has."""
-    overrides = {"parallel.encoder": encoder, "checkpoint.interval": 3}
-    assert interrupted(call, number, len(statuses), overrides) == statuses
+    three = {"data.pairs_per_step": 4, "validation.steps": 3}
+    overrides, validated = {"parallel.encoder": encoder, "checkpoint.interval": 3}, validated | three
+    assert interrupted(call, number, len(statuses), overrides | validated) == statuses
     again = train(len(statuses), overrides | validated)
     whole = train(len(statuses), overrides | validated, "whole")
     steps, others = (metrics.read(run.folder / "metrics.jsonl") for run in (again, whole))

@@ -75,6 +75,7 @@ class Validator:
         self.is_owed = False
         if self._reporter:
             seconds = time.perf_counter() - begin
-            loss = self._trainer.loss(total)
-            self._reporter.write_validation(validation_of(done - 1, plans, loss, total, seconds))
+            weight = self._trainer.text_weight
+            line = validation_of(done - 1, plans, total, text_weight=weight, seconds=seconds)
+            self._reporter.write_validation(line)
         return is_stopping

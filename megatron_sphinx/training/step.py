@@ -111,7 +111,7 @@ class Trainer:
             own.exposed_encoder_seconds = self.feature_wait_seconds - waited
         whole = own.over_ranks(self.groups, self.device)
         targets = self._targets(whole.targets_pairs, whole.targets_text)
-        loss = self.loss(whole)
+        loss = (whole.loss_pairs + self.text_weight * whole.loss_text) / max(targets, 1.0)
         factor = planned / targets if whole.bad_pairs and targets else 1.0
         norm = engine.gradient_norm() * factor
         self.progress.note(Activity.UPDATING)
@@ -142,11 +142,6 @@ class Trainer:
         self.engine.evaluate(forward, batches)
         self.progress.note(Activity.COUNTING)
         return replace(known, **forward.loss_sums()).over_ranks(self.groups, self.device)
-
-    def loss(self, sums: Sums) -> float:
-        """Divide sums of losses by their targets, text ones by their weight: the mean over all targets, in nats."""
-        loss = sums.loss_pairs + self.text_weight * sums.loss_text
-        return loss / max(self._targets(sums.targets_pairs, sums.targets_text), 1.0)
 
     def _targets(self, pairs: float, text: float) -> float:
         """Count targets of both streams, text ones by their weight."""

@@ -44,19 +44,23 @@ def metrics_of(plan: StepPlan, report: StepReport) -> dict[str, Any]:
     return line
 
 
-def validation_of(step: int, plans: Sequence[StepPlan], loss: float, sums: Sums, seconds: float) -> dict[str, Any]:
+def validation_of(
+    step: int, plans: Sequence[StepPlan], sums: Sums, *, text_weight: float, seconds: float
+) -> dict[str, Any]:
     """Tell what a validation computed on, and what came of it.
 
     Args:
         step: of the training, that was done last.
         plans: what it computed on.
-        loss: mean over all target tokens, in nats.
-        sums: what it is made of.
+        sums: losses and targets of all of it.
+        text_weight: what a target of text weighs; one of a pair weighs 1.
         seconds: that it took.
     """
     return {
         "step": step,
-        "validation_loss": _finite(loss),
+        "validation_loss": _mean(
+            sums.loss_pairs + text_weight * sums.loss_text, sums.targets_pairs + text_weight * sums.targets_text
+        ),
         "validation_loss_pairs": _mean(sums.loss_pairs, sums.targets_pairs),
         "validation_loss_text": _mean(sums.loss_text, sums.targets_text),
         "validation_target_tokens_pairs": round(sums.targets_pairs),
