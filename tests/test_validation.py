@@ -201,5 +201,3 @@ def test_one_that_is_interrupted_is_made_again(train, validated, interrupted, ca
     assert_alike(validations(again), validations(whole))
     assert "validation after step 3  loss" in again.ranks.text(0)
     assert train(len(statuses), overrides | validated).metrics == again.metrics  # nothing is owed any more
-
-
