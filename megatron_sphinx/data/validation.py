@@ -40,7 +40,8 @@ class HeldOut:
 
     def left(self, done: int) -> int:
         """Count the validations that are made behind so many steps."""
-        return -(-self.last_step // self.interval) - done // self.interval
+        is_last_extra = self.last_step % self.interval > 0 and done < self.last_step
+        return self.last_step // self.interval - done // self.interval + is_last_extra
 
     @property
     def plans(self) -> Iterator[StepPlan]:
