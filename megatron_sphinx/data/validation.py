@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_sphinx.data.config import DataConfig, DataSource, ValidationConfig
 from megatron_sphinx.data.content import ContentSource
+from megatron_sphinx.data.packing import Row, Segment
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.plan import Planner, StepPlan
 from megatron_sphinx.data.sources import Sources, make_planner
@@ -12,6 +13,7 @@ from megatron_sphinx.data.streams import Mixture
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
+from megatron_sphinx.model.views import encoded_views, image_positions
 
 _SEED = 0  # of the order: every run takes the same samples of the same data
 
@@ -26,6 +28,8 @@ class HeldOut:
         steps: how many steps' worth of data a validation takes.
         interval: steps of the training between two validations.
         last_step: steps of the whole training; behind them is a validation too.
+        sample_rounds: the samples that are answered in each validation, in micro-batches: of each replica the rows,
+            one or none; sample n is on replica n modulo their number.
     """
 
     sources: Sources
@@ -33,6 +37,12 @@ class HeldOut:
     steps: int
     interval: int
     last_step: int
+    sample_rounds: tuple[tuple[tuple[Row, ...], ...], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """How many samples are answered."""
+        return sum(len(rows) for sample_round in self.sample_rounds for rows in sample_round)
 
     def is_due(self, done: int) -> bool:
         """Whether a validation is made when so many steps of the training are done."""
@@ -134,7 +144,23 @@ def plan_validation(
         if amount:
             _check_enough(name, sources, bounds, amount, config.steps)
     planner = make_planner(taken, held_out, model, vision, replicas=replicas, seed=_SEED, multiple=multiple)
-    return HeldOut(held_out, planner, config.steps, config.interval, last_step)
+    rounds = _sample_rounds(held_out.samples, config.samples, vision, replicas) if held_out.samples else ()
+    return HeldOut(held_out, planner, config.steps, config.interval, last_step, rounds)
+
+
+def _sample_rounds(
+    index: SampleIndex, count: int, vision: VisionConfig, replicas: int
+) -> tuple[tuple[tuple[Row, ...], ...], ...]:
+    """Deal the first samples of an index, as many as there are, to replicas: one to each in every round."""
+    index = index.as_stored() if vision.resize == "accessory" else index
+    sizes = index.sizes(0, min(count, len(index)))
+    rows = []
+    for sample, (width, height) in enumerate(zip(sizes.width.tolist(), sizes.height.tolist(), strict=True)):
+        views = encoded_views(width, height, vision) if width else ()
+        length = 2 + (image_positions(len(views), vision) if width else 0)
+        rows.append((Segment(True, sample, 0, length, 0, 0, views),))
+    starts = range(0, len(rows), replicas)
+    return tuple(tuple(tuple(rows[n : n + 1]) for n in range(start, start + replicas)) for start in starts)
 
 
 def _check_enough(name: str, sources: tuple[DataSource, ...], bounds: list[int], amount: int, steps: int) -> None:

@@ -12,6 +12,7 @@ from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.device import Platform
+from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
@@ -22,6 +23,7 @@ from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.loop import Loop
 from megatron_sphinx.run.observer import Observer
+from megatron_sphinx.run.questions import Answerer
 from megatron_sphinx.run.validator import Validator
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
@@ -124,6 +126,17 @@ def build_trainer(context: RankContext, engine: Engine, features: FeatureSource 
         text_weight=config.loss.text_weight,
         moe_layers=config.model.layers if config.model.experts else 0,
     )
+
+
+def build_answerer(context: RankContext) -> Answerer | None:
+    """Make what answers the samples of validations; None where none are to be answered.
+
+    Raises:
+        ConfigError: they cannot be answered.
+    """
+    if samples := context.config.validation.samples:
+        raise ConfigError(f"validation.samples={samples}: answers in a validation are not there yet; use 0")
+    return None
 
 
 def build_loop(

@@ -119,9 +119,13 @@ class LanguageRank(Role):
         features = assembly.build_features(context, self.encoders, start.step, held_out=held_out, is_owed=is_owed)
         watch = Watch(context.config.divergence, start.divergence)
         trainer = assembly.build_trainer(context, self.engine, features, watch)
+        validator = None
+        if held_out:
+            answerer = assembly.build_answerer(context)
+            validator = Validator(context, trainer, held_out, self.reporter, answerer, is_owed=is_owed)
         loop = assembly.build_loop(
             context, trainer, self.store, self.reporter, bad_pairs=start.bad_pairs, observer=self.observer,
-            validator=Validator(context, trainer, held_out, self.reporter, is_owed=is_owed) if held_out else None,
+            validator=validator,
         )  # fmt: skip
         how = "failed"
         try:

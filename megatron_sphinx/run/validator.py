@@ -8,7 +8,9 @@ from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.liveness.progress import Activity
 from megatron_sphinx.run.job import RankContext
+from megatron_sphinx.run.questions import Answerer, questions_of
 from megatron_sphinx.training.metrics import Reporter
+from megatron_sphinx.training.sample_book import SampleBook
 from megatron_sphinx.training.step import Trainer
 from megatron_sphinx.training.step_lines import validation_of
 from megatron_sphinx.training.sums import Sums
@@ -24,6 +26,7 @@ class Validator:
         trainer: computes the losses as those of a step.
         held_out: what is validated on.
         reporter: writes metrics; on the first rank.
+        answerer: answers the samples that are to be; None where none are.
         is_owed: whether an earlier job has not finished the validation behind the step that it ended with.
 
     Attributes:
@@ -31,7 +34,14 @@ class Validator:
     """
 
     def __init__(
-        self, context: RankContext, trainer: Trainer, held_out: HeldOut, reporter: Reporter | None, *, is_owed: bool
+        self,
+        context: RankContext,
+        trainer: Trainer,
+        held_out: HeldOut,
+        reporter: Reporter | None,
+        answerer: Answerer | None = None,
+        *,
+        is_owed: bool,
     ) -> None:
         self._context, self._trainer, self._held_out, self._reporter = context, trainer, held_out, reporter
         self.is_owed = is_owed
@@ -39,6 +49,11 @@ class Validator:
             held_out.planner.config, held_out.sources, context.config.vision, held_out.planner.multiple
         )
         self._batches = BatchLoader(held_out.planner, builder, context.groups.seat.data)
+        self._answerer = answerer
+        self._questions = questions_of(held_out.sources, held_out.samples) if answerer else []
+        self._book: SampleBook | None = None
+        if reporter and answerer:
+            self._book = SampleBook(context.folder, reporter.start, [question.shown for question in self._questions])
 
     def is_owed_after(self, done: int) -> bool:
         """Note that so many steps are done; whether a validation is due now."""
@@ -72,6 +87,10 @@ class Validator:
             for name in _ADDED:
                 setattr(total, name, getattr(total, name) + getattr(sums, name))
             is_stopping = sums.stop > 0
+        if self._answerer is not None:
+            if is_stopping:
+                return True
+            self._answer(self._answerer, done - 1)
         self.is_owed = False
         if self._reporter:
             seconds = time.perf_counter() - begin
@@ -79,3 +98,13 @@ class Validator:
             line = validation_of(done - 1, plans, total, text_weight=weight, seconds=seconds)
             self._reporter.write_validation(line)
         return is_stopping
+
+    def _answer(self, answerer: Answerer, step: int) -> None:
+        """Let the samples be answered, and write down what comes of it."""
+        self._context.progress.note(Activity.VALIDATING)
+        seat, layout = self._context.groups.seat, self._context.groups.layout
+        features = self._trainer.take_features(len(self._held_out.sample_rounds))
+        numbers = range(seat.data, len(self._questions), layout.data)
+        answers = answerer.answer(self._questions, dict(zip(numbers, features, strict=False)))
+        if self._book and self._reporter:
+            self._book.write(step, answers, self._reporter.board)

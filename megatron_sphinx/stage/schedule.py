@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from megatron_sphinx.data.packing import Row
@@ -62,7 +63,6 @@ class Schedule:
     def _validation(self, step: int, number: int) -> Iterator[Scheduled]:
         """Yield the micro-batches of the validation behind a step, counted from `number`."""
         assert self.held_out is not None, "nothing is validated on"
-        for plan in self.held_out.plans:
-            for rows in plan.micro_batches:
-                yield Scheduled(step, number, rows, self.held_out_pixels)
-                number += 1
+        planned = chain.from_iterable(plan.micro_batches for plan in self.held_out.plans)
+        for place, rows in enumerate(chain(planned, self.held_out.sample_rounds), number):
+            yield Scheduled(step, place, rows, self.held_out_pixels)

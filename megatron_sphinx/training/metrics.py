@@ -1,7 +1,6 @@
 """What a run reports: a line per step and validation, TensorBoard, the progress line, and the plot of the losses."""
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import writing
+from megatron_sphinx.training.lines import cut_back, read_lines
 
 _VALIDATED = "validation_loss"  # what only the line of a validation has
 
@@ -28,6 +28,9 @@ class Reporter:
         interval: steps between two progress lines.
         guard: asked before each step is recorded; raises where the folder is another job's by now.
         validations_left: gives for a number of steps that are done how many validations come behind them.
+
+    Attributes:
+        board: writes for TensorBoard.
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class Reporter:
         self.path, self.steps, self.interval, self.start = folder / "metrics.jsonl", steps, interval, start
         self._skipped, self._guard = folder / "skipped.jsonl", guard
         for path in (self.path, self._skipped):
-            _cut_back(path, start)
+            cut_back(path, start)
         self._file = self.path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self._seconds: deque[float] = deque(maxlen=50)
         self._validations_left, self._validation_seconds = validations_left, 0.0
 
@@ -85,7 +88,7 @@ class Reporter:
             self._file.flush()
             for name, value in line.items():
                 if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, line["step"])
+                    self.board.add_scalar(name, value, line["step"])
 
     def write_skipped(self, line: dict[str, Any]) -> None:
         """Record a step that was skipped: which samples, and why.
@@ -114,36 +117,13 @@ class Reporter:
         """Finish the files and draw loss.png, as far as there is room."""
         with suppress(OSError):
             self._file.close()
-            self._board.close()
+            self.board.close()
             plot(self.path, self.path.with_name("loss.png"))
 
 
 def _shown(value: float | None, digits: int = 4) -> str:
     """Write a number, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _cut_back(path: Path, start: int) -> None:
-    """Keep the lines of the steps before `start`; those of steps that are done again go to a file beside it."""
-    if not path.is_file():
-        return
-    kept: list[str] = []
-    superseded: list[str] = []
-    for text in path.read_text().splitlines():
-        try:
-            (kept if json.loads(text)["step"] < start else superseded).append(text)
-        except ValueError:  # the last line of a run that was killed while writing it
-            continue
-    if superseded:
-        beside = path.with_name(f"{path.stem}.superseded{path.suffix}")
-        with beside.open("a") as file:
-            file.writelines(text + "\n" for text in superseded)
-            file.flush()
-            os.fsync(file.fileno())
-        say(f"{path.name}: {len(superseded)} lines of steps that are done again are kept in {beside.name}")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(text + "\n" for text in kept))
-    os.replace(partial, path)
 
 
 def read(path: Path, *, of_validations: bool = False) -> list[dict[str, Any]]:
@@ -154,14 +134,7 @@ def read(path: Path, *, of_validations: bool = False) -> list[dict[str, Any]]:
 
 def is_validated(path: Path, step: int) -> bool:
     """Whether a metrics.jsonl has the line of the validation behind a step; it may end with half a line."""
-    if not path.is_file():
-        return False
-    for text in path.read_text().splitlines():
-        with suppress(ValueError):
-            line = json.loads(text)
-            if line["step"] == step and _VALIDATED in line:
-                return True
-    return False
+    return any(line["step"] == step and _VALIDATED in line for line in read_lines(path))
 
 
 def plot(metrics: Path, target: Path) -> None:

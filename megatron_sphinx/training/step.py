@@ -143,6 +143,16 @@ class Trainer:
         self.progress.note(Activity.COUNTING)
         return replace(known, **forward.loss_sums()).over_ranks(self.groups, self.device)
 
+    def take_features(self, count: int) -> list[Tensor]:
+        """Take the features of the next micro-batches, bf16 [views, feature_values] each; none behind the first stage.
+
+        Every rank of a replica calls this, together.
+        """
+        if self.features is None:
+            return []
+        self.features.prepare(count)
+        return [self.features.next() for _ in range(count)] if self.groups.is_first_stage else []
+
     def _targets(self, pairs: float, text: float) -> float:
         """Count targets of both streams, text ones by their weight."""
         return pairs + self.text_weight * text
