@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,52 +19,15 @@ from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.layout import ParallelLayout
-from megatron_sphinx.prepare.conversations import index_conversations
-from megatron_sphinx.prepare.pairs import index_shards, write_shards
-from megatron_sphinx.prepare.text import write_text
-from megatron_sphinx.run import assembly
 from megatron_sphinx.sizing import dry_run
 from megatron_sphinx.stage.schedule import Schedule
 from megatron_sphinx.training import metrics
-from megatron_sphinx.training.sample_book import SampleBook, Shown
 from megatron_sphinx.training.step import Trainer
-from tests.conftest import COLOURS, draw
+from tests.conftest import HELD_OUT
 
 STEADY = {"optimizer.epsilon": 1e-4}  # else rounding decides where a gradient is nearly 0
 EXPERTS = {"model.experts": 4, "model.experts_per_token": 2, "model.balance_loss_coefficient": 0.1}
 EXACT = ("loss", "loss_pairs", "loss_text", "gradient_norm", "sample_ids", "bad_pairs", "learning_rate")
-PAIRS = 14
-
-
-@pytest.fixture(scope="session")
-def held_out(tiny, tmp_path_factory):
-    """14 more pictures with captions, one of which cannot be read; conversations on them; 12 more texts."""
-    folder = tmp_path_factory.mktemp("held_out")
-    (folder / "pictures").mkdir()
-    dialogs = []
-    for number in range(PAIRS):
-        image, caption = draw(1000 + number)
-        image.save(folder / "pictures" / f"{number:03d}.png")
-        (folder / "pictures" / f"{number:03d}.txt").write_text(caption)
-        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": caption}]
-        picture = {} if number % 5 == 4 else {"image": f"{number:03d}.png"}
-        dialogs.append({"id": f"h{number}", **picture, "conversations": turns})
-    (folder / "dialogs.json").write_text(json.dumps(dialogs))
-    rng = np.random.default_rng(7)
-    texts = [" ".join(rng.choice(COLOURS, int(rng.integers(5, 60)))) for _ in range(12)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    [shard] = shards = write_shards(folder / "pictures", folder / "shards", PAIRS)
-    index_shards(shards, folder / "pairs", tiny.tokenizer)
-    content = bytearray(shard.read_bytes())
-    place = content.index(b"IDAT")
-    content[place : place + 40] = bytes(40)
-    shard.write_bytes(content)
-    write_text([folder / "text.jsonl"], folder / "text", tiny.tokenizer)
-    index_conversations(
-        [folder / "dialogs.json"], folder / "conversations", tiny.tokenizer, images=folder / "pictures",
-        samples_per_shard=PAIRS,
-    )  # fmt: skip
-    return folder
 
 
 @pytest.fixture
@@ -156,7 +118,7 @@ def test_nothing_of_the_training_is_changed_by_it(train, validated):
 
 def test_the_loss_is_what_a_step_of_training_has_on_the_same_data(train, held_out, validated):
     """Weights that one run ends with have the loss of its last validation in the first step of another."""
-    everything = {"data.pairs_per_step": PAIRS, "training.steps": 1, "data.text_tokens_per_step": 0}
+    everything = {"data.pairs_per_step": HELD_OUT, "training.steps": 1, "data.text_tokens_per_step": 0}
     given = {name: value for name, value in validated.items() if name != "validation.text"} | {"validation.steps": 1}
     first = train(1, everything | given | {"loss.text_weight": 0.5}, "first")
     weights = next((first.folder / "checkpoints").glob("step_*"))
@@ -382,91 +344,3 @@ def test_validations_stand_between_steps_in_the_schedule():
     ]  # fmt: skip
     assert [held_out.left(done) for done in range(6)] == [3, 3, 2, 2, 1, 0]
     assert not any(one.pixels == "held out" for one in Schedule(training, "training").between(0, 5))
-
-
-class FakeAnswerer:
-    """Answers with what it was given; and how many views it was shown, by the ranks that are shown any."""
-
-    def __init__(self, context) -> None:
-        self.groups = context.groups
-
-    def answer(self, questions, features):
-        mine = [(number, len(part), bool(part.isnan().any())) for number, part in features.items()]
-        found = [mine] * self.groups.layout.language
-        dist.all_gather_object(found, mine, group=self.groups.language)
-        shown = {number: facts for part in found for number, *facts in part}
-        return [f"{question.shown.question}: {shown[number]}" for number, question in enumerate(questions)]
-
-
-@pytest.mark.parametrize(
-    ("language", "layout", "encoder"),
-    [
-        (2, {}, 1),
-        pytest.param(2, {"parallel.pipeline": 2}, 0, marks=pytest.mark.slow),
-        pytest.param(2, {"parallel.tensor": 2, "parallel.sequence": True}, 2, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("kind", ["conversations", "pairs"])
-def test_the_first_samples_are_answered(train, held_out, monkeypatch, kind, language, layout, encoder):
-    """Each is shown to the ranks of its replica, pictures that cannot be read as NaN; training goes on unchanged."""
-    monkeypatch.setattr(assembly, "build_answerer", FakeAnswerer)
-    overrides = {f"validation.{kind}": str(held_out / kind), "validation.samples": 5, "validation.interval": 2,
-                 "data.sequence_length": 300, "parallel.encoder": encoder} | layout  # fmt: skip
-    run = train(language + encoder, overrides)
-    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    bad = [kind == "pairs" and number == 0 for number in range(5)]
-    question = "What is it?" if kind == "conversations" else ""
-    views = [0 if kind == "conversations" and number == 4 else 1 for number in range(5)]
-    wanted = [f"{question}: {[view, is_bad]}" for view, is_bad in zip(views, bad, strict=True)]
-    assert lines[0]["answers"] == lines[1]["answers"] == wanted
-    page = (run.folder / "samples.md").read_text()
-    assert page.count("| truth | a ") == 5
-    assert page.count("| step 3 |") == page.count("| step 2 |") == 5
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert len(events.Images("sample 1")) == len(events.Tensors("sample 1/text_summary")) == 2
-    assert [line["step"] for line in metrics.read(run.folder / "metrics.jsonl")] == [0, 1, 2]
-
-
-def test_answers_that_nothing_gives_are_refused(train, held_out):
-    message = refusal(train, {"validation.pairs": str(held_out / "pairs"), "validation.samples": 2})
-    assert "validation.samples=2: answers in a validation are not there yet; use 0" in message
-
-
-class Board:
-    """Keeps what is shown."""
-
-    def __init__(self) -> None:
-        self.pictures, self.texts = {}, {}
-
-    def add_image(self, tag, img_tensor, global_step, *, dataformats):
-        assert dataformats == "HWC"
-        self.pictures[tag, global_step] = img_tensor.shape
-
-    def add_text(self, tag, text_string, global_step):
-        self.texts[tag, global_step] = text_string
-
-
-def test_a_page_of_answers_grows_and_is_cut_back(tmp_path):
-    samples = [
-        Shown("validation.pairs=x: pair 0", Image.new("RGB", (1000, 500), "red"), "", "a <b>bold</b> | *one*\n# two"),
-        Shown("validation.pairs=x: pair 1", None, "Why?", "so"),
-    ]
-    book, board = SampleBook(tmp_path, 0, samples), Board()
-    for step, answers in ((9, ["first", ""]), (19, ["older", "x"])):
-        book.write(step, answers, board)
-    again = SampleBook(tmp_path, 15, samples)
-    again.write(19, ["newer\nline", "y"], board)
-    page = (tmp_path / "samples.md").read_text()
-    assert (
-        page.index("| step 20 | newer<br>line |")
-        < page.index("| step 10 | first |")
-        < page.index("| question | Why? |")
-    )
-    assert "older" not in page
-    assert r"| truth | a &lt;b&gt;bold&lt;/b&gt; &#124; \*one\*<br>\# two |" in page
-    assert page.count("![](samples/000.png)") == 1
-    assert Image.open(tmp_path / "samples" / "000.png").size == (224, 112)
-    assert not (tmp_path / "samples" / "001.png").exists()
-    assert board.pictures == {("sample 0", 9): (112, 224, 3), ("sample 0", 19): (112, 224, 3)}
-    assert board.texts["sample 1", 19] == "**question** Why?\n\n**truth** so\n\n**answer** y"

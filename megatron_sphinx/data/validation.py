@@ -144,7 +144,10 @@ def plan_validation(
         if amount:
             _check_enough(name, sources, bounds, amount, config.steps)
     planner = make_planner(taken, held_out, model, vision, replicas=replicas, seed=_SEED, multiple=multiple)
-    rounds = _sample_rounds(held_out.samples, config.samples, vision, replicas) if held_out.samples else ()
+    index = held_out.samples
+    rounds: tuple[tuple[tuple[Row, ...], ...], ...] = ()
+    if index is not None and config.samples:
+        rounds = _sample_rounds(index, config.samples, vision, replicas)
     return HeldOut(held_out, planner, config.steps, config.interval, last_step, rounds)
 
 

@@ -23,8 +23,9 @@ _TIMEOUT = timedelta(hours=1)  # nobody is waited for
 def check(config: Config, ranks: int | None = None) -> None:
     """Look at all that a start of the run looks at, and say what it would do.
 
-    That is the layout, the run folder, the data with its indexes, the first step, what is validated on, the files of the visual experts, and
-    the checkpoint or the weights to begin with. Whether another job writes the run folder is not looked at, nor GPUs.
+    That is the layout, the run folder, the data with its indexes, what is held out too, the first step, the files of
+    the visual experts, and the checkpoint or the weights to begin with. Whether another job writes the run folder is
+    not looked at, nor GPUs.
 
     Args:
         config: of the run.

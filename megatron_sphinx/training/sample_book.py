@@ -14,6 +14,7 @@ from PIL import Image
 from megatron_sphinx.errors import writing
 from megatron_sphinx.training.lines import cut_back, read_lines
 
+_AS_TEXT = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_[]~"} | {"|": "&#124;"})
 _SIDE = 224  # pixels of the longer side of a picture that is shown
 
 
@@ -21,7 +22,7 @@ class Board(Protocol):
     """The part of TensorBoard's SummaryWriter that is written to."""
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> None:
-        """Show a picture."""
+        """Show a picture beside the others of its tag."""
 
     def add_text(self, tag: str, text_string: str, global_step: int) -> None:
         """Show a text, which is Markdown."""
@@ -128,7 +129,4 @@ def _words(sample: Shown, answer: str | None) -> list[tuple[str, str]]:
 
 def _inline(text: str) -> str:
     """Write any text as one line of a Markdown table, in which nothing of it is markup."""
-    escaped = html.escape(text, quote=False)
-    for mark in "\\`*_[]|~#":
-        escaped = escaped.replace(mark, f"\\{mark}" if mark != "|" else "&#124;")
-    return "<br>".join(escaped.splitlines())
+    return "<br>".join(html.escape(line, quote=False).translate(_AS_TEXT) for line in text.splitlines())
