@@ -56,11 +56,6 @@ def test_the_first_samples_are_answered(train, held_out, monkeypatch, kind, lang
     assert [line["step"] for line in metrics.read(run.folder / "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_answers_that_nothing_gives_are_refused(train, held_out):
-    run = train(1, {"validation.pairs": str(held_out / "pairs"), "validation.samples": 2}, status=2)
-    assert "validation.samples=2: answers in a validation are not there yet; use 0" in run.ranks.text()
-
-
 class Board:
     """Keeps what is shown."""
 

@@ -12,7 +12,6 @@ from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.device import Platform
-from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.shards import shards_of
@@ -20,6 +19,7 @@ from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.model.warm_up import warm_up
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.run.answerer import TrainingAnswerer
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.loop import Loop
 from megatron_sphinx.run.observer import Observer
@@ -128,15 +128,13 @@ def build_trainer(context: RankContext, engine: Engine, features: FeatureSource 
     )
 
 
-def build_answerer(context: RankContext) -> Answerer | None:
+def build_answerer(context: RankContext, model: SphinxModel) -> Answerer | None:
     """Make what answers the samples of validations; None where none are to be answered.
 
     Raises:
         ConfigError: they cannot be answered.
     """
-    if samples := context.config.validation.samples:
-        raise ConfigError(f"validation.samples={samples}: answers in a validation are not there yet; use 0")
-    return None
+    return TrainingAnswerer(context, model) if context.config.validation.samples else None
 
 
 def build_loop(

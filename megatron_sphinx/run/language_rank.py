@@ -121,7 +121,7 @@ class LanguageRank(Role):
         trainer = assembly.build_trainer(context, self.engine, features, watch)
         validator = None
         if held_out:
-            answerer = assembly.build_answerer(context)
+            answerer = assembly.build_answerer(context, self.model)
             validator = Validator(context, trainer, held_out, self.reporter, answerer, is_owed=is_owed)
         loop = assembly.build_loop(
             context, trainer, self.store, self.reporter, bad_pairs=start.bad_pairs, observer=self.observer,

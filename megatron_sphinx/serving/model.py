@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.generation.answering import ChatPrompt, Listener, Load, Message
-from megatron_sphinx.generation.chat import make_chat
+from megatron_sphinx.generation.chat import ends_of, make_chat
 from megatron_sphinx.generation.engine import Language
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.pictures import picture_of
@@ -77,7 +77,7 @@ class Model:
         self.tokenizer = Tokenizer(source.tokenizer)
         self.tokenizer.check_vocabulary(str(source.tokenizer), source.language.vocabulary)
         self.template: ChatTemplate = template_of(template or self._likely_template())
-        language = Language(ends=(self.tokenizer.eos,), texts=partial(Detokenizer, self.tokenizer))
+        language = Language(ends=ends_of(self.template, self.tokenizer), texts=partial(Detokenizer, self.tokenizer))
         self._service = Service(job.executor, language, limits)
 
     def __enter__(self) -> "Model":
