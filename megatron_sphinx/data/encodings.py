@@ -132,7 +132,7 @@ class TokenizerJson:
 
     @cached_property
     def _with_special(self) -> Any:
-        """The same tokenizer as `_plain`, which finds control tokens in a text."""
+        """Return the tokenizer that finds control tokens in a text, where `_plain` takes them for text."""
         made = self._make()
         self._mark(made)
         return made
