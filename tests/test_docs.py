@@ -56,6 +56,7 @@ RUN_BY = {
     "megatron-sphinx gpu-check": r'"gpu-check"',
     "megatron-sphinx chat": r'"chat", "m"',
     "megatron-sphinx generate": r'"generate", "m"',
+    "megatron-sphinx serve": r'"serve", "m"',
     "megatron-sphinx demo": r'"megatron_sphinx", "demo"',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',

@@ -110,7 +110,9 @@ class Job:
 
     def leave(self, error: Exception) -> NoReturn:
         """End the process and the job, whose ranks cannot go on."""
-        self._lifeline.leave(report(error, self._lifeline, "serve"), str(error))
+        cause = error.__cause__  # of a broken connection, the lifeline finds out which rank is gone
+        found = cause if isinstance(cause, Exception) else error
+        self._lifeline.leave(report(found, self._lifeline, "serve"), str(error))
 
 
 def start(path: Path, options: LoadOptions) -> Job:
