@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.errors import MeetingError, SphinxError
+from megatron_sphinx.generation.requests import Sampling
+from megatron_sphinx.ranges import check_ranges
 
 if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
     Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -98,6 +101,37 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="go on although the configuration of the checkpoint has this key, which is not known or not computed here",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the model that answers, and how it is laid out."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, or a run's folder")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="ranks that share each layer; default: 1")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take how answers are drawn; what is not given is as in `Sampling`."""
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens at most; default: 512")
+    group.add_argument("--temperature", type=float, help="0, the default: the likeliest token")
+    group.add_argument("--top-p", type=float, help="draw from the likeliest tokens with this probability; default: 1")
+    group.add_argument("--top-k", type=int, metavar="N", help="draw from so many likeliest tokens; default: all")
+    group.add_argument("--repetition-penalty", type=float, help="above 1: less of what was there; default: 1")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
+    group.add_argument("--seed", type=int, help="default: 0")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return how answers are drawn, by what `add_sampling` took.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+    given = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
+    given["stop"] = tuple(args.stop) if args.stop else None
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    check_ranges(sampling, "sampling.")
+    return sampling
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_sphinx import __version__
 from megatron_sphinx.cli import (
     benchmark,
+    chat,
     config,
     convert,
+    demo,
     doctor,
+    generate,
     gpu_check,
     inspect,
     measure,
@@ -36,7 +39,7 @@ PREPARE: Mapping[str, Command] = {
 COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
-    "gpu-check": gpu_check,
+    "gpu-check": gpu_check, "chat": chat, "generate": generate, "demo": demo,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")
