@@ -97,7 +97,7 @@ def main(source: str, target: str, log: str) -> None:
         return caption(messages, picture)
 
     double = Double(answer, seconds=0.004)
-    answer_all(double, "m", sources_of([Path(source)]), Path(target), Asking(), Sampling(), in_flight=4)
+    answer_all(double, Path("m"), sources_of([Path(source)]), Path(target), Asking(), Sampling(), in_flight=4)
 
 
 if __name__ == "__main__":

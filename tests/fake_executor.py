@@ -105,6 +105,7 @@ class FakeExecutor:
                 assert 1 <= position <= positions
             before = states[places[position - 1]][1] if position else 0
             states[place] = (position, state_of(before, token, position, piece.picture))
+        assert (piece.picture is not None) == (0 in piece.tokens), "a picture for nothing"
         known = tuple(states[place][1] for place in places)
         drawn = None
         if piece.draw:

@@ -22,6 +22,8 @@ from conftest import draw
 from pyarrow import parquet
 
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.checkpoint.manifest import MANIFEST
+from megatron_sphinx.checkpoint.steps import name_of
 from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.generation.requests import Sampling
 from megatron_sphinx.serving import model
@@ -33,10 +35,10 @@ from megatron_sphinx.serving.rows import sources_of
 GREEDY, BARE = Sampling(), Asking()
 
 
-def ask(double, source, target, asking=BARE, sampling=GREEDY, **options):
+def ask(double, source, target, asking=BARE, sampling=GREEDY, model_path=Path("m"), **options):
     """Answer inputs, and read the lines of the target."""
     sources = sources_of([source] if isinstance(source, Path) else source)
-    report = answer_all(double, "m", sources, target, asking, sampling, **options)
+    report = answer_all(double, model_path, sources, target, asking, sampling, **options)
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert report.answered + report.errors == len(lines)
     assert report.errors == sum("error" in line for line in lines)
@@ -226,7 +228,7 @@ def test_a_killed_process_goes_on_to_the_same_file_and_asks_no_answered_question
     rows[rng.randrange(60)] = {"image": "none.png", "question": "bad"}
     source = jsonl(tmp_path / "rows.jsonl", rows)
     whole = tmp_path / "whole.jsonl"
-    answer_all(Double(caption), "m", sources_of([source]), whole, Asking(), Sampling())
+    answer_all(Double(caption), Path("m"), sources_of([source]), whole, Asking(), Sampling())
     target, log = tmp_path / "out.jsonl", tmp_path / "asked"
     log.touch()
     command = [sys.executable, answers_double.__file__, str(source), str(target), str(log)]
@@ -274,6 +276,8 @@ def test_a_finished_file_is_left_alone_and_other_settings_are_refused_by_name(tm
     with pytest.raises(DataError, match=r"was begun with model.name=double, not other;"):
         ask(double, source, target)
     monkeypatch.undo()
+    with pytest.raises(DataError, match=r"was begun with model\.files="):
+        ask(double, source, target, model_path=tmp_path)
     jsonl(source, [{"question": "c"}])
     with pytest.raises(DataError, match=r"was begun with input.*rows.jsonl="):
         ask(double, source, target)
@@ -343,6 +347,27 @@ def test_an_input_that_is_none_is_refused(name, error, tmp_path):
         ask(Double(caption), tmp_path / name, tmp_path / "out.jsonl")
 
 
+def test_inputs_in_another_order_are_other_ones(tmp_path):
+    sources = [jsonl(tmp_path / f"{name}.jsonl", [{"question": name}]) for name in "ab"]
+    assert [line["question"] for line in ask(Double(caption), sources, tmp_path / "o")] == ["a", "b"]
+    with pytest.raises(DataError, match=r"was begun with input\.0: .*a\.jsonl="):
+        ask(Double(caption), sources[::-1], tmp_path / "o")
+
+
+def test_of_a_run_the_newest_checkpoint_counts(tmp_path):
+    source = jsonl(tmp_path / "rows.jsonl", [{"question": "a"}])
+    first, second = (tmp_path / "run" / "checkpoints" / name_of(step) for step in (1, 2))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    (first / MANIFEST).write_text("{}")
+    ask(Double(caption), source, tmp_path / "o", model_path=tmp_path / "run")
+    (second / "weights").write_text("not complete yet")
+    ask(Double(caption), source, tmp_path / "o", model_path=tmp_path / "run")
+    (second / MANIFEST).write_text("{}")
+    with pytest.raises(DataError, match=r"was begun with model\.(files|path)="):
+        ask(Double(caption), source, tmp_path / "o", model_path=tmp_path / "run")
+
+
 def test_a_folder_with_shards_is_those(tmp_path):
     for name in ("b.tar", "a.tar"):
         tarfile.open(tmp_path / name, "w").close()
@@ -362,3 +387,12 @@ def test_the_command_says_how_many_answers_and_errors_there_are(pictures, tmp_pa
     assert "sampling.temperature=-1.0: must be at least 0" in capsys.readouterr().err
     assert main([*words, "--in-flight=0"]) == 2
     assert "--in-flight=0: must be at least 1" in capsys.readouterr().err
+
+
+def test_an_input_that_goes_away_is_named(tmp_path):
+    for name in ("x.csv", "x.jsonl"):
+        (tmp_path / name).write_text("question\n")
+        [source] = sources_of([tmp_path / name])
+        (tmp_path / name).unlink()
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \(.*No such file.*\); check"):
+            list(source.rows())

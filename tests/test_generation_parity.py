@@ -138,7 +138,8 @@ def whole(kind: str, vision: VisionConfig, seed: int) -> list[list[float]]:
         batch = MicroBatch(
             tokens=torch.tensor(tokens), targets=torch.tensor([*tokens[1:], -100]), target_positions=positions,
             lengths=(len(tokens),), sample_of_token=nobody, row_of_token=nobody, rows=1,
-            view_positions=torch.tensor(views, dtype=torch.int64), skip_positions=torch.tensor(skips, dtype=torch.int64),
+            view_positions=torch.tensor(views, dtype=torch.int64),
+            skip_positions=torch.tensor(skips, dtype=torch.int64),
             sample_of_view=nobody[:0], samples=(0,), documents=(),
         )  # fmt: skip
         with torch.no_grad():

@@ -8,10 +8,11 @@ import pytest
 from fake_executor import END, PICTURES, FakeExecutor, FakeText, answer_alone, scores_alone
 
 from megatron_sphinx.errors import ConfigError, DataError
+from megatron_sphinx.generation.answering import QueueFullError
 from megatron_sphinx.generation.engine import Language
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.requests import Finish, Generation, Prompt, Sampling
-from megatron_sphinx.generation.service import ClosedError, QueueFull, Service
+from megatron_sphinx.generation.service import ClosedError, Service
 
 LANGUAGE = Language({END}, FakeText)
 SHORT = Sampling(max_new_tokens=6, ignore_eos=True)
@@ -122,7 +123,9 @@ def test_a_full_queue_refuses_and_has_room_again(service, executor):
     for heard in waiting:
         service.submit(Prompt((2, 5)), SHORT, heard)
     assert service.load().waiting == 3
-    with pytest.raises(QueueFull, match=r"^waiting=3: as many requests as may are waiting already; ask again later$"):
+    with pytest.raises(
+        QueueFullError, match=r"^waiting=3: as many requests as may are waiting already; ask again later$"
+    ):
         service.submit(Prompt((2, 6)), SHORT, print)
     executor.gate.set()
     assert {heard.last.finish for heard in (first, *waiting)} == {Finish.LENGTH}

@@ -24,6 +24,10 @@ OWNERS = {
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
     "openai": {"serving/client.py"},
+    "fastapi": {"serving/server.py"},
+    "starlette": {"serving/server.py", "serving/chat_endpoint.py", "serving/exchange.py"},
+    "uvicorn": {"serving/process.py"},
+    "prometheus_client": {"serving/prometheus.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
          "config_reference.py", "parallel/layout.py",

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model, add_sampling, sampling_of
+from megatron_sphinx.cli.command import add_model, add_sampling, model_options, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.terminal import Chat, converse
 
-    chat = Chat(load(args.model, tensor=args.tensor), sampling, args.system, args.draw)
-    if args.picture is not None:
-        chat.look_at(args.picture)
-    return converse(chat, args.message, sys.stdin, sys.stdout)
+    with load(args.model, **model_options(args)) as model:
+        chat = Chat(model, sampling, args.system, args.draw)
+        if args.picture is not None:
+            chat.look_at(args.picture)
+        return converse(chat, args.message, sys.stdin, sys.stdout)

@@ -10,6 +10,8 @@ Needs gradio: pip install 'megatron-sphinx[page]'.
 
 import argparse
 import os
+import signal
+import sys
 
 from megatron_sphinx.console import say
 from megatron_sphinx.ranges import Range, check_range
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.serving.page import Site
 
     site = Site(Server(args.server, args.api_key or os.environ.get(_KEY)), args.host, args.port)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the page's folder is removed
     say(f"the page is at {site.url}; Ctrl-C ends it")
     try:
         site.wait()

@@ -16,7 +16,7 @@ input it is refused. What cannot be asked, such as a damaged picture, gets a lin
 import argparse
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model, add_sampling, sampling_of
+from megatron_sphinx.cli.command import add_model, add_sampling, model_options, sampling_of
 from megatron_sphinx.ranges import Range, check_range
 
 _IN_FLIGHT = 64
@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
     sources = sources_of(args.input, follow_links=args.follow_links)
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
-    report = answer_all(
-        load(args.model, tensor=args.tensor), str(args.model.resolve()), sources, args.output, asking, sampling,
-        in_flight=args.in_flight, show=True,
-    )  # fmt: skip
+    with load(args.model, **model_options(args)) as model:
+        report = answer_all(
+            model, args.model, sources, args.output, asking, sampling,
+            in_flight=args.in_flight, show=True,
+        )  # fmt: skip
     before = f", {report.before} of them from before" if report.before else ""
     print(f"{args.output}: {report.answered} answers, {report.errors} errors{before}")
     return 0

@@ -24,6 +24,7 @@ from megatron_sphinx.cli import (
     mix,
     packing,
     report,
+    serve,
     train,
     views,
 )
@@ -38,9 +39,10 @@ PREPARE: Mapping[str, Command] = {
     "pairs": pairs, "text": text, "conversations": conversations, "tasks": tasks, "ocr": ocr, "som": som,
 }  # fmt: skip
 COMMANDS: Mapping[str, Command] = {
-    "train": train, "config": config, "plan": plain, "convert": convert, "export-embeddings": export_embeddings,
-    "mix": mix, "inspect": inspect, "views": views, "packing": packing, "benchmark": benchmark, "report": report,
-    "measure": measure, "doctor": doctor, "gpu-check": gpu_check, "chat": chat, "generate": generate, "demo": demo,
+    "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
+    "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
+    "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
+    "export-embeddings": export_embeddings,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

@@ -136,5 +136,5 @@ class ScoreDelivery:
         self._scores.clear()
 
     def end(self, last: Finish | SphinxError) -> None:
-        """End without log-probabilities."""
+        """End early, without any log-probabilities."""
         self._told.tell(last if isinstance(last, SphinxError) else Chunk("", finish=last))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_sphinx.errors import DataError, SphinxError, shortened
-from megatron_sphinx.generation.answering import Listener, Load
+from megatron_sphinx.generation.answering import Listener, Load, TooLongError
 from megatron_sphinx.generation.delivery import AnswerDelivery, Delivery, ScoreDelivery, TextFeeds
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.replica import Replica
@@ -63,7 +63,7 @@ class Engine:
 
         Raises:
             ConfigError: a number of `sampling` is out of its range.
-            DataError: prompt and answer do not fit.
+            TooLongError: prompt and answer do not fit.
         """
         check_ranges(sampling, "sampling.")
         delivery = AnswerDelivery(listen, sampling, self._language.ends, self._language.texts(sampling.stop))
@@ -78,7 +78,8 @@ class Engine:
             listen: hears one chunk, with the log-probability of each token, or an error.
 
         Raises:
-            DataError: there is nothing to score, or it does not fit.
+            DataError: there is nothing to score.
+            TooLongError: it does not fit.
         """
         if not continuation:
             raise DataError("continuation='': there is nothing to score; give a text of one token or more")
@@ -99,7 +100,7 @@ class Engine:
             raise DataError("prompt='': has no tokens; begin it with BOS")
         for name, most in (("model", executor.positions), ("cache", executor.places)):
             if length + new > most:
-                raise DataError(
+                raise TooLongError(
                     f"prompt of {length} tokens with {new} new ones: the {name} has room for {most} together; "
                     f"shorten it, or ask for at most {most - length} new ones"
                     if length < most

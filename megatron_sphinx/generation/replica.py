@@ -222,11 +222,11 @@ class Replica:
         sequence.is_under_way = False
         filled = sequence.computed // self.pool.block
         sequence.computed += len(piece.tokens)
-        keys = sequence.keys(sequence.computed)
-        for number in range(filled, len(keys)):
-            self.pool.publish(sequence.hold, number, keys[number])
-            if self._making.get(keys[number]) is sequence:
-                del self._making[keys[number]]
+        for number in range(filled, sequence.computed // self.pool.block):
+            key = sequence.keys(sequence.computed)[number]
+            self.pool.publish(sequence.hold, number, key)
+            if self._making.get(key) is sequence:
+                del self._making[key]
         if sequence.computed >= sequence.picture_end:
             self._leave_picture(sequence)
         if sequence.is_ended:

@@ -16,11 +16,11 @@ from megatron_sphinx.model.sphinx import SphinxModel
 class ModelRunner:
     """Computes pieces on this rank's shard of the model.
 
-    A replica that shares experts with others must compute in every tick, so one without pieces computes a token that
-    nobody asked for, in a place behind all others.
+    A replica that shares experts with others must compute in every tick, and tensor ranks that share the tokens must
+    have as many each: for that, tokens are computed that nobody asked for, in a place behind all others.
 
     Args:
-        model: this rank's shard; it must be in eval mode, and without sequence parallelism.
+        model: this rank's shard, in eval mode.
         places: how many tokens the cache has room for.
         vocabulary: token ids; logits of the vocabulary's padding are cut off.
 
@@ -45,6 +45,7 @@ class ModelRunner:
         self.cache_bytes = self._cache.bytes
         self.feature_values = model.vision.config.feature_values if model.vision is not None else 0
         self._is_shared = groups.layout.config.expert > 1
+        self._multiple = groups.layout.config.token_multiple
         self._pictures: dict[str, Tensor] = {}
         self._sending: list[tuple[dist.Work | None, Tensor]] = []
 
@@ -65,7 +66,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """Compute pieces.
+        """Compute the new tokens of some sequences.
 
         Every rank of a stage calls this with the pieces of its replica; a stage gets what the one before it computed
         from these pieces in an earlier call.
@@ -77,12 +78,13 @@ class ModelRunner:
             On the last stage fp32 logits [rows, vocabulary]: for each piece, those behind its targets, and behind its
             last token where one is drawn, in this order. None before the last stage.
         """
-        if not pieces and self._is_shared:
-            self._compute([Piece(tokens=(0,), start=0, segments=((self._places, 1),))])
-        if not pieces:
+        idle = Piece(tokens=(0,), start=0, segments=((self._places, 1),))
+        tokens = sum(len(piece.tokens) for piece in pieces) or int(self._is_shared)
+        missing = -tokens % self._multiple + (tokens if not pieces else 0)
+        if not tokens:
             return None
-        logits = self._compute(pieces)
-        return None if logits is None else logits[:, : self._vocabulary].float()
+        logits = self._compute([*pieces, *[idle] * missing])
+        return None if logits is None or not pieces else logits[:, : self._vocabulary].float()
 
     def _compute(self, pieces: Sequence[Piece]) -> Tensor | None:
         """Compute pieces; see `run`. The logits are those of the padded vocabulary, in the model's type."""
@@ -114,9 +116,7 @@ class ModelRunner:
         for piece, begin in zip(pieces, begins, strict=False):
             if piece.picture is None:
                 continue
-            picture = self._pictures.get(piece.picture)
-            if picture is None:  # all its positions are in the cache
-                continue
+            picture = self._pictures[piece.picture]
             first, last = max(piece.start, 1), min(piece.start + len(piece.tokens), 1 + len(picture))
             if first < last:
                 embeddings.append(picture[first - 1 : last - 1])
@@ -129,6 +129,7 @@ class ModelRunner:
     def _received(self, tokens: int) -> Tensor:
         """Take what the stage before this one has computed: [tokens, 1, hidden]."""
         groups = self._model.groups
+        tokens //= self._multiple
         hidden = torch.empty(tokens, 1, self._model.language.config.hidden_size, dtype=self._dtype, device=self._device)
         dist.recv(hidden, group=groups.pipeline, group_src=groups.seat.pipeline - 1)
         return hidden

@@ -1,7 +1,5 @@
 """A sequence on its way through the engine: its tokens, how many of them are in the cache, and where."""
 
-from dataclasses import replace
-
 from megatron_sphinx.generation.blocks import Hold, chained_key
 from megatron_sphinx.generation.delivery import Delivery
 from megatron_sphinx.generation.requests import Prompt, Sampling
@@ -21,6 +19,7 @@ class CachedSequence:
     Attributes:
         prompt: what it begins with.
         delivery: takes what its pieces give.
+        picture_end: number of the first token behind the picture; 0 without a picture.
         number: counted in the order in which requests came; -1 before it has one.
         replica: the replica that computes it.
         hold: its blocks; None while it waits.
@@ -46,6 +45,7 @@ class CachedSequence:
         self.computed = 0
         self.is_under_way = self.is_ended = self.is_encoded_for = False
         self.cached_tokens: int | None = None
+        self.picture_end = 1 + prompt.picture.positions if prompt.picture else 0
         self._tokens = [*prompt.tokens, *continuation[:-1]]
         self._block, self._keys = block, list[bytes]()
         self._seen = self._penalised()
@@ -77,11 +77,6 @@ class CachedSequence:
     def undrawn(self) -> int:
         """How many tokens of the answer may still be drawn."""
         return self._sampling.max_new_tokens - self.drawn if self._sampling else 0
-
-    @property
-    def picture_end(self) -> int:
-        """The number of the first token behind the picture; 0 without a picture."""
-        return 1 + self.prompt.picture.positions if self.prompt.picture else 0
 
     def keys(self, tokens: int) -> list[bytes]:
         """Return the keys of the full blocks of its first tokens."""
@@ -115,13 +110,21 @@ class CachedSequence:
             segments=self.hold.segments(end),
             picture=self.prompt.picture.key if self.prompt.picture and start < self.picture_end and end > 1 else None,
             draw=self._draw(self._sampling) if self._sampling and end == self.length else None,
-            targets=self._targets(start, end),
+            targets=self._targets(start, end) if self._continuation else (),
         )
 
     def _draw(self, asked: Sampling) -> Draw:
         """Return how the next token is drawn."""
-        draw = Draw(asked.seed, self.drawn, asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty)
-        return replace(draw, seen=tuple(self._seen or ()), top_logprobs=asked.top_logprobs)
+        return Draw(
+            seed=asked.seed,
+            number=self.drawn,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            repetition_penalty=asked.repetition_penalty,
+            seen=tuple(self._seen) if self._seen else (),
+            top_logprobs=asked.top_logprobs,
+        )
 
     def _targets(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Return which tokens of the continuation are scored behind which of the tokens from start to end."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from threading import Condition, Thread, current_thread
 
 from megatron_sphinx.errors import SphinxError
-from megatron_sphinx.generation.answering import Listener, Load
+from megatron_sphinx.generation.answering import Listener, Load, QueueFullError
 from megatron_sphinx.generation.engine import Engine, Language
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.requests import Finish, Prompt, Sampling
@@ -14,10 +14,6 @@ from megatron_sphinx.generation.sequence import CachedSequence
 from megatron_sphinx.generation.ticks import Executor
 
 _PICTURE_SECONDS = 0.002  # how often a picture that is all there is to wait for is asked after
-
-
-class QueueFull(SphinxError):  # noqa: N818 - what it says of itself
-    """More requests wait than may wait."""
 
 
 class ClosedError(SphinxError):
@@ -77,7 +73,7 @@ class Service:
         Raises:
             DataError: prompt and answer do not fit.
             ConfigError: a number of `sampling` is out of its range.
-            QueueFull: too many requests are waiting.
+            QueueFullError: too many requests are waiting.
             ClosedError: the service is closed.
         """
         return self._hand_in(self._engine.answer(prompt, sampling, listen))
@@ -87,7 +83,7 @@ class Service:
 
         Raises:
             DataError: there is nothing to score, or it does not fit.
-            QueueFull: too many requests are waiting.
+            QueueFullError: too many requests are waiting.
             ClosedError: the service is closed.
         """
         return self._hand_in(self._engine.score(prompt, continuation, listen))
@@ -100,7 +96,7 @@ class Service:
             if self.is_closing:
                 raise ClosedError("the model is being closed: it takes no request any more; load it again")
             if self._engine.waiting + self._handed_in >= self._most_waiting:
-                raise QueueFull(
+                raise QueueFullError(
                     f"waiting={self._most_waiting}: as many requests as may are waiting already; ask again later"
                 )
             self._handed_in += 1

@@ -92,8 +92,11 @@ class SphinxModel(nn.Module):
             [tokens, 1, hidden].
         """
         embeddings = None
-        if pictures is not None and positions is not None:
-            embeddings = place_views(self._embed_text(tokens), pictures, positions)[:, None]
+        if self.groups.is_first_stage:
+            embeddings = self._embed_text(tokens)
+            if pictures is not None and positions is not None:
+                embeddings = place_views(embeddings, pictures, positions)
+            embeddings = self._scattered(embeddings[:, None])
         out: Tensor = self.language(
             input_ids=tokens[None],
             position_ids=None,
@@ -125,7 +128,10 @@ class SphinxModel(nn.Module):
         if self.vision.skip_token is not None:
             skipped = self.vision.skip_token.expand(len(batch.skip_positions), -1)
             blocks, positions = torch.cat([blocks, skipped]), torch.cat([positions, batch.skip_positions])
-        embeddings = place_views(self._embed_text(batch.tokens), blocks, positions)[:, None]
+        return self._scattered(place_views(self._embed_text(batch.tokens), blocks, positions)[:, None])
+
+    def _scattered(self, embeddings: Tensor) -> Tensor:
+        """Keep this tensor rank's part of the tokens, where tensor ranks share them: [its tokens, 1, hidden]."""
         if self.groups.layout.config.sequence:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tensor)
         return embeddings

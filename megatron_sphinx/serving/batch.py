@@ -1,5 +1,6 @@
 """Files of questions answered: many at a time, each once, in a file that is in their order."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -10,10 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.generation.answering import Answers, ChatPrompt, Ticket
 from megatron_sphinx.generation.grounding import ground
 from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Sampling
+from megatron_sphinx.paths import files_in
 from megatron_sphinx.serving.answer_file import AnswerFile
 from megatron_sphinx.serving.box_entries import entries_of
 from megatron_sphinx.serving.questions import Asking, Question, questions_of
@@ -40,7 +43,7 @@ class BatchReport:
 
 def answer_all(
     answers: Answers,
-    model: str,
+    model: Path,
     sources: Sequence[Source],
     target: Path,
     asking: Asking,
@@ -69,10 +72,10 @@ def answer_all(
         SphinxError: the model ended.
     """
     settings = {
-        "model": {"path": model, "name": answers.name},
+        "model": {**_identity(model), "name": answers.name},
         "sampling": asdict(sampling),
         "asking": {name: str(value) for name, value in asdict(asking).items()},
-        "input": {str(source.path): source.state() for source in sources},
+        "input": {f"{number}: {source.path}": source.state() for number, source in enumerate(sources)},
     }
     with AnswerFile(target, settings) as file:
         before = len(file)
@@ -84,6 +87,15 @@ def answer_all(
                 _ask_all(_Run(answers, file, asking, sampling, in_flight, shown), file, questions_of(sources, asking))
         file.finish()
         return BatchReport(len(file) - file.errors, file.errors, before)
+
+
+def _identity(model: Path) -> dict[str, str]:
+    """Return what tells one model from another: its path, of a run its newest checkpoint, and which files are there."""
+    with suppress(CheckpointError):  # of what is no run, but a checkpoint
+        model = newest_of(model)
+    files = [model] if model.is_file() else files_in(model, None, follow_links=True)
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {"path": str(model.resolve()), "files": hashlib.sha256(repr(states).encode()).hexdigest()}
 
 
 def _ask_all(run: "_Run", file: AnswerFile, questions: Iterable[Question]) -> None:

@@ -14,7 +14,7 @@ from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.generation.grounding import draw_groundings
 from megatron_sphinx.serving.client import Part, Server, ServerError
-from megatron_sphinx.serving.transcript import Turn, messages_of, shown
+from megatron_sphinx.serving.transcript import Turn, escaped, messages_of, shown
 
 # Source: the kinds of questions that accessory/demos/multi_turn_mm_box.py of LLaMA2-Accessory offers
 EXAMPLES = (
@@ -111,8 +111,8 @@ def build(page: Page, model: str) -> Any:
     """Lay the page out, and connect it; a `gradio.Blocks`."""
     import gradio
 
-    with gradio.Blocks(title=f"{model}", analytics_enabled=False, delete_cache=(3600, _KEEP_SECONDS)) as blocks:
-        gradio.Markdown(f"## {model}", sanitize_html=True)
+    with gradio.Blocks(title=model, analytics_enabled=False, delete_cache=(3600, _KEEP_SECONDS)) as blocks:
+        gradio.Markdown(f"## {escaped(model)}")
         turns = gradio.State([])
         with gradio.Row():
             with gradio.Column(scale=2):

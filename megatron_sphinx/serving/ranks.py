@@ -1,10 +1,10 @@
 """The ranks of a model that answers: how each is built, and what those do that only follow the first."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_sphinx.checkpoint.collective import all_or_none
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.device import Platform
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
 from megatron_sphinx.generation.runner import ModelRunner, cache_places
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -59,6 +59,22 @@ class LoadOptions:
     positions: Annotated[int, Range(least=2, most=2**24)] | None = None
     cache_bytes: Annotated[int, Range(least=1, most=2**50)] | None = None
 
+    @classmethod
+    def of(cls, **given: Any) -> "LoadOptions":
+        """Make options of attributes, those of `parallel` given by themselves.
+
+        Raises:
+            ConfigError: one is not known, or out of its range.
+        """
+        known, sizes = {item.name for item in fields(cls)}, {item.name for item in fields(ParallelConfig)}
+        if unknown := sorted(given.keys() - known - sizes):
+            raise ConfigError(
+                f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], sorted(known | sizes))}"
+            )
+        parallel = {name: given.pop(name) for name in list(given) if name in sizes}
+        options = cls(**given)
+        return replace(options, parallel=ParallelConfig(**parallel)) if parallel else options
+
     def __post_init__(self) -> None:
         check_ranges(self, "")
         if self.parallel.sequence:
@@ -83,10 +99,12 @@ class Job:
     source: ModelSource
     cache_bytes: int
     _lifeline: Lifeline
+    _groups: ProcessGroups
 
     def close(self) -> None:
         """Let the other ranks go, and leave the job."""
         self.executor.close()
+        dist.barrier(group=self._groups.control)
         self._lifeline.close()
         dist.destroy_process_group()
 
@@ -110,7 +128,7 @@ def start(path: Path, options: LoadOptions) -> Job:
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=options.parallel)
     platform = join(options.device, _MEETING_SECONDS)
-    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}")
+    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}", command="serve", remedy="load it again")
     try:
         groups = ProcessGroups.create(layout, platform.backend, _FOREVER, _FOREVER)
         job = _load(path, options, groups, platform, lifeline)
@@ -118,6 +136,7 @@ def start(path: Path, options: LoadOptions) -> Job:
             return job
         if job is not None:
             job.executor.follow()
+        dist.barrier(group=groups.control)  # a connection that is closed drops what it still has to send
     except Exception as error:
         if world == 1:
             lifeline.close()
@@ -143,7 +162,7 @@ def _load(
     places = _places(model, groups, platform, positions, options.cache_bytes)
     runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
     executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
-    return Job(executor, source, runner.cache_bytes, lifeline)
+    return Job(executor, source, runner.cache_bytes, lifeline, groups)
 
 
 def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:
