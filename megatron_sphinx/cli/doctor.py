@@ -47,6 +47,7 @@ OPTIONAL = {
     "transformers": ("transformers", "the Q-Former; pip install 'megatron-sphinx[qformer]'"),
     "pymupdf": ("pymupdf", "prepare ocr; pip install 'megatron-sphinx[ocr]'"),
     "gguf": ("gguf", "examples/smol.py; pip install 'megatron-sphinx[smol]'"),
+    "fastapi": ("fastapi", "serve; pip install 'megatron-sphinx[serve]'"),
     "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
