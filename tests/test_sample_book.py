@@ -15,7 +15,7 @@ from megatron_sphinx.training.sample_book import SampleBook, Shown
 class FakeAnswerer:
     """Answers with what it was given; and how many views it was shown, by the ranks that are shown any."""
 
-    def __init__(self, context) -> None:
+    def __init__(self, context, _model) -> None:
         self.groups = context.groups
 
     def answer(self, questions, features):
@@ -54,6 +54,39 @@ def test_the_first_samples_are_answered(train, held_out, monkeypatch, kind, lang
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert len(events.Images("sample 1")) == len(events.Tensors("sample 1/text_summary")) == 2
     assert [line["step"] for line in metrics.read(run.folder / "metrics.jsonl")] == [0, 1, 2]
+
+
+MIXTRAL = {"model.experts": 4, "model.experts_per_token": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "language", "layout"),
+    [
+        ({}, 2, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.encoder": 1}),
+        (MIXTRAL, 2, {"parallel.expert": 2}),
+        pytest.param({}, 2, {"parallel.pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param({}, 4, {"parallel.tensor": 2, "parallel.pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            MIXTRAL,
+            4,
+            {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "parallel.expert": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_answers_are_the_same_in_every_layout(train, held_out, model, language, layout):
+    """Five pictures and conversations, one picture that cannot be read, after each step; and the loss is unchanged."""
+    asked = {"validation.conversations": str(held_out / "conversations"), "validation.samples": 5,
+             "validation.interval": 1, "data.sequence_length": 300, "model.init_std": 0.3} | model  # fmt: skip
+    runs = [train(1, asked), train(language + layout.get("parallel.encoder", 0), asked | layout)]
+    lines = [[json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()] for run in runs]
+    assert lines[0] == lines[1]
+    answers = [line["answers"] for line in lines[0]]
+    assert len(answers) == 3
+    assert all(len(set(each)) > 1 for each in answers), "all answers are alike"
+    unasked = train(1, model | {"data.sequence_length": 300, "model.init_std": 0.3})
+    losses = [[line["loss"] for line in metrics.read(run.folder / "metrics.jsonl")] for run in (unasked, runs[0])]
+    assert losses[0] == losses[1]
 
 
 class Board:
