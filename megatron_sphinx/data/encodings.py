@@ -132,7 +132,7 @@ class TokenizerJson:
 
     @cached_property
     def _with_special(self) -> Any:
-        """Return the tokenizer that finds control tokens in a text, where `_plain` takes them for text."""
+        """A second tokenizer, which finds control tokens in a text."""
         made = self._make()
         self._mark(made)
         return made
