@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from megatron_sphinx.prepare.tasks import ConversationJson
 from megatron_sphinx.prepare.template import parse
 
 VOCABULARY = 512
-PLAIN = 0.25  # share of the training questions that are asked without the prompt for a short answer, as people ask
+ABSENT = 3  # questions about what is not in a picture, for each about what is
+# shares of the training questions that are asked without the prompt for a short answer, as people ask
+PLAIN_FIRST, PLAIN = 0.25, 0.9
 
 
 def package_data() -> Path:
@@ -56,12 +58,27 @@ def records(part: Path) -> Iterator[list[dict[str, str]]]:
     yield from (asked[number] for number in sorted(asked))
 
 
+def is_present(record: Mapping[str, str]) -> bool:
+    """Whether what a yes-or-no question asks about is in the picture."""
+    return (record["answer"] == "yes") != bool({"not", "no"} & set(record["question"].split()))
+
+
 def dialog(questions: Sequence[dict[str, str]], rng: np.random.Generator) -> ConversationJson:
-    """Make one conversation of all questions about a picture, in random order: any of them may come first in a test."""
-    turns = [tasks.vqa(questions[number], "centre") for number in rng.permutation(len(questions))]
+    """Make one conversation about a picture, in random order, for any question may come first in a test.
+
+    Most yes-or-no questions ask about what is not there, so that a model would learn to say that for long; of those
+    only as many are taken as ABSENT says. The prompt for a short answer stands behind the first question, and behind
+    some of the others.
+    """
+    groups: dict[bool | None, list[dict[str, str]]] = {None: [], True: [], False: []}
+    for number in rng.permutation(len(questions)):
+        record = questions[number]
+        groups[is_present(record) if record["answer"] in ("yes", "no") else None].append(record)
+    taken = groups[None] + groups[True] + groups[False][: ABSENT * max(1, len(groups[True]))]
+    turns = [tasks.vqa(taken[number], "centre") for number in rng.permutation(len(taken))]
     (whole,) = tasks.merge(turns, len(turns))
-    for asked in whole["conversations"][::2]:
-        if rng.random() < PLAIN:
+    for number, asked in enumerate(whole["conversations"][::2]):
+        if rng.random() < (PLAIN if number else PLAIN_FIRST):
             asked["value"] = asked["value"].partition("\n")[0]
     return whole
 
