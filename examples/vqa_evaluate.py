@@ -12,8 +12,8 @@ import json
 import queue
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -119,13 +119,28 @@ def kind_of(question: Question) -> str:
     return next(kind for kind, words in KINDS.items() if question["answer"] in words)
 
 
-def majority(asked: Sequence[Question]) -> dict[str, float]:
-    """Compute what the most frequent answer to the questions of each kind, and of all, would reach."""
-    counts = {kind: Counter[str]() for kind in KINDS}
-    for question in asked:
-        for kind in (kind_of(question), "all"):
-            counts[kind][question["answer"]] += 1
-    return {kind: max(count.values(), default=0) / max(1, count.total()) for kind, count in counts.items()}
+def blind(asked: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """Compute what can be reached without looking: with one answer to each kind of question, or to each question.
+
+    The answers are the most frequent ones of the test itself, so nothing that is blind can reach more.
+    """
+    by_kind = most_frequent((kind_of(question), question["answer"]) for question in asked)
+    by_text = most_frequent((question["question"], question["answer"]) for question in asked)
+    (overall,) = most_frequent(("all", question["answer"]) for question in asked).values()
+    of_kind = accuracy(asked, [by_kind[kind_of(question)] for question in asked])
+    of_all = accuracy(asked, [overall] * len(asked))
+    return {
+        "one answer": of_kind | {"all": of_all["all"]},
+        "question alone": accuracy(asked, [by_text[question["question"]] for question in asked]),
+    }
+
+
+def most_frequent(answered: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the most frequent of the answers to each of the things that were asked."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for asked, answer in answered:
+        counts[asked][answer] += 1
+    return {asked: count.most_common(1)[0][0] for asked, count in counts.items()}
 
 
 def evaluate(folder: Path, test: Path, asked: Sequence[Question], is_control: bool) -> dict[str, dict[str, float]]:
@@ -156,7 +171,7 @@ def main() -> int:
     columns = evaluate(args.run, args.test, asked, False)
     if args.random_run:
         columns["random expert"] = evaluate(args.random_run, args.test, asked, True)["alone"]
-    columns["one answer"] = majority(asked)
+    columns |= blind(asked)
     counts = Counter(kind_of(question) for question in asked) | Counter({"all": len(asked)})
     print(f"{'':10}{'questions':>10}" + "".join(f"{name:>16}" for name in columns))
     for kind in KINDS:

@@ -322,7 +322,7 @@ def test_commands_that_take_no_time_do_what_they_say(command, capsys, monkeypatc
 
 def test_the_makefile_calls_programs_with_arguments_that_they_take(parse):
     """The lines of the targets that train for minutes, parsed; what they do is tested with few steps."""
-    names = ("demo", "demo_moe", "figure7", "family", "benchmark", "skipping", "gpu")
+    names = ("demo", "demo_moe", "vqa", "figure7", "family", "benchmark", "skipping", "gpu")
     made = subprocess.run(
         ["make", "--dry-run", "--always-make", "--no-print-directory", *names],
         cwd=ROOT, capture_output=True, text=True, check=True,

@@ -163,10 +163,11 @@ def test_the_table(run_example, exam, monkeypatch):
         "in a chat": every,
         "random expert": {"yes or no": 0.5, "shape": 0.0, "colour": 0.0, "all": 0.25},
         "one answer": {"yes or no": 0.5, "shape": 0.34, "colour": 0.13, "all": 0.25},
+        "question alone": {"yes or no": 1.0, "shape": 0.34, "colour": 0.13, "all": 0.6175},
     }
     assert found["questions"] == {"yes or no": 200, "shape": 100, "colour": 100, "all": 400}
     assert [line.split() for line in said.splitlines()[1:5]][2] == [
-        "colour", "100", "100.0%", "0.0%", "100.0%", "0.0%", "13.0%",
+        "colour", "100", "100.0%", "0.0%", "100.0%", "0.0%", "13.0%", "13.0%",
     ]  # fmt: skip
     assert said.endswith("1 steps; 3 seconds\n")
     chats = [chat for chat in models["run"].chats if len(chat) == 7]
