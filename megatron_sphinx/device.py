@@ -68,6 +68,12 @@ class Platform:
         is_bf16 = self.is_bf16_fast if precision == "auto" else precision == "bf16"
         return torch.bfloat16 if is_bf16 else torch.float32
 
+    def free_memory_bytes(self) -> int:
+        """Bytes of memory that nobody has taken yet, of the GPU or of the machine."""
+        if self.is_cuda:
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), self.memory_bytes())
+
     def memory_bytes(self) -> int:
         """Bytes of memory of the GPU, or of the machine as far as this process may use it."""
         if self.is_cuda:

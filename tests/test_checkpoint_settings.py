@@ -78,7 +78,7 @@ OTHERS = [
     ("internlm2", "bias", ..., "there are no biases here where it is absent, as here; give a model with bias=False"),
     ("hf", "hidden_act", "gelu", "another activation than SwiGLU's"),
     ("hf", "attention_dropout", 0.1, "there is no dropout here"),
-    ("hf", "tie_word_embeddings", True, "the output layer has weights of its own here"),
+    ("hf", "tie_word_embeddings", "yes", "is neither true nor false; give a model with tie_word_embeddings=False"),
     ("hf", "partial_rotary_factor", 0.5, "whole heads are rotated here"),
     ("hf", "sliding_window", 16, "attention is over all positions here"),
     ("hf", "layer_types", ["sliding_attention"], "attention is over all positions here"),

@@ -78,7 +78,7 @@ def labels_by_character(tokenizer: Tokenizer, conversation: Conversation) -> tup
     text, answers = conversation.text()
     of_answer = [any(begin <= at < end for begin, end in answers) for at in range(len(text))]
     learned = [flag for flag, letter in zip(of_answer, text, strict=True) for _ in letter.encode()]
-    model, ids, at = tokenizer._model, tokenizer.encode(text), -1  # a space is put before the text
+    model, ids, at = tokenizer._encoding._model, tokenizer.encode(text), -1  # a space is put before the text
     is_learned = []
     for token in ids:
         piece = model.id_to_piece(token)

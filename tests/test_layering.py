@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
     "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
-    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names", "config",
-    "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
+    "config", "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
@@ -22,6 +22,12 @@ OWNERS = {
     "fsspec": {"data/files.py"},
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
+    "gradio": {"serving/page.py"},
+    "openai": {"serving/client.py"},
+    "fastapi": {"serving/server.py"},
+    "starlette": {"serving/server.py", "serving/chat_endpoint.py", "serving/exchange.py"},
+    "uvicorn": {"serving/process.py"},
+    "prometheus_client": {"serving/prometheus.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
          "config_reference.py", "parallel/layout.py",

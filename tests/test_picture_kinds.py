@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageOps
 from test_pairs import png, write_tar
@@ -60,6 +61,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_ramp_comes_out_as_a_ramp(kind):
+    if kind == "YCbCr tiff" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read what it writes")
     content = KINDS[kind]()
     assert images.shape_of(content) == images.Shape(256, 16)
     found = np.asarray(images.decode(content)).astype(int)

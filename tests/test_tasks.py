@@ -72,7 +72,7 @@ EXAMPLES = [
     (
         "describe",
         {**PICTURE, "phrase": "left dog", "box": BOX},
-        [f"Please provide a short description of the region {TEXT}.", "left dog"],
+        [f"Please provide a short description for this region : {TEXT}", "left dog"],
     ),
     (
         "detect",
@@ -119,7 +119,7 @@ EXAMPLES = [
             "object": {"name": "horse", "box": OTHER},
             "relation": "on",
         },
-        [f"What is the relation between boy{TEXT} and horse{OTHER_TEXT}?", "on"],
+        [f"What is the relationship between the object in {TEXT} and the object in {OTHER_TEXT}?", "on"],
     ),
     ("classify", {"image": "a.jpg", "class": "daisy"}, ["Classify the image.", "This is a daisy"]),
 ]

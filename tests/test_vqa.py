@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image, ImageDraw
 
-import megatron_sphinx
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.generation.requests import Chunk, Finish, Picture, Prompt
+from megatron_sphinx.serving import model as serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
@@ -153,7 +153,7 @@ def test_the_table(run_example, exam, monkeypatch):
         "run": Knows(exam.answers, lambda asked: asked == "what color is it?"),
         "control": Knows(exam.answers, lambda asked: "what" in asked or "here" in asked),
     }
-    monkeypatch.setattr(megatron_sphinx, "load", lambda folder: models[folder.name], raising=False)
+    monkeypatch.setattr(serving, "load", lambda folder: models[folder.name])
     said = run_example("vqa_evaluate.py", exam.folder / "run", exam.folder / "control", "--test", exam.test)
     found = json.loads((exam.folder / "run" / "summary.json").read_text())
     every = {"yes or no": 1.0, "shape": 1.0, "colour": 1.0, "all": 1.0}
@@ -179,6 +179,6 @@ def test_the_table(run_example, exam, monkeypatch):
 
 def test_what_a_model_cannot_go_on_after_ends_the_evaluation(run_example, exam, monkeypatch):
     model = Knows(exam.answers, lambda asked: False, fails=True)
-    monkeypatch.setattr(megatron_sphinx, "load", lambda folder: model, raising=False)
+    monkeypatch.setattr(serving, "load", lambda folder: model)
     with pytest.raises(DataError, match="the picture fell down"):
         run_example("vqa_evaluate.py", exam.folder / "run", "--test", exam.test)

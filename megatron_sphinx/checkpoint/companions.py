@@ -14,12 +14,14 @@ from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.encoders import ENCODERS
 from megatron_sphinx.checkpoint.formats.format import Format, SourceCheckpoint
 from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.data.tokenizer_files import BESIDE, JSON, SENTENCEPIECE, tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.settings.keys import shortened
 
-TOKENIZER, GENERATION = "tokenizer.model", "generation_config.json"
+GENERATION = "generation_config.json"
+TOKENIZERS = (SENTENCEPIECE, JSON)
 FILES = (
-    TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    *TOKENIZERS, *BESIDE, "added_tokens.json", "vocab.json",
     "merges.txt", "tekken.json", "tokenizer.model.v3", "chat_template.jinja", "chat_template.json",
     GENERATION,
 )  # fmt: skip
@@ -90,33 +92,50 @@ def _of_run(found: Companions, checkpoint: SourceCheckpoint, run: Mapping[str, A
             begun = companions_of(open_checkpoint(Path(str(origin)), checkpoint.model.language))
         except (CheckpointError, OSError) as error:
             begun = Companions(notes=(f"model.weights={origin}, which the run began with, tells nothing: {error}",))
-        if not (TOKENIZER in begun.files and sha256_of(begun.files[TOKENIZER]) != identity.get("tokenizer")):
+        digests = [sha256_of(begun.files[name]) for name in TOKENIZERS if name in begun.files]
+        if not digests or identity.get("tokenizer") in digests:
             files, kept = {**begun.files, **files}, {**begun.kept, **kept}
         notes += begun.notes if not begun.files else ()
-    tokenizer = data.get("tokenizer")
-    if TOKENIZER not in files and tokenizer:
-        path, digest = Path(str(tokenizer)), identity.get("tokenizer")
-        if not path.is_file():
-            notes.append(f"data.tokenizer={path}: is not there, so no tokenizer goes along")
-        elif digest and sha256_of(path) != digest:
-            notes.append(f"data.tokenizer={path}: is not the one that the run had, so no tokenizer goes along")
-        else:
-            files[TOKENIZER] = path
+    if (tokenizer := data.get("tokenizer")) and not any(name in files for name in TOKENIZERS):
+        given = Path(str(tokenizer))
+        beside, note = _tokenizer_of(given, identity.get("tokenizer"))
+        files |= beside
+        notes += [f"data.tokenizer={given}: {note}, so no tokenizer goes along"] if note else []
     if type(length := data.get("sequence_length")) is int:
         kept.setdefault("max_position_embeddings", length)
     return Companions(files, kept, tuple(notes))
+
+
+def _tokenizer_of(given: Path, digest: str | None) -> tuple[dict[str, Path], str]:
+    """Find the files of a run's tokenizer.
+
+    Args:
+        given: the file, or the folder that holds it.
+        digest: of the file that the run had; None where nothing knows.
+
+    Returns:
+        The files by the names that they get, and what keeps them from going along.
+    """
+    path = next(iter(tokenizers_in(given)), given)
+    if not path.is_file():
+        return {}, "is not there"
+    if digest and sha256_of(path) != digest:
+        return {}, "is not the one that the run had"
+    if path.suffix != ".json":
+        return {SENTENCEPIECE: path}, ""
+    return {JSON: path} | {name: path.with_name(name) for name in BESIDE if path.with_name(name).is_file()}, ""
 
 
 def with_tokens(kept: Mapping[str, Any], files: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
     """Add the first and last token of a sequence, as the tokenizer has them, where nothing else tells them."""
     yield from kept.items()
     names = {"bos_token_id", "eos_token_id"} - kept.keys()
-    if names and TOKENIZER in files:
-        from megatron_sphinx.data.tokenizer import Tokenizer  # sentencepiece, which few conversions need
+    if names and (path := next((files[name] for name in TOKENIZERS if name in files), None)):
+        from megatron_sphinx.data.tokenizer import Tokenizer  # libraries that few conversions need
         from megatron_sphinx.errors import DataError
 
         try:
-            tokenizer = Tokenizer(files[TOKENIZER])
+            tokenizer = Tokenizer(path)
         except DataError:  # another kind of tokenizer under this name
             return
         tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}

@@ -174,7 +174,7 @@ def _balance(opened: SourceCheckpoint, checkpoint: SourceCheckpoint, conversion:
     unused = opened.source.entries.keys() - checkpoint.source.entries.keys()
     left_out |= dict.fromkeys((f"{file}: {name}" for file, name in sorted(unused)), _NOT_ASKED)
     left_out |= {f"{spec.file}: {spec.name}": "another rank's file has it too" for spec, _ in conversion.copies}
-    read = len(checkpoint.source.entries) - len(conversion.copies)
+    read = len(checkpoint.source.stored) - len(conversion.copies)
     parts = [(read, f"made into {made}"), (len(frozen & kept), "of frozen experts copied")]
     return balance(str(opened.folder), parts, left_out)
 

@@ -24,7 +24,7 @@ _BLOCK = 1 << 18  # elements that are handled at once: few enough to stay in a c
 
 def tensors(checkpoint: SourceCheckpoint) -> dict[str, Entry]:
     """List all tensors of a checkpoint by file and name, those of frozen experts behind the others."""
-    own = {f"{file}: {name}": entry for (file, name), entry in sorted(checkpoint.source.entries.items())}
+    own = {f"{file}: {name}": entry for (file, name), entry in sorted(checkpoint.source.stored.items())}
     frozen = (entries for _, entries in sorted(checkpoint.encoders.items()))
     return own | {f"{entry.chunks[0].path.name}: {name}": entry for one in frozen for name, entry in one.items()}
 

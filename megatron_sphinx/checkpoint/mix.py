@@ -126,7 +126,7 @@ def interpolate(
 
 def _balance(one: SourceCheckpoint, is_first: bool, tensors: Sequence[MixedTensor], mixed: int) -> str:
     """What has become of the tensors of an input."""
-    own = len(one.source.entries) + sum(map(len, one.encoders.values()))
+    own = len(one.source.stored) + sum(map(len, one.encoders.values()))
     left_out = dict(one.left_out)
     if is_first:  # all that its files hold goes along, but for states of an optimizer
         made = {f"{tensor.file}: {tensor.name}" for tensor in tensors}

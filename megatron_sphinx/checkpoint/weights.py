@@ -19,6 +19,7 @@ from megatron_sphinx.checkpoint.manifest import read_manifest
 from megatron_sphinx.checkpoint.slices import MASTER, TensorSlice
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.data.tokenizer_files import tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, boxes_of
 
@@ -65,8 +66,9 @@ class Weights:
         origin = _origin_of(folder, model)
         path, holds = origin.path, origin.model
         made, current = _facts(holds), _facts(model)
-        if origin.tokenizer:
-            made["tokenizer"], current["tokenizer"] = origin.tokenizer, store.identity["tokenizer"]
+        if origin.tokenizers:
+            own = current["tokenizer"] = store.identity["tokenizer"]
+            made["tokenizer"] = own if own in origin.tokenizers else origin.tokenizers[0]
         if not holds.channels:
             made["channels"] = current["channels"]
         seen, vision = origin.vision, store.identity.get("vision", {})
@@ -103,7 +105,7 @@ class _Origin:
     Attributes:
         path: its folder.
         model: the weights that it has.
-        tokenizer: sha256 of its tokenizer; None where it has none.
+        tokenizers: sha256 of its tokenizer, in each form that it has it in.
         vision: how it was shown pictures, for one of ours.
         manifest: what one of ours says of itself; None for others.
         checkpoint: its tensors; None for one of ours.
@@ -111,7 +113,7 @@ class _Origin:
 
     path: Path
     model: Model
-    tokenizer: str | None
+    tokenizers: tuple[str, ...]
     vision: dict[str, Any]
     manifest: dict[str, Any] | None
     checkpoint: SourceCheckpoint | None
@@ -130,16 +132,21 @@ def _origin_of(folder: Path, model: Model) -> _Origin:
         manifest = read_manifest(path, KEY)
         holds, identity = megatron.model_of(path, manifest), manifest["identity"]
         vision = identity.get("vision", {}) if holds.channels else {}
-        return _Origin(path, holds, identity.get("tokenizer"), vision, manifest, None)
+        known = (identity["tokenizer"],) if "tokenizer" in identity else ()
+        beside = _digests(path) if known else ()  # a conversion knows the first of several forms alone
+        return _Origin(path, holds, (*known, *beside), vision, manifest, None)
     from megatron_sphinx.checkpoint.open import open_checkpoint
 
     try:
         checkpoint = open_checkpoint(folder, model.language)
     except CheckpointError as error:  # begins with the path
         raise CheckpointError(f"{KEY}={error}") from error
-    tokenizer = checkpoint.folder / "tokenizer.model"
-    digest = sha256_of(tokenizer) if tokenizer.is_file() else None
-    return _Origin(checkpoint.folder, checkpoint.model, digest, {}, None, checkpoint)
+    return _Origin(checkpoint.folder, checkpoint.model, _digests(checkpoint.folder), {}, None, checkpoint)
+
+
+def _digests(folder: Path) -> tuple[str, ...]:
+    """SHA-256 of the tokenizer in a folder, in each form that it is there in."""
+    return tuple(map(sha256_of, tokenizers_in(folder)))
 
 
 def fill(checkpoint: SourceCheckpoint, slices: Iterable[TensorSlice]) -> None:

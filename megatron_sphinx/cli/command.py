@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.errors import MeetingError, SphinxError
+from megatron_sphinx.generation.requests import Sampling
+from megatron_sphinx.ranges import Range, check_range, check_ranges
 
 if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
     Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -100,6 +103,75 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the model that answers, and how it is loaded.
+
+    Such a command may be started on every rank of a job: the first one alone says what is wrong.
+    """
+    parser.set_defaults(may_be_rank=True)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, or a run's folder")
+    group = parser.add_argument_group("the model")
+    group.add_argument("--config", type=Path, help="configuration or preset of a checkpoint that has none of its own")
+    group.add_argument("--tokenizer", type=Path, help="default: the configuration's, or that beside the weights")
+    group.add_argument("--template", help="what stands around the messages of a chat; default: what the model is for")
+    group.add_argument("--device", help="auto, cpu or cuda; default: auto")
+    group.add_argument("--precision", help="bf16 or fp32; default: that of the training")
+    group.add_argument("--positions", type=int, help="of prompt and answer together; default: those of the training")
+    group.add_argument(
+        "--cache-gib", type=float, help="of each rank's key-value cache; default: what there is room for"
+    )
+    group = parser.add_argument_group("its layout, started by torchrun or srun; replicas take the ranks that are left")
+    group.add_argument("--tensor", type=int, metavar="RANKS", help="that share each matrix; default: 1")
+    group.add_argument("--pipeline", type=int, metavar="STAGES", help="that the layers are cut into; default: 1")
+    group.add_argument("--expert", type=int, metavar="RANKS", help="that share the experts of a layer; default: 1")
+    group.add_argument("--encoder", type=int, metavar="RANKS", help="that encode and do nothing else; default: 0")
+
+
+_OF_MODEL = (
+    "config", "tokenizer", "template", "device", "precision", "positions", "tensor", "pipeline", "expert", "encoder",
+)  # fmt: skip
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how a model is loaded, by what `add_model` took, as arguments of `serving.model.load`.
+
+    Raises:
+        ConfigError: the cache's size is out of its range.
+    """
+    given = {name: value for name in _OF_MODEL if (value := getattr(args, name)) is not None}
+    if args.cache_gib is not None:
+        check_range(args.cache_gib, Range(above=0, most=2**20), "--cache-gib")
+        given["cache_bytes"] = int(args.cache_gib * 2**30)
+    return given
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take how answers are drawn; what is not given is as in `Sampling`."""
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens at most; default: 512")
+    group.add_argument("--temperature", type=float, help="0, the default: the likeliest token")
+    group.add_argument("--top-p", type=float, help="draw from the likeliest tokens with this probability; default: 1")
+    group.add_argument("--top-k", type=int, metavar="N", help="draw from so many likeliest tokens; default: all")
+    group.add_argument("--repetition-penalty", type=float, help="above 1: less of what was there; default: 1")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
+    group.add_argument("--seed", type=int, help="default: 0")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return how answers are drawn, by what `add_sampling` took.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+    given = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
+    given["stop"] = tuple(args.stop) if args.stop else None
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    check_ranges(sampling, "sampling.")
+    return sampling
+
+
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the tokenizer, which cannot be left out."""
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="sentencepiece .model, tokenizer.json, or a folder with one"
+    )

@@ -35,8 +35,8 @@ REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "megatron-core": "megatron.core", "deepspeed": "deepspeed",
     "timm": "timm", "einops": "einops", "fsspec": "fsspec", "matplotlib": "matplotlib", "numpy": "numpy",
     "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml", "safetensors": "safetensors",
-    "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tqdm": "tqdm", "webdataset": "webdataset",
-    "zstandard": "zstandard",
+    "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
+    "webdataset": "webdataset", "zstandard": "zstandard",
 }  # fmt: skip
 # Distributions that a run does without, each with its module and what it is for.
 OPTIONAL = {

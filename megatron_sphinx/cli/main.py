@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from megatron_sphinx import __version__
 from megatron_sphinx.cli import (
     benchmark,
+    chat,
     config,
     convert,
+    demo,
     doctor,
+    generate,
     gpu_check,
     inspect,
     measure,
     mix,
     packing,
     report,
+    serve,
     train,
     views,
 )
@@ -36,7 +40,7 @@ PREPARE: Mapping[str, Command] = {
 COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
-    "gpu-check": gpu_check,
+    "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

@@ -8,7 +8,6 @@ from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import DataError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.model.views import encoded_views, image_positions
 
@@ -40,17 +39,13 @@ class Sources:
 
 
 def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
-    """Open what the configuration names; this is cheap, and every rank does it.
+    """Open what the training takes; this is cheap, and every rank does it.
 
     Raises:
         DataError: a file is missing or damaged, or a vocabulary differs.
     """
     tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.identity.vocabulary != model.vocabulary:
-        raise DataError(
-            f"data.tokenizer={config.tokenizer}: has {tokenizer.identity.vocabulary} pieces, but model.vocabulary="
-            f"{model.vocabulary}; set that to {tokenizer.identity.vocabulary}, or give the model's tokenizer"
-        )
+    tokenizer.check_vocabulary(config.tokenizer, model.vocabulary)
     key = "conversations" if config.conversations_per_step else "pairs"
     samples = SampleIndex([source.path for source in config.samples], key) if config.samples_per_step else None
     text = TextIndex([source.path for source in config.text]) if config.text_tokens_per_step else None

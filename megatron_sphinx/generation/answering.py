@@ -4,8 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sphinx.errors import SphinxError
+from megatron_sphinx.errors import DataError, SphinxError
 from megatron_sphinx.generation.requests import Chunk, Picture, Prompt, Sampling
+
+
+class TooLongError(DataError):
+    """A prompt that does not fit into the model with the tokens that its answer may have."""
+
+
+class QueueFullError(SphinxError):
+    """So many requests wait already that no more are taken now."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,10 @@ Listener = Callable[[Chunk | SphinxError], None]
 class Ticket(Protocol):
     """A request that has been handed in."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt were in the prefix cache; known once the first chunk has come."""
+
     def cancel(self) -> None:
         """End the request; what it held is free soon. Its listener hears a last chunk, of finish CANCELLED."""
 
@@ -101,8 +113,9 @@ class Answers(Protocol):
         """Make a chat ready to be answered, its oldest turns left out where it is too long.
 
         Raises:
-            DataError: the roles are out of order, or the picture, the system prompt and the last question alone are too
-                long for the model with so many new tokens.
+            DataError: the roles are out of order.
+            TooLongError: the picture, the system prompt and the last question alone are too long for the model with so
+                many new tokens.
         """
 
     def submit(self, prompt: Prompt, sampling: Sampling, listen: Listener) -> Ticket:
@@ -115,8 +128,19 @@ class Answers(Protocol):
                 error, which is then the last it hears.
 
         Raises:
-            DataError: prompt and answer do not fit into the model, or into its cache.
+            TooLongError: prompt and answer do not fit into the model, or into its cache.
+            QueueFullError: too many requests wait already.
         """
 
+    def token_text(self, token: int) -> str:
+        """Return what a token alone decodes to; a part of a character is U+FFFD."""
+
     def load(self) -> Load:
-        """Return what the model is at."""
+        """Return what the model is at.
+
+        Raises:
+            SphinxError: it answers nothing any more, since a rank of it was lost.
+        """
+
+    def close(self) -> None:
+        """End the answers that are under way, and let the other ranks of the model go."""

@@ -121,7 +121,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer.
+    """A whole answer, its chunks joined.
 
     Attributes:
         text: without the stop string, and without the space that the template puts before an answer.

@@ -45,7 +45,8 @@ class Piece:
         start: how many tokens of the sequence are in the cache.
         segments: where in the cache the sequence lies, those tokens and the new ones: (first place, tokens) of each
             stretch, in order; neighbouring stretches are one.
-        picture: key of the picture whose positions are 1 to its number of positions in the sequence; None without.
+        picture: key of the picture whose positions are 1 to its number of positions in the sequence; None where no new
+            token stands at one.
         draw: how the next token is drawn; None where the prompt goes on in a later tick, or is only scored.
         targets: (number of a new token, id): the log-probability of which ids behind which new tokens is asked for.
     """

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_sphinx.console import complain, last_words, say
 from megatron_sphinx.liveness.progress import Beat, Progress
-from megatron_sphinx.liveness.stalls import LastBeat, find_stall, find_stragglers
+from megatron_sphinx.liveness.stalls import RESUME, LastBeat, find_stall, find_stragglers
 from megatron_sphinx.liveness.stop import StopSignal
 
 _ENDED, _STOP, _BROKEN, _BEAT = "ended", "stop", "broken", "beat"  # keys of the job's store
@@ -31,7 +31,7 @@ _LOOK_SECONDS = 0.5  # between two looks at the store
 _MOST_BEAT_SECONDS = 3.0
 _STILL_SECONDS = 10.0  # between two looks at the clock, beyond which a process was not merely slow
 _UNHEARD_SECONDS = 4.0  # between two judgements, beyond which silence says nothing about those who were to be heard
-_GONE = "it is gone: killed, or its node is; resume with checkpoint.resume=auto"
+_GONE = f"it is gone: killed, or its node is; {RESUME}"
 
 
 class Lifeline:
@@ -45,6 +45,8 @@ class Lifeline:
         progress: how far this rank is, and the limits by which ranks are blamed; without it nobody ever is.
         stop: asked to stop on the first rank where another rank was told to.
         straggler_ratio: how many times as long as the median rank a rank takes that is reported.
+        command: what the job runs.
+        remedy: what a user does about a job that has ended so.
     """
 
     def __init__(
@@ -57,7 +59,10 @@ class Lifeline:
         progress: Progress | None = None,
         stop: StopSignal | None = None,
         straggler_ratio: float = 1.3,
+        command: str = "train",
+        remedy: str = RESUME,
     ) -> None:
+        self._command, self._remedy = command, remedy
         self.name, self.is_first_rank = name, rank == 0
         self._rank, self._world, self._stop, self._ratio = rank, world, stop, straggler_ratio
         self._progress = progress or Progress()
@@ -79,7 +84,7 @@ class Lifeline:
 
         Args:
             name: what this rank is called in messages.
-            options: arguments of the constructor: `progress`, `stop`, `straggler_ratio`.
+            options: arguments of the constructor: `progress`, `stop`, `straggler_ratio`, `command`, `remedy`.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         store: Store = HashStore()
@@ -208,12 +213,13 @@ class Lifeline:
             timeout=self._progress.timeout,
             storage_timeout=self._progress.storage_timeout,
             silence=self._silence_when_broken if is_broken else self._progress.timeout,
+            remedy=self._remedy,
         )
         self._blamed_since = min(self._blamed_since, now) if stall else inf
         patience = 0.0 if self.is_first_rank else 2 * self._beat_seconds + 2
         if stall and now - self._blamed_since >= patience and self._announce(1, stall):
             self._closed.set()
-            last_words(f"megatron-sphinx train: {stall}")
+            last_words(f"megatron-sphinx {self._command}: {stall}")
             self._exit(1, _GRACE_SECONDS + _STORE_SECONDS if self.is_first_rank else 0.0)
         if self.is_first_rank:
             self._report_stragglers()
@@ -247,7 +253,7 @@ class Lifeline:
             where = os.environ.get("MASTER_ADDR", "this process")
             last_words(
                 f"[{self.name}] leaves: run.timeout={limit:g}: the job's store on {where} has not answered for "
-                f"{silence():.0f} s: the first rank or its node is gone; resume with checkpoint.resume=auto"
+                f"{silence():.0f} s: the first rank or its node is gone; {self._remedy}"
             )
             self._exit(1)
 
@@ -265,10 +271,10 @@ class Lifeline:
         if seconds < limit:
             complain(f"[{self.name}] {what}; goes on")
             return
-        fault = f"run.timeout={limit:g}: {self.name} on host {doing.host} {what}; resume with checkpoint.resume=auto"
+        fault = f"run.timeout={limit:g}: {self.name} on host {doing.host} {what}; {self._remedy}"
         self._closed.set()  # before the other thread blames anybody
         self.announce(1, fault)
-        last_words(f"megatron-sphinx train: {fault}")
+        last_words(f"megatron-sphinx {self._command}: {fault}")
         self._exit(1, _STORE_SECONDS if self.is_first_rank else 0.0)
 
     def _exit(self, status: int, seconds: float = 0.0) -> NoReturn:

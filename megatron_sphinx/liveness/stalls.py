@@ -27,7 +27,12 @@ class LastBeat:
         return self.beat.seconds + self.silent_seconds
 
 
-def find_stall(ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: float, silence: float) -> str | None:
+RESUME = "resume with checkpoint.resume=auto"  # what a user does when a training run has ended so
+
+
+def find_stall(
+    ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: float, silence: float, remedy: str = RESUME
+) -> str | None:
     """Find who holds the job up, if anybody does; return a line that says so, or None.
 
     A rank that publishes nothing is to blame before all others; then one that waits for nobody and is furthest behind.
@@ -39,6 +44,7 @@ def find_stall(ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: fl
         timeout: seconds that a rank may stay at one thing.
         storage_timeout: seconds that a rank may stay at one thing that reads or writes large files.
         silence: seconds after which a rank that publishes nothing is gone.
+        remedy: what a user does about it.
     """
 
     def limit(rank: LastBeat) -> float:
@@ -47,7 +53,7 @@ def find_stall(ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: fl
     if gone := [rank for rank in ranks if rank.silent_seconds >= silence]:
         seconds = max(rank.silent_seconds for rank in gone)
         what = f"has not been heard of for {seconds:.0f} s (killed, stopped, or its node is gone), last in"
-        return _line(f"run.timeout={timeout:g}", gone, what, ranks)
+        return f"{_line(f'run.timeout={timeout:g}', gone, what, ranks)}; look there, then {remedy}"
     late = [rank for rank in ranks if rank.seconds >= limit(rank)]
     in_time = (rank.beat.kind for rank in ranks if rank.seconds < limit(rank))
     if not late or any(doing.is_long and not doing.is_waiting for doing in in_time):
@@ -58,7 +64,7 @@ def find_stall(ranks: Sequence[LastBeat], *, timeout: float, storage_timeout: fl
     stuck = [rank for rank in behind if rank.beat.order == lowest]
     what = f"{'is stuck' if working else 'waits, as all do,'} for {max(rank.seconds for rank in stuck):.0f} s in"
     key = "run.storage_timeout" if stuck[0].beat.kind.is_long else "run.timeout"
-    return _line(f"{key}={limit(stuck[0]):g}", stuck, what, ranks)
+    return f"{_line(f'{key}={limit(stuck[0]):g}', stuck, what, ranks)}; look there, then {remedy}"
 
 
 def _line(key: str, blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastBeat]) -> str:
@@ -70,7 +76,7 @@ def _line(key: str, blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastB
     first = min(waiting, key=lambda rank: rank.beat.order, default=None)
     count = "1 rank waits" if len(waiting) == 1 else f"{len(waiting)} ranks wait"
     others = f"; {count}, the first, {first.beat.who}, in {first.beat.where}" if first else ""
-    return f"{key}: {named}{more}{others}; look there, then resume with checkpoint.resume=auto"
+    return f"{key}: {named}{more}{others}"
 
 
 def find_stragglers(beats: Sequence[Beat], ratio: float) -> dict[str, float]:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from functools import cache
 from inspect import signature
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,24 @@ _CUDNN_WIDTH = 128  # the widest head that cuDNN's backward takes on every GPU
 _CUDNN_FROM = 2048  # tokens of a document; an H100 took 3.5 % less for a step of such documents, shorter ones untried
 
 
+class Past(Protocol):
+    """What the documents' earlier tokens left behind, where only the new ones are computed."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Let each new token see its document up to itself.
+
+        Args:
+            layer: number of the layer.
+            query: of the new tokens, [tokens, heads, head width], rotated, as are the keys.
+            key: [tokens, groups, head width].
+            value: [tokens, groups, head width].
+            scale: what scores are multiplied by; None for 1 / sqrt(head width).
+
+        Returns:
+            [tokens, heads, head width].
+        """
+
+
 @dataclass
 class PackedRows(PackedSeqParams):  # type: ignore[misc]
     """Documents that lie one after the other, best sorted by length; none sees another.
@@ -36,12 +54,14 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
         target_positions: int64 [targets], the tokens whose logits are wanted; None for all.
         rotation: cosine and sine of each token's position in its document, [tokens, 1, head width / 2]; None for no
             RoPE, or where megatron-core rotates.
+        past: keys and values of the documents' earlier tokens; None where the documents are whole.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
     routing: Routing | None = None
     target_positions: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    past: Past | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, **known: Any) -> "PackedRows":
@@ -50,7 +70,7 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]
         Args:
             lengths: tokens of each document, in the order in which they lie.
             device: where the boundaries are needed.
-            known: the attributes `routing`, `target_positions` and `rotation`, where they are not None.
+            known: the attributes `routing`, `target_positions`, `rotation` and `past`, where they are not None.
         """
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(device, non_blocking=True)  # else the host would wait until the device is idle
@@ -110,12 +130,26 @@ class PackedAttention(nn.Module):
     Args:
         kernels: what RoPE is computed with.
         longest: tokens of the longest document that there can be.
+        layer_number: of the layer, counted from 1 over all pipeline stages.
         softmax_scale: what scores are multiplied by; None for 1 / sqrt(head width).
     """
 
-    def __init__(self, *_: Any, kernels: Kernels, longest: int, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self,
+        *_: Any,
+        kernels: Kernels,
+        longest: int,
+        layer_number: int = 1,
+        softmax_scale: float | None = None,
+        **__: Any,
+    ) -> None:
         super().__init__()
-        self.kernels, self.longest, self.softmax_scale = kernels, longest, softmax_scale
+        self.kernels, self.longest, self.layer_number, self.softmax_scale = (
+            kernels,
+            longest,
+            layer_number,
+            softmax_scale,
+        )
 
     def forward(
         self,
@@ -142,6 +176,8 @@ class PackedAttention(nn.Module):
         rows = packed_seq_params
         if rows.rotation is not None:
             query, key = self.kernels.rotate(query, key, *rows.rotation)
+        if rows.past is not None:
+            return rows.past.attend(self.layer_number, query, key, value, self.softmax_scale).flatten(1)
         path = attention_path(
             rows.runs, self.longest, is_cuda=query.is_cuda, dtype=query.dtype, head_width=query.shape[-1]
         )
@@ -251,6 +287,11 @@ def rotation(lengths: Sequence[int], frequencies: Tensor, dtype: torch.dtype) ->
     sizes = torch.tensor(lengths).to(device, non_blocking=True)
     positions = torch.arange(total, device=device)
     positions -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=total)  # the host knows the sum
+    return rotation_at(positions, frequencies, dtype)
+
+
+def rotation_at(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute cosine and sine of the rotation of tokens at these positions, int64 [tokens]; see `rotation`."""
     angles = positions[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -311,6 +311,8 @@ def _hide_padding(model: GPTModel, config: LanguageConfig, groups: ProcessGroups
 
     def hide(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         logits, bias = output
+        if logits.shape[-1] != own_rows:  # gathered: who asked for that cuts the padding off
+            return output
         is_padding = torch.arange(own_rows, device=logits.device) >= used
         return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min), bias
 

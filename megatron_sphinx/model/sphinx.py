@@ -1,5 +1,7 @@
 """SPHINX: features of pictures placed among the token embeddings of a language model."""
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
@@ -76,18 +78,68 @@ class SphinxModel(nn.Module):
         )
         return out[0] if self.groups.is_last_stage else out
 
+    def logits(self, tokens: Tensor, rows: PackedRows, pictures: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Compute logits of new tokens, or what the next pipeline stage goes on from.
+
+        Args:
+            tokens: int64 [tokens].
+            rows: their documents; `target_positions` are those whose logits are wanted.
+            pictures: embeddings of pictures, [positions, hidden]; None where there are none, and after the first stage.
+            positions: which tokens they stand for, int64 [positions].
+
+        Returns:
+            [targets, padded vocabulary] in the model's type, on every tensor rank. Before the last stage: hidden states
+            [tokens, 1, hidden].
+        """
+        embeddings = None
+        if self.groups.is_first_stage:
+            embeddings = self._embed_text(tokens)
+            if pictures is not None and positions is not None:
+                embeddings = place_views(embeddings, pictures, positions)
+            embeddings = self._scattered(embeddings[:, None])
+        out: Tensor = self.language(
+            input_ids=tokens[None],
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embeddings,
+            packed_seq_params=rows,
+            runtime_gather_output=True,
+        )
+        return out[0] if self.groups.is_last_stage else out
+
+    def embed_picture(self, features: Tensor, encoded: Sequence[int]) -> Tensor:
+        """Make the embeddings of a picture's positions, as they stand behind BOS: [positions, hidden].
+
+        Args:
+            features: of its encoded views, [views, feature_values].
+            encoded: their numbers, ascending; in the place of the others stands the skip token.
+        """
+        assert self.vision is not None
+        blocks: dict[int, Tensor] = dict(zip(encoded, self.vision(features), strict=True))
+        if self.vision.skip_token is not None:
+            skipped = set(range(self.vision.config.views)) - set(encoded)
+            blocks |= dict.fromkeys(skipped, self.vision.skip_token[None])
+        return torch.cat([blocks[view] for view in sorted(blocks)])
+
     def _embed(self, batch: MicroBatch, features: Tensor) -> Tensor:
         """Embed tokens and views: [tokens of this rank, 1, hidden]."""
         assert self.vision is not None
-        text = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
         blocks, positions = self.vision(features).flatten(0, 1), batch.view_positions
         if self.vision.skip_token is not None:
             skipped = self.vision.skip_token.expand(len(batch.skip_positions), -1)
             blocks, positions = torch.cat([blocks, skipped]), torch.cat([positions, batch.skip_positions])
-        embeddings = place_views(text[:, 0], blocks, positions)[:, None]
+        return self._scattered(place_views(self._embed_text(batch.tokens), blocks, positions)[:, None])
+
+    def _scattered(self, embeddings: Tensor) -> Tensor:
+        """Keep this tensor rank's part of the tokens, where tensor ranks share them: [its tokens, 1, hidden]."""
         if self.groups.layout.config.sequence:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tensor)
         return embeddings
+
+    def _embed_text(self, tokens: Tensor) -> Tensor:
+        """Embed tokens [tokens]: [tokens, hidden]."""
+        embeddings: Tensor = self.language.embedding(input_ids=tokens[None], position_ids=None)
+        return embeddings[:, 0]
 
 
 def routing_of(batch: MicroBatch, weight: float) -> Routing:

@@ -88,10 +88,10 @@ def box_text(item: Record, record: Record, padding: str) -> str:
     return format_box(item.get("box", ()), *picture_size(record), padding)
 
 
-def object_text(record: Record, key: str, padding: str) -> str:
-    """Return the name of an object under a key of a record, with its box behind it, as text."""
+def object_of(record: Record, key: str) -> Record:
+    """Return the JSON object under a key of a record; raise DataError where there is none."""
     [item] = items_of({key: [record.get(key)]}, key)
-    return text_of(item, "name") + box_text(item, record, padding)
+    return item
 
 
 def visible_points(person: Record) -> list[tuple[str, list[float]]]:

@@ -25,7 +25,7 @@ from megatron_sphinx.prepare.records import (
     image_of,
     items_of,
     list_of,
-    object_text,
+    object_of,
     picture_size,
     text_of,
     texts_of,
@@ -33,8 +33,8 @@ from megatron_sphinx.prepare.records import (
 )
 
 PROMPTS = {
-    # SPHINX, arXiv:2311.07575, Table 1; the lines of options are as in eval_mm/annotations/MMMU_val_single.json, the
-    # place of the line of tokens is ours
+    # SPHINX, arXiv:2311.07575, Table 1, or the section named; the lines of options are as in
+    # eval_mm/annotations/MMMU_val_single.json, the place of the line of tokens is ours
     "choice": "{question}\n{options}\nAnswer with the option's letter from the given choices directly.",
     "text_vqa": "{question}\nReference OCR token: {tokens}\nAnswer the question using a single word or phrase.",
     "detect": "Detect all objects shown in the image.",
@@ -43,6 +43,9 @@ PROMPTS = {
     "pose_person": "Detect the key points of the person in the region {box}.",
     "grounded_caption": "Describe the image concisely. Include the bounding box for each mentioned object.",
     "ocr": "Detect all texts and provide their bounding box coordinated.",  # as the paper writes it
+    "relation": "What is the relationship between the object in {subject} and the object in {object}?",
+    "describe": "Please provide a short description for this region : {box}",  # section 4.3; spaces are the paper's
+    "classify": "Classify the image.",  # section 3.3.2; the answer is "This is a [CLASS]"
     # LLaMA2-Accessory, accessory/eval_mm/annotations/annotation_config.json
     "vqa": "{question}\nAnswer the question using a single word or phrase.",
     "vqa_unanswerable": "{question} When the provided information is insufficient, respond with 'Unanswerable'.\n"
@@ -50,11 +53,6 @@ PROMPTS = {
     "locate": "Please provide the bounding box coordinate of the region this sentence describes: {phrase}.",
     # LLaMA2-Accessory, accessory/demos/multi_turn_mm_box.py
     "caption": "Provide a one-sentence caption for the provided image.",
-    # SPHINX-X, arXiv:2402.05935; the answer is "This is a [CLASS]"
-    "classify": "Classify the image.",
-    # ours, and so are the answers to these
-    "describe": "Please provide a short description of the region {box}.",
-    "relation": "What is the relation between {subject} and {object}?",
 }
 
 ConversationJson = dict[str, Any]
@@ -205,8 +203,8 @@ def ocr(record: Record, padding: str) -> ConversationJson:
 
 
 def relation(record: Record, padding: str) -> ConversationJson:
-    """Ask how an object is related to another."""
-    subject, other = object_text(record, "subject", padding), object_text(record, "object", padding)
+    """Ask how an object is related to another; the question names their boxes alone."""
+    subject, other = (box_text(object_of(record, key), record, padding) for key in ("subject", "object"))
     question = PROMPTS["relation"].format(subject=subject, object=other)
     return conversation(text_of(record, "image"), [(question, text_of(record, "relation"))])
 
@@ -245,7 +243,7 @@ TASKS = {
     "detect_category": Task(detect_category, f"{_BOXED}, name, boxes", coco.categories),
     "pose": Task(pose, f"{_BOXED}, people (each: box, keypoints as COCO has them)", coco.people),
     "ocr": Task(ocr, f"{_BOXED}, texts (each: text, box); of a page's layout text is what the part is"),
-    "relation": Task(relation, f"{_BOXED}, subject and object (each: name, box), relation"),
+    "relation": Task(relation, f"{_BOXED}, subject and object (each: box), relation"),
     "classify": Task(classify, "image, class"),
 }
 

@@ -1,6 +1,5 @@
 """A rank from its launch to its exit status: how it meets the others, and what is said and done when it fails."""
 
-import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.device import Platform, be_deterministic
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.liveness.lifeline import Lifeline
@@ -22,6 +20,7 @@ from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.place import find_place
 from megatron_sphinx.run.automatic import Fit
 from megatron_sphinx.run.encoder_rank import EncoderRank
+from megatron_sphinx.run.failure import report
 from megatron_sphinx.run.job import join, open_run
 from megatron_sphinx.run.language_rank import LanguageRank
 from megatron_sphinx.run.observer import Observer
@@ -87,7 +86,7 @@ def train(
             lifeline.close()
             hold.give_back(error.exit_status if isinstance(error, SphinxError) else 1)
             raise
-        status = _report(error, lifeline)
+        status = report(error, lifeline, "train")
         hold.give_back(status)
         lifeline.leave(status, str(error))
     hold.give_back(0 if is_done else STOPPED)
@@ -130,25 +129,3 @@ def _end(lifeline: Lifeline, world: int, *, is_done: bool) -> int:
     lifeline.close()
     dist.destroy_process_group()
     return 0
-
-
-def _report(error: Exception, lifeline: Lifeline) -> int:
-    """Say on stderr what ended this rank, unless another rank has said it or will; the exit status."""
-    if isinstance(error, SphinxError):
-        is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
-        (last_words if is_mine else leave_to_torchrun)(f"megatron-sphinx train: {error}")
-        return error.exit_status
-    end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
-    if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
-        return int(end["status"])
-    if end is not None:
-        last_words(f"[{lifeline.name}] leaves: {end['by']} ended the job ({end['reason']})")
-        return int(end["status"])
-    text = "".join(traceback.format_exception(error))
-    last_words(f"[{lifeline.name}] failed:\n{text}")
-    return 1
-
-
-def _is_of_connection(error: Exception) -> bool:
-    """Tell whether an error says no more than that another rank does not answer."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

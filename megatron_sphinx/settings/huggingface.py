@@ -54,7 +54,7 @@ _FIXED = {
     "resid_pdrop": Fixed((0.0,), _DROPOUT),
     "embd_pdrop": Fixed((0.0,), _DROPOUT),
     "attn_pdrop": Fixed((0.0,), _DROPOUT),
-    "tie_word_embeddings": Fixed((False,), "the output layer has weights of its own here"),
+    "tie_word_embeddings": Fixed((False, True), "is neither true nor false"),
     "partial_rotary_factor": Fixed((1.0,), "whole heads are rotated here"),
     "use_sliding_window": Fixed((False,), "attention is over all positions here"),
     "quantization_config": Fixed(({},), "weights are not quantized here"),

@@ -38,7 +38,7 @@ from megatron_sphinx.settings.huggingface import (
     shape_of,
     table_of,
 )
-from megatron_sphinx.settings.keys import SettingsFile, shortened, shown
+from megatron_sphinx.settings.keys import SettingsFile, Values, shortened, shown
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
@@ -81,6 +81,7 @@ _WEIGHTS: dict[str, Reader] = {
     "pytorch_model.bin": read_torch,
     "pytorch_model.bin.index.json": read_torch,
 }
+_TIED = "embedding", "output"
 _DERIVED = "rotary_emb.inv_freq"  # old files hold the frequencies, which follow from the configuration
 _FILE = "model-{:05d}-of-{:05d}.safetensors"
 
@@ -158,6 +159,9 @@ def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheck
         queries=size_of_tensor(extras, "qformer_proj.0.weight"),
         has_skip_token="skip_token" in names,
     )
+    notes = found.notes
+    if Values(values, path).flag("tie_word_embeddings"):
+        notes += (f"{path}: tie_word_embeddings=true: {_tie(rules, found)}",)
     specs = [*_whole(rules, model, found.places), *specs_of(SPHINX, model, EXTRAS)]
     files = len({file for file, _ in found.entries})
     return SourceCheckpoint(
@@ -169,8 +173,20 @@ def open_by_rules(folder: Path, form: str, rules: Sequence[Rule]) -> SourceCheck
         description=values,
         kept=kept(values),
         left_out={f"{file}: {name}": FOLLOWS for file, name in found.derived},
-        notes=found.notes,
+        notes=notes,
     )
+
+
+def _tie(rules: Sequence[Rule], found: "_Found") -> str:
+    """Let the embedding be the output layer as well, unless the files have one; what was done, in words."""
+    (embedding,), (output,) = ([rule.name for rule in rules if rule.weights == (name,)] for name in _TIED)
+    files = {name: file for file, name in found.entries}
+    if output in files:
+        return f"{output}, which is there all the same, is taken"
+    if embedding in files:  # else it will be missed
+        file = files[embedding]
+        found.entries[file, output], found.places[output] = found.entries[file, embedding], file
+    return f"{output} is {embedding}; here they are two, and are written as two"
 
 
 def _whole(rules: Sequence[Rule], model: Model, places: Mapping[str, str]) -> Iterator[TensorSpec]:

@@ -24,6 +24,7 @@ from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
 from megatron_sphinx.checkpoint.slices import MASTER, tensor_names, weight_shapes
 from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.data.tokenizer_files import tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.tensors.read import read_distributed
@@ -127,8 +128,8 @@ def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any
     """What the source of a conversion says of its encoders and tokenizer; a tokenizer that was copied is hashed."""
     known = source.description.get("identity", {})
     identity = {name: known[name] for name in ("vision", "tokenizer") if name in known}
-    if (folder / "tokenizer.model").is_file():
-        identity["tokenizer"] = sha256_of(folder / "tokenizer.model")
+    if beside := tokenizers_in(folder):
+        identity["tokenizer"] = sha256_of(beside[0])
     return identity
 
 

@@ -30,7 +30,7 @@ class TensorSource:
     Attributes:
         title: how messages call it.
         specs: what each tensor is.
-        entries: where each tensor lies, by file and name.
+        entries: where each tensor lies, by file and name; a tensor that has two meanings lies there under two names.
         maps: the files that they are read from.
     """
 
@@ -38,6 +38,12 @@ class TensorSource:
     specs: Sequence[TensorSpec]
     entries: dict[tuple[str, str], Entry]
     maps: MappedFiles = field(default_factory=MappedFiles)
+
+    @property
+    def stored(self) -> dict[tuple[str, str], Entry]:
+        """The entries, each tensor once, under the first of its names."""
+        first = {id(entry): key for key, entry in reversed(self.entries.items())}
+        return {key: entry for key, entry in self.entries.items() if first[id(entry)] == key}
 
     def check(self) -> None:
         """Compare the tensors that are there with what the rules say.

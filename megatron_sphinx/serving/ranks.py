@@ -1,0 +1,240 @@
+"""The ranks of a model that answers: how each is built, and what those do that only follow the first."""
+
+import sys
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megatron_sphinx.checkpoint.collective import all_or_none
+from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.device import Platform
+from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
+from megatron_sphinx.generation.runner import ModelRunner, cache_places
+from megatron_sphinx.liveness.lifeline import Lifeline
+from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.language import build_language
+from megatron_sphinx.model.sphinx import SphinxModel
+from megatron_sphinx.model.vision import VisualProjection
+from megatron_sphinx.parallel.groups import ProcessGroups, agree
+from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.parallel.place import find_place
+from megatron_sphinx.ranges import Range, check_ranges
+from megatron_sphinx.run.failure import report
+from megatron_sphinx.run.job import join
+from megatron_sphinx.run.provenance import require_trained_as
+from megatron_sphinx.serving.source import ModelSource
+
+_BLOCK = 16  # tokens of a block of the cache
+_MEETING_SECONDS = 1800.0
+_FOREVER = timedelta(days=365)  # ranks wait for the next request, however long it takes
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.9  # of the memory that is free, for the cache
+_MOST_SEQUENCES = 256  # longest sequences that the cache has room for, where memory is plenty
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        parallel: how the ranks of the job divide the model; replicas take what is left.
+        config: a configuration or the name of a preset, for a checkpoint that does not tell how pictures are shown.
+        tokenizer: its tokenizer, where it neither lies beside the weights nor is named by the configuration.
+        device: auto, cpu or cuda, as run.device.
+        precision: bf16 or fp32; None for that of its training, else bf16 on GPUs and fp32 on CPUs.
+        positions: tokens of the longest sequence; None for that of its training.
+        cache_bytes: memory of each rank's key-value cache; None for most of a GPU's that is left, or for a quarter of
+            the machine's.
+    """
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    config: Path | None = None
+    tokenizer: Path | None = None
+    device: str = "auto"
+    precision: str | None = None
+    positions: Annotated[int, Range(least=2, most=2**24)] | None = None
+    cache_bytes: Annotated[int, Range(least=1, most=2**50)] | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> "LoadOptions":
+        """Make options of attributes, those of `parallel` given by themselves.
+
+        Raises:
+            ConfigError: one is not known, or out of its range.
+        """
+        known, sizes = {item.name for item in fields(cls)}, {item.name for item in fields(ParallelConfig)}
+        if unknown := sorted(given.keys() - known - sizes):
+            raise ConfigError(
+                f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], sorted(known | sizes))}"
+            )
+        parallel = {name: given.pop(name) for name in list(given) if name in sizes}
+        options = cls(**given)
+        return replace(options, parallel=ParallelConfig(**parallel)) if parallel else options
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "")
+        if self.parallel.sequence:
+            raise ConfigError("parallel.sequence=true: a token at a time cannot be divided; set it to false")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={self.device}: must be auto, cpu or cuda")
+        if self.precision not in (None, "bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision}: must be bf16 or fp32")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rank of a loaded model.
+
+    Attributes:
+        executor: computes ticks; on the first rank it is told to.
+        source: what was loaded.
+        cache_bytes: of this rank's key-value cache.
+    """
+
+    executor: LanguageRankExecutor
+    source: ModelSource
+    cache_bytes: int
+    _lifeline: Lifeline
+    _groups: ProcessGroups
+
+    def close(self) -> None:
+        """Let the other ranks go, and leave the job."""
+        self.executor.close()
+        dist.barrier(group=self._groups.control)
+        self._lifeline.close()
+        dist.destroy_process_group()
+
+    def leave(self, error: Exception) -> NoReturn:
+        """End the process and the job, whose ranks cannot go on."""
+        self._lifeline.leave(report(error, self._lifeline, "serve"), str(error))
+
+
+def start(path: Path, options: LoadOptions) -> Job:
+    """Load a model on all ranks of the job; returns on the first one alone.
+
+    The other ranks compute what the first one says, and end their process when that closes.
+
+    Args:
+        path: see `serving.model.load`.
+        options: how it is loaded.
+
+    Raises:
+        SphinxError: the user's mistake.
+    """
+    rank, world = find_place()
+    layout = ParallelLayout(world=world, config=options.parallel)
+    platform = join(options.device, _MEETING_SECONDS)
+    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}", command="serve", remedy="load it again")
+    try:
+        groups = ProcessGroups.create(layout, platform.backend, _FOREVER, _FOREVER)
+        job = _load(path, options, groups, platform, lifeline)
+        if job is not None and rank == 0:
+            return job
+        if job is not None:
+            job.executor.follow()
+        dist.barrier(group=groups.control)  # a connection that is closed drops what it still has to send
+    except Exception as error:
+        if world == 1:
+            lifeline.close()
+            raise
+        lifeline.leave(report(error, lifeline, "serve"), str(error))
+    lifeline.close()
+    dist.destroy_process_group()
+    sys.exit(0)
+
+
+def _load(
+    path: Path, options: LoadOptions, groups: ProcessGroups, platform: Platform, lifeline: Lifeline
+) -> Job | None:
+    """Load this rank's part of the model; an encoder rank encodes with it until the first rank closes."""
+    source = agree(lambda: ModelSource.open(path, options.config, options.tokenizer), groups.control)
+    encoders = _encoders(source, groups, platform)
+    if groups.seat.encoder is not None:
+        assert encoders is not None, "an encoder rank without encoders"
+        serve_encoder(encoders, groups)
+        return None
+    positions = options.positions or source.positions
+    model = build_model(source, groups, platform, _dtype(options.precision or source.precision, platform), positions)
+    places = _places(model, groups, platform, positions, options.cache_bytes)
+    runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
+    executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
+    return Job(executor, source, runner.cache_bytes, lifeline, groups)
+
+
+def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:
+    """Load the frozen encoders on the ranks that encode, and make sure that they are those of the training."""
+    vision, seat = source.vision, groups.seat
+    is_encoder = seat.encoder is not None or (not groups.layout.config.encoder and groups.is_first_stage)
+
+    def load() -> FrozenEncoders | None:
+        if vision is None and groups.layout.config.encoder:
+            raise ConfigError(
+                f"parallel.encoder={groups.layout.config.encoder}: {source.name} has no projections of pictures, so "
+                f"there is nothing to encode; use 0"
+            )
+        if vision is None or not is_encoder:
+            return None
+        dtype = platform.encoder_dtype(vision.precision)
+        encoders = FrozenEncoders(vision, device=platform.device, dtype=dtype, seed=source.seed)
+        if source.run is not None:
+            digest = Tokenizer(source.tokenizer).identity.sha256
+            require_trained_as(source.checkpoint.folder, source.run, digest, encoders.sha256)
+        return encoders
+
+    return agree(load, groups.control)
+
+
+def _dtype(precision: str | None, platform: Platform) -> torch.dtype:
+    if precision is None:
+        precision = "bf16" if platform.is_cuda else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build_model(
+    source: ModelSource, groups: ProcessGroups, platform: Platform, dtype: torch.dtype, positions: int
+) -> SphinxModel:
+    """Build a language rank's shard, filled with the weights; its layers are the portable ones, whatever imports.
+
+    Args:
+        source: what is loaded.
+        groups: the rank's process groups.
+        platform: what it computes on.
+        dtype: of weights and activations.
+        positions: tokens of the longest sequence.
+    """
+    language = build_language(source.for_generation(), groups, dtype=dtype, sequence_length=positions)
+    vision = None
+    if groups.is_first_stage and source.vision is not None:
+        vision = VisualProjection(source.vision, source.language.hidden, dtype=dtype, device=platform.device)
+    model = SphinxModel(language, vision, groups)
+    all_or_none(groups, lambda: source.fill(model, groups))
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _places(
+    model: SphinxModel, groups: ProcessGroups, platform: Platform, positions: int, cache_bytes: int | None
+) -> int:
+    """Choose how many tokens the caches have room for: as many on every rank, whole blocks.
+
+    Raises:
+        ConfigError: there is no room for one sequence of the longest length.
+    """
+    given = cache_bytes
+    if given is None:
+        given = int(platform.free_memory_bytes() * (_GPU_SHARE if platform.is_cuda else _CPU_SHARE))
+        given //= 1 if platform.is_cuda else int(groups.layout.language)
+    own = min(cache_places(model, given), _MOST_SEQUENCES * positions)
+    least = torch.tensor(own)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=groups.storage)
+    places = int(least) // _BLOCK * _BLOCK
+    if places < positions:
+        raise ConfigError(
+            f"cache of {given} bytes a rank: has room for {places} tokens, and a sequence may have {positions}; give "
+            f"more, or a smaller number of positions"
+        )
+    return places
