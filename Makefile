@@ -40,7 +40,8 @@ vqa: $(VENV)/vqa.installed
 	$(BIN)/python examples/vqa_data.py
 	rm -rf runs/vqa $(RANDOM_VQA)
 	$(RANKS) -m megatron_sphinx train examples/vqa.yaml
-	$(RANKS) -m megatron_sphinx train examples/vqa.yaml run.folder=$(RANDOM_VQA) vision.experts.0.weights=random
+	$(RANKS) -m megatron_sphinx train examples/vqa.yaml run.folder=$(RANDOM_VQA) vision.experts.0.weights=random \
+	    training.epochs=4
 	$(BIN)/python examples/vqa_evaluate.py runs/vqa $(RANDOM_VQA) --started $$(cat $(VENV)/vqa.started)
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png

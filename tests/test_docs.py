@@ -34,6 +34,7 @@ NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 # are parsed below.
 RUN_BY = {
     "make demo": r'run_example\("demo_evaluate\.py"',
+    "make vqa": r'run_example\("vqa_evaluate\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',
     "megatron-sphinx train": r'"train", str\(config\), "--check"',
