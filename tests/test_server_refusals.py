@@ -237,6 +237,17 @@ def test_full_queues():
     assert issubclass(QueueFullError, Exception)
 
 
+def test_a_bug_is_told_as_one_and_the_server_goes_on(capsys):
+    fake = FakeAnswers()
+    with served(fake) as (url, gate):
+        fake.chat, chat = lambda *_: 1 / 0, fake.chat
+        refused(ask(url, GOOD), 500, None, "internal_error", "an error of the server, see its log")
+        fake.chat = chat
+        assert ask(url, GOOD).status_code == 200
+        assert gate.inside == 0
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
 def test_answers_that_the_model_ends_itself():
     fake = FakeAnswers(tick_seconds=0.05)
     with served(fake) as (url, _), ThreadPoolExecutor(2) as pool:
