@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sphinx.generation.ticks import Piece
 from megatron_sphinx.model.attention import PackedRows, rotation_at
 from megatron_sphinx.model.cache import CachedDocuments, Extent, KeyValueCache, bytes_per_token
+from megatron_sphinx.model.inference import InferenceDecoder
 from megatron_sphinx.model.sphinx import SphinxModel
 
 
@@ -20,7 +21,8 @@ class ModelRunner:
     nobody asked for, in a place behind all others.
 
     Args:
-        model: this rank's shard; it must be in eval mode, and without sequence parallelism.
+        model: this rank's shard; it must be in eval mode, and without sequence parallelism. Its decoder's matrices are
+            taken over: see InferenceDecoder.
         places: how many tokens the cache has room for.
         vocabulary: token ids; logits of the vocabulary's padding are cut off.
 
@@ -44,6 +46,7 @@ class ModelRunner:
         )
         self.cache_bytes = self._cache.bytes
         self.feature_values = model.vision.config.feature_values if model.vision is not None else 0
+        self._decoder = InferenceDecoder(model.language, groups)
         self._is_shared = groups.layout.config.expert > 1
         self._pictures: dict[str, Tensor] = {}
         self._sending: list[tuple[dist.Work | None, Tensor]] = []
@@ -98,13 +101,13 @@ class ModelRunner:
                 self._cache, [Extent(piece.start, len(piece.tokens), piece.segments) for piece in pieces], self._device
             ),
         )
-        pictures, positions = self._placed(pieces) if groups.is_first_stage else (None, None)
-        if not groups.is_first_stage:
-            self._model.set_input_tensor(self._received(len(tokens)))
-        out = self._model.logits(tokens, rows, pictures, positions)
+        hidden = (
+            self._model.embed(tokens, *self._placed(pieces)) if groups.is_first_stage else self._received(len(tokens))
+        )
+        out = self._decoder(hidden, rows)
         if groups.is_last_stage:
             return out
-        self._send_on(out.contiguous())
+        self._send_on(out)
         return None
 
     def _placed(self, pieces: Sequence[Piece]) -> tuple[Tensor | None, Tensor | None]:
@@ -127,9 +130,9 @@ class ModelRunner:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _received(self, tokens: int) -> Tensor:
-        """Take what the stage before this one has computed: [tokens, 1, hidden]."""
+        """Take what the stage before this one has computed: [tokens, hidden]."""
         groups = self._model.groups
-        hidden = torch.empty(tokens, 1, self._model.language.config.hidden_size, dtype=self._dtype, device=self._device)
+        hidden = torch.empty(tokens, self._model.language.config.hidden_size, dtype=self._dtype, device=self._device)
         dist.recv(hidden, group=groups.pipeline, group_src=groups.seat.pipeline - 1)
         return hidden
 

@@ -78,31 +78,16 @@ class SphinxModel(nn.Module):
         )
         return out[0] if self.groups.is_last_stage else out
 
-    def logits(self, tokens: Tensor, rows: PackedRows, pictures: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Compute logits of new tokens, or what the next pipeline stage goes on from.
+    def embed(self, tokens: Tensor, pictures: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Embed new tokens, on the first pipeline stage: [tokens, hidden].
 
         Args:
             tokens: int64 [tokens].
-            rows: their documents; `target_positions` are those whose logits are wanted.
-            pictures: embeddings of pictures, [positions, hidden]; None where there are none, and after the first stage.
+            pictures: embeddings of pictures, [positions, hidden]; None where there are none.
             positions: which tokens they stand for, int64 [positions].
-
-        Returns:
-            [targets, padded vocabulary] in the model's type, on every tensor rank. Before the last stage: hidden states
-            [tokens, 1, hidden].
         """
-        embeddings = None
-        if pictures is not None and positions is not None:
-            embeddings = place_views(self._embed_text(tokens), pictures, positions)[:, None]
-        out: Tensor = self.language(
-            input_ids=tokens[None],
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=embeddings,
-            packed_seq_params=rows,
-            runtime_gather_output=True,
-        )
-        return out[0] if self.groups.is_last_stage else out
+        text = self._embed_text(tokens)
+        return text if pictures is None or positions is None else place_views(text, pictures, positions)
 
     def embed_picture(self, features: Tensor, encoded: Sequence[int]) -> Tensor:
         """Make the embeddings of a picture's positions, as they stand behind BOS: [positions, hidden].
