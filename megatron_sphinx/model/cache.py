@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -71,16 +70,6 @@ class Extent:
         """Places of the new tokens."""
         places = [place for first, count in self.segments for place in range(first, first + count)]
         return places[self.start :]
-
-    @property
-    def old_segments(self) -> tuple[tuple[int, int], ...]:
-        """The stretches of the old tokens."""
-        ends = accumulate(count for _, count in self.segments)
-        cut = [
-            (first, min(count, self.start - end + count))
-            for (first, count), end in zip(self.segments, ends, strict=True)
-        ]
-        return tuple((first, count) for first, count in cut if count > 0)
 
 
 class CachedDocuments:

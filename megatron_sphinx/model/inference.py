@@ -7,9 +7,9 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_sphinx.model.attention import PackedRows, Past
+from megatron_sphinx.model.attention import PackedRows, Past, RMSNorm
 from megatron_sphinx.model.experts import RowMoE
 from megatron_sphinx.model.kernels import norm_in_fp32, rotated
 from megatron_sphinx.model.language import TargetGPT
@@ -48,7 +48,8 @@ class InferenceDecoder:
         Returns:
             [targets, padded vocabulary] on every tensor rank. Before the last stage: hidden states [tokens, hidden].
         """
-        assert rows.rotation is not None and rows.past is not None, "tokens without a place"
+        assert rows.rotation is not None, "tokens without a place"
+        assert rows.past is not None, "tokens without a cache"
         for layer in self._layers:
             hidden = layer(hidden, rows.rotation, rows.past)
         if self._norm is None or self._output is None:
@@ -65,7 +66,7 @@ class InferenceDecoder:
 class _Norm:
     """A root-mean-square norm."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: RMSNorm) -> None:
         self._weight, self._epsilon = norm.weight, norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -194,7 +194,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_in_fp32(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Norm over the last dimension of [..., hidden], computed in fp32; in the type of `x`, and each row's fp32 scale."""
+    """Norm over the last dimension of [..., hidden], in fp32.
+
+    Returns:
+        The weighted norm in the type of `x`, and what each row was scaled by, fp32 [..., 1].
+    """
     wide = x.float()
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).mul_(weight.float()).to(x.dtype), scale
