@@ -85,7 +85,8 @@ class TrainingAnswerer:
         views = {number: self._encoded(questions[number]) for number in own}
         prompts = {number: self._prompt(questions[number], len(views[number])) for number in own}
         places = sum(len(prompt) + _MOST_TOKENS for prompt in prompts.values())
-        runner = ModelRunner(self._model, places=places, vocabulary=config.model.vocabulary)
+        vocabulary, decode = config.model.vocabulary, self._model.decode
+        runner = ModelRunner(self._model, places=places, vocabulary=vocabulary, decode=decode)
         tokenizer = self._context.sources.tokenizer
         answers, place = {}, 0
         for number, prompt in prompts.items():
