@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Protocol
 
 from megatron_sphinx.errors import DataError, shortened
-from megatron_sphinx.generation.answering import ChatPrompt, Message
+from megatron_sphinx.generation.answering import ChatPrompt, Message, TooLongError
 from megatron_sphinx.generation.requests import Picture, Prompt
 from megatron_sphinx.generation.templates import BOS, EOS, ChatTemplate
 from megatron_sphinx.prepare.texts import check_text
@@ -51,8 +51,8 @@ def make_chat(
         max_new_tokens: tokens of the answer, at most.
 
     Raises:
-        DataError: the roles are out of order, a text cannot become tokens, or what must stay does not fit: BOS, the
-            picture, the system prompt and the last question.
+        DataError: the roles are out of order, or a text cannot become tokens.
+        TooLongError: what must stay does not fit: BOS, the picture, the system prompt and the last question.
     """
     system, turns, question = _sort(messages, template)
     head = [tokenizer.bos] + [0] * (picture.positions if picture else 0)
@@ -69,7 +69,7 @@ def make_chat(
         ids = encoded(dropped)
     if len(ids) > room:
         shown = f"a picture of {picture.positions} and " if picture else ""
-        raise DataError(
+        raise TooLongError(
             f"chat too long: {shown}a system prompt and a last question of {len(ids)} tokens leave no room for "
             f"max_new_tokens={max_new_tokens} among the {positions} positions of the model; shorten one of them"
         )

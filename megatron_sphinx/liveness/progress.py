@@ -29,11 +29,12 @@ class Activity(Enum):
     REPORTING = "writing the metrics"
     SAVING = "saving a checkpoint"
     ENDING = "waiting for the end"
+    ANSWERING = "answering"
 
     @property
     def is_long(self) -> bool:
-        """Whether it reads or writes large files, and may take as long as they do."""
-        return self in (Activity.STARTING, Activity.SAVING, Activity.ENDING)
+        """Whether it reads or writes large files, and may take as long as they do; or waits for somebody to ask."""
+        return self in (Activity.STARTING, Activity.SAVING, Activity.ENDING, Activity.ANSWERING)
 
     @property
     def is_waiting(self) -> bool:

@@ -128,8 +128,8 @@ def serve(load: Callable[[], Answers], gate: Gate, server: HttpServer, limits: L
         raise
     finally:
         signals.restore()
+    answers.close()
     if gate.failure is not None:
         raise gate.failure
-    answers.close()
     say("served; ends")
     return 0
