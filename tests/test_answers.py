@@ -14,13 +14,13 @@ from megatron_sphinx.generation.requests import Finish, Prompt
 NEW, MARGIN = 200, 1e-4  # tokens of an answer; of the two largest logits, below which either may be drawn
 
 
-def drawn(seed, vocabulary, *, experts=0, is_tied=False):
+def drawn(seed, vocabulary, *, experts=0, is_tied=False, layers=0):
     """A Llama or Mixtral of a shape by chance, every weight drawn."""
     rng = random.Random(seed)
     groups, queries = rng.choice([1, 2, 3]), rng.choice([1, 2])
     shape = {
         "hidden_size": groups * queries * 8, "intermediate_size": rng.choice([24, 40]), "vocab_size": vocabulary,
-        "num_hidden_layers": rng.randint(1, 2), "num_attention_heads": groups * queries,
+        "num_hidden_layers": layers or rng.randint(1, 2), "num_attention_heads": groups * queries,
         "num_key_value_heads": groups, "rope_theta": rng.choice([1e4, 1e6]), "tie_word_embeddings": is_tied,
         "max_position_embeddings": 400,
     }  # fmt: skip

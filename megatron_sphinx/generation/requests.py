@@ -46,7 +46,7 @@ class Sampling:
     repetition_penalty: Annotated[float, Range(above=0, most=100)] = 1.0
     stop: tuple[str, ...] = ()
     seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
-    top_logprobs: Annotated[int, Range(least=0, most=20)] | None = None
+    top_logprobs: Annotated[int | None, Range(least=0, most=20)] = None
     ignore_eos: bool = False
 
 

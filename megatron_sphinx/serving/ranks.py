@@ -70,8 +70,8 @@ class LoadOptions:
     tokenizer: Path | None = None
     device: str = "auto"
     precision: str | None = None
-    positions: Annotated[int, Range(least=2, most=2**24)] | None = None
-    cache_bytes: Annotated[int, Range(least=1, most=2**50)] | None = None
+    positions: Annotated[int | None, Range(least=2, most=2**24)] = None
+    cache_bytes: Annotated[int | None, Range(least=1, most=2**50)] = None
     command: str = "load"
 
     @classmethod
