@@ -149,7 +149,10 @@ class JobExecutor:
             end = self._lifeline.why_broken() if is_of_connection(error) else None
             if end is None:
                 raise
-            raise RankLostError(end["reason"]) from error
+            is_own = end["by"] == self._lifeline.name  # its watcher has found out who is gone
+            raise RankLostError(
+                end["reason"] if is_own else f"{end['by']} ended the job ({end['reason']}); load it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,9 @@ class Job:
 
     def leave(self, error: Exception) -> NoReturn:
         """End the process and the job, whose ranks cannot go on."""
-        self._lifeline.leave(report(error, self._lifeline, self.command), str(error))
+        cause = error.__cause__ if isinstance(error, RankLostError) else None  # which report knows to tell apart
+        status = report(cause if isinstance(cause, Exception) else error, self._lifeline, self.command)
+        self._lifeline.leave(status, str(error))
 
 
 def start(path: Path, options: LoadOptions) -> Job:
