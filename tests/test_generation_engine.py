@@ -89,6 +89,7 @@ class Workload:
             sequences=draw.choice([1, 2, 3, 8]),
             picture_positions=draw.choice([0, 8, 15, 100]),
             encodings=draw.choice([1, 3]),
+            has_prefix_cache=draw.random() < 0.8,
         )
         block = draw.choice([1, 2, 4, 8])
         self.executor = FakeExecutor(
@@ -170,6 +171,17 @@ def test_what_prompts_share_is_computed_once():
     assert (load.prompt_tokens, load.hit_tokens, load.new_tokens) == (16 * 22, 15 * 20, 160)
     assert (load.pictures, load.picture_hits, load.finished) == (1, 15, 16)
     assert [one.sequence.cached_tokens for one in asked] == [0, *[20] * 15]
+
+
+def test_without_the_prefix_cache_a_picture_is_encoded_once_and_computed_each_time():
+    executor = FakeExecutor(blocks=200)
+    engine, picture = engine_of(executor, has_prefix_cache=False), PICTURES[13]
+    asked = [Asked(engine, prompt_of(7, 8, question, picture=picture), LONG) for question in range(1, 9)]
+    run(engine)
+    assert executor.computed == 8 * (17 + 9)
+    assert executor.encodings == [(picture.key, 0)]
+    assert (engine.load().hit_tokens, engine.load().cached_places) == (0, 0)
+    assert {one.sequence.cached_tokens for one in asked} == {0}
 
 
 def test_a_picture_whose_positions_are_cached_is_not_encoded_again():

@@ -52,7 +52,7 @@ class Engine:
     """
 
     def __init__(self, executor: Executor, language: Language, limits: Limits) -> None:
-        self._executor, self._language = executor, language
+        self._executor, self._language, self._has_prefix_cache = executor, language, limits.has_prefix_cache
         self._counts = Counter[str]()
         self._replicas = [Replica(executor, limits, self._counts) for _ in range(executor.replicas)]
         self._under_way: deque[list[Planned]] = deque()
@@ -106,7 +106,14 @@ class Engine:
                     if length < most
                     else f"prompt of {length} tokens: the {name} has room for {most} with its answer; shorten it"
                 )
-        return CachedSequence(prompt, delivery, block=executor.block, sampling=sampling, continuation=continuation)
+        return CachedSequence(
+            prompt,
+            delivery,
+            block=executor.block,
+            sampling=sampling,
+            continuation=continuation,
+            is_shared=self._has_prefix_cache,
+        )
 
     def add(self, sequence: CachedSequence) -> None:
         """Take a request in, at the replica where it will have least to compute before it."""

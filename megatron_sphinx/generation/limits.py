@@ -17,6 +17,7 @@ class Limits:
         picture_positions: of all pictures whose embeddings a replica keeps, at most.
         encodings: pictures that are encoded for a replica at once, at most.
         waiting: requests that may wait, at most.
+        has_prefix_cache: whether a request takes what earlier ones have computed of the same beginning.
     """
 
     new_tokens: Annotated[int, Range(least=1, most=2**20)] = 512
@@ -24,3 +25,4 @@ class Limits:
     picture_positions: Annotated[int, Range(least=0, most=2**31)] = 2**14
     encodings: Annotated[int, Range(least=1, most=2**10)] = 2
     waiting: Annotated[int, Range(least=1, most=2**20)] = 1024
+    has_prefix_cache: bool = True

@@ -222,8 +222,7 @@ class Replica:
         sequence.is_under_way = False
         filled = sequence.computed // self.pool.block
         sequence.computed += len(piece.tokens)
-        for number in range(filled, sequence.computed // self.pool.block):
-            key = sequence.keys(sequence.computed)[number]
+        for number, key in islice(enumerate(sequence.keys(sequence.computed)), filled, None):
             self.pool.publish(sequence.hold, number, key)
             if self._making.get(key) is sequence:
                 del self._making[key]

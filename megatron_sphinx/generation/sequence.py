@@ -15,6 +15,7 @@ class CachedSequence:
         sampling: how the answer is drawn; None where a continuation is scored.
         continuation: ids of the tokens to score.
         block: tokens of a block of the cache.
+        is_shared: whether its blocks can be found by other sequences, and theirs by it.
 
     Attributes:
         prompt: what it begins with.
@@ -38,6 +39,7 @@ class CachedSequence:
         block: int,
         sampling: Sampling | None = None,
         continuation: tuple[int, ...] = (),
+        is_shared: bool = True,
     ) -> None:
         self.prompt, self.delivery, self._sampling, self._continuation = prompt, delivery, sampling, continuation
         self.number, self.replica = -1, 0
@@ -47,7 +49,7 @@ class CachedSequence:
         self.cached_tokens: int | None = None
         self.picture_end = 1 + prompt.picture.positions if prompt.picture else 0
         self._tokens = [*prompt.tokens, *continuation[:-1]]
-        self._block, self._keys = block, list[bytes]()
+        self._block, self._keys, self._is_shared = block, list[bytes](), is_shared
         self._seen = self._penalised()
 
     def _penalised(self) -> dict[int, None] | None:
@@ -79,8 +81,8 @@ class CachedSequence:
         return self._sampling.max_new_tokens - self.drawn if self._sampling else 0
 
     def keys(self, tokens: int) -> list[bytes]:
-        """Return the keys of the full blocks of its first tokens."""
-        while len(self._keys) < tokens // self._block:
+        """Return the keys of the full blocks of its first tokens; none where it shares none."""
+        while self._is_shared and len(self._keys) < tokens // self._block:
             begin = len(self._keys) * self._block
             before = self._keys[-1] if self._keys else b""
             picture = self.prompt.picture if begin < self.picture_end else None
