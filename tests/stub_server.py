@@ -52,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         stub = self.server.stub
         stub.keys.append(self.headers["Authorization"])
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in stub.models]
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "", "max_model_len": 256} for name in stub.models
+        ]
         self._json(200, {"object": "list", "data": models})
 
     def do_POST(self):

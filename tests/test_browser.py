@@ -104,7 +104,7 @@ def test_a_picture_is_asked_about_and_boxes_are_drawn(browser, site, stub, tmp_p
     assert "<b>and</b> ![x](http://127.0.0.1:9/x.png) *two*" in chat()
     assert not shows("#chat .message b, #chat .message img, #chat .message em")
     sent = stub.asked[-1]
-    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["max_tokens"]) == (0.1, 0.75, 0, 512)
+    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["max_tokens"]) == (0.1, 0.75, 0, 64)
     [image, text] = sent["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text["text"] == "What is it?"

@@ -40,6 +40,19 @@ class Part:
     dropped: int = 0
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """The model that a server answers with.
+
+    Attributes:
+        name: what requests call it.
+        positions: tokens of prompt and answer together, at most; None where the server does not say it.
+    """
+
+    name: str
+    positions: int | None = None
+
+
 class Server:
     """A server of answers, over HTTP.
 
@@ -62,8 +75,8 @@ class Server:
             "timeout": openai.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
         }
 
-    def model(self) -> str:
-        """Return the name of the model that the server answers with.
+    def model(self) -> ServedModel:
+        """Return the model that the server answers with.
 
         Raises:
             ServerError: the server is not there, refuses to say, or has none.
@@ -71,12 +84,13 @@ class Server:
         try:
             client = openai.DefaultHttpxClient(trust_env=self._trusts_environment)
             with openai.OpenAI(**self._options, http_client=client) as server:
-                names = [model.id for model in server.models.list()]
+                models = list(server.models.list())
         except openai.OpenAIError as error:
             raise self._refused(error) from error
-        if not names:
+        if not models:
             raise ServerError(f"{self.url}: has no model; start it by megatron-sphinx serve MODEL")
-        return names[0]
+        positions = (models[0].model_extra or {}).get("max_model_len")  # vLLM says it so, too
+        return ServedModel(models[0].id, positions if isinstance(positions, int) and positions > 1 else None)
 
     async def stream(
         self, model: str, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, float]

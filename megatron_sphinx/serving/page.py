@@ -13,7 +13,8 @@ from typing import Any
 from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.generation.grounding import draw_groundings
-from megatron_sphinx.serving.client import Part, Server, ServerError
+from megatron_sphinx.generation.requests import default_new_tokens
+from megatron_sphinx.serving.client import Part, ServedModel, Server, ServerError
 from megatron_sphinx.serving.transcript import Turn, escaped, messages_of, shown
 
 # Source: the kinds of questions that accessory/demos/multi_turn_mm_box.py of LLaMA2-Accessory offers
@@ -31,6 +32,7 @@ EXAMPLES = (
 _REFRESH_SECONDS = 0.05  # between two pictures of an answer that comes
 _MOST_BYTES = 32 * 2**20  # of a picture's file
 _AT_ONCE = 64  # answers
+_MOST_TOKENS = 2048  # of an answer of a model that does not say how long a chat may be
 _KEEP_SECONDS = 24 * 3600  # pictures on the page's disk
 
 
@@ -107,12 +109,13 @@ class _Coming:
         self._news.clear()
 
 
-def build(page: Page, model: str) -> Any:
+def build(page: Page, model: ServedModel) -> Any:
     """Lay the page out, and connect it; a `gradio.Blocks`."""
     import gradio
 
-    with gradio.Blocks(title=model, analytics_enabled=False, delete_cache=(3600, _KEEP_SECONDS)) as blocks:
-        gradio.Markdown(f"## {escaped(model)}")
+    most = model.positions or _MOST_TOKENS
+    with gradio.Blocks(title=model.name, analytics_enabled=False, delete_cache=(3600, _KEEP_SECONDS)) as blocks:
+        gradio.Markdown(f"## {escaped(model.name)}")
         turns = gradio.State([])
         with gradio.Row():
             with gradio.Column(scale=2):
@@ -131,7 +134,9 @@ def build(page: Page, model: str) -> Any:
                         gradio.Slider(0, 2, 0.1, step=0.05, label="temperature", elem_id="temperature"),
                         gradio.Slider(0, 1, 0.75, step=0.01, label="top_p", elem_id="top_p"),
                         gradio.Slider(0, 200, 0, step=1, label="top_k (0: all)", elem_id="top_k"),
-                        gradio.Slider(1, 2048, 512, step=1, label="max tokens", elem_id="max_tokens"),
+                        gradio.Slider(
+                            1, most, default_new_tokens(most), step=1, label="max tokens", elem_id="max_tokens"
+                        ),
                     ]
             with gradio.Column(scale=3):
                 chat = gradio.Chatbot(
@@ -232,7 +237,7 @@ class Site:
         except ImportError as error:
             raise ConfigError("gradio is not installed; pip install 'megatron-sphinx[page]'") from error
         model = server.model()
-        self._blocks = build(Page(server, model), model).queue(api_open=False)
+        self._blocks = build(Page(server, model.name), model).queue(api_open=False)
         fonts = ["system-ui", "sans-serif"]  # of the browser's machine: none is fetched from elsewhere
         _, self.url, _ = self._blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, allowed_paths=[],
