@@ -176,7 +176,7 @@ def test_sampled_answers_do_not_depend_on_who_else_asks(run_ranks, small):
 
 
 def test_an_answer_ends_by_eos(run_ranks, small):
-    peer, path, prompts = small
+    _, path, prompts = small
 
     def check():
         with megatron_sphinx.load(path, cache_bytes=2**25) as model:
