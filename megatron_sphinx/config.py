@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 
 from megatron_sphinx.config_names import meant
-from megatron_sphinx.data.config import DataConfig
+from megatron_sphinx.data.config import DataConfig, ValidationConfig
 from megatron_sphinx.errors import ConfigError, shortened
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.parallel.layout import ParallelConfig
@@ -182,6 +182,7 @@ class Config:
         loss: how the two streams weigh in the loss.
         checkpoint: when a training state is saved, how many are kept, and which one a run goes on from.
         divergence: what happens to a step whose loss or gradient is not finite, or spikes.
+        validation: held-out data, whose loss is computed now and then.
     """
 
     run: RunConfig
@@ -195,6 +196,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         overhead = 2 + self.vision.most_image_positions
@@ -217,6 +219,7 @@ class Config:
                 )
             if not self.data.samples_per_step:
                 raise ConfigError("training.train=projections: the run takes no pairs and no conversations; train all")
+        self.validation.check_amounts(self.data)
         self._check_layout()
 
     def _check_layout(self) -> None:

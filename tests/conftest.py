@@ -47,6 +47,7 @@ from matplotlib import pyplot  # noqa: F401
 torch.set_num_threads(1)  # a process that has started threads must not fork
 tqdm.set_lock(RLock())  # its own lock is shared with what is forked: a rank killed while it holds it stops all others
 TOOLS = Path(__file__).parents[1] / "tools"
+HELD_OUT = 14  # pictures that nothing is trained on
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")
 
 
@@ -283,6 +284,37 @@ def dialogs(tiny) -> Path:
     index_conversations(
         [tiny.folder / "dialogs.json"], folder, tiny.tokenizer, images=tiny.folder / "pictures", samples_per_shard=15
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def held_out(tiny, tmp_path_factory):
+    """14 more pictures with captions, one of which cannot be read; conversations on them; 12 more texts."""
+    folder = tmp_path_factory.mktemp("held_out")
+    (folder / "pictures").mkdir()
+    dialogs = []
+    for number in range(HELD_OUT):
+        image, caption = draw(1000 + number)
+        image.save(folder / "pictures" / f"{number:03d}.png")
+        (folder / "pictures" / f"{number:03d}.txt").write_text(caption)
+        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": caption}]
+        picture = {} if number % 5 == 4 else {"image": f"{number:03d}.png"}
+        dialogs.append({"id": f"h{number}", **picture, "conversations": turns})
+    (folder / "dialogs.json").write_text(json.dumps(dialogs))
+    rng = np.random.default_rng(7)
+    texts = [" ".join(rng.choice(COLOURS, int(rng.integers(5, 60)))) for _ in range(12)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    [shard] = shards = write_shards(folder / "pictures", folder / "shards", HELD_OUT)
+    index_shards(shards, folder / "pairs", tiny.tokenizer)
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"IDAT")
+    content[place : place + 40] = bytes(40)
+    shard.write_bytes(content)
+    write_text([folder / "text.jsonl"], folder / "text", tiny.tokenizer)
+    index_conversations(
+        [folder / "dialogs.json"], folder / "conversations", tiny.tokenizer, images=folder / "pictures",
+        samples_per_shard=HELD_OUT,
+    )  # fmt: skip
     return folder
 
 

@@ -46,11 +46,12 @@ def test_the_demo(run_example, run_ranks, tmp_path):
     said = run_example("demo_evaluate.py", folder, folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.keys() == {
-        "steps", "seconds", "held_out_accuracy", "held_out_accuracy_random_expert", "loss_pairs", "loss_text",
+        "steps", "seconds", "held_out_accuracy", "held_out_accuracy_generated", "held_out_accuracy_random_expert",
+        "loss_pairs", "loss_text",
     }  # fmt: skip
     assert summary["steps"] == 2
     assert 0 <= summary["held_out_accuracy"] < 0.5  # nothing is learnt in two steps
-    assert said.count(f"{summary['held_out_accuracy']:8.1%}") == 2
+    assert said.count(f"{summary['held_out_accuracy']:8.1%}") >= 2
 
 
 @pytest.mark.parametrize(("climb", "status"), [(1.0, 0), (0.0, 1)])

@@ -179,18 +179,3 @@ def test_the_demo_with_experts_trains_on_the_ranks_of_few_gpus(launched, run_ran
     file.write_text(configuration.build(Config, given).to_yaml())
     run_ranks(ranks, lambda: main(["train", str(file), *overrides]))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
-
-
-def test_the_demos_evaluation_computes_where_the_features_are(tiny, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    accuracy = runpy.run_path(str(ROOT / "examples" / "demo_evaluate.py"))["accuracy"]
-    config = configuration.load(tiny.write(tmp_path / "run.yaml"))
-    elsewhere = torch.device("meta")
-
-    def model(batch, features):
-        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-        assert {value.device for value in [*tensors, features]} == {elsewhere}
-        return torch.zeros(len(batch.target_positions))
-
-    features = torch.empty(70, config.vision.feature_values, device=elsewhere)
-    assert accuracy(model, config, features, torch.zeros(70, dtype=torch.int64)) == 1.0

@@ -34,6 +34,8 @@ NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 # are parsed below.
 RUN_BY = {
     "make demo": r'run_example\("demo_evaluate\.py"',
+    "make smol": r'"examples" / "smol\.py"',
+    "make vqa": r'run_example\("vqa_evaluate\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',
     "megatron-sphinx train": r'"train", str\(config\), "--check"',
@@ -50,12 +52,14 @@ RUN_BY = {
     "megatron-sphinx plan calibrate": r'"--calibrate"|"calibrate"',
     "megatron-sphinx plan published": r'"--published"|"published"',
     "megatron-sphinx convert": r'"convert"|"convert_checkpoint(\.py)?"',
+    "megatron-sphinx export-embeddings": r'"export-embeddings"',
     "megatron-sphinx mix": r'"mix"|"interpolate_weights(\.py)?"',
     "megatron-sphinx inspect": r'"inspect"|"inspect_checkpoint(\.py)?"',
     "megatron-sphinx benchmark": r'"benchmark", str\(config\)',
     "megatron-sphinx gpu-check": r'"gpu-check"',
     "megatron-sphinx chat": r'"chat", "m"',
     "megatron-sphinx generate": r'"generate", "m"',
+    "megatron-sphinx serve": r'"serve", "m"',
     "megatron-sphinx demo": r'"megatron_sphinx", "demo"',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',
@@ -325,7 +329,7 @@ def test_commands_that_take_no_time_do_what_they_say(command, capsys, monkeypatc
 
 def test_the_makefile_calls_programs_with_arguments_that_they_take(parse):
     """The lines of the targets that train for minutes, parsed; what they do is tested with few steps."""
-    names = ("demo", "demo_moe", "figure7", "family", "benchmark", "skipping", "gpu")
+    names = ("demo", "demo_moe", "vqa", "figure7", "family", "benchmark", "skipping", "gpu")
     made = subprocess.run(
         ["make", "--dry-run", "--always-make", "--no-print-directory", *names],
         cwd=ROOT, capture_output=True, text=True, check=True,

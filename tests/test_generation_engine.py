@@ -183,6 +183,16 @@ def test_a_picture_whose_positions_are_cached_is_not_encoded_again():
     assert [key for tick in executor.ticks for key in tick.forgotten[0]] == [PICTURES[13].key]
 
 
+def test_pictures_of_the_first_in_the_queue_do_not_go_for_later_ones():
+    executor = FakeExecutor(blocks=200)
+    engine = engine_of(executor, picture_positions=13, sequences=3, new_tokens=2)
+    Asked(engine, prompt_of(3, picture=PICTURES[1]), Sampling(max_new_tokens=30, ignore_eos=True))
+    for size in (3, 8, 5, 13):
+        Asked(engine, prompt_of(3, picture=PICTURES[size]), LONG)
+    run(engine)
+    assert [int(key) for key, _ in executor.encodings] == [1, 3, 8, 5, 13]
+
+
 def test_an_equal_prompt_computes_its_last_token_anew():
     executor = FakeExecutor()
     engine, prompt = engine_of(executor), prompt_of(*range(3, 10))  # two blocks
@@ -272,12 +282,21 @@ def test_the_youngest_gives_way_and_ends_all_the_same():
     assert executor.computed > 3 * 15, "nothing gave way"
 
 
+def test_no_request_begins_only_to_give_way():
+    executor = FakeExecutor(blocks=8, block=2)
+    engine = engine_of(executor)
+    for number in range(3, 11):
+        Asked(engine, prompt_of(number), Sampling(max_new_tokens=3, ignore_eos=True))  # one block, two in the end
+    run(engine)
+    assert executor.computed == 8 * 4
+
+
 def test_a_large_request_is_not_passed_by_small_ones_for_ever():
     engine = engine_of(FakeExecutor(blocks=10))
     small = [Asked(engine, prompt_of(number), LONG) for number in (3, 4)]
     large = Asked(engine, prompt_of(*[9] * 28), LONG)
     for number in range(200):
-        small.append(Asked(engine, prompt_of(number + 1), LONG))
+        small.append(Asked(engine, prompt_of(number + 1), Sampling(max_new_tokens=4 + number % 7, ignore_eos=True)))
         engine.step()
         if large.is_done:
             break

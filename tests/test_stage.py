@@ -19,6 +19,7 @@ from megatron_sphinx.run import job
 from megatron_sphinx.stage.channel import FeatureReceiver, FeatureSender, encode, encoded_together, shares_of
 from megatron_sphinx.stage.dealing import deal, joined
 from megatron_sphinx.stage.producer import produce
+from megatron_sphinx.stage.schedule import Scheduled
 
 VALUES = 6
 
@@ -238,8 +239,8 @@ def test_an_encoder_sends_each_micro_batch_for_itself(run_ranks, seed, lookahead
         encoders, sending, heard = Encoding(size=8), Sending(), []
         reader = SimpleNamespace(submit=lambda views: Reading(0, [pair % 7 for pair, _ in views], (), []))
         produce(
-            ((0, number, ahead) for number, ahead in enumerate(made)), encoder=0, encoder_count=1, encoders=encoders,
-            pixels=reader, sender=sending, lookahead=lookahead, progress=Progress(),
+            (Scheduled(0, number, ahead, reader) for number, ahead in enumerate(made)),
+            encoder=0, encoder_count=1, encoders=encoders, sender=sending, lookahead=lookahead, progress=Progress(),
             observer=SimpleNamespace(micro_batch=lambda *facts: heard.append(facts)),
         )  # fmt: skip
         wanted = [[[pair % 7 for pair, _ in views_in(rows)] for rows in ahead if views_in(rows)] for ahead in made]

@@ -28,7 +28,11 @@ from megatron_sphinx.prepare.text import TokenWriter
 SHORTER_SIDE, MOST_RATIO, QUALITY = (224, 512), 2.0, 90
 CAPTION, DOCUMENT = (16, 0.6, 128), (400, 1.0, 16384)
 PICTURES, TEXT_TOKENS = 256, 2**20
-PATHS = [f"data.{name}=synthetic" for name in ("pairs", "conversations", "text", "tokenizer")]  # until they are made
+PATHS = [
+    *(f"data.{name}=synthetic" for name in ("pairs", "conversations", "text", "tokenizer")),  # until they are made
+    *(f"validation.{name}=[]" for name in ("pairs", "conversations", "text")),  # what is measured validates nothing
+    "validation.samples=0",
+]
 DESCRIPTION = (
     f"{PICTURES} JPEG pictures (quality {QUALITY}) of smooth noise, shorter side {SHORTER_SIDE[0]} to {SHORTER_SIDE[1]}"
     f" pixels, sides up to {MOST_RATIO:g}:1; captions and documents of random words, one token each, lengths log-normal"

@@ -46,6 +46,9 @@ OPTIONAL = {
     "apex": ("apex", "megatron-core's fused kernels"),
     "transformers": ("transformers", "the Q-Former; pip install 'megatron-sphinx[qformer]'"),
     "pymupdf": ("pymupdf", "prepare ocr; pip install 'megatron-sphinx[ocr]'"),
+    "gguf": ("gguf", "examples/smol.py; pip install 'megatron-sphinx[smol]'"),
+    "fastapi": ("fastapi", "serve; pip install 'megatron-sphinx[serve]'"),
+    "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (

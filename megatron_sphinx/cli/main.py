@@ -16,6 +16,7 @@ from megatron_sphinx.cli import (
     convert,
     demo,
     doctor,
+    export_embeddings,
     generate,
     gpu_check,
     inspect,
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
     "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
+    "export-embeddings": export_embeddings,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -89,10 +90,16 @@ def run(args: argparse.Namespace) -> int:
     access = access_of(args)
     if args.host not in _LOCAL and not access.keys:
         complain(f"--host={args.host}: whoever reaches this machine may ask; give --api-key to change that")
+    from megatron_sphinx.parallel.place import find_place
     from megatron_sphinx.serving.gate import Gate
     from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.process import HttpServer, serve
 
+    options = model_options(args)
+    if find_place()[0] > 0:  # it follows the first rank, also to the end
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        load(args.model, **options)
     gate = Gate(None, limits.requests)
     server = HttpServer(gate, limits, access, args.host, args.port, is_quiet=args.quiet)
-    return serve(lambda: load(args.model, **model_options(args)), gate, server, limits)
+    return serve(lambda: load(args.model, **options), gate, server, limits)

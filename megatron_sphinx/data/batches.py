@@ -163,12 +163,18 @@ class BatchLoader:
         self._pool = ThreadPoolExecutor(1, "batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """Return the micro-batches of a step, on the CPU; steps asked for in turn have been made ahead."""
+    def step(self, step: int, following: int | None = None) -> list[MicroBatch]:
+        """Return the micro-batches of a step, on the CPU; steps asked for in turn have been made ahead.
+
+        Args:
+            step: number of the step.
+            following: the step that will be asked for next; the one behind it unless given.
+        """
+        following = step + 1 if following is None else following
         if self._next is None or self._next[0] != step:
             self._next = (step, self._pool.submit(self._make, step))
         micro_batches = self._next[1].result()
-        self._next = (step + 1, self._pool.submit(self._make, step + 1))
+        self._next = (following, self._pool.submit(self._make, following))
         return micro_batches
 
     def _make(self, step: int) -> list[MicroBatch]:

@@ -1,6 +1,6 @@
-"""What the `data:` section of a configuration says: where samples and text come from, and what a step takes of each."""
+"""What `data:` and `validation:` of a configuration say: where samples and text come from, and what steps take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megatron_sphinx.errors import ConfigError
@@ -88,8 +88,7 @@ class DataConfig:
             value, sources = getattr(self, amount), getattr(self, name)
             if value and not sources:
                 raise ConfigError(f"data.{name}: not given, but data.{amount}={value}; give it, or set that to 0")
-            if len({source.weight is None for source in sources}) > 1:
-                raise ConfigError(f"data.{name}: some of the sources have no weight; give one to all, or to none")
+            _check_weights(f"data.{name}", sources)
         if self.pairs_per_step and self.conversations_per_step:
             raise ConfigError(
                 f"data.conversations_per_step={self.conversations_per_step}: data.pairs_per_step={self.pairs_per_step} "
@@ -119,3 +118,90 @@ class DataConfig:
 
 
 _AMOUNTS = {"pairs_per_step": "pairs", "conversations_per_step": "conversations", "text_tokens_per_step": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out data, whose loss is computed now and then, and which nothing is trained on.
+
+    Attributes:
+        pairs: folders of image-text pairs, given as those of data.pairs are. Without pairs, conversations and text
+            nothing is validated.
+        conversations: folders of conversations, given as those of data.pairs are, and instead of pairs.
+        text: folders of text or prefixes of Megatron's .bin and .idx, given as the folders of data.pairs are.
+        interval (steps): how often the loss is computed; behind the last step it always is.
+        steps (steps): how many steps' worth of data a validation takes, always the same; each has as many samples and
+            text tokens as a step of the training, or as there are where those are fewer, and nothing is taken twice.
+        samples: how many of the first samples are answered in each validation, for samples.md and TensorBoard; 0 for
+            none.
+    """
+
+    pairs: tuple[DataSource, ...] = ()
+    conversations: tuple[DataSource, ...] = ()
+    text: tuple[DataSource, ...] = ()
+    interval: Annotated[int, Range(least=1, most=10**9, why="a validation is made every so many steps")] = 1000
+    steps: Annotated[int, Range(least=1, most=1_000_000, why="a validation computes something")] = 1
+    samples: Annotated[int, Range(least=0, most=1000, why="somebody is to look at them")] = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "validation.")
+        for name in _AMOUNTS.values():
+            _check_weights(f"validation.{name}", getattr(self, name))
+        if self.pairs and self.conversations:
+            raise ConfigError("validation.conversations: validation.pairs are given too; leave out one of them")
+        if self.samples and not (self.pairs or self.conversations):
+            raise ConfigError(
+                f"validation.samples={self.samples}: there are neither validation.pairs nor validation.conversations "
+                f"to take them from; give some, or set this to 0"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to validate on."""
+        return bool(self.pairs or self.conversations or self.text)
+
+    def check_amounts(self, data: DataConfig) -> None:
+        """Refuse data that a step of the training says no amount for.
+
+        Raises:
+            ConfigError: the training takes no samples, or no text, but the validation has some.
+        """
+        for name, amount, what in (
+            (
+                "conversations" if self.conversations else "pairs",
+                data.samples_per_step,
+                "no pairs and no conversations",
+            ),
+            ("text", data.text_tokens_per_step, "no text"),
+        ):
+            if getattr(self, name) and not amount:
+                raise ConfigError(
+                    f"validation.{name}: a validation takes as many as a step of the training, which takes {what}; "
+                    f"leave this out"
+                )
+
+    def data_of(self, data: DataConfig, samples: int, tokens: int) -> DataConfig:
+        """Say what the steps of a validation take, and how their rows are filled: as those of the training.
+
+        Args:
+            data: of the training.
+            samples: that there are.
+            tokens: of text that there are.
+        """
+        amount = min(data.samples_per_step, samples)
+        return replace(
+            data,
+            pairs=self.pairs,
+            conversations=self.conversations,
+            text=self.text,
+            pairs_per_step=amount if self.pairs else 0,
+            conversations_per_step=amount if self.conversations else 0,
+            text_tokens_per_step=min(data.text_tokens_per_step, tokens) if self.text else 0,
+            text_order="parts",
+        )
+
+
+def _check_weights(key: str, sources: tuple[DataSource, ...]) -> None:
+    """Raise ConfigError where some of the sources of a stream have a weight and others have none."""
+    if len({source.weight is None for source in sources}) > 1:
+        raise ConfigError(f"{key}: some of the sources have no weight; give one to all, or to none")

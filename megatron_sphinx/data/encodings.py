@@ -132,7 +132,7 @@ class TokenizerJson:
 
     @cached_property
     def _with_special(self) -> Any:
-        """The same tokenizer as `_plain`, which finds control tokens in a text."""
+        """A second tokenizer, which finds control tokens in a text."""
         made = self._make()
         self._mark(made)
         return made

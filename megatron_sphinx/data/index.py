@@ -94,6 +94,7 @@ class IndexFolder:
     Attributes:
         folder: of the index.
         key: what the index has, and what the configuration calls it: pairs or conversations.
+        label: key and value that name the index in the configuration.
         tokenizer: identity of the one that the index was made with.
         shards: the tar files of images.
         samples: a SAMPLE or CONVERSATION for each sample.
@@ -103,11 +104,11 @@ class IndexFolder:
         answers: for each token whether it belongs to an answer; None of pairs.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, section: str = "data") -> None:
+        self.folder, self.key, self.label = folder, key, f"{section}.{key}={folder}"
         try:
             content = read_json(folder / "index.json", IndexFile)
-            _check_kind(content, folder, key)
+            _check_kind(content, self.label, key)
             self.tokenizer = TokenizerIdentity(**content["tokenizer"])
             self.shards = [Shard(**shard) for shard in content["shards"]]
             self.samples = Records(folder / "samples.bin", _record(SAMPLE if key == "pairs" else CONVERSATION, content))
@@ -117,18 +118,17 @@ class IndexFolder:
             self.answers = None if key == "pairs" else Records(folder / "answers.bin", np.dtype(np.bool_))
         except OSError as error:
             raise DataError(
-                f"data.{key}={folder}: {error.filename}: {error.strerror}; make the index by "
-                f"megatron-sphinx prepare {key}"
+                f"{self.label}: {error.filename}: {error.strerror}; make the index by megatron-sphinx prepare {key}"
             ) from error
         except DataError:  # which is a ValueError
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.{key}={folder}: damaged index ({error}); {self._remedy}") from error
+            raise DataError(f"{self.label}: damaged index ({error}); {self._remedy}") from error
         [last] = self.samples.read(self.samples.size - 1, self.samples.size)
         tokens = int(last["caption"]) + int(last["tokens"])
         sizes = (self.samples.size, self.captions.size, self.answers.size if self.answers is not None else tokens)
         if sizes != (sum(shard.samples for shard in self.shards), tokens, tokens):
-            raise DataError(f"data.{key}={folder}: the files of the index disagree; {self._remedy}")
+            raise DataError(f"{self.label}: the files of the index disagree; {self._remedy}")
 
     @property
     def is_upright(self) -> bool:
@@ -138,11 +138,6 @@ class IndexFolder:
     @property
     def _remedy(self) -> str:
         return f"run megatron-sphinx prepare {self.key} again"
-
-    @property
-    def label(self) -> str:
-        """Key and value that name the index in the configuration."""
-        return f"data.{self.key}={self.folder}"
 
     @property
     def paths(self) -> list[Path]:
@@ -173,20 +168,18 @@ class IndexFolder:
         try:
             size = os.stat(path).st_size
         except OSError as error:
-            raise DataError(
-                f"data.{self.key}={self.folder}: shard {path} is missing ({error.strerror}); {self._remedy}"
-            ) from error
+            raise DataError(f"{self.label}: shard {path} is missing ({error.strerror}); {self._remedy}") from error
         if size != known_size:
             raise DataError(
-                f"data.{self.key}={self.folder}: shard {path} has {size} bytes, its index was made for {known_size}; "
+                f"{self.label}: shard {path} has {size} bytes, its index was made for {known_size}; "
                 f"copy it again, or {self._remedy}"
             )
 
 
-def _check_kind(content: dict[str, Any], folder: Path, key: str) -> None:
+def _check_kind(content: dict[str, Any], label: str, key: str) -> None:
     """Raise DataError where an index is of something else than the configuration takes it for."""
     if (kind := content.get("of", "pairs")) != key:
-        raise DataError(f"data.{key}={folder}: is an index of {kind}; give it as data.{kind}")
+        raise DataError(f"{label}: is an index of {kind}; give it as {label.partition('.')[0]}.{kind}")
 
 
 def _token_type(name: str) -> np.dtype[Any]:

@@ -50,6 +50,7 @@ class SampleIndex:
     Args:
         folders: of the indexes.
         key: what the indexes have, and what the configuration calls them: pairs or conversations.
+        section: the section of the configuration that names them.
 
     Attributes:
         bounds: number of the first sample of each index, and how many samples there are in all.
@@ -59,8 +60,8 @@ class SampleIndex:
         DataError: a folder holds no index, or a damaged one, or one of something else.
     """
 
-    def __init__(self, folders: Sequence[str | Path], key: str = "pairs") -> None:
-        self.folders = [IndexFolder(Path(folder), key) for folder in folders]
+    def __init__(self, folders: Sequence[str | Path], key: str = "pairs", section: str = "data") -> None:
+        self.folders = [IndexFolder(Path(folder), key, section) for folder in folders]
         self.bounds = [0, *accumulate(folder.samples.size for folder in self.folders)]
         self._is_stored = False
 

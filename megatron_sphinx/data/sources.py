@@ -39,7 +39,7 @@ class Sources:
 
 
 def open_sources(config: DataConfig, model: LanguageConfig) -> Sources:
-    """Open what the configuration names; this is cheap, and every rank does it.
+    """Open what the training takes; this is cheap, and every rank does it.
 
     Raises:
         DataError: a file is missing or damaged, or a vocabulary differs.

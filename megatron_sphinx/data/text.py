@@ -48,6 +48,10 @@ def _paths(prefix: Path) -> list[Path]:
 class TokenFile:
     """Documents of tokens. Every array that it returns is the caller's own.
 
+    Args:
+        prefix: of its two files.
+        key: of the configuration, that names it.
+
     Attributes:
         documents: how many documents it has.
         tokens: how many tokens it has.
@@ -57,7 +61,7 @@ class TokenFile:
         DataError: a file is missing, damaged, or shorter than its index says.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, key: str = "data.text") -> None:
         # here, since megatron-core takes seconds to import, and what plans by sizes alone opens no token file
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -65,28 +69,26 @@ class TokenFile:
         bin_path, idx_path = _paths(prefix)
         for path in (bin_path, idx_path):
             if not path.is_file():
-                raise DataError(f"data.text={prefix}: {path} is missing; {_REMEDY}")
+                raise DataError(f"{key}={prefix}: {path} is missing; {_REMEDY}")
         size = bin_path.stat().st_size
         if not size:
-            raise DataError(f"data.text={prefix}: holds no tokens; make it again from files with text")
+            raise DataError(f"{key}={prefix}: holds no tokens; make it again from files with text")
         try:
             index = IndexedDataset(str(prefix)).index
         except Exception as error:
-            raise DataError(
-                f"data.text={prefix}: {idx_path} is not an index of tokens ({error}); make it again"
-            ) from error
+            raise DataError(f"{key}={prefix}: {idx_path} is not an index of tokens ({error}); make it again") from error
         self.token_type = np.dtype(index.dtype)
         if self.token_type.kind not in "iu":
             raise DataError(
-                f"data.text={prefix}: {idx_path} is an index of {self.token_type}, not of tokens; make it again"
+                f"{key}={prefix}: {idx_path} is an index of {self.token_type}, not of tokens; make it again"
             )
         self._bytes = self.token_type.itemsize
         self.documents = int(index.sequence_count)
         if not self.documents or size % self._bytes:
-            raise DataError(f"data.text={prefix}: {bin_path} and {idx_path} do not belong together; make them again")
+            raise DataError(f"{key}={prefix}: {bin_path} and {idx_path} do not belong together; make them again")
         end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self._bytes
         if size != end:
-            raise DataError(f"data.text={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
+            raise DataError(f"{key}={prefix}: {bin_path} has {size} bytes, its index says {end}; copy it again")
         self.tokens = size // self._bytes
         self._tokens = Records(bin_path, self.token_type)
         lengths, pointers = index.sequence_lengths.dtype, index.sequence_pointers.dtype
@@ -123,22 +125,18 @@ class _TokenFileEntry:
     """A token file as its index lists it, not opened; a ContentSource.
 
     Attributes:
-        source: what the configuration names: the folder that the file is in, or its prefix.
+        label: key and value that name its source in the configuration: the folder that the file is in, or its prefix.
         prefix: of the file.
         documents: how many documents it has.
         tokens: how many tokens it has.
         content: what it holds; None while that is not known.
     """
 
-    source: str
+    label: str
     prefix: Path
     documents: int
     tokens: int
     content: Content | None = None
-
-    @property
-    def label(self) -> str:
-        return f"data.text={self.source}"
 
     @property
     def paths(self) -> list[Path]:
@@ -188,6 +186,7 @@ class TextIndex:
     Token files are opened when something of them is needed. Threads may share it.
 
     Attributes:
+        key: of the configuration, that names the sources.
         bounds: number of the first token of each source, and how many tokens there are in all.
         documents: how many documents there are in all.
         files: the token files of all sources.
@@ -196,15 +195,16 @@ class TextIndex:
         DataError: a source is missing or damaged.
     """
 
-    def __init__(self, sources: Sequence[str | Path]) -> None:
-        opened = [_open_source(Path(source)) for source in sources]
+    def __init__(self, sources: Sequence[str | Path], key: str = "data.text") -> None:
+        self.key = key
+        opened = [_open_source(Path(source), key) for source in sources]
         self._tokenizers = [(str(source), identity) for source, (_, identity) in zip(sources, opened, strict=True)]
         self.files = [file for files, _ in opened for file in files]
         self.bounds = [0, *accumulate(sum(file.tokens for file in files) for files, _ in opened)]
         self._first_token = [0, *accumulate(file.tokens for file in self.files)]
         self._first_document = [0, *accumulate(file.documents for file in self.files)]
         self.documents = self._first_document[-1]
-        self._open = lru_cache(maxsize=_OPEN_FILES)(lambda number: TokenFile(self.files[number].prefix))
+        self._open = lru_cache(maxsize=_OPEN_FILES)(lambda number: TokenFile(self.files[number].prefix, key))
 
     @property
     def content_sources(self) -> Sequence[ContentSource]:
@@ -222,17 +222,15 @@ class TextIndex:
         Token ids are compared with the vocabulary as far as `index.json` or the memory know them.
         """
         for source, identity in self._tokenizers:
-            check_tokenizer(f"data.text={source}", identity, tokenizer)
+            check_tokenizer(f"{self.key}={source}", identity, tokenizer)
         with ThreadPoolExecutor(16, "check") as pool:
             for _ in pool.map(lambda entry: self._check(entry, memory, tokenizer.identity.vocabulary), self.files):
                 pass
 
     def _check(self, entry: _TokenFileEntry, memory: Memory, vocabulary: int) -> None:
-        file = TokenFile(entry.prefix)
+        file = TokenFile(entry.prefix, self.key)
         if (file.documents, file.tokens) != (entry.documents, entry.tokens):
-            raise DataError(
-                f"data.text={entry.source}: {entry.prefix} is not the file its index was made for; {_REMEDY}"
-            )
+            raise DataError(f"{entry.label}: {entry.prefix} is not the file its index was made for; {_REMEDY}")
         check_known(entry, memory, vocabulary)
 
     def spans(self, first: int, last: int) -> TextSpans:
@@ -265,25 +263,29 @@ def content_of(prefix: Path, is_stopped: Callable[[], bool] = lambda: False) -> 
     return measure({tokens: TokenFile(prefix).token_type, index: None}, is_stopped)
 
 
-def _open_source(source: Path) -> tuple[list[_TokenFileEntry], TokenizerIdentity | None]:
+def _open_source(source: Path, key: str) -> tuple[list[_TokenFileEntry], TokenizerIdentity | None]:
     """Return the token files of a source, and the tokenizer that made them where it is known."""
     if not source.is_dir():
-        file = TokenFile(source)
-        return [_TokenFileEntry(str(source), source, file.documents, file.tokens)], None
+        file = TokenFile(source, key)
+        return [_TokenFileEntry(f"{key}={source}", source, file.documents, file.tokens)], None
     try:
         content = read_json(source / "index.json", TextIndexFile)
         identity = TokenizerIdentity(**content["tokenizer"])
         files = [
             _TokenFileEntry(
-                str(source), _prefix(source, entry["name"]), entry["documents"], entry["tokens"], content_in(entry)
+                f"{key}={source}",
+                _prefix(source, entry["name"]),
+                entry["documents"],
+                entry["tokens"],
+                content_in(entry),
             )
             for entry in content["files"]
             if entry["tokens"]
         ]
     except OSError as error:
-        raise DataError(f"data.text={source}: {error.filename}: {error.strerror}; {_REMEDY}") from error
+        raise DataError(f"{key}={source}: {error.filename}: {error.strerror}; {_REMEDY}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.text={source}: damaged index.json ({error}); {_REMEDY}") from error
+        raise DataError(f"{key}={source}: damaged index.json ({error}); {_REMEDY}") from error
     return files, identity
 
 

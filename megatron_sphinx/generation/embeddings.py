@@ -47,16 +47,14 @@ class EmbeddingCache:
     def begin(self, picture: Picture, others: Container[str]) -> bool:
         """Return whether a picture can be begun now, and count it as begun.
 
-        Where there is no room, pictures go that are neither in use nor among `others`; what needs their room can begin
-        once all ranks have been told.
+        Where there is no room, pictures go that are neither in use nor among `others`; the answer is False all the
+        same, since all ranks must be told before another takes their room.
         """
         if len(self._positions) - len(self._ready) >= self._at_once:
             return False
         if self._has_room(picture):
-            if not self._forgotten:
-                self._positions[picture.key] = picture.positions
-                return True
-            return False
+            self._positions[picture.key] = picture.positions
+            return True
         for key in [key for key in self._positions if key in self._ready and not self._users[key]]:
             if key not in others:
                 del self._positions[key]

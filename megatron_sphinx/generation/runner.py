@@ -1,6 +1,6 @@
 """One rank's part of a tick: its layers over the new tokens of several sequences, their pasts in its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -10,26 +10,31 @@ from torch import Tensor
 from megatron_sphinx.generation.ticks import Piece
 from megatron_sphinx.model.attention import PackedRows, rotation_at
 from megatron_sphinx.model.cache import CachedDocuments, Extent, KeyValueCache, bytes_per_token
+from megatron_sphinx.model.inference import InferenceDecoder
 from megatron_sphinx.model.sphinx import SphinxModel
+
+Decode = Callable[[Tensor, PackedRows], Tensor]
 
 
 class ModelRunner:
     """Computes pieces on this rank's shard of the model.
 
-    A replica that shares experts with others must compute in every tick, so one without pieces computes a token that
-    nobody asked for, in a place behind all others.
+    A replica that shares experts with others must compute in every tick, and tensor ranks that share the tokens must
+    have as many each: for that, tokens are computed that nobody asked for, in a place behind all others.
 
     Args:
-        model: this rank's shard; it must be in eval mode, and without sequence parallelism.
+        model: this rank's shard; it must be in eval mode, and without sequence parallelism. Its decoder's matrices are
+            taken over: see InferenceDecoder.
         places: how many tokens the cache has room for.
         vocabulary: token ids; logits of the vocabulary's padding are cut off.
+        decode: computes the layers, as InferenceDecoder does; None for that, which takes over the model's matrices.
 
     Attributes:
         cache_bytes: what the cache takes on this rank.
         feature_values: numbers of a view's features; 0 where the model has no eyes, and after the first stage.
     """
 
-    def __init__(self, model: SphinxModel, *, places: int, vocabulary: int) -> None:
+    def __init__(self, model: SphinxModel, *, places: int, vocabulary: int, decode: Decode | None = None) -> None:
         self._model, self._vocabulary, self._places = model, vocabulary, places
         config, groups = model.language.config, model.groups
         self._dtype: torch.dtype = config.params_dtype
@@ -44,7 +49,9 @@ class ModelRunner:
         )
         self.cache_bytes = self._cache.bytes
         self.feature_values = model.vision.config.feature_values if model.vision is not None else 0
+        self._decode = decode or InferenceDecoder(model.language, groups)
         self._is_shared = groups.layout.config.expert > 1
+        self._multiple = groups.layout.config.token_multiple
         self._pictures: dict[str, Tensor] = {}
         self._sending: list[tuple[dist.Work | None, Tensor]] = []
 
@@ -65,7 +72,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """Compute pieces.
+        """Compute the new tokens of some sequences.
 
         Every rank of a stage calls this with the pieces of its replica; a stage gets what the one before it computed
         from these pieces in an earlier call.
@@ -77,12 +84,14 @@ class ModelRunner:
             On the last stage fp32 logits [rows, vocabulary]: for each piece, those behind its targets, and behind its
             last token where one is drawn, in this order. None before the last stage.
         """
-        if not pieces and self._is_shared:
-            self._compute([Piece(tokens=(0,), start=0, segments=((self._places, 1),))])
-        if not pieces:
+        idle = Piece(tokens=(0,), start=0, segments=((self._places, 1),))
+        wanted = sum(len(piece.tokens) for piece in pieces)
+        computed = max(wanted, int(self._is_shared))
+        computed += -computed % self._multiple
+        if not computed:
             return None
-        logits = self._compute(pieces)
-        return None if logits is None else logits[:, : self._vocabulary].float()
+        logits = self._compute([*pieces, *[idle] * (computed - wanted)])
+        return logits[:, : self._vocabulary].float() if pieces and logits is not None else None
 
     def _compute(self, pieces: Sequence[Piece]) -> Tensor | None:
         """Compute pieces; see `run`. The logits are those of the padded vocabulary, in the model's type."""
@@ -98,13 +107,13 @@ class ModelRunner:
                 self._cache, [Extent(piece.start, len(piece.tokens), piece.segments) for piece in pieces], self._device
             ),
         )
-        pictures, positions = self._placed(pieces) if groups.is_first_stage else (None, None)
-        if not groups.is_first_stage:
-            self._model.set_input_tensor(self._received(len(tokens)))
-        out = self._model.logits(tokens, rows, pictures, positions)
+        hidden = (
+            self._model.embed(tokens, *self._placed(pieces)) if groups.is_first_stage else self._received(len(tokens))
+        )
+        out = self._decode(hidden, rows)
         if groups.is_last_stage:
             return out
-        self._send_on(out.contiguous())
+        self._send_on(out)
         return None
 
     def _placed(self, pieces: Sequence[Piece]) -> tuple[Tensor | None, Tensor | None]:
@@ -114,9 +123,7 @@ class ModelRunner:
         for piece, begin in zip(pieces, begins, strict=False):
             if piece.picture is None:
                 continue
-            picture = self._pictures.get(piece.picture)
-            if picture is None:  # all its positions are in the cache
-                continue
+            picture = self._pictures[piece.picture]
             first, last = max(piece.start, 1), min(piece.start + len(piece.tokens), 1 + len(picture))
             if first < last:
                 embeddings.append(picture[first - 1 : last - 1])
@@ -127,9 +134,10 @@ class ModelRunner:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _received(self, tokens: int) -> Tensor:
-        """Take what the stage before this one has computed: [tokens, 1, hidden]."""
+        """Take what the stage before this one has computed: [tokens, hidden]."""
         groups = self._model.groups
-        hidden = torch.empty(tokens, 1, self._model.language.config.hidden_size, dtype=self._dtype, device=self._device)
+        tokens //= self._multiple
+        hidden = torch.empty(tokens, self._model.language.config.hidden_size, dtype=self._dtype, device=self._device)
         dist.recv(hidden, group=groups.pipeline, group_src=groups.seat.pipeline - 1)
         return hidden
 

@@ -28,6 +28,7 @@ class Activity(Enum):
     UPDATING = "updating the weights"
     REPORTING = "writing the metrics"
     SAVING = "saving a checkpoint"
+    VALIDATING = "validating"
     ENDING = "waiting for the end"
     ANSWERING = "answering"
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +71,6 @@ class Extent:
         places = [place for first, count in self.segments for place in range(first, first + count)]
         return places[self.start :]
 
-    @property
-    def old_segments(self) -> tuple[tuple[int, int], ...]:
-        """The stretches of the old tokens."""
-        ends = accumulate(count for _, count in self.segments)
-        cut = [
-            (first, min(count, self.start - end + count))
-            for (first, count), end in zip(self.segments, ends, strict=True)
-        ]
-        return tuple((first, count) for first, count in cut if count > 0)
-
 
 class CachedDocuments:
     """The documents whose new tokens a forward pass computes; a `Past`.
@@ -105,23 +94,33 @@ class CachedDocuments:
         path = attention_path((), 0, is_cuda=query.is_cuda, dtype=query.dtype, head_width=query.shape[-1])
         if path is not Path.RUNS:
             return attend_at_once(query, self._gathered(keys), self._gathered(values), self._rows, scale)
+        single, others = self._split
+        if single is not None and not others:
+            return single.attend(query, keys, values, scale)
         out = torch.empty_like(query)
-        begin = 0
-        joined: list[tuple[int, Extent]] = []  # documents of several stretches with one new token each
-        for extent in self._extents:
-            new = slice(begin, begin + extent.tokens)
-            if extent.start and len(extent.segments) > 1 and extent.tokens == 1 and not query.is_cuda:
-                joined.append((begin, extent))
-            elif not extent.start:
-                out[new] = _attend(query[new], key[new].transpose(0, 1), value[new].transpose(0, 1), scale)
-            else:
+        for extent, new in others:
+            if extent.start:
                 seen, known = _joined(keys, extent.segments), _joined(values, extent.segments)
-                out[new] = _attend(query[new], seen, known, scale)
-            begin = new.stop
-        if joined:
-            tokens = [token for token, _ in joined]
-            out[tokens] = _attend_by_stretches(query[tokens], keys, values, [one for _, one in joined], scale)
+            else:
+                seen, known = key[new].transpose(0, 1), value[new].transpose(0, 1)
+            out[new] = _attend(query[new], seen, known, scale)
+        if single is not None:
+            out[single.tokens] = single.attend(query[single.tokens], keys, values, scale)
         return out
+
+    @cached_property
+    def _split(self) -> "tuple[_SingleTokens | None, list[tuple[Extent, slice]]]":
+        """Tell the documents with one new token each, on a CPU, from the others, whose new tokens are given."""
+        single, tokens, others = [], [], []
+        begin = 0
+        for extent in self._extents:
+            if extent.start and extent.tokens == 1 and self._device.type == "cpu":
+                single.append(extent)
+                tokens.append(begin)
+            else:
+                others.append((extent, slice(begin, begin + extent.tokens)))
+            begin += extent.tokens
+        return (_SingleTokens(tokens, [extent.segments for extent in single]) if single else None), others
 
     @cached_property
     def _rows(self) -> PackedRows:
@@ -177,42 +176,62 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) ->
     return out[0].transpose(0, 1)
 
 
-def _attend_by_stretches(
-    query: Tensor, keys: Tensor, values: Tensor, extents: Sequence[Extent], scale: float | None
-) -> Tensor:
-    """Attend to each stretch in place, once for all documents that share it, and join what they gave.
+class _SingleTokens:
+    """New tokens on a CPU, one of each document; attends to each stretch of the cache in place, and joins the parts.
 
-    A picture's tokens are one stretch of every question about it. Each stretch's softmax comes with the logarithm of
-    its denominator, by which the parts of a document are weighed.
+    A picture's tokens are one stretch of every question about it, which is read once for all of them. Each stretch's
+    softmax comes with the logarithm of its denominator, by which the parts of a document are weighed.
 
     Args:
-        query: [documents, heads, head width], a new token of each.
-        keys: of the cache, [groups, places, head width].
-        values: of the cache.
-        extents: of the documents.
-        scale: see `Past.attend`.
+        tokens: their numbers among all new tokens.
+        segments: of each document, see `Extent`.
 
-    Returns:
-        [documents, heads, head width].
+    Attributes:
+        tokens: see above.
     """
-    groups = len(keys)
-    rows = query.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, documents, heads of a group, head width]
-    readers: dict[tuple[int, int], list[int]] = {}
-    for number, extent in enumerate(extents):
-        for segment in extent.segments:
-            readers.setdefault(segment, []).append(number)
-    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in extents]
-    for (first, count), numbers in readers.items():
-        stretch = slice(first, first + count)
-        out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows[:, numbers].flatten(1, 2)[None], keys[None, :, stretch], values[None, :, stretch], scale=scale
-        )
-        out, weight = (x[0].unflatten(1, (len(numbers), -1)) for x in (out, weight))
-        for place, number in enumerate(numbers):
-            parts[number].append((out[:, place], weight[:, place]))
-    joined = []
-    for of_document in parts:
-        outs, weights = (torch.stack(x) for x in zip(*of_document, strict=True))
-        share = weights.softmax(0)[..., None]
-        joined.append((outs * share).sum(0).to(query.dtype).flatten(0, 1))
-    return torch.stack(joined)
+
+    def __init__(self, tokens: list[int], segments: Sequence[tuple[tuple[int, int], ...]]) -> None:
+        self.tokens = tokens
+        self._readers: dict[tuple[int, int], list[int]] = {}
+        for document, stretches in enumerate(segments):
+            for stretch in stretches:
+                self._readers.setdefault(stretch, []).append(document)
+        parts: list[list[int]] = [[] for _ in segments]
+        readers = [document for documents in self._readers.values() for document in documents]
+        for part, document in enumerate(readers):
+            parts[document].append(part)
+        most = max(len(own) for own in parts)
+        self._is_joined = len(readers) > len(segments)
+        self._parts = torch.tensor([own + [len(readers)] * (most - len(own)) for own in parts])
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        """Let each token see its document.
+
+        Args:
+            query: [documents, heads, head width].
+            keys: of the cache, [groups, places, head width].
+            values: of the cache.
+            scale: see `Past.attend`.
+
+        Returns:
+            [documents, heads, head width].
+        """
+        rows = query.unflatten(1, (len(keys), -1))  # [documents, groups, heads of a group, head width]
+        alone, keys, values = rows.split(1), keys[None], values[None]
+        outs, weights = [], []
+        for (first, count), documents in self._readers.items():
+            several = len(documents) > 1
+            asking = rows[documents].transpose(0, 1).flatten(1, 2)[None] if several else alone[documents[0]]
+            out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                asking, keys.narrow(2, first, count), values.narrow(2, first, count), scale=scale
+            )
+            if several:
+                out, weight = (x[0].unflatten(1, (len(documents), -1)).transpose(0, 1) for x in (out, weight))
+            outs.append(out)
+            weights.append(weight)
+        if not self._is_joined:
+            return torch.cat(outs).flatten(1, 2)
+        nothing = torch.full_like(weights[0][:1], -torch.inf)  # the part that documents of fewer parts have
+        share = torch.cat([*weights, nothing])[self._parts].softmax(1)[..., None]
+        joined = (torch.cat([*outs, torch.zeros_like(outs[0][:1])])[self._parts] * share).sum(1)
+        return joined.to(query.dtype).flatten(1, 2)

@@ -175,16 +175,16 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate [tokens, heads, head width] by the angles of `rotation`."""
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Rotate the gradients back."""
         cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, -sin), None, None
+        return rotated(gradients[0], cos, -sin), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of a head's first and second half: [tokens, heads, head width] to a new tensor like it."""
     out = torch.empty_like(x)
     (first, second), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
@@ -193,16 +193,25 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def norm_in_fp32(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Norm over the last dimension of [..., hidden], in fp32.
+
+    Returns:
+        The weighted norm in the type of `x`, and what each row was scaled by, fp32 [..., 1].
+    """
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight.float()).to(x.dtype), scale
+
+
 class _NormOnCpu(torch.autograd.Function):
     """The norm computed in fp32; on CPUs it takes half the time and memory of torch's own, which is several kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Norm over the last dimension of [..., hidden], computed in fp32 and returned in the type of `x`."""
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = norm_in_fp32(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        out: Tensor = (wide * scale).mul_(weight.float()).to(x.dtype)
         return out
 
     @staticmethod

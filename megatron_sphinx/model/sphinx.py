@@ -78,31 +78,40 @@ class SphinxModel(nn.Module):
         )
         return out[0] if self.groups.is_last_stage else out
 
-    def logits(self, tokens: Tensor, rows: PackedRows, pictures: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Compute logits of new tokens, or what the next pipeline stage goes on from.
+    def embed(self, tokens: Tensor, pictures: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Embed new tokens, on the first pipeline stage: [tokens, hidden].
 
         Args:
             tokens: int64 [tokens].
-            rows: their documents; `target_positions` are those whose logits are wanted.
-            pictures: embeddings of pictures, [positions, hidden]; None where there are none, and after the first stage.
+            pictures: embeddings of pictures, [positions, hidden]; None where there are none.
             positions: which tokens they stand for, int64 [positions].
+        """
+        text = self._embed_text(tokens)
+        return text if pictures is None or positions is None else place_views(text, pictures, positions)
+
+    def decode(self, hidden: Tensor, rows: PackedRows) -> Tensor:
+        """Compute this stage's layers of new tokens by the modules that train, and behind the last one the logits.
+
+        Args:
+            hidden: on the first stage the embeddings of all tokens, [tokens, hidden]; else what the stage before gave.
+            rows: their documents; logits are those of `target_positions`.
 
         Returns:
-            [targets, padded vocabulary] in the model's type, on every tensor rank. Before the last stage: hidden states
-            [tokens, 1, hidden].
+            [targets, padded vocabulary] on every tensor rank. Before the last stage: hidden states [tokens of this
+            rank, hidden].
         """
-        embeddings = None
-        if pictures is not None and positions is not None:
-            embeddings = place_views(self._embed_text(tokens), pictures, positions)[:, None]
+        hidden, is_first = hidden[:, None], self.groups.is_first_stage
+        if not is_first:
+            self.language.set_input_tensor(hidden)
         out: Tensor = self.language(
-            input_ids=tokens[None],
+            input_ids=None,
             position_ids=None,
             attention_mask=None,
-            decoder_input=embeddings,
+            decoder_input=self._scattered(hidden) if is_first else None,
             packed_seq_params=rows,
             runtime_gather_output=True,
         )
-        return out[0] if self.groups.is_last_stage else out
+        return out[0] if self.groups.is_last_stage else out[:, 0]
 
     def embed_picture(self, features: Tensor, encoded: Sequence[int]) -> Tensor:
         """Make the embeddings of a picture's positions, as they stand behind BOS: [positions, hidden].
@@ -125,7 +134,10 @@ class SphinxModel(nn.Module):
         if self.vision.skip_token is not None:
             skipped = self.vision.skip_token.expand(len(batch.skip_positions), -1)
             blocks, positions = torch.cat([blocks, skipped]), torch.cat([positions, batch.skip_positions])
-        embeddings = place_views(self._embed_text(batch.tokens), blocks, positions)[:, None]
+        return self._scattered(place_views(self._embed_text(batch.tokens), blocks, positions)[:, None])
+
+    def _scattered(self, embeddings: Tensor) -> Tensor:
+        """Keep this tensor rank's part of the tokens, where tensor ranks share them: [its tokens, 1, hidden]."""
         if self.groups.layout.config.sequence:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tensor)
         return embeddings

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.plan import numbered_rounds, rounds
+from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language, draw_weights
@@ -19,11 +19,15 @@ from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.model.warm_up import warm_up
 from megatron_sphinx.parallel.groups import ProcessGroups
+from megatron_sphinx.run.answerer import TrainingAnswerer
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.loop import Loop
 from megatron_sphinx.run.observer import Observer
+from megatron_sphinx.run.questions import Answerer
+from megatron_sphinx.run.validator import Validator
 from megatron_sphinx.stage.channel import ColocatedEncoders, FeatureReceiver, FeatureSender, FeatureSource
 from megatron_sphinx.stage.producer import produce
+from megatron_sphinx.stage.schedule import Schedule
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.engine import Engine
 from megatron_sphinx.training.metrics import Reporter
@@ -79,7 +83,13 @@ def build_engine(context: RankContext, model: SphinxModel, kind: Callable[..., E
 
 
 def build_features(
-    context: RankContext, encoders: FrozenEncoders | None, first_step: int, last_step: int | None = None
+    context: RankContext,
+    encoders: FrozenEncoders | None,
+    first_step: int,
+    last_step: int | None = None,
+    *,
+    held_out: HeldOut | None = None,
+    is_owed: bool = False,
 ) -> FeatureSource | None:
     """Open where a language rank's features come from; None where it needs none and encodes none.
 
@@ -88,14 +98,19 @@ def build_features(
         encoders: of a rank that encodes itself; None where encoder ranks do.
         first_step: the step to begin with.
         last_step: the one to end before; the run's last one unless given.
+        held_out: what is validated on; None for steps without validations.
+        is_owed: whether a validation comes before the first step.
     """
     config, lookahead = context.config, context.config.stage.lookahead
-    ahead = rounds(context.planner, first_step, config.training.steps if last_step is None else last_step)
+    last = config.training.steps if last_step is None else last_step
     if encoders is not None:
-        return ColocatedEncoders(ahead, context.groups, encoders, context.pixels(), lookahead)
+        ahead = _schedule(context, held_out).between(first_step, last, is_owed=is_owed)
+        return ColocatedEncoders(ahead, context.groups, encoders, lookahead)
     if not context.groups.is_first_stage:
         return None
-    return FeatureReceiver(ahead, context.groups, values=config.vision.feature_values, lookahead=lookahead)
+    unread = Schedule(context.planner, held_out=held_out).between(first_step, last, is_owed=is_owed)
+    rounds = (micro_batch.rows for micro_batch in unread)
+    return FeatureReceiver(rounds, context.groups, values=config.vision.feature_values, lookahead=lookahead)
 
 
 def build_trainer(context: RankContext, engine: Engine, features: FeatureSource | None, watch: Watch) -> Trainer:
@@ -113,6 +128,15 @@ def build_trainer(context: RankContext, engine: Engine, features: FeatureSource 
     )
 
 
+def build_answerer(context: RankContext, model: SphinxModel) -> Answerer | None:
+    """Make what answers the samples of validations; None where none are to be answered.
+
+    Raises:
+        ConfigError: they cannot be answered.
+    """
+    return TrainingAnswerer(context, model) if context.config.validation.samples else None
+
+
 def build_loop(
     context: RankContext,
     trainer: Trainer,
@@ -121,23 +145,46 @@ def build_loop(
     *,
     bad_pairs: int = 0,
     observer: Observer | None = None,
+    validator: Validator | None = None,
 ) -> Loop:
     """Make the steps of a language rank ready to run; every language rank calls this, together."""
-    return Loop(context, trainer, store, reporter, _measure_peak_flops(context), bad_pairs, observer)
+    return Loop(context, trainer, store, reporter, _measure_peak_flops(context), bad_pairs, observer, validator)
+
+
+def _schedule(context: RankContext, held_out: HeldOut | None) -> Schedule:
+    """Put the micro-batches of a run in order, and open what reads their pictures."""
+    held_out_pixels = context.pixels(held_out.sources) if held_out is not None else None
+    return Schedule(context.planner, context.pixels(), held_out, held_out_pixels)
 
 
 def encode_steps(
-    context: RankContext, encoders: FrozenEncoders, first_step: int, last_step: int, observer: Observer | None = None
+    context: RankContext,
+    encoders: FrozenEncoders,
+    first_step: int,
+    last_step: int,
+    observer: Observer | None = None,
+    *,
+    held_out: HeldOut | None = None,
+    is_owed: bool = False,
 ) -> None:
-    """Encode an encoder rank's share of the views of steps, `last_step` not among them, and send the features."""
+    """Encode an encoder rank's share of the views of steps, and of validations on the way, and send the features.
+
+    Args:
+        context: of the rank.
+        encoders: what it encodes with.
+        first_step: the step to begin with.
+        last_step: the one to end before.
+        observer: hears of each micro-batch.
+        held_out: what is validated on; None for steps without validations.
+        is_owed: whether a validation comes before the first step.
+    """
     config, number = context.config, context.groups.seat.encoder
     assert number is not None, "a language rank has no encoder's number"
     produce(
-        numbered_rounds(context.planner, first_step, last_step),
+        _schedule(context, held_out).between(first_step, last_step, is_owed=is_owed),
         encoder=number,
         encoder_count=config.parallel.encoder,
         encoders=encoders,
-        pixels=context.pixels(),
         sender=FeatureSender(context.groups, config.stage.lookahead),
         lookahead=config.stage.lookahead,
         progress=context.progress,

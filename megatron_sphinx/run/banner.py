@@ -54,6 +54,8 @@ def say_start(context: RankContext, holdings: list[Holding]) -> None:
     say(f"step 0: {len(plan.rows)} rows, {plan.fill:.1%} full; costliest replica {plan.imbalance:.3f} of the mean")
     if plan.imbalance > _UNEVEN and config.data.row_multiple % layout.data:
         say(f"the replicas' work is uneven: data.row_multiple={layout.data} would divide it better")
+    if context.held_out:
+        say(f"validation: {context.held_out}")
     if config.parallel.encoder:
         views, values = sum(len(segment.views) for row in plan.rows for segment in row), config.vision.feature_values
         total = views * values * 2

@@ -23,8 +23,9 @@ _TIMEOUT = timedelta(hours=1)  # nobody is waited for
 def check(config: Config, ranks: int | None = None) -> None:
     """Look at all that a start of the run looks at, and say what it would do.
 
-    That is the layout, the run folder, the data with its indexes, the first step, the files of the visual experts, and
-    the checkpoint or the weights to begin with. Whether another job writes the run folder is not looked at, nor GPUs.
+    That is the layout, the run folder, the data with its indexes, what is held out too, the first step, the files of
+    the visual experts, and the checkpoint or the weights to begin with. Whether another job writes the run folder is
+    not looked at, nor GPUs.
 
     Args:
         config: of the run.
@@ -50,6 +51,8 @@ def check(config: Config, ranks: int | None = None) -> None:
     plan = context.planner.step(0)
     documents = {document for document, _, _ in plan.text}
     say(f"data: in order; step 0 takes {len(plan.samples)} samples, and text of {len(documents)} documents")
+    if context.held_out:
+        say(f"validation: {context.held_out}")
     digests = {}
     for item in config.vision.experts:
         _, digests[item.name] = load_expert(item, config.run.seed, config.vision.resize)

@@ -30,5 +30,8 @@ class EncoderRank(Role):
     def run(self) -> bool:
         """Encode all steps; how the run ends this rank hears from the language ranks."""
         steps = self.context.config.training.steps
-        assembly.encode_steps(self.context, self.encoders, self.first_step, steps, self.observer)
+        assembly.encode_steps(
+            self.context, self.encoders, self.first_step, steps, self.observer,
+            held_out=self.held_out, is_owed=self.is_validation_owed,
+        )  # fmt: skip
         return True

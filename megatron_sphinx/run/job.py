@@ -14,6 +14,7 @@ from megatron_sphinx.data.content import Memory, Scan
 from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.sources import Sources, make_planner, open_sources
+from megatron_sphinx.data.validation import HeldOut, open_held_out, plan_validation, refuse_trained
 from megatron_sphinx.device import Platform
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.liveness.stop import StopSignal
@@ -38,6 +39,7 @@ class RankContext:
         groups: the rank's process groups.
         sources: the opened data.
         planner: plans every step, the same on every rank.
+        held_out: what is validated on; None for a run without validations.
         progress: where the rank notes what it is at.
         stop: whether the job was asked to stop.
         hold: the run folder in this job's hands; None where nothing is written there.
@@ -50,6 +52,7 @@ class RankContext:
     groups: ProcessGroups
     sources: Sources
     planner: Planner
+    held_out: HeldOut | None = None
     progress: Progress = field(default_factory=Progress)
     stop: StopSignal = field(default_factory=StopSignal)
     hold: Hold | None = None
@@ -66,14 +69,15 @@ class RankContext:
         """Whether this rank speaks and writes for all."""
         return self.groups.seat.rank == 0
 
-    def pixels(self) -> PixelLoader | None:
-        """Open what reads this rank's images, if the run has any."""
-        if self.sources.samples is None:
+    def pixels(self, sources: Sources | None = None) -> PixelLoader | None:
+        """Open what reads the images of the training, or of other sources; None where there are none."""
+        samples = (sources or self.sources).samples
+        if samples is None:
             return None
         data = self.config.data
         quarantine = self.folder / "quarantine.jsonl"
         return PixelLoader(
-            self.sources.samples, self.config.vision, workers=data.workers, quarantine=quarantine,
+            samples, self.config.vision, workers=data.workers, quarantine=quarantine,
             is_pinned=self.platform.is_cuda,
         )  # fmt: skip
 
@@ -154,19 +158,24 @@ def open_run(
         SphinxError: another job holds the folder, or data is missing or damaged; on all ranks.
     """
 
-    def open_data() -> tuple[Config, Sources, Scan | None]:
+    def open_data() -> tuple[Config, Sources, Sources | None, Scan | None]:
         """Do what may fail on one rank alone."""
         if hold:
             hold.take()
         sources = open_sources(config.data, config.model)
+        held_out = open_held_out(config.validation, sources) if config.validation.is_on else None
         scan = None
         if groups.seat.rank == 0:
             memory = Memory(Path(config.run.folder) / "content")
             sources.check(memory)
             scan = sources.scan(memory)
-        return config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0), sources, scan
+            if held_out is not None:
+                held_out.check(memory)
+                refuse_trained(held_out, sources)
+        counted = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0)
+        return counted, sources, held_out, scan
 
-    counted, sources, scan = agree(open_data, groups.control)
+    counted, sources, held_out, scan = agree(open_data, groups.control)
 
     def plan(config: Config) -> Planner:
         """Make the planner of the run with this configuration."""
@@ -176,7 +185,17 @@ def open_run(
         )  # fmt: skip
 
     settled = settle(counted, platform, groups, plan, fit)
-    planner = agree(lambda: plan(settled), groups.control)
+
+    def plan_all() -> tuple[Planner, HeldOut | None]:
+        """Plan the training and its validations."""
+        if held_out is None:
+            return plan(settled), None
+        return plan(settled), plan_validation(
+            settled.validation, settled.data, held_out, settled.model, settled.vision, replicas=groups.layout.data,
+            multiple=settled.parallel.token_multiple, last_step=settled.training.steps,
+        )  # fmt: skip
+
+    planner, validated = agree(plan_all, groups.control)
     progress, stop = progress or Progress(), stop or StopSignal()
     clock = clock or StartClock()
-    return RankContext(settled, platform, groups, sources, planner, progress, stop, hold, scan, clock)
+    return RankContext(settled, platform, groups, sources, planner, validated, progress, stop, hold, scan, clock)

@@ -15,9 +15,10 @@ from megatron_sphinx.run.banner import Holding, bytes_of
 from megatron_sphinx.run.phases import Role
 from megatron_sphinx.run.provenance import keep_config
 from megatron_sphinx.run.resume import StartingPoint
+from megatron_sphinx.run.validator import Validator
 from megatron_sphinx.training.divergence import Watch
 from megatron_sphinx.training.engine import Engine
-from megatron_sphinx.training.metrics import Reporter
+from megatron_sphinx.training.metrics import Reporter, is_validated
 
 
 class LanguageRank(Role):
@@ -87,6 +88,12 @@ class LanguageRank(Role):
         """Tell the step that the run begins at."""
         return self.starting_point.step
 
+    def tell_owed_validation(self) -> bool:
+        """Look on the first rank for the validation behind the steps that are done."""
+        step, held_out, context = self.first_step, self.held_out, self.context
+        is_due = held_out is not None and context.is_first_rank and held_out.is_due(step)
+        return is_due and not is_validated(context.folder / "metrics.jsonl", step - 1)
+
     def open_reports(self) -> None:
         """Write down on the first rank what is run, and open its metrics."""
         context = self.context
@@ -102,17 +109,24 @@ class LanguageRank(Role):
                 steps=context.config.training.steps,
                 interval=context.config.run.print_interval,
                 guard=context.hold.look if context.hold else lambda: None,
+                validations_left=self.held_out.left if self.held_out else lambda _: 0,
             )
 
     def run(self) -> bool:
         """Take the steps; whether all of them are done."""
         context, start = self.context, self.starting_point
-        features = assembly.build_features(context, self.encoders, start.step)
+        held_out, is_owed = self.held_out, self.is_validation_owed
+        features = assembly.build_features(context, self.encoders, start.step, held_out=held_out, is_owed=is_owed)
         watch = Watch(context.config.divergence, start.divergence)
         trainer = assembly.build_trainer(context, self.engine, features, watch)
+        validator = None
+        if held_out:
+            answerer = assembly.build_answerer(context, self.model)
+            validator = Validator(context, trainer, held_out, self.reporter, answerer, is_owed=is_owed)
         loop = assembly.build_loop(
-            context, trainer, self.store, self.reporter, bad_pairs=start.bad_pairs, observer=self.observer
-        )
+            context, trainer, self.store, self.reporter, bad_pairs=start.bad_pairs, observer=self.observer,
+            validator=validator,
+        )  # fmt: skip
         how = "failed"
         try:
             is_done = loop.run(start.step, context.config.training.steps)

@@ -18,6 +18,7 @@ from megatron_sphinx.parallel.seeding import random_state
 from megatron_sphinx.run import banner
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.observer import Observer
+from megatron_sphinx.run.validator import Validator
 from megatron_sphinx.training.gpu_busy import GpuBusy
 from megatron_sphinx.training.metrics import Reporter
 from megatron_sphinx.training.optimizer import learning_rate
@@ -38,6 +39,7 @@ class Loop:
         peak_flops: FLOP/s that all language ranks reach together.
         bad_pairs: pairs so far whose image could not be read.
         observer: watches the steps; a run that is watched keeps no checkpoint and reads nothing in the background.
+        validator: computes the loss of held-out data; None for a run without validations.
         done: steps done so far.
     """
 
@@ -48,6 +50,7 @@ class Loop:
     peak_flops: float
     bad_pairs: int = 0
     observer: Observer | None = None
+    validator: Validator | None = None
     done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class Loop:
         """Take the steps, and after each one save, stop or give up where the ranks have agreed to."""
         config = self.context.config
         self.done = start  # also where nothing is left to do
-        is_stopping = False
+        is_stopping = self._validate()  # one that is owed
         while self.done < steps and not is_stopping:
             sums = self.take_step(self.done).sums
             self.context.progress.note(Activity.SAVING)
@@ -112,11 +115,15 @@ class Loop:
             if sums.bad_data:
                 self._raise_from_scan()
             is_stopping = sums.stop > 0
-            if is_stopping or self.done % config.checkpoint.interval == 0 or self.done == steps:
+            if is_kept := is_stopping or self.done % config.checkpoint.interval == 0 or self.done == steps:
                 self.save()
+            if self.validator and self.validator.is_owed_after(self.done) and not is_stopping:
+                is_stopping = self._validate()
+                if is_stopping and not is_kept:
+                    self.save()
         self.store.finish()
         self._raise_from_scan()  # it may have ended since
-        return self.done >= steps
+        return self.done >= steps and not (self.validator and self.validator.is_owed)
 
     def take_step(self, step: int) -> StepReport:
         """Read a step's data, train on it and report; every language rank calls this, together.
@@ -146,6 +153,14 @@ class Loop:
         if self.observer:
             self.observer.step(plan, seconds, waited, trainer.feature_wait_seconds)
         return report
+
+    def _validate(self) -> bool:
+        """Validate if that is owed; whether the job is to stop."""
+        if self.validator is None or not self.validator.is_owed:
+            return False
+        is_stopping = self.validator.run(self.done, self._known)
+        self.context.progress.note(Activity.SAVING)
+        return is_stopping
 
     def save(self) -> None:
         """Begin to keep the state after the steps done; every language rank calls this, together.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from megatron_sphinx.data.validation import HeldOut
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import agree
 from megatron_sphinx.run import banner
@@ -91,6 +92,10 @@ class Role(ABC):
         """Tell the step that the run begins at, where this rank knows it."""
         return None
 
+    def tell_owed_validation(self) -> bool:
+        """Tell whether an earlier job has not finished the validation behind the last step; the first rank knows."""
+        return False
+
     def begin_observing(self) -> Any:
         """Let the observer, if there is one, begin on all ranks together."""
         if self.observer:
@@ -127,6 +132,17 @@ class Role(ABC):
         return step
 
     @property
+    def held_out(self) -> HeldOut | None:
+        """What is validated on; None in a run without validations, and in one that is watched."""
+        return None if self.observer else self.context.held_out
+
+    @property
+    def is_validation_owed(self) -> bool:
+        """Whether there is a validation before the first step, as the first rank told it."""
+        is_owed: bool = self.told["tell_owed_validation"][0]
+        return is_owed
+
+    @property
     def encoder_digests(self) -> dict[str, str]:
         """What identifies the weights of each visual expert, by its name, from a rank that holds them."""
         return next(holding.encoders for holding in self.told["introduce"] if holding.encoders)
@@ -150,6 +166,7 @@ START: tuple[Callable[[Any], Any], ...] = (
     Role.load_state,
     Role.clear_the_way,  # when nothing can fail any more: until then all stays as it is
     Role.tell_first_step,
+    Role.tell_owed_validation,
     Role.hear_of_stop,  # once more: what is before it may take minutes
     Role.begin_observing,
     Role.open_reports,

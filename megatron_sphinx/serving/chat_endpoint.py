@@ -39,7 +39,7 @@ class _Ready:
 
 
 class ChatEndpoint:
-    """Answers chats.
+    """Answers the requests for chats.
 
     Args:
         gate: to the model.
@@ -52,7 +52,7 @@ class ChatEndpoint:
         self._gate, self._limits, self._access, self._metrics = gate, limits, access, metrics
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request.
+        """Answer one request for a chat.
 
         Raises:
             RequestError: it gets no answer.

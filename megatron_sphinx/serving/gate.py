@@ -40,7 +40,7 @@ class Gate:
         self.failure = self.failure or error
 
     def answers(self) -> Answers:
-        """Return the model.
+        """Return the model that answers.
 
         Raises:
             RequestError: it takes no requests now.

@@ -82,7 +82,7 @@ class Writer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[Generation], tally: Tally, *, has_logprobs: bool) -> dict[str, Any]:
-        """Return whole answers."""
+        """Return the answers as one body."""
         choices = [
             {
                 "index": index,

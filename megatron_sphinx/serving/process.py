@@ -128,7 +128,7 @@ def serve(load: Callable[[], Answers], gate: Gate, server: HttpServer, limits: L
         raise
     finally:
         signals.restore()
-    answers.close()
+    answers.close()  # where the model has failed on one of several ranks, this ends them all
     if gate.failure is not None:
         raise gate.failure
     say("served; ends")

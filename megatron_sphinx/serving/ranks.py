@@ -277,7 +277,8 @@ def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) ->
         if vision is None or not is_encoder:
             return None
         dtype = platform.encoder_dtype(vision.precision)
-        encoders = FrozenEncoders(vision, device=platform.device, dtype=dtype, seed=source.seed)
+        one_picture = replace(vision, batch_views=vision.views)  # pictures come one at a time
+        encoders = FrozenEncoders(one_picture, device=platform.device, dtype=dtype, seed=source.seed)
         if source.run is not None:
             digest = Tokenizer(source.tokenizer).identity.sha256
             require_trained_as(source.checkpoint.folder, source.run, digest, encoders.sha256)

@@ -16,6 +16,7 @@ from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.canvas import pixel_type
 from megatron_sphinx.data.packing import Segment
 from megatron_sphinx.data.pixels import PixelLoader, Pixels
+from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.data.streams import SampleSizes, TextSpans
 from megatron_sphinx.device import Platform
 from megatron_sphinx.model.architecture import VisionConfig
@@ -128,7 +129,7 @@ class BlankContext(RankContext):
 
     recorder: Recorder
 
-    def pixels(self) -> PixelLoader:
+    def pixels(self, _sources: Sources | None = None) -> PixelLoader:
         """Open pictures without content."""
         return cast(PixelLoader, BlankPixels(self.recorder, self.config.vision))
 

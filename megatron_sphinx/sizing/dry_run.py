@@ -8,6 +8,7 @@ whatever depends on positions and counts goes as it would. What the code asks of
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from multiprocessing import get_context
@@ -28,6 +29,7 @@ from megatron_sphinx.data.sources import Sources, make_planner, open_sources
 from megatron_sphinx.device import Platform, use_platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.model.experts import RowRouter
+from megatron_sphinx.model.micro_batch import MicroBatch
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parallel.seeding import seed_rank
@@ -40,6 +42,7 @@ from megatron_sphinx.sizing.recorded import BalancedRouter, RecordedEngine, Reco
 from megatron_sphinx.sizing.recorder import CONTROL, Recorder
 from megatron_sphinx.sizing.work import CAPTION_TOKENS
 from megatron_sphinx.training.divergence import Watch
+from megatron_sphinx.training.sums import Sums
 
 _ENDLESS = 2**62  # steps: what is dealt ahead does not end with the run
 
@@ -190,6 +193,8 @@ def count(config: Config, layout: ParallelLayout, rank: int) -> RankCounts:
 def language_step(context: RankContext, recorder: Recorder, builder: BatchBuilder) -> RankCounts:
     """Count step 0 of a language rank; its MoE experts are asked for as many tokens each.
 
+    Where the run validates, what it holds then is that of a forward of step 1: rows are filled alike.
+
     Args:
         context: of the rank, in a real world or a fake one.
         recorder: counts.
@@ -212,13 +217,22 @@ def language_step(context: RankContext, recorder: Recorder, builder: BatchBuilde
             source = assembly.build_features(context, encoders, 0, _ENDLESS)
         features = RecordedFeatures(recorder, source) if source else None
         trainer = assembly.build_trainer(context, engine, features, Watch(config.divergence))
-        plan = planner.step(0)
-        batches = [builder.build(replicas[groups.seat.data]) for replicas in plan.micro_batches]
+
+        def batches(step: int) -> list[MicroBatch]:
+            """Build the micro-batches of a step; those of an earlier one are gone by then, as in a run."""
+            return [builder.build(replicas[groups.seat.data]) for replicas in planner.step(step).micro_batches]
+
         recorder.begin()
         with recorder.memory_for("activations"):
-            trainer.step(plan, batches, rate=config.optimizer.learning_rate)
+            trainer.step(planner.step(0), batches(0), rate=config.optimizer.learning_rate)
         parameters = sum(weight.numel() for weight in model.parameters())
-        return RankCounts(parameters, recorder.flops, engine.held, recorder.peak(), recorder.collectives)
+        counts = RankCounts(parameters, recorder.flops, engine.held, recorder.peak(), recorder.collectives)
+        if not config.validation.is_on:
+            return counts
+        recorder.begin()
+        with recorder.memory_for("activations"):
+            trainer.evaluate(planner.step(1), batches(1), Sums())
+        return replace(counts, validation_peak=sum(recorder.peak().values()))
 
 
 def encoder_step(context: RankContext, recorder: Recorder) -> RankCounts:

@@ -22,6 +22,8 @@ class RankCounts:
         held: bytes of weights, gradients and optimizer, as the engine itself finds them.
         peak: bytes by part when it held most.
         collectives: (group, kind) to how many there were and the bytes of their messages.
+        validation_peak: bytes when it held most in a step's worth of a validation; None for a run without, and for a
+            rank that does then what it does in a step.
     """
 
     parameters: int
@@ -29,6 +31,7 @@ class RankCounts:
     held: dict[str, int]
     peak: dict[str, int]
     collectives: dict[tuple[str, str], tuple[int, int]]
+    validation_peak: int | None = None
 
     def rows(self) -> dict[str, float]:
         """Give every number by what it is called in a report."""
@@ -37,6 +40,8 @@ class RankCounts:
         rows |= {f"bytes held: {part}": nbytes for part, nbytes in self.held.items()}
         rows |= {"bytes at the peak": sum(self.peak.values())}
         rows |= {f"bytes at the peak: {part}": nbytes for part, nbytes in sorted(self.peak.items()) if nbytes}
+        if self.validation_peak is not None:
+            rows |= {"bytes at the peak of a validation": self.validation_peak}
         for (group, kind), (times, nbytes) in sorted(self.collectives.items()):
             rows |= {f"{group} {kind}: times": times, f"{group} {kind}: bytes": nbytes}
         return rows

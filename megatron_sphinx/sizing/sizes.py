@@ -28,6 +28,7 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
         )
         for stage in range(layout.config.pipeline)
     ]
+    validation = config.validation
     images = data.samples_per_step * vision.views
     return {
         "layout": str(layout),
@@ -51,6 +52,13 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
         | {"encoders": {"weights": 2 * sum(experts.values())}},
         "feature_bytes_per_view": 2 * vision.feature_values,
         "feature_bytes_per_step": 2 * vision.feature_values * images if layout.config.encoder else 0,
+        "validation": {
+            "interval": validation.interval,
+            "steps": validation.steps,
+            "language_flops_over_training": validation.steps / validation.interval / 3,  # forward is a third of a step
+        }
+        if validation.is_on
+        else "none",
     }
 
 

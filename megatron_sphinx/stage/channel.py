@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in
+from megatron_sphinx.data.pixels import PendingPixels, views_in
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.stage.dealing import DealtViews, deal, joined
 from megatron_sphinx.stage.rendezvous import Arrival, Courier, Departure
+from megatron_sphinx.stage.schedule import Scheduled
 
 Round = tuple[tuple[Row, ...], ...]  # for each replica, the rows of its next micro-batch
 
@@ -223,14 +224,13 @@ class ColocatedEncoders:
 
     def __init__(
         self,
-        rounds: Iterator[Round],
+        micro_batches: Iterator[Scheduled],
         groups: ProcessGroups,
         encoders: FrozenEncoders,
-        pixels: PixelLoader | None,
         lookahead: int,
     ) -> None:
         self.waiting, self.received_bytes = Stopwatch(current_platform()), 0
-        self._rounds, self._groups, self._encoders, self._pixels = rounds, groups, encoders, pixels
+        self._micro_batches, self._groups, self._encoders = micro_batches, groups, encoders
         self._reading: deque[tuple[list[DealtViews], PendingPixels | None]] = deque()
         self._ready: deque[Tensor] = deque()
         self._own: deque[Tensor] = deque()
@@ -241,12 +241,12 @@ class ColocatedEncoders:
 
     def _read(self) -> None:
         """Begin to decode one more micro-batch, if there is one."""
-        if (ahead := next(self._rounds, None)) is None:
+        if (ahead := next(self._micro_batches, None)) is None:
             return
-        views = views_in(ahead[self._groups.seat.data])
+        views = views_in(ahead.rows[self._groups.seat.data])
         shares = deal([[1.0] * len(views)], self._size)
         mine = [view for s in shares if s.encoder == self._place for view in views[s.first : s.first + s.count]]
-        self._reading.append((shares, self._pixels.submit(mine) if self._pixels and mine else None))
+        self._reading.append((shares, ahead.pixels.submit(mine) if ahead.pixels and mine else None))
 
     def prepare(self, count: int) -> None:
         """Encode all micro-batches of the step, in a pipeline."""

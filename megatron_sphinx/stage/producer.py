@@ -6,12 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_sphinx.data.pixels import PendingPixels, PixelLoader, views_in, wait_for
+from megatron_sphinx.data.pixels import PendingPixels, views_in, wait_for
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.stage.channel import FeatureSender, Round, encode, encoded_together, shares_of
 from megatron_sphinx.stage.dealing import DealtViews
+from megatron_sphinx.stage.schedule import Scheduled
 
 
 class MicroBatchObserver(Protocol):
@@ -29,12 +30,11 @@ class MicroBatchObserver(Protocol):
 
 
 def produce(
-    rounds: Iterator[tuple[int, int, Round]],
+    micro_batches: Iterator[Scheduled],
     *,
     encoder: int,
     encoder_count: int,
     encoders: FrozenEncoders,
-    pixels: PixelLoader | None,
     sender: FeatureSender,
     lookahead: int,
     progress: Progress,
@@ -45,11 +45,10 @@ def produce(
     A micro-batch without pictures costs and sends nothing. Several of few views are encoded together, and sent singly.
 
     Args:
-        rounds: the micro-batches of all replicas, each behind its step and its number in the step.
+        micro_batches: of all replicas, in the order in which the language ranks take them.
         encoder: number of this encoder.
         encoder_count: how many there are.
         encoders: what it encodes with.
-        pixels: where it reads images.
         sender: where features go.
         lookahead: micro-batches whose images are decoded ahead.
         progress: where it notes what it is at.
@@ -61,9 +60,9 @@ def produce(
 
     def read() -> None:
         """Begin to decode one more micro-batch, if there is one."""
-        if (upcoming := next(rounds, None)) is None:
+        if (upcoming := next(micro_batches, None)) is None:
             return
-        step, number, ahead = upcoming
+        step, number, ahead, pixels = upcoming
         mine, views = _own(ahead, encoder, encoder_count)
         reading.append((step, number, mine, pixels.submit(views) if pixels and views else None))
 

@@ -100,6 +100,27 @@ class Engine:
         self.reduced.finish()
         if self._is_first_step:
             self.held["gradients"] = whole + sum(part.nbytes for part in self.reduced.parts())
+        self._wait_for_sent()
+
+    def evaluate(self, forward: Callable[[MicroBatch], Tensor], batches: Sequence[MicroBatch]) -> None:
+        """Compute the losses of all micro-batches, and nothing that a step depends on; every rank calls this together.
+
+        Args:
+            forward: computes a micro-batch on this pipeline stage.
+            batches: of this replica.
+        """
+        self.model.eval()
+        with torch.no_grad():
+            if self.is_pipeline:
+                run_schedule(self.model, self.groups, forward, batches, is_forward_only=True)
+            else:
+                for batch in batches:
+                    forward(batch)
+        self.model.train()
+        self._wait_for_sent()
+
+    def _wait_for_sent(self) -> None:
+        """Wait until all that `keep` holds has gone."""
         while self._sent:
             self._sent.popleft()[0].wait()
 

@@ -18,6 +18,8 @@ def run_schedule(
     groups: ProcessGroups,
     forward: Callable[[MicroBatch], Tensor],
     batches: Sequence[MicroBatch],
+    *,
+    is_forward_only: bool = False,
 ) -> None:
     """Compute the whole gradient of a step's micro-batches on this stage; all stages of a replica call this together.
 
@@ -26,6 +28,7 @@ def run_schedule(
         groups: the rank's process groups.
         forward: computes a micro-batch on this stage; on the last one, its loss.
         batches: the replica's micro-batches, the same on every stage.
+        is_forward_only: whether only the losses are computed, and no gradient.
     """
 
     def as_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -45,6 +48,7 @@ def run_schedule(
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
+        forward_only=is_forward_only,
         seq_length=1,  # the planned shapes are the true ones
         micro_batch_size=1,
         p2p_communicator=_PlannedCommunicator(groups.pipeline, config, shapes),

@@ -124,6 +124,35 @@ class Trainer:
         whole.balance /= max(self.moe_layers, 1)
         return StepReport(loss, whole, norm, forward.load(), fault, samples)
 
+    def evaluate(self, plan: StepPlan, batches: Sequence[MicroBatch], known: Sums) -> Sums:
+        """Compute the losses of micro-batches as `step` does, and change nothing.
+
+        Args:
+            plan: what the micro-batches are of.
+            batches: this replica's micro-batches, on the device.
+            known: what this rank knows already.
+
+        Returns:
+            The losses and their targets, over all ranks; nothing else of it is told.
+        """
+        planned = self._targets(plan.targets(of_samples=True), plan.targets(of_samples=False))
+        forward = Forward(self, max(planned, 1.0), 1 / plan.positions, Activity.VALIDATING)
+        if self.features is not None:
+            self.features.prepare(len(batches))
+        self.engine.evaluate(forward, batches)
+        self.progress.note(Activity.COUNTING)
+        return replace(known, **forward.loss_sums()).over_ranks(self.groups, self.device)
+
+    def take_features(self, count: int) -> list[Tensor]:
+        """Take the features of the next micro-batches, bf16 [views, feature_values] each; none behind the first stage.
+
+        Every rank of a replica calls this, together.
+        """
+        if self.features is None:
+            return []
+        self.features.prepare(count)
+        return [self.features.next() for _ in range(count)] if self.groups.is_first_stage else []
+
     def _targets(self, pairs: float, text: float) -> float:
         """Count targets of both streams, text ones by their weight."""
         return pairs + self.text_weight * text
@@ -137,6 +166,7 @@ class Forward:
         trainer: what the step is computed with.
         planned: what the loss is divided by: the step's target tokens, text ones by their weight.
         router_weight: what each token weighs in the routers' losses.
+        doing: what the rank notes that it is at.
         sums: loss of pairs and of text, their targets, bad pairs: float64 [5]; zeros before the last stage.
         suspects: micro-batches, each with its loss.
         routings: what the routers have found, micro-batch by micro-batch.
@@ -145,6 +175,7 @@ class Forward:
     trainer: Trainer
     planned: float
     router_weight: float
+    doing: Activity = Activity.COMPUTING
     sums: Tensor = field(init=False)
     suspects: list[tuple[MicroBatch, Tensor]] = field(default_factory=list, init=False)
     routings: list[Routing] = field(default_factory=list, init=False)
@@ -157,7 +188,7 @@ class Forward:
         """Compute this stage's output; on the last one the loss, so divided that those of all micro-batches add up."""
         trainer, groups = self.trainer, self.trainer.groups
         self._number += 1
-        trainer.progress.note(Activity.COMPUTING, self._number)
+        trainer.progress.note(self.doing, self._number)
         features, bad = None, torch.empty(len(batch.samples), dtype=torch.bool, device=trainer.device)
         if groups.is_first_stage:
             assert trainer.features is not None

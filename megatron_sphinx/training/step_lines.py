@@ -1,5 +1,7 @@
-"""What a step leaves in the run folder: its line of metrics.jsonl, and of skipped.jsonl where it changed no weight."""
+"""What a step or a validation leaves in the run folder: lines of metrics.jsonl, and of skipped.jsonl."""
 
+import hashlib
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.model.experts import IMAGE, TEXT
 from megatron_sphinx.training.step import StepReport
+from megatron_sphinx.training.sums import Sums
 
 
 def metrics_of(plan: StepPlan, report: StepReport) -> dict[str, Any]:
@@ -16,8 +19,8 @@ def metrics_of(plan: StepPlan, report: StepReport) -> dict[str, Any]:
     line: dict[str, Any] = {
         "step": plan.step,
         "loss": _finite(report.loss),
-        "loss_pairs": _finite(sums.loss_pairs / sums.targets_pairs) if sums.targets_pairs else None,
-        "loss_text": _finite(sums.loss_text / sums.targets_text) if sums.targets_text else None,
+        "loss_pairs": _mean(sums.loss_pairs, sums.targets_pairs),
+        "loss_text": _mean(sums.loss_text, sums.targets_text),
         "target_tokens_pairs": round(sums.targets_pairs),
         "target_tokens_text": round(sums.targets_text),
         "gradient_norm": _finite(report.gradient_norm),
@@ -39,6 +42,38 @@ def metrics_of(plan: StepPlan, report: StepReport) -> dict[str, Any]:
         line["balance_loss"] = _finite(sums.balance)
         line |= _shares_of_experts(report.expert_load)
     return line
+
+
+def validation_of(
+    step: int, plans: Sequence[StepPlan], sums: Sums, *, text_weight: float, seconds: float
+) -> dict[str, Any]:
+    """Tell what a validation computed on, and what came of it.
+
+    Args:
+        step: of the training, that was done last.
+        plans: what it computed on.
+        sums: losses and targets of all of it.
+        text_weight: what a target of text weighs; one of a pair weighs 1.
+        seconds: that it took.
+    """
+    return {
+        "step": step,
+        "validation_loss": _mean(
+            sums.loss_pairs + text_weight * sums.loss_text, sums.targets_pairs + text_weight * sums.targets_text
+        ),
+        "validation_loss_pairs": _mean(sums.loss_pairs, sums.targets_pairs),
+        "validation_loss_text": _mean(sums.loss_text, sums.targets_text),
+        "validation_target_tokens_pairs": round(sums.targets_pairs),
+        "validation_target_tokens_text": round(sums.targets_text),
+        "validation_bad_pairs": round(sums.bad_pairs),
+        "validation_sample_ids": hashlib.sha256("".join(plan.digest for plan in plans).encode()).hexdigest()[:16],
+        "validation_seconds": seconds,
+    }
+
+
+def _mean(total: float, count: float) -> float | None:
+    """Divide a sum of losses by the number of its targets; None where there are none or it is not finite."""
+    return _finite(total / count) if count else None
 
 
 def _shares_of_experts(load: Tensor) -> dict[str, list[list[float]]]:
