@@ -112,7 +112,8 @@ def answer_until_lost(path, sizes, begun: Path):
      pytest.param(1, {}, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_rank_that_is_killed_while_it_answers_is_named(plain, start_ranks, tmp_path, monkeypatch, lost, sizes):
-    monkeypatch.setattr(lifeline, "_MOST_BEAT_SECONDS", 0.5)
+    if lost:  # the last rank is more patient with the first
+        monkeypatch.setattr(lifeline, "_MOST_BEAT_SECONDS", 0.5)
     ranks = start_ranks(2, leaving(lambda: answer_until_lost(plain, sizes, tmp_path / "begun")))
     deadline = time.monotonic() + 20
     while not (tmp_path / "begun").exists():
@@ -121,9 +122,9 @@ def test_a_rank_that_is_killed_while_it_answers_is_named(plain, start_ranks, tmp
     killed = time.monotonic()
     os.kill(ranks.pids[lost], signal.SIGKILL)
     assert sorted(ranks.wait()) == [-9, 1]
-    assert time.monotonic() - killed < 20
+    assert time.monotonic() - killed < (20 if lost else 40)
     line = (
-        rf"language rank {lost} on host \S+ has not been heard of for \d s \(killed, stopped, or its node is gone\), "
+        rf"language rank {lost} on host \S+ has not been heard of for \d+ s \(killed, stopped, or its node is gone\), "
     )
     line += r"last in .*load it again"
     assert len(re.findall(rf"^megatron-sphinx chat: {line}$", ranks.text(), re.MULTILINE)) == 1

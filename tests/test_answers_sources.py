@@ -204,12 +204,12 @@ def test_more_questions_than_may_wait_are_asked_in_turn(tiny, plain, run_ranks):
             ]
             long, tickets = Sampling(max_new_tokens=300, ignore_eos=True), []
 
-            def hand_in():
-                for _ in range(5):
+            def submit(count):
+                for _ in range(count):
                     tickets.append(model.submit(prompts[0], long, lambda _: None))
 
             with pytest.raises(QueueFullError, match="waiting=2: as many requests as may are waiting already"):
-                hand_in()
+                submit(5)
             assert 2 <= len(tickets) <= 4
             for ticket in tickets:
                 ticket.cancel()
