@@ -85,11 +85,11 @@ class Mute:
         pass
 
     def feed(self, _token: int) -> tuple[str, bool]:
-        """Show something."""
+        """Show a text, so that the token is heard."""
         return ".", False
 
     def rest(self) -> str:
-        """Show nothing more."""
+        """Show nothing that was held back."""
         return ""
 
 
