@@ -46,6 +46,12 @@ class Double:
         self.finished: Counter[Finish] = Counter()
         self.most = self._now = 0
 
+    def __enter__(self) -> "Double":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def picture(self, content: bytes) -> Picture:
         shape = shape_of(content)
         return Picture(hashlib.sha256(content).hexdigest(), content, shape.width, shape.height, (0,), 4)

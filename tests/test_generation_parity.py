@@ -18,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
+from megatron_sphinx.generation.pictures import views_of_picture
 from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.runner import ModelRunner
 from megatron_sphinx.generation.ticks import Draw, Piece, Tick
@@ -118,33 +119,35 @@ def encoders_of(vision: VisionConfig) -> FrozenEncoders:
     return FrozenEncoders(vision, device=torch.device("cpu"), dtype=torch.float32, seed=1)
 
 
+def forward(model: SphinxModel, features: torch.Tensor, tokens: list[int], one: Picture | None) -> list[float]:
+    """Log-probabilities of the tokens behind a picture, and BOS, by the forward that training takes."""
+    vision = model.vision.config
+    at, views, skips = 1, [], []
+    for view in range(vision.views if one else 0):
+        is_encoded = view in one.encoded
+        size = vision.tokens_per_view if is_encoded else 1
+        (views if is_encoded else skips).extend(range(at, at + size))
+        at += size
+    nobody = torch.zeros(len(tokens), dtype=torch.int64)
+    batch = MicroBatch(
+        tokens=torch.tensor(tokens), targets=torch.tensor([*tokens[1:], -100]),
+        target_positions=torch.arange(at - 1, len(tokens) - 1), lengths=(len(tokens),), sample_of_token=nobody,
+        row_of_token=nobody, rows=1, view_positions=torch.tensor(views, dtype=torch.int64),
+        skip_positions=torch.tensor(skips, dtype=torch.int64), sample_of_view=nobody[:0], samples=(0,), documents=(),
+    )  # fmt: skip
+    with torch.no_grad():
+        return (-model(batch, features)).tolist()
+
+
 def whole(kind: str, vision: VisionConfig, seed: int) -> list[list[float]]:
     """Log-probabilities by the forward that training takes, one sequence at a time."""
     groups = groups_of(ParallelConfig(), 1)
     model, encoders, sequences = build(kind, vision, groups), encoders_of(vision), Sequences(vision, seed)
-    from megatron_sphinx.generation.pictures import views_of_picture
-
-    found = []
-    for number, (tokens, one) in enumerate(zip(sequences.tokens, sequences.pictures, strict=True)):
-        features = encoders(views_of_picture(one, vision)) if one else torch.zeros(0, vision.feature_values)
-        at, views, skips = 1, [], []
-        for view in range(vision.views if one else 0):
-            is_encoded = view in one.encoded
-            size = vision.tokens_per_view if is_encoded else 1
-            (views if is_encoded else skips).extend(range(at, at + size))
-            at += size
-        positions = torch.tensor(sequences.targets(number))
-        nobody = torch.zeros(len(tokens), dtype=torch.int64)
-        batch = MicroBatch(
-            tokens=torch.tensor(tokens), targets=torch.tensor([*tokens[1:], -100]), target_positions=positions,
-            lengths=(len(tokens),), sample_of_token=nobody, row_of_token=nobody, rows=1,
-            view_positions=torch.tensor(views, dtype=torch.int64),
-            skip_positions=torch.tensor(skips, dtype=torch.int64),
-            sample_of_view=nobody[:0], samples=(0,), documents=(),
-        )  # fmt: skip
-        with torch.no_grad():
-            found.append((-model(batch, features)).tolist())
-    return found
+    none = torch.zeros(0, vision.feature_values)
+    return [
+        forward(model, encoders(views_of_picture(one, vision)) if one else none, tokens, one)
+        for tokens, one in zip(sequences.tokens, sequences.pictures, strict=True)
+    ]
 
 
 class Driver:

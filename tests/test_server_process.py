@@ -183,6 +183,7 @@ def is_ready(port):
         return False
 
 
+@pytest.mark.slow
 def test_the_command_serves_a_real_model(serve):
     process, url, errors = serve()
     first, second = (

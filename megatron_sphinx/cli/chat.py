@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    sampling = sampling_of(args)
+    sampling_of(args)  # what is wrong with it is said before the model is loaded
     from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.terminal import Chat, converse
 
     with load(args.model, **model_options(args)) as model:
-        chat = Chat(model, sampling, args.system, args.draw)
+        chat = Chat(model, sampling_of(args, model.positions), args.system, args.draw)
         if args.picture is not None:
             chat.look_at(args.picture)
         return converse(chat, args.message, sys.stdin, sys.stdout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from megatron_sphinx.console import last_words, leave_to_torchrun
 from megatron_sphinx.errors import MeetingError, SphinxError
-from megatron_sphinx.generation.requests import Sampling
+from megatron_sphinx.generation.requests import Sampling, default_new_tokens
 from megatron_sphinx.ranges import Range, check_range, check_ranges
 
 if TYPE_CHECKING:  # argparse has no public name for what `add_subparsers` gives
@@ -139,6 +139,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: the cache's size is out of its range.
     """
     given = {name: value for name in _OF_MODEL if (value := getattr(args, name)) is not None}
+    given["command"] = args.parser.prog.split()[-1]
     if args.cache_gib is not None:
         check_range(args.cache_gib, Range(above=0, most=2**20), "--cache-gib")
         given["cache_bytes"] = int(args.cache_gib * 2**30)
@@ -148,7 +149,9 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Let a parser take how answers are drawn; what is not given is as in `Sampling`."""
     group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens at most; default: 512")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens at most; default: 512, or a quarter of the positions"
+    )
     group.add_argument("--temperature", type=float, help="0, the default: the likeliest token")
     group.add_argument("--top-p", type=float, help="draw from the likeliest tokens with this probability; default: 1")
     group.add_argument("--top-k", type=int, metavar="N", help="draw from so many likeliest tokens; default: all")
@@ -157,14 +160,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="default: 0")
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace, positions: int = 2**24) -> Sampling:
     """Return how answers are drawn, by what `add_sampling` took.
+
+    Args:
+        args: the arguments.
+        positions: of the model, once it is known.
 
     Raises:
         ConfigError: a number is out of its range.
     """
     given = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
     given["stop"] = tuple(args.stop) if args.stop else None
+    if args.max_new_tokens is None:
+        given["max_new_tokens"] = default_new_tokens(positions)
     sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
     check_ranges(sampling, "sampling.")
     return sampling

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    sampling = sampling_of(args)
+    sampling_of(args)  # what is wrong with it is said before the model is loaded
     check_range(args.in_flight, _IN_FLIGHT_RANGE, "--in-flight")
     from megatron_sphinx.serving.batch import answer_all
     from megatron_sphinx.serving.model import load
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
     with load(args.model, **model_options(args)) as model:
         report = answer_all(
-            model, args.model, sources, args.output, asking, sampling,
+            model, args.model, sources, args.output, asking, sampling_of(args, model.positions),
             in_flight=args.in_flight, show=True,
         )  # fmt: skip
     before = f", {report.before} of them from before" if report.before else ""

@@ -7,6 +7,17 @@ from typing import Annotated
 
 from megatron_sphinx.ranges import Range
 
+_NEW_TOKENS = 512
+
+
+def default_new_tokens(positions: int) -> int:
+    """Return how many tokens an answer may have where nobody says it: 512, or a quarter of what the model takes.
+
+    Args:
+        positions: tokens of prompt and answer that the model takes.
+    """
+    return min(_NEW_TOKENS, max(1, positions // 4))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -28,14 +39,14 @@ class Sampling:
     Source: top_p as in MetaModel.sample_top_p of the released accessory/model/meta.py.
     """
 
-    max_new_tokens: Annotated[int, Range(least=1, most=2**20)] = 512
+    max_new_tokens: Annotated[int, Range(least=1, most=2**20)] = _NEW_TOKENS
     temperature: Annotated[float, Range(least=0, most=100)] = 0.0
     top_k: Annotated[int, Range(least=0, most=2**31)] = 0
     top_p: Annotated[float, Range(least=0, most=1)] = 1.0
     repetition_penalty: Annotated[float, Range(above=0, most=100)] = 1.0
     stop: tuple[str, ...] = ()
     seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
-    top_logprobs: Annotated[int, Range(least=0, most=20)] | None = None
+    top_logprobs: Annotated[int | None, Range(least=0, most=20)] = None
     ignore_eos: bool = False
 
 

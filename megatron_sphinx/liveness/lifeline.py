@@ -45,6 +45,7 @@ class Lifeline:
         progress: how far this rank is, and the limits by which ranks are blamed; without it nobody ever is.
         stop: asked to stop on the first rank where another rank was told to.
         straggler_ratio: how many times as long as the median rank a rank takes that is reported.
+        silence: seconds without a beat that prove a rank gone; the timeout of `progress` where that is less.
         command: what the job runs.
         remedy: what a user does about a job that has ended so.
     """
@@ -59,6 +60,7 @@ class Lifeline:
         progress: Progress | None = None,
         stop: StopSignal | None = None,
         straggler_ratio: float = 1.3,
+        silence: float = inf,
         command: str = "train",
         remedy: str = RESUME,
     ) -> None:
@@ -66,6 +68,7 @@ class Lifeline:
         self.name, self.is_first_rank = name, rank == 0
         self._rank, self._world, self._stop, self._ratio = rank, world, stop, straggler_ratio
         self._progress = progress or Progress()
+        self._silence = min(silence, self._progress.timeout)
         self._store, self._closed = store, Event()
         self._beat_seconds = min(_MOST_BEAT_SECONDS, max(_LOOK_SECONDS, self._progress.timeout / 30))
         self._last_beats: dict[int, tuple[Beat, float]] = {}  # by rank, and when each was first seen
@@ -84,7 +87,8 @@ class Lifeline:
 
         Args:
             name: what this rank is called in messages.
-            options: arguments of the constructor: `progress`, `stop`, `straggler_ratio`, `command`, `remedy`.
+            options: arguments of the constructor: `progress`, `stop`, `straggler_ratio`, `silence`, `command`,
+                `remedy`.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         store: Store = HashStore()
@@ -212,7 +216,7 @@ class Lifeline:
             [LastBeat(beat, now - since) for beat, since in self._last_beats.values()],
             timeout=self._progress.timeout,
             storage_timeout=self._progress.storage_timeout,
-            silence=self._silence_when_broken if is_broken else self._progress.timeout,
+            silence=self._silence_when_broken if is_broken else self._silence,
             remedy=self._remedy,
         )
         self._blamed_since = min(self._blamed_since, now) if stall else inf
@@ -238,7 +242,7 @@ class Lifeline:
 
         It also finds out that this process itself stood still: then the clock goes on between two of its looks.
         """
-        limit = self._progress.timeout
+        limit = self._silence
 
         def silence() -> float:
             return time.monotonic() - self._answered

@@ -30,11 +30,12 @@ class Activity(Enum):
     SAVING = "saving a checkpoint"
     VALIDATING = "validating"
     ENDING = "waiting for the end"
+    ANSWERING = "answering"
 
     @property
     def is_long(self) -> bool:
-        """Whether it reads or writes large files, and may take as long as they do."""
-        return self in (Activity.STARTING, Activity.SAVING, Activity.ENDING)
+        """Whether it reads or writes large files, and may take as long as they do; or waits for somebody to ask."""
+        return self in (Activity.STARTING, Activity.SAVING, Activity.ENDING, Activity.ANSWERING)
 
     @property
     def is_waiting(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median_low
 
 from megatron_sphinx.liveness.progress import Beat
@@ -53,7 +54,8 @@ def find_stall(
     if gone := [rank for rank in ranks if rank.silent_seconds >= silence]:
         seconds = max(rank.silent_seconds for rank in gone)
         what = f"has not been heard of for {seconds:.0f} s (killed, stopped, or its node is gone), last in"
-        return f"{_line(f'run.timeout={timeout:g}', gone, what, ranks)}; look there, then {remedy}"
+        key = f"run.timeout={timeout:g}: " if timeout < inf else ""
+        return f"{key}{_line(gone, what, ranks)}; look there, then {remedy}"
     late = [rank for rank in ranks if rank.seconds >= limit(rank)]
     in_time = (rank.beat.kind for rank in ranks if rank.seconds < limit(rank))
     if not late or any(doing.is_long and not doing.is_waiting for doing in in_time):
@@ -64,11 +66,11 @@ def find_stall(
     stuck = [rank for rank in behind if rank.beat.order == lowest]
     what = f"{'is stuck' if working else 'waits, as all do,'} for {max(rank.seconds for rank in stuck):.0f} s in"
     key = "run.storage_timeout" if stuck[0].beat.kind.is_long else "run.timeout"
-    return f"{_line(f'{key}={limit(stuck[0]):g}', stuck, what, ranks)}; look there, then {remedy}"
+    return f"{key}={limit(stuck[0]):g}: {_line(stuck, what, ranks)}; look there, then {remedy}"
 
 
-def _line(key: str, blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastBeat]) -> str:
-    """Put into words which ranks are to blame for `what`, and how many wait for them; `key` is the limit's key."""
+def _line(blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastBeat]) -> str:
+    """Put into words which ranks are to blame for `what`, and how many wait for them."""
     named = "; ".join(f"{rank.beat.who} on host {rank.beat.host} {what} {rank.beat.where}" for rank in blamed[:_NAMED])
     more = f" and {len(blamed) - _NAMED} more" if len(blamed) > _NAMED else ""
     known = {id(rank) for rank in blamed}
@@ -76,7 +78,7 @@ def _line(key: str, blamed: Sequence[LastBeat], what: str, ranks: Sequence[LastB
     first = min(waiting, key=lambda rank: rank.beat.order, default=None)
     count = "1 rank waits" if len(waiting) == 1 else f"{len(waiting)} ranks wait"
     others = f"; {count}, the first, {first.beat.who}, in {first.beat.where}" if first else ""
-    return f"{key}: {named}{more}{others}"
+    return f"{named}{more}{others}"
 
 
 def find_stragglers(beats: Sequence[Beat], ratio: float) -> dict[str, float]:

@@ -21,7 +21,7 @@ def report(error: Exception, lifeline: Lifeline, command: str) -> int:
         is_mine = lifeline.is_first_rank if error.is_shared else lifeline.announce(error.exit_status, str(error))
         (last_words if is_mine else leave_to_torchrun)(f"megatron-sphinx {command}: {error}")
         return error.exit_status
-    end = lifeline.why_broken() if _is_of_connection(error) else lifeline.ended()
+    end = lifeline.why_broken() if is_of_connection(error) else lifeline.ended()
     if end is not None and end["by"] == lifeline.name:  # its watcher did, and has said so
         return int(end["status"])
     if end is not None:
@@ -32,6 +32,6 @@ def report(error: Exception, lifeline: Lifeline, command: str) -> int:
     return 1
 
 
-def _is_of_connection(error: Exception) -> bool:
+def is_of_connection(error: Exception) -> bool:
     """Tell whether an error says no more than that another rank does not answer."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

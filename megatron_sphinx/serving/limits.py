@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sphinx.generation.requests import default_new_tokens
 from megatron_sphinx.ranges import Range, check_range, range_of, types_of
 
 
@@ -51,7 +52,7 @@ class Limits:
         Args:
             positions: tokens of prompt and answer that the model takes.
         """
-        return self.max_tokens or min(512, max(1, positions // 4))
+        return self.max_tokens or default_new_tokens(positions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,31 @@
 """A model that answers: loaded from a run or a checkpoint, asked from Python, by many threads if need be."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import atexit
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from megatron_sphinx.data.tokenizer import Tokenizer
-from megatron_sphinx.errors import DataError, SphinxError
-from megatron_sphinx.generation.answering import ChatPrompt, Listener, Load, Message
+from megatron_sphinx.errors import ConfigError, DataError, SphinxError, nearest
+from megatron_sphinx.generation.answering import ChatPrompt, Listener, Load, Message, QueueFullError
 from megatron_sphinx.generation.chat import ends_of, make_chat
 from megatron_sphinx.generation.engine import Language
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.pictures import picture_of
-from megatron_sphinx.generation.requests import Chunk, Generation, Picture, Prompt, Sampling
-from megatron_sphinx.generation.service import RequestTicket, Service
+from megatron_sphinx.generation.requests import (
+    Chunk,
+    Finish,
+    Generation,
+    Picture,
+    Prompt,
+    Sampling,
+    default_new_tokens,
+)
+from megatron_sphinx.generation.service import ClosedError, RequestTicket, Service
 from megatron_sphinx.generation.stopping import Detokenizer
 from megatron_sphinx.generation.templates import ChatTemplate, template_of
 from megatron_sphinx.serving.ranks import Job, LoadOptions, start
@@ -42,7 +52,10 @@ def load(path: str | Path, *, template: str | None = None, limits: Limits | None
     Raises:
         SphinxError: the user's mistake, such as no checkpoint, a damaged one, or a layout that does not fit.
     """
-    job = start(Path(path), LoadOptions.of(**options))
+    wanted = LoadOptions.of(**options)
+    if template is not None:
+        template_of(template)  # which refuses a name before the weights are read
+    job = start(Path(path), wanted)
     try:
         return Model(job, template, limits or Limits())
     except BaseException:
@@ -75,10 +88,12 @@ class Model:
         self.has_vision = self._vision is not None
         self.padding = self._vision.padding if self._vision else "centre"
         self.tokenizer = Tokenizer(source.tokenizer)
-        self.tokenizer.check_vocabulary(str(source.tokenizer), source.language.vocabulary)
         self.template: ChatTemplate = template_of(template or self._likely_template())
         language = Language(ends=ends_of(self.template, self.tokenizer), texts=partial(Detokenizer, self.tokenizer))
         self._service = Service(job.executor, language, limits)
+        self._is_closed = False
+        if not job.is_alone:
+            atexit.register(self.close)  # the other ranks wait for it, and would wait in vain
 
     def __enter__(self) -> "Model":
         return self
@@ -102,12 +117,11 @@ class Model:
         return picture_of(content, self._vision)
 
     def chat(
-        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int = Sampling.max_new_tokens
+        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int | None = None
     ) -> ChatPrompt:
         """Make a chat ready to be answered; see Answers."""
-        return make_chat(
-            messages, picture, self.template, self.tokenizer, positions=self.positions, max_new_tokens=max_new_tokens
-        )
+        new = default_new_tokens(self.positions) if max_new_tokens is None else max_new_tokens
+        return make_chat(messages, picture, self.template, self.tokenizer, positions=self.positions, max_new_tokens=new)
 
     def prompt(self, text: str, picture: Shown = None) -> Prompt:
         """Make a prompt of a text as it is, without a template: BOS, the picture, the text."""
@@ -127,7 +141,8 @@ class Model:
         Args:
             asked: the question; or a chat; or a prompt, to which nothing is added.
             picture: what it is about: the content of a file, or its path; not for a prompt, which has its own.
-            sampling: the attributes of Sampling.
+            sampling: the attributes of Sampling. Where `max_new_tokens` is not among them an answer may have 512, or a
+                quarter of the positions where that is less; behind a prompt also fewer, as many as fit.
 
         Yields:
             The parts of the answer, the last one with its finish. Closing the generator ends the request.
@@ -135,7 +150,7 @@ class Model:
         Raises:
             SphinxError: it cannot be asked so, or the model fails.
         """
-        prompt, how = self._ready(asked, picture, Sampling(**sampling))
+        prompt, how = self._ready(asked, picture, sampling)
         heard: SimpleQueue[Chunk | SphinxError] = SimpleQueue()
         ticket = self.submit(prompt, how, heard.put)
         try:
@@ -155,7 +170,7 @@ class Model:
         Args:
             asked: the questions; see `stream`.
             pictures: what each is about; None for none at all.
-            sampling: the attributes of Sampling, for all of them.
+            sampling: the attributes of Sampling, for all of them; see `stream`.
 
         Raises:
             DataError: there are more or fewer pictures than questions; or a question cannot be asked so.
@@ -164,19 +179,12 @@ class Model:
         shown = pictures if pictures is not None else [None] * len(asked)
         if len(shown) != len(asked):
             raise DataError(f"{len(shown)} pictures for {len(asked)} questions; give None where there is no picture")
-        how = Sampling(**sampling)
-        ready = [self._ready(one, picture, how) for one, picture in zip(asked, shown, strict=True)]
-        heard: list[SimpleQueue[Chunk | SphinxError]] = [SimpleQueue() for _ in ready]
-        tickets = [
-            self._service.submit(prompt, each, hears.put) for (prompt, each), hears in zip(ready, heard, strict=True)
+        ready = [self._ready(one, picture, sampling) for one, picture in zip(asked, shown, strict=True)]
+        answers = self._all([partial(self.submit, prompt, how) for prompt, how in ready])
+        return [
+            Generation.of(chunks, len(prompt.tokens), ticket.cached_tokens)
+            for (prompt, _), (ticket, chunks) in zip(ready, answers, strict=True)
         ]
-        answers = []
-        for (prompt, _), ticket, hears in zip(ready, tickets, heard, strict=True):
-            chunks = [_heard(hears)]
-            while chunks[-1].finish is None:
-                chunks.append(_heard(hears))
-            answers.append(Generation.of(chunks, len(prompt.tokens), ticket.cached_tokens))
-        return answers
 
     def score(
         self, asked: Asked, continuations: Sequence[str | Sequence[int]], picture: Shown = None
@@ -195,22 +203,57 @@ class Model:
             DataError: there is nothing to score, or it does not fit.
             SphinxError: the model fails.
         """
-        prompt, _ = self._ready(asked, picture, Sampling(max_new_tokens=1))
-        heard: list[SimpleQueue[Chunk | SphinxError]] = [SimpleQueue() for _ in continuations]
-        for one, hears in zip(continuations, heard, strict=True):
-            tokens = self.tokenizer.encode(one) if isinstance(one, str) else one
-            self._service.score(prompt, tuple(tokens), hears.put)
-        return [tuple(each.logprob for each in _heard(hears).logprobs) for hears in heard]
+        prompt, _ = self._ready(asked, picture, {"max_new_tokens": 1})
+        texts = [self.tokenizer.encode(one) if isinstance(one, str) else one for one in continuations]
+        scores = self._all([partial(self._service.score, prompt, tuple(tokens)) for tokens in texts])
+        if any(chunks[-1].finish is Finish.CANCELLED for _, chunks in scores):
+            raise ClosedError("the model was closed before it had scored all; load it again")
+        return [tuple(each.logprob for each in chunks[-1].logprobs) for _, chunks in scores]
 
-    def _ready(self, asked: Asked, picture: Shown, sampling: Sampling) -> tuple[Prompt, Sampling]:
+    def _all(self, requests: Sequence[Callable[[Listener], RequestTicket]]) -> list[tuple[RequestTicket, list[Chunk]]]:
+        """Hand requests in, as many as may wait at a time, and wait until all are answered."""
+        pending: deque[tuple[RequestTicket, SimpleQueue[Chunk | SphinxError]]] = deque()
+        done = []
+
+        def wait() -> None:
+            ticket, hears = pending[0]
+            chunks = [_heard(hears)]
+            while chunks[-1].finish is None:
+                chunks.append(_heard(hears))
+            done.append((ticket, chunks))
+            pending.popleft()
+
+        try:
+            for request in requests:
+                hears: SimpleQueue[Chunk | SphinxError] = SimpleQueue()
+                while True:
+                    try:
+                        pending.append((request(hears.put), hears))
+                        break
+                    except QueueFullError:
+                        if not pending:
+                            raise
+                    wait()
+            while pending:
+                wait()
+        finally:
+            for ticket, _ in pending:
+                ticket.cancel()
+        return done
+
+    def _ready(self, asked: Asked, picture: Shown, sampling: Mapping[str, Any]) -> tuple[Prompt, Sampling]:
         """Make what is asked a prompt, and say how it is answered."""
+        how = _sampling_of(sampling, self.positions)
         if isinstance(asked, Prompt):
             if picture is not None:
                 raise DataError("picture: the prompt that it is given with has its own; make the prompt with it")
-            return asked, sampling
+            if sampling.get("max_new_tokens") is None:
+                most = max(1, self.positions - len(asked.tokens))
+                how = replace(how, max_new_tokens=min(how.max_new_tokens, most))
+            return asked, how
         messages = [Message("user", asked)] if isinstance(asked, str) else asked
-        chat = self.chat(messages, self._shown(picture), sampling.max_new_tokens)
-        return chat.prompt, replace(sampling, stop=(*sampling.stop, *chat.stop))
+        chat = self.chat(messages, self._shown(picture), how.max_new_tokens)
+        return chat.prompt, replace(how, stop=(*how.stop, *chat.stop))
 
     def _shown(self, picture: Shown) -> Picture | None:
         if picture is None or isinstance(picture, bytes):
@@ -231,14 +274,36 @@ class Model:
         """Return what the model is at; see Answers."""
         if self._service.error is not None:
             raise self._service.error
+        self._job.check()
         return self._service.load()
 
     def close(self) -> None:
-        """End the answers that are under way, and let the other ranks of the model go."""
+        """End the answers that are under way, and let the other ranks of the model go; a second time does nothing.
+
+        Where a rank is gone this ends the process, since what is left of the job cannot be ended otherwise.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
         self._service.close(finish=False)
-        if self._service.error is not None:
+        if self._service.error is not None and not self._job.is_alone:
             self._job.leave(self._service.error)
         self._job.close()
+
+
+def _sampling_of(given: Mapping[str, Any], positions: int) -> Sampling:
+    """Return how an answer is drawn; a stop string may be given by itself."""
+    known = [item.name for item in fields(Sampling)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], known)}")
+    stop = given.get("stop", ())
+    new = given.get("max_new_tokens")
+    fitting = {
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+        "max_new_tokens": default_new_tokens(positions) if new is None else new,
+    }
+    return Sampling(**{**given, **fitting})
 
 
 def _heard(hears: "SimpleQueue[Chunk | SphinxError]") -> Chunk:

@@ -1,10 +1,11 @@
 """The ranks of a model that answers: how each is built, and what those do that only follow the first."""
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from megatron_sphinx.checkpoint.collective import all_or_none
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.device import Platform
-from megatron_sphinx.errors import ConfigError, nearest
+from megatron_sphinx.errors import ConfigError, SphinxError, nearest
 from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
+from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.runner import ModelRunner, cache_places
+from megatron_sphinx.generation.ticks import Outcome, Tick
 from megatron_sphinx.liveness.lifeline import Lifeline
+from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.model.sphinx import SphinxModel
@@ -24,16 +28,25 @@ from megatron_sphinx.parallel.groups import ProcessGroups, agree
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.parallel.place import find_place
 from megatron_sphinx.ranges import Range, check_ranges
-from megatron_sphinx.run.failure import report
+from megatron_sphinx.run.failure import is_of_connection, report
 from megatron_sphinx.run.job import join
 from megatron_sphinx.run.provenance import require_trained_as
 from megatron_sphinx.serving.source import ModelSource
 
 _BLOCK = 16  # tokens of a block of the cache
 _MEETING_SECONDS = 1800.0
+_SILENT_SECONDS = 120.0  # without a sign of life, after which a rank is gone where nobody waits for it
 _FOREVER = timedelta(days=365)  # ranks wait for the next request, however long it takes
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.9  # of the memory that is free, for the cache
 _MOST_SEQUENCES = 256  # longest sequences that the cache has room for, where memory is plenty
+
+T = TypeVar("T")
+
+
+class RankLostError(SphinxError):
+    """A rank of the model is gone, and no request can be answered any more."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +62,7 @@ class LoadOptions:
         positions: tokens of the longest sequence; None for that of its training.
         cache_bytes: memory of each rank's key-value cache; None for most of a GPU's that is left, or for a quarter of
             the machine's.
+        command: what the ranks run, by the name that their messages have.
     """
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -56,8 +70,9 @@ class LoadOptions:
     tokenizer: Path | None = None
     device: str = "auto"
     precision: str | None = None
-    positions: Annotated[int, Range(least=2, most=2**24)] | None = None
-    cache_bytes: Annotated[int, Range(least=1, most=2**50)] | None = None
+    positions: Annotated[int | None, Range(least=2, most=2**24)] = None
+    cache_bytes: Annotated[int | None, Range(least=1, most=2**50)] = None
+    command: str = "load"
 
     @classmethod
     def of(cls, **given: Any) -> "LoadOptions":
@@ -71,6 +86,7 @@ class LoadOptions:
             raise ConfigError(
                 f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], sorted(known | sizes))}"
             )
+        given |= {name: Path(given[name]) for name in ("config", "tokenizer") if given.get(name) is not None}
         parallel = {name: given.pop(name) for name in list(given) if name in sizes}
         options = cls(**given)
         return replace(options, parallel=ParallelConfig(**parallel)) if parallel else options
@@ -85,6 +101,60 @@ class LoadOptions:
             raise ConfigError(f"precision={self.precision}: must be bf16 or fp32")
 
 
+class JobExecutor:
+    """The executor of a rank, which says which rank is gone where a connection to one breaks.
+
+    Args:
+        executor: computes.
+        lifeline: knows who is gone.
+
+    Attributes:
+        replicas: see Executor, as are the next ones.
+        stages: see above.
+        places: see above.
+        block: see above.
+        positions: see above.
+    """
+
+    def __init__(self, executor: LanguageRankExecutor, lifeline: Lifeline) -> None:
+        self._executor, self._lifeline = executor, lifeline
+        self.replicas, self.stages = executor.replicas, executor.stages
+        self.places, self.block, self.positions = executor.places, executor.block, executor.positions
+
+    def tick(self, tick: Tick) -> Sequence[Sequence[Outcome]] | None:
+        """Compute a tick; see Executor."""
+        return self._named(lambda: self._executor.tick(tick))
+
+    def encode(self, picture: Picture, replica: int) -> None:
+        """Begin to encode a picture; see Executor."""
+        self._named(lambda: self._executor.encode(picture, replica))
+
+    def encoded(self) -> Sequence[tuple[str, int]]:
+        """Return the pictures that are ready; see Executor."""
+        return self._named(self._executor.encoded)
+
+    def follow(self) -> None:
+        """Do what the first rank says, until that closes."""
+        self._executor.follow()
+
+    def close(self) -> None:
+        """Let all other ranks go."""
+        self._named(self._executor.close)
+
+    def _named(self, work: Callable[[], T]) -> T:
+        """Do something; where a connection breaks in it, wait until it is known whose."""
+        try:
+            return work()
+        except Exception as error:
+            end = self._lifeline.why_broken() if is_of_connection(error) else None
+            if end is None:
+                raise
+            is_own = end["by"] == self._lifeline.name  # its watcher has found out who is gone
+            raise RankLostError(
+                end["reason"] if is_own else f"{end['by']} ended the job ({end['reason']}); load it again"
+            ) from error
+
+
 @dataclass(frozen=True)
 class Job:
     """A rank of a loaded model.
@@ -93,26 +163,42 @@ class Job:
         executor: computes ticks; on the first rank it is told to.
         source: what was loaded.
         cache_bytes: of this rank's key-value cache.
+        command: what the ranks run, by the name that their messages have.
     """
 
-    executor: LanguageRankExecutor
+    executor: JobExecutor
     source: ModelSource
     cache_bytes: int
+    command: str
     _lifeline: Lifeline
     _groups: ProcessGroups
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self._groups.layout.world == 1
+
+    def check(self) -> None:
+        """Raise a RankLostError where the job has ended; any thread may call this, at any time."""
+        if not self.is_alone and (end := self._lifeline.ended()) is not None:
+            raise RankLostError(end["reason"])
+
     def close(self) -> None:
-        """Let the other ranks go, and leave the job."""
-        self.executor.close()
-        dist.barrier(group=self._groups.control)
+        """Let the other ranks go, and leave the job; a process without others keeps its group for another model."""
+        if not self.is_alone:
+            try:
+                self.executor.close()
+                dist.barrier(group=self._groups.control)
+            except Exception as error:
+                self.leave(error)
+            dist.destroy_process_group()
         self._lifeline.close()
-        dist.destroy_process_group()
 
     def leave(self, error: Exception) -> NoReturn:
         """End the process and the job, whose ranks cannot go on."""
-        cause = error.__cause__  # of a broken connection, the lifeline finds out which rank is gone
-        found = cause if isinstance(cause, Exception) else error
-        self._lifeline.leave(report(found, self._lifeline, "serve"), str(error))
+        cause = error.__cause__ if isinstance(error, RankLostError) else None  # which report knows to tell apart
+        status = report(cause if isinstance(cause, Exception) else error, self._lifeline, self.command)
+        self._lifeline.leave(status, str(error))
 
 
 def start(path: Path, options: LoadOptions) -> Job:
@@ -130,10 +216,13 @@ def start(path: Path, options: LoadOptions) -> Job:
     rank, world = find_place()
     layout = ParallelLayout(world=world, config=options.parallel)
     platform = join(options.device, _MEETING_SECONDS)
-    lifeline = Lifeline.connect(f"{layout.seat(rank).role} rank {rank}", command="serve", remedy="load it again")
+    progress, name = Progress(), f"{layout.seat(rank).role} rank {rank}"
+    lifeline = Lifeline.connect(
+        name, progress=progress, silence=_SILENT_SECONDS, command=options.command, remedy="load it again"
+    )
     try:
         groups = ProcessGroups.create(layout, platform.backend, _FOREVER, _FOREVER)
-        job = _load(path, options, groups, platform, lifeline)
+        job = _load(path, options, groups, platform, lifeline, progress)
         if job is not None and rank == 0:
             return job
         if job is not None:
@@ -143,20 +232,26 @@ def start(path: Path, options: LoadOptions) -> Job:
         if world == 1:
             lifeline.close()
             raise
-        lifeline.leave(report(error, lifeline, "serve"), str(error))
+        lifeline.leave(report(error, lifeline, options.command), str(error))
     lifeline.close()
     dist.destroy_process_group()
     sys.exit(0)
 
 
 def _load(
-    path: Path, options: LoadOptions, groups: ProcessGroups, platform: Platform, lifeline: Lifeline
+    path: Path,
+    options: LoadOptions,
+    groups: ProcessGroups,
+    platform: Platform,
+    lifeline: Lifeline,
+    progress: Progress,
 ) -> Job | None:
     """Load this rank's part of the model; an encoder rank encodes with it until the first rank closes."""
     source = agree(lambda: ModelSource.open(path, options.config, options.tokenizer), groups.control)
     encoders = _encoders(source, groups, platform)
     if groups.seat.encoder is not None:
         assert encoders is not None, "an encoder rank without encoders"
+        progress.note(Activity.ANSWERING)
         serve_encoder(encoders, groups)
         return None
     positions = options.positions or source.positions
@@ -164,7 +259,8 @@ def _load(
     places = _places(model, groups, platform, positions, options.cache_bytes)
     runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
     executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
-    return Job(executor, source, runner.cache_bytes, lifeline, groups)
+    progress.note(Activity.ANSWERING)
+    return Job(JobExecutor(executor, lifeline), source, runner.cache_bytes, options.command, lifeline, groups)
 
 
 def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:

@@ -15,6 +15,7 @@ from megatron_sphinx.checkpoint.slices import MASTER, TensorSlice
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.config import Config
+from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.model.shards import shards_of
@@ -62,6 +63,7 @@ class ModelSource:
         Raises:
             CheckpointError: there is no checkpoint, or it does not tell enough.
             ConfigError: the configuration is wrong.
+            DataError: the tokenizer is not the model's.
         """
         found = _config_of(path) if config is None else config
         run = configuration.load(found, ["parallel={}"]) if found is not None else None
@@ -75,12 +77,15 @@ class ModelSource:
                 f"{path}: has projections of pictures, but does not tell of which visual experts; give the "
                 f"configuration or the preset that it was trained with as --config"
             )
+        language = run.model if run else holds.language
+        tokenizer = tokenizer or _tokenizer_of(path, checkpoint, run)
+        Tokenizer(tokenizer).check_vocabulary(str(tokenizer), language.vocabulary)
         return cls(
             name=path.resolve().name,
             checkpoint=checkpoint,
-            language=run.model if run else holds.language,
+            language=language,
             vision=run.vision if run and holds.channels else None,
-            tokenizer=tokenizer or _tokenizer_of(path, checkpoint, run),
+            tokenizer=tokenizer,
             positions=run.data.sequence_length if run else _positions_of(checkpoint),
             precision=run.training.precision if run else None,
             seed=run.run.seed if run else 0,
