@@ -68,8 +68,12 @@ class Extent:
     @property
     def new_places(self) -> list[int]:
         """Places of the new tokens."""
-        places = [place for first, count in self.segments for place in range(first, first + count)]
-        return places[self.start :]
+        places: list[int] = []
+        old = self.start
+        for first, count in self.segments:
+            places += range(first + min(old, count), first + count)
+            old -= min(old, count)
+        return places
 
 
 class CachedDocuments:
