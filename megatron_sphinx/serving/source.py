@@ -16,6 +16,7 @@ from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.tokenizer import Tokenizer
+from megatron_sphinx.data.tokenizer_files import SENTENCEPIECE, tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig, VisionConfig
 from megatron_sphinx.model.shards import shards_of
@@ -117,13 +118,13 @@ def _config_of(path: Path) -> Path | None:
 
 
 def _tokenizer_of(path: Path, checkpoint: SourceCheckpoint, run: Config | None) -> Path:
-    beside = [checkpoint.folder / name for name in ("tokenizer.model", "tokenizer.json")]
-    if run is not None:
-        beside.insert(0, Path(run.data.tokenizer))
-    for candidate in beside:
-        if candidate.is_file():
+    """Return the tokenizer that the configuration names, else that beside the weights."""
+    named = [] if run is None else [Path(run.data.tokenizer)]
+    for candidate in (*named, *tokenizers_in(checkpoint.folder)):
+        if candidate.is_file() or tokenizers_in(candidate):
             return candidate
-    raise CheckpointError(f"{path}: {beside[0]} is missing; give the model's tokenizer as --tokenizer")
+    missing = named[0] if named else checkpoint.folder / SENTENCEPIECE
+    raise CheckpointError(f"{path}: {missing} is missing; give the model's tokenizer as --tokenizer")
 
 
 def _positions_of(checkpoint: SourceCheckpoint) -> int:

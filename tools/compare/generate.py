@@ -15,11 +15,11 @@ steps as the longest answer has tokens. Ours runs without the prefix cache, sinc
 The peers are `transformers` (the dynamic cache), `static` (its static cache, with torch.compile; `--peers` names
 those to run), and vLLM where it imports and the device is a GPU. A peer that fails is named, and left out.
 
-Sides are run in turn; in fp32 their first tokens are compared. Prints a table of medians over the rounds, after one that
-is not counted: tokens of all answers per second, of those after each answer's first one per second from the moment the
-last request has its first token, the time to the first token (median over requests), and the bytes of keys and values
-at the fullest moment. Its last line is one JSON object; `ratios` are our tokens per second over the peer's, with the
-prefix cache over without.
+Sides are run in turn; in fp32 their first tokens are compared. Prints a table of medians over the rounds, after one
+that is not counted: tokens of all answers per second; those that come once every request has its first token, per
+second from then on; the time to the first token (median over requests); the bytes of keys and values at the fullest
+moment. Its last line is one JSON object; `ratios` are our tokens per second over the peer's, and of the picture those
+with the prefix cache over those without.
 """
 
 import argparse
