@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
+from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.generation.answering import Load
@@ -272,7 +273,11 @@ def ours_of(
     folder: Path, dtype: torch.dtype, groups: ProcessGroups, platform: Platform, *, places: int, positions: int
 ) -> Ours:
     """Load a model as ours; nothing is taken from prompts that came before."""
-    source = ModelSource.open(folder, None, folder)  # of which the tokenizer is not opened
+    checkpoint = open_checkpoint(folder, None)
+    source = ModelSource(
+        name=folder.name, checkpoint=checkpoint, language=checkpoint.model.language, vision=None, tokenizer=folder,
+        positions=positions, precision=None, seed=0, run=None,
+    )  # fmt: skip
     model = build_model(source, groups, platform, dtype, positions)
     return _engine(model, groups, None, places, positions, source.language.vocabulary, has_prefix_cache=False)
 
