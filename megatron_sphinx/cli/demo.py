@@ -9,11 +9,13 @@ Needs gradio: pip install 'megatron-sphinx[page]'.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
 
 from megatron_sphinx.console import say
+from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.ranges import Range, check_range
 
 _KEY = "MEGATRON_SPHINX_API_KEY"
@@ -31,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     check_range(args.port, Range(least=0, most=65535), "--port")
+    for library in ("gradio", "openai"):
+        if importlib.util.find_spec(library) is None:
+            raise ConfigError(f"{library} is not installed; pip install 'megatron-sphinx[page]'")
     from megatron_sphinx.serving.client import Server
     from megatron_sphinx.serving.page import Site
 

@@ -56,7 +56,7 @@ def make_parser(*, has_plan_kinds: bool) -> argparse.ArgumentParser:
             configuration (`plan CONFIG --step 3`); argparse cannot tell these apart itself.
     """
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Pretrain SPHINX models with megatron-core and DeepSpeed."
+        prog=PROGRAM, description="Train SPHINX models with megatron-core and DeepSpeed, and ask them."
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument(
