@@ -19,7 +19,7 @@ from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
 from megatron_sphinx.generation.answering import Message, QueueFullError, TooLongError
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.pictures import views_of_picture
-from megatron_sphinx.generation.requests import Finish, Prompt, Sampling
+from megatron_sphinx.generation.requests import Finish, Picture, Prompt, Sampling
 from megatron_sphinx.generation.service import ClosedError
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.layout import ParallelConfig
@@ -161,10 +161,15 @@ def test_what_cannot_be_asked_is_refused(tiny, plain, run_ranks, tmp_path):
                 ([long], None, {}, TooLongError, "prompt of 400 tokens: the model has room for 400 with its answer"),
                 (["red"], None, {"stop": ""}, DataError, "stop='': an empty text would end every answer"),
                 ([[Message("assistant", "red")]], None, {}, DataError, "out of order"),
+                ([Prompt((1, 10**6))], None, {}, DataError, r"token 1000000: ids of llama are 0 to \d+; give those of"),
+                ([Prompt((1, -1))], None, {}, DataError, "token -1: ids of llama are 0 to"),
+                ([Prompt((1, 2), Picture("a", b"", 9, 9, (0,), 2))], None, {}, DataError, "its picture alone takes 2"),
             ):
                 with pytest.raises(error, match=message):
                     model.generate(asked, pictures, **more)
                 assert model.load().waiting == model.load().running == 0
+            with pytest.raises(DataError, match="token 1000000: ids of llama"):
+                model.score("red", ["blue", [10**6]])
             with pytest.raises(DataError, match="there is nothing to score"):
                 model.score("red", ["blue", []])
 

@@ -145,6 +145,7 @@ class TrainingAnswerer:
     def _gathered(self, count: int, own: dict[int, str]) -> list[str]:
         """Bring the answers of all replicas together; on the first rank they are all there."""
         parts: list[dict[int, str]] = [{} for _ in range(self._context.groups.layout.language)]
-        dist.all_gather_object(parts, own, group=self._context.groups.storage)
+        told = own if self._context.groups.is_first_stage else {}  # others do not know which pictures cannot be read
+        dist.all_gather_object(parts, told, group=self._context.groups.storage)
         known = {number: text for part in parts for number, text in part.items()}
         return [known[number] for number in range(count)]

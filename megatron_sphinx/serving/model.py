@@ -83,7 +83,7 @@ class Model:
 
     def __init__(self, job: Job, template: str | None, limits: Limits) -> None:
         source = job.source
-        self._job, self._vision = job, source.vision
+        self._job, self._vision, self._vocabulary = job, source.vision, source.language.vocabulary
         self.name, self.positions, self.cache_bytes = source.name, job.executor.positions, job.cache_bytes
         self.has_vision = self._vision is not None
         self.padding = self._vision.padding if self._vision else "centre"
@@ -133,6 +133,7 @@ class Model:
 
     def submit(self, prompt: Prompt, sampling: Sampling, listen: Listener) -> RequestTicket:
         """Hand in a request; see Answers."""
+        self._check(prompt)
         return self._service.submit(prompt, sampling, listen)
 
     def stream(self, asked: Asked, picture: Shown = None, **sampling: Any) -> Iterator[Chunk]:
@@ -193,7 +194,8 @@ class Model:
 
         Args:
             asked: what they follow; see `stream`.
-            continuations: the texts, or ids of their tokens.
+            continuations: the texts, or ids of their tokens. Texts become the tokens that they have as answers in the
+                template; behind a prompt, those that they have alone.
             picture: what they are about; see `stream`.
 
         Returns:
@@ -204,7 +206,10 @@ class Model:
             SphinxError: the model fails.
         """
         prompt, _ = self._ready(asked, picture, {"max_new_tokens": 1})
-        texts = [self.tokenizer.encode(one) if isinstance(one, str) else one for one in continuations]
+        encode = self.tokenizer.encode if isinstance(asked, Prompt) else self._encode_answer
+        texts = [encode(one) if isinstance(one, str) else one for one in continuations]
+        for tokens in texts:
+            self._check(prompt, tokens)
         scores = self._all([partial(self._service.score, prompt, tuple(tokens)) for tokens in texts])
         if any(chunks[-1].finish is Finish.CANCELLED for _, chunks in scores):
             raise ClosedError("the model was closed before it had scored all; load it again")
@@ -254,6 +259,27 @@ class Model:
         messages = [Message("user", asked)] if isinstance(asked, str) else asked
         chat = self.chat(messages, self._shown(picture), how.max_new_tokens)
         return chat.prompt, replace(how, stop=(*how.stop, *chat.stop))
+
+    def _encode_answer(self, text: str) -> list[int]:
+        """Return the tokens that a text has as an answer, behind what the template puts before it."""
+        lead = self.template.before_answer
+        anchor = ":" if lead else "\n"  # as templates end there; no token reaches over it
+        before, whole = self.tokenizer.encode(anchor), self.tokenizer.encode(anchor + lead + text)
+        is_apart = whole[: len(before)] == before
+        return whole[len(before) :] if is_apart else self.tokenizer.encode(text)
+
+    def _check(self, prompt: Prompt, continuation: Sequence[int] = ()) -> None:
+        """Raise a DataError where tokens are not of the model, which would end it for everybody."""
+        for token in (*prompt.tokens, *continuation):
+            if not 0 <= token < self._vocabulary:
+                raise DataError(
+                    f"token {token}: ids of {self.name} are 0 to {self._vocabulary - 1}; give those of its tokenizer"
+                )
+        if prompt.picture is not None and len(prompt.tokens) <= prompt.picture.positions:
+            raise DataError(
+                f"prompt of {len(prompt.tokens)} tokens: its picture alone takes {prompt.picture.positions} behind "
+                f"BOS; make it by Model.prompt or Model.chat"
+            )
 
     def _shown(self, picture: Shown) -> Picture | None:
         if picture is None or isinstance(picture, bytes):
