@@ -7,13 +7,14 @@ from conftest import train_tokenizer
 from test_tokenizers import make_bytes
 from transformers import PreTrainedTokenizerFast
 
+from megatron_sphinx.data.template import SYSTEM
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.generation.answering import Message
 from megatron_sphinx.generation.chat import ends_of, make_chat
 from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.templates import TEMPLATES, template_of
-from megatron_sphinx.prepare.template import SYSTEM, Conversation
+from megatron_sphinx.prepare.template import Conversation
 
 WORDS = ["what", "is", "this?", "a", "red", "circle.", "###", "Human:", "<image>", "世界", "</s>", "[0.1,0.2]"]
 PICTURE = Picture("0" * 64, b"", 20, 10, (0,), 17)

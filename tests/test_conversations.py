@@ -15,13 +15,14 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.data.sources import make_planner, open_sources
+from megatron_sphinx.data.template import SYSTEM
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.model.language import build_language, draw_weights
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
 from megatron_sphinx.prepare.conversations import index_conversations
-from megatron_sphinx.prepare.template import SYSTEM, Conversation, parse
+from megatron_sphinx.prepare.template import Conversation, parse
 
 TALK = [{"from": "human", "value": "What is a cat?"}, {"from": "gpt", "value": "An animal."}]
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]

@@ -232,8 +232,12 @@ def test_a_client_that_goes_away_frees_its_slot(is_stream):
     fake = FakeAnswers(script=lambda question, seed: "x" * 4000, tick_seconds=0.05, slots=1)
     with served(fake) as (url, gate):
         body = {"model": "fake", "messages": user("x"), "stream": is_stream, "n": 2, "max_tokens": 4000}
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
+        if is_stream:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.TimeoutException):
+                httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.2)
         until(lambda: not fake.held and not gate.inside, 2)
         assert fake.finished == 2
         assert 'sphinx_requests_total{status="499"} 1.0' in httpx.get(f"{url}/metrics").text

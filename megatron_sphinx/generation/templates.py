@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from megatron_sphinx.data.template import STOP, SYSTEM
 from megatron_sphinx.errors import ConfigError, nearest
-from megatron_sphinx.prepare.template import STOP, SYSTEM
 
 BOS, EOS = "<s>", "</s>"  # in a template: these ids of whatever tokenizer, however it writes them
 

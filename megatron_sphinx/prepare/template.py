@@ -8,15 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sphinx.data.files import is_url
+from megatron_sphinx.data.template import STOP, SYSTEM
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.prepare.texts import check_text
 
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-STOP = "\n###"  # ends every turn; a generation ends where it comes
 IMAGE_TOKEN = "<image>"  # where data says that the image stands
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")  # keys
 _MOST_SHOWN = 80  # characters of what cannot be used

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sphinx.data.template import STOP
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.generation.runner import ModelRunner
 from megatron_sphinx.generation.stopping import Detokenizer
 from megatron_sphinx.generation.ticks import Draw, Piece
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.views import encoded_views
-from megatron_sphinx.prepare.template import STOP
 from megatron_sphinx.run.job import RankContext
 from megatron_sphinx.run.questions import Question
 

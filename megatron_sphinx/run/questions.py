@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_sphinx.data import images
 from megatron_sphinx.data.pairs import ImageReader
 from megatron_sphinx.data.sources import Sources
+from megatron_sphinx.data.template import STOP, SYSTEM
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.prepare.template import STOP, SYSTEM
 from megatron_sphinx.training.sample_book import Shown
 
 
