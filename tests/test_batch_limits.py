@@ -8,8 +8,10 @@ import pytest
 from answers_double import Double, caption
 
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.errors import DataError
 from megatron_sphinx.generation.answering import QueueFullError
 from megatron_sphinx.serving import model
+from megatron_sphinx.serving.answer_file import AnswerFile
 
 
 def generate(monkeypatch, folder, double, *words, rows=2):
@@ -66,3 +68,21 @@ def test_answers_of_another_way_to_load_the_model_are_not_mixed(monkeypatch, tmp
     with pytest.raises(AssertionError):
         generate(monkeypatch, tmp_path, double)
     assert f"was begun with model.{name}={was}, not {other}; give another --output" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_by_one_error(tmp_path):
+    def write():
+        with AnswerFile(tmp_path / "o", {}) as file:
+            file._journal = open("/dev/full", "r+b")  # noqa: SIM115
+            file.add(0, {})
+
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
+        write()
+
+
+def test_what_is_refused_leaves_no_empty_journal_beside_a_finished_file(tmp_path):
+    with AnswerFile(tmp_path / "o", {"prompt": "a"}) as file:
+        file.finish()
+    with pytest.raises(DataError, match="was begun with prompt=a, not b"):
+        AnswerFile(tmp_path / "o", {"prompt": "b"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "o.settings.json"]
