@@ -5,9 +5,10 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 
 from megatron_sphinx.data.images import shape_of
 from megatron_sphinx.errors import DataError
@@ -34,7 +35,8 @@ class Double:
         most: how many were on their way at once, at most.
     """
 
-    name, positions, padding = "double", 1000, "centre"
+    name, positions, padding, replicas = "double", 1000, "centre", 1
+    identity: Mapping[str, str] = MappingProxyType({"template": "double", "precision": "fp32"})
 
     def __init__(
         self, answer: Callable[[Sequence[Message], Picture | None], str], seconds: float = 0.0, dropped: int = 0

@@ -52,6 +52,8 @@ def test_a_run_answers_as_it_was_trained(train, tiny, run_ranks, tmp_path, views
         texts = ["a red circle.", "green", "blue paint on white ground"]
         with megatron_sphinx.load(run.folder, cache_bytes=2**24) as model:
             assert (model.name, model.positions, model.has_vision) == ("run", 400, True)
+            kept = {"template": "sphinx", "precision": "fp32", "tokenizer": model.tokenizer.identity.sha256}
+            assert (model.replicas, {**model.identity, **kept}) == (1, model.identity)
             asked = [model.prompt("Describe a red thing", one) for one in [*shown, None]]
             scores = [model.score(prompt, texts) for prompt in asked]
             answers = model.generate(["What is it?"] * 4, shown, max_new_tokens=10)

@@ -186,6 +186,8 @@ def test_a_torn_tar_gives_its_samples_and_an_error(tmp_path):
         ({"question": "q", "image": "../x.png"}, "path out of the folder"),
         ({"question": "q", "image": "https://example.org/x.png"}, "is a URL; download it, or give --allow-urls"),
         ({"question": "q", "image": "data:image/png;base64,%%"}, "is not base64"),
+        ({"question": "q", "image": "data:image/png;base64,é"}, "is not base64"),
+        (f'{{"question": "q", "deep": {"[" * 600}{"]" * 600}}}', "^the row is nested too deep; make it flatter$"),
         ({"question": "q" * 900}, "too long: 900 [+] 512"),
     ],
 )

@@ -1,5 +1,6 @@
 """Embeddings of prompts for other engines: transformers computes our logits of them."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +14,16 @@ from transformers import AutoModelForCausalLM
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
+from megatron_sphinx.errors import FolderError
 from megatron_sphinx.generation.pictures import picture_of, views_of_picture
 from megatron_sphinx.generation.runner import ModelRunner
 from megatron_sphinx.generation.ticks import Piece
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.run.evaluation import join_alone
+from megatron_sphinx.serving.export import export_embeddings
+from megatron_sphinx.serving.questions import Asking
 from megatron_sphinx.serving.ranks import build_model
+from megatron_sphinx.serving.rows import sources_of
 from megatron_sphinx.serving.source import ModelSource
 
 LONG = {"training.steps": 1, "data.sequence_length": 640}
@@ -112,6 +117,27 @@ def test_what_cannot_be_exported_is_said_in_a_line(train, run_ranks, tmp_path, a
     assert "template=vicuna: unknown; did you mean vicuna_v1_1?" in text
     assert "--new-tokens=0: must be at least 1" in text
     assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_are_no_unicode_are_indexed_and_room_is_left_by_the_positions(train, run_ranks, tmp_path, asked):
+    run = train(1, LONG | {"data.sequence_length": 256}, "short").folder
+    asked.write_text(json.dumps({"question": "\ud800"}) + "\n" + json.dumps({"question": "red?", "id": "\udcff"}))
+    words = ["export-embeddings", run, "--input", asked, "--output", tmp_path / "out"]
+    run_ranks(1, lambda: main([*map(str, words)]) and pytest.fail("the command failed"))
+    bad, good = map(json.loads, (tmp_path / "out" / "index.jsonl").read_text().splitlines())
+    assert "half a surrogate pair" in bad["error"]
+    assert (good["id"], good["file"]) == ("\udcff", "00000001.safetensors")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_export_that_ends_early_leaves_nothing_behind(tmp_path, asked, error):
+    class Ending:
+        def prompt(self, *_):
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, FolderError)):
+        export_embeddings(Ending(), sources_of([asked]), tmp_path / "new" / "out", Asking(), 8)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_language_model_alone_has_no_eyes(train, run_ranks, tiny, tmp_path, asked):

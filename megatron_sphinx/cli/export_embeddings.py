@@ -12,6 +12,7 @@ loaded; the engine has it all from `megatron-sphinx convert MODEL TARGET --to hf
 import argparse
 from pathlib import Path
 
+from megatron_sphinx.generation.requests import default_new_tokens
 from megatron_sphinx.ranges import Range, check_range
 
 _NEW_TOKENS = Range(least=1, most=2**20)
@@ -31,12 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", type=Path, help="where it is neither beside the weights nor named by the configuration")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the embeddings; default: bf16")
-    add("--new-tokens", type=int, default=512, metavar="N", help="that there must be room for; default: 512")
+    text = "that there must be room for; default: 512, or a quarter of the positions"
+    add("--new-tokens", type=int, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    check_range(args.new_tokens, _NEW_TOKENS, "--new-tokens")
+    if args.new_tokens is not None:
+        check_range(args.new_tokens, _NEW_TOKENS, "--new-tokens")
     import torch
 
     from megatron_sphinx.run.evaluation import join_alone
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     embedder = PromptEmbedder(source, groups, platform, dtype, args.template)
     asking = Asking(prompt=args.prompt, images=args.images, follow_links=args.follow_links)
-    report = export_embeddings(embedder, sources, args.output, asking, args.new_tokens)
+    new_tokens = args.new_tokens or default_new_tokens(source.positions)
+    report = export_embeddings(embedder, sources, args.output, asking, new_tokens)
     print(f"{args.output}: {report.prompts} prompts, {report.errors} errors, {report.bytes:,} bytes")
     return 0

@@ -17,9 +17,10 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.cli.command import add_model, add_sampling, model_options, sampling_of
+from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.ranges import Range, check_range
 
-_IN_FLIGHT = 64
+_IN_FLIGHT = Limits.sequences  # of each replica, which computes as many at once
 _IN_FLIGHT_RANGE = Range(least=1, most=65536)
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow-links", action="store_true", help="also take pictures that links lead out of it to")
     parser.add_argument("--allow-urls", action="store_true", help="read pictures from URLs, too")
     parser.add_argument(
-        "--in-flight", type=int, default=_IN_FLIGHT, metavar="N", help=f"questions at a time; default: {_IN_FLIGHT}"
+        "--in-flight", type=int, metavar="N", help=f"questions at a time; default: {_IN_FLIGHT} for each replica"
     )
     add_sampling(parser)
 
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     sampling_of(args)  # what is wrong with it is said before the model is loaded
-    check_range(args.in_flight, _IN_FLIGHT_RANGE, "--in-flight")
+    if args.in_flight is not None:
+        check_range(args.in_flight, _IN_FLIGHT_RANGE, "--in-flight")
+    limits = Limits(waiting=max(Limits.waiting, args.in_flight or 0))
     from megatron_sphinx.serving.batch import answer_all
     from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.questions import Asking
@@ -50,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
     sources = sources_of(args.input, follow_links=args.follow_links)
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
-    with load(args.model, **model_options(args)) as model:
+    with load(args.model, limits=limits, **model_options(args)) as model:
         report = answer_all(
             model, args.model, sources, args.output, asking, sampling_of(args, model.positions),
-            in_flight=args.in_flight, show=True,
+            in_flight=args.in_flight or _IN_FLIGHT * model.replicas, show=True,
         )  # fmt: skip
     before = f", {report.before} of them from before" if report.before else ""
     print(f"{args.output}: {report.answered} answers, {report.errors} errors{before}")

@@ -1,6 +1,6 @@
 """What the commands, the server and the tests ask of a model that answers; `serving.model.Model` is the real one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,12 +95,16 @@ class Answers(Protocol):
         positions: tokens of prompt and answer together, at most.
         padding: where a picture is in the square that boxes are fractions of: centre or corner.
         has_vision: whether it can be asked about pictures.
+        identity: by names, what its answers follow from beside its weights: plain values.
+        replicas: how many of it answer beside each other.
     """
 
     name: str
     positions: int
     padding: str
     has_vision: bool
+    identity: Mapping[str, str]
+    replicas: int
 
     def picture(self, content: bytes) -> Picture:
         """Look at the content of a picture's file.

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -58,10 +59,10 @@ class AnswerFile:
             else:
                 self._read()
         except OSError as error:
-            self.close()
+            self._abandon()
             raise self._refused(error) from error
         except BaseException:
-            self.close()
+            self._abandon()
             raise
 
     def __enter__(self) -> "AnswerFile":
@@ -89,7 +90,7 @@ class AnswerFile:
         assert self._journal is not None, "the file is closed"
         begin = self._journal.seek(0, os.SEEK_END)
         try:
-            self._journal.write(b"%d\t%s\n" % (number, _encoded(line)))
+            self._journal.write(b"%d\t%s" % (number, encoded(line)))
             self._journal.flush()
         except OSError as error:
             raise self._refused(error) from error
@@ -120,8 +121,15 @@ class AnswerFile:
     def close(self) -> None:
         """Let other processes have the file."""
         if self._journal is not None:
-            self._journal.close()
+            with suppress(OSError):  # of what could not be written before, which has been told
+                self._journal.close()
             self._journal = None
+
+    def _abandon(self) -> None:
+        """Close what cannot be gone on with, without an empty journal left behind."""
+        if self._journal is not None and not os.fstat(self._journal.fileno()).st_size:
+            self._partial.unlink(missing_ok=True)
+        self.close()
 
     def _locked(self) -> BinaryIO:
         """Open the journal, for this process alone; a file system without locks has it without."""
@@ -192,9 +200,9 @@ class AnswerFile:
         return DataError(f"{self._path}: cannot be written ({error.strerror or error}); {remedy_of(error)}")
 
 
-def _encoded(line: Mapping[str, Any]) -> bytes:
-    """Write a line as people read it; by escapes alone where a text is not Unicode."""
+def encoded(line: Mapping[str, Any]) -> bytes:
+    """Return a line of JSON as people read it; by escapes alone where a text is not Unicode."""
     try:
-        return json.dumps(line, ensure_ascii=False).encode()
+        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:
-        return json.dumps(line).encode()
+        return f"{json.dumps(line)}\n".encode()

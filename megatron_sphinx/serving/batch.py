@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock, Semaphore
+from time import sleep
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
-from megatron_sphinx.generation.answering import Answers, ChatPrompt, Ticket
+from megatron_sphinx.generation.answering import Answers, ChatPrompt, Listener, QueueFullError, Ticket
 from megatron_sphinx.generation.grounding import ground
-from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Sampling
+from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Prompt, Sampling
 from megatron_sphinx.paths import files_in
 from megatron_sphinx.serving.answer_file import AnswerFile
 from megatron_sphinx.serving.box_entries import entries_of
@@ -24,6 +25,7 @@ from megatron_sphinx.serving.rows import Source
 
 _OURS = ("answer", "finish", "prompt_tokens", "new_tokens", "boxes", "dropped", "error")
 _MOST_SEED = 2**63
+_RETRY_SECONDS = 0.05  # until a model that takes no more is asked again
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def answer_all(
         SphinxError: the model ended.
     """
     settings = {
-        "model": {**_identity(model), "name": answers.name},
+        "model": {**answers.identity, **_identity(model), "name": answers.name, "positions": answers.positions},
         "sampling": asdict(sampling),
         "asking": {name: str(value) for name, value in asdict(asking).items()},
         "input": {f"{number}: {source.path}": source.state() for number, source in enumerate(sources)},
@@ -146,13 +148,22 @@ class _Run:
                 stop=(*self._sampling.stop, *chat.stop),
             )
             chunks: list[Chunk] = []
-            ticket = self._answers.submit(chat.prompt, sampling, partial(self._hear, number, question, chat, chunks))
+            ticket = self._submit(chat.prompt, sampling, partial(self._hear, number, question, chat, chunks))
         except DataError as error:
             self._end(number, question, {"error": str(error)})
             return
         with self._lock:
             if number not in self._ended:
                 self._tickets[number] = ticket
+
+    def _submit(self, prompt: Prompt, sampling: Sampling, listen: Listener) -> Ticket:
+        """Hand in a request, again and again while too many wait; raise what ended the model."""
+        while True:
+            try:
+                return self._answers.submit(prompt, sampling, listen)
+            except QueueFullError:
+                sleep(_RETRY_SECONDS)
+                self._check()
 
     def wait(self) -> None:
         """Wait until all questions are answered; raise what ended the model."""

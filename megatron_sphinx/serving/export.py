@@ -1,8 +1,9 @@
 """Prompts as embeddings, for engines that know the language model but not its pictures."""
 
-import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.sphinx import place_views
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.run.provenance import require_trained_as
+from megatron_sphinx.serving.answer_file import encoded
 from megatron_sphinx.serving.questions import Asking, Question, questions_of
 from megatron_sphinx.serving.ranks import build_model
 from megatron_sphinx.serving.rows import Source
@@ -127,9 +129,8 @@ def export_embeddings(
     """
     if os.path.lexists(target):
         raise ConfigError(f"--output={target}: exists; give another folder, or remove it")
-    partial, lines = target.with_name(f".{target.name}.partial.{os.getpid()}"), list[dict[str, Any]]()
-    with writing(target):
-        partial.mkdir(parents=True)
+    lines = list[dict[str, Any]]()
+    with writing(target), _appearing(target) as partial:
         for number, question in enumerate(questions_of(sources, asking)):
             try:
                 prompt = embedder.prompt(question, asking, new_tokens)
@@ -140,8 +141,20 @@ def export_embeddings(
             tensors = {TENSOR: embedder.embed(prompt).cpu().contiguous(), "tokens": torch.tensor(prompt.tokens)}
             save_file(tensors, partial / name)
             lines.append({**question.columns, "file": name, "positions": len(prompt.tokens)})
-        (partial / INDEX).write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+        (partial / INDEX).write_bytes(b"".join(map(encoded, lines)))
         total = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        partial.rename(target)
     failed = sum("error" in line for line in lines)
     return ExportReport(len(lines) - failed, failed, total)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Give a folder to write to, which becomes the target at the end, or goes away on an error."""
+    partial = target.with_name(f".{target.name}.partial.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,6 +1,7 @@
 """A model that answers: loaded from a run or a checkpoint, asked from Python, by many threads if need be."""
 
 import atexit
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -76,6 +77,8 @@ class Model:
         positions: tokens of prompt and answer together, at most.
         padding: where a picture is in the square that boxes are fractions of: centre or corner.
         has_vision: whether it can be asked about pictures.
+        identity: by names, what its answers follow from beside its weights: see Answers.
+        replicas: how many of it answer beside each other.
         tokenizer: its tokenizer.
         template: what stands around the messages of a chat.
         cache_bytes: what the key-value cache takes on this rank.
@@ -88,7 +91,15 @@ class Model:
         self.has_vision = self._vision is not None
         self.padding = self._vision.padding if self._vision else "centre"
         self.tokenizer = Tokenizer(source.tokenizer)
-        self.template: ChatTemplate = template_of(template or self._likely_template())
+        name = template or self._likely_template()
+        self.template: ChatTemplate = template_of(name)
+        self.replicas = job.executor.replicas
+        self.identity: Mapping[str, str] = {
+            "template": name,
+            "precision": job.precision,
+            "tokenizer": self.tokenizer.identity.sha256,
+            "config": hashlib.sha256(repr((source.language, source.vision, source.seed)).encode()).hexdigest(),
+        }
         language = Language(ends=ends_of(self.template, self.tokenizer), texts=partial(Detokenizer, self.tokenizer))
         self._service = Service(job.executor, language, limits)
         self._is_closed = False

@@ -1,7 +1,6 @@
 """Questions of files: what is asked in a row, about which picture, and what of the row is written beside the answer."""
 
 import base64
-import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ class Question:
         if match := _DATA_URL.match(self.image):
             try:
                 return base64.b64decode(self.image[match.end() :], validate=True)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise DataError(f"image: {shortened(self.image, 40)} is not base64 ({error})") from error
         if is_url(self.image):
             return _fetched(self.image, asking)
@@ -96,9 +95,14 @@ def questions_of(sources: Sequence[Source], asking: Asking) -> Iterator[Question
 
 def _question(asking: Asking, row: Row) -> Question:
     """Make a question of a row."""
-    columns = {name: _plain(value) for name, value in row.columns.items()}
-    if row.fault:
-        return Question(columns, fault=row.fault)
+    columns, fault = {}, row.fault
+    for name, value in row.columns.items():
+        try:
+            columns[name] = _plain(value)
+        except RecursionError:
+            fault = fault or "the row is nested too deep; make it flatter"
+    if fault:
+        return Question(columns, fault=fault)
     try:
         messages, inner = _messages(row.columns, asking)
         image = row.content if row.content is not None else _image(row.columns, inner)

@@ -162,12 +162,14 @@ class Job:
     Attributes:
         executor: computes ticks; on the first rank it is told to.
         source: what was loaded.
+        precision: bf16 or fp32, what it computes in.
         cache_bytes: of this rank's key-value cache.
         command: what the ranks run, by the name that their messages have.
     """
 
     executor: JobExecutor
     source: ModelSource
+    precision: str
     cache_bytes: int
     command: str
     _lifeline: Lifeline
@@ -255,12 +257,16 @@ def _load(
         serve_encoder(encoders, groups)
         return None
     positions = options.positions or source.positions
-    model = build_model(source, groups, platform, _dtype(options.precision or source.precision, platform), positions)
+    precision = options.precision or source.precision or ("bf16" if platform.is_cuda else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = build_model(source, groups, platform, dtype, positions)
     places = _places(model, groups, platform, positions, options.cache_bytes)
     runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
     executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
     progress.note(Activity.ANSWERING)
-    return Job(JobExecutor(executor, lifeline), source, runner.cache_bytes, options.command, lifeline, groups)
+    return Job(
+        JobExecutor(executor, lifeline), source, precision, runner.cache_bytes, options.command, lifeline, groups
+    )
 
 
 def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:
@@ -285,12 +291,6 @@ def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) ->
         return encoders
 
     return agree(load, groups.control)
-
-
-def _dtype(precision: str | None, platform: Platform) -> torch.dtype:
-    if precision is None:
-        precision = "bf16" if platform.is_cuda else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def build_model(
