@@ -63,7 +63,7 @@ class Writer:
 
     Attributes:
         model: its name.
-        token_text: what a token alone decodes to.
+        token_text: what a token stands for inside of a text.
         picture: what was asked about; None without.
         padding: where a picture is in its square: centre or corner.
         dropped: how many of the chat's oldest turns were left out.
