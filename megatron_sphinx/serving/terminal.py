@@ -14,7 +14,7 @@ from megatron_sphinx.data.files import renamed
 from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import DataError, SphinxError, remedy_of
 from megatron_sphinx.generation.answering import Answers, Message
-from megatron_sphinx.generation.grounding import draw_groundings, ground
+from megatron_sphinx.generation.grounding import draw_groundings, ground_upright
 from megatron_sphinx.generation.requests import Chunk, Picture, Sampling
 from megatron_sphinx.prepare.shards import file_content
 
@@ -114,7 +114,7 @@ class Chat:
         """
         if self._draw is None or self._picture is None or not self._drawable:
             return
-        groundings = ground(self._drawable, self._picture.width, self._picture.height, self._answers.padding)
+        groundings = ground_upright(self._drawable, self._picture, self._answers.padding)
         for fault in (fault for found in groundings for fault in found.faults):
             complain(f"not drawn: {fault}")
         if any(found.colour for found in groundings):
