@@ -184,7 +184,7 @@ def test_an_answer_has_room_where_nobody_says_how_much(plain, run_ranks):
             prompt = model.prompt("red green blue")
             (answer,) = model.generate([prompt], ignore_eos=True)
             assert (len(answer.tokens), answer.finish) == (25, Finish.LENGTH)
-            (told,) = model.generate(["red"], ignore_eos=True)
+            (told,) = model.generate(["red"], ignore_eos=True, stop=None)
             assert len(told.tokens) == 25
             near = Prompt((1, *[5] * 92))  # less than a quarter is left
             (answer,) = model.generate([near], ignore_eos=True)

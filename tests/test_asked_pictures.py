@@ -14,6 +14,7 @@ from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.generation import pictures
+from megatron_sphinx.generation.grounding import ground_upright
 from megatron_sphinx.generation.pictures import picture_of, views_of_picture
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.model.views import encoded_views, image_positions
@@ -79,6 +80,23 @@ def test_a_picture_is_known_by_its_content_and_upright(index):
     assert turned.key == hashlib.sha256(contents[2]).hexdigest()
     encoders = FrozenEncoders(vision, device=torch.device("cpu"), dtype=torch.float32, seed=0)
     assert encoders(views_of_picture(turned, vision)).shape == (1, vision.feature_values)
+
+
+@pytest.mark.parametrize("resize", ["antialiased", "accessory"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_are_those_of_the_upright_picture(orientation, resize):
+    upright = Image.new("RGB", (120, 40))
+    upright.paste((255, 255, 255), (12, 4, 60, 16))
+    way_back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers
+    stored = upright.transpose(Image.Transpose(way_back[orientation])) if orientation > 1 else upright
+    picture = picture_of(saved(stored, "PNG", orientation), vision_of("dinov2_small", grid=4, resize=resize))
+    seen = stored if resize == "accessory" else upright
+    assert seen.size == (picture.width, picture.height)
+    left, top, right, bottom = (number / 120 for number in seen.getbbox())
+    text = f"[{left},{top},{right},{bottom}] [{left},{top}]"
+    whole, point = ground_upright(text, picture, "corner")
+    assert whole.boxes[0] == pytest.approx((12, 4, 60, 16))
+    assert point.points[0] in [pytest.approx(corner) for corner in ((12, 4), (60, 4), (12, 16), (60, 16))]
 
 
 def test_pictures_that_cannot_be_seen_are_refused(monkeypatch):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sphinx.data.template import SYSTEM
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError, DataError
-from megatron_sphinx.generation.answering import Message
+from megatron_sphinx.generation.answering import Message, TooLongError
 from megatron_sphinx.generation.chat import ends_of, make_chat
 from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.templates import TEMPLATES, template_of
@@ -153,6 +153,25 @@ def test_a_chat_that_is_too_long_loses_as_few_of_its_oldest_turns_as_it_must(tem
     fault += f"tokens leave no room for max_new_tokens=16 among the {positions} positions of the model; shorten one"
     with pytest.raises(DataError, match=fault):
         chat(said(*texts, system="keep"), Letters(), template, picture, positions)
+
+
+def test_what_is_far_too_long_is_not_encoded():
+    class Counting(Letters):
+        most = 0
+
+        def encode(self, text: str, *, has_special: bool = False) -> list[int]:
+            self.most = max(self.most, len(text))
+            return super().encode(text)
+
+    letters = Counting()
+    huge, positions = "x" * 10**6, 500
+    made = chat(said(huge, huge, "q", "a", "Q", system="S"), letters, positions=positions)
+    assert (made.prompt, made.dropped) == (chat(said("q", "a", "Q", system="S"), Letters()).prompt, 1)
+    for messages in (said("q", "a", huge), said("Q", system=huge)):
+        fault = "^chat too long: a system prompt and a last question of 1000[0-9]+ characters leave no room"
+        with pytest.raises(TooLongError, match=fault):
+            chat(messages, letters, positions=positions)
+    assert letters.most <= 128 * positions
 
 
 @pytest.mark.parametrize(

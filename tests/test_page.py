@@ -56,6 +56,14 @@ def test_an_answer_comes_with_its_boxes_and_what_was_left_out(stub, tmp_path):
     ]
 
 
+def test_an_answer_that_was_cut_off_says_so(stub):
+    stub.script = ["abc", {"finish_reason": "length"}]
+    assert last(stub)[-1].note == "cut off at max tokens"
+    stub.dropped = 1
+    assert last(stub)[-1].note == "the 1 oldest turns did not fit, and were left out; cut off at max tokens"
+    stub.dropped = 0
+
+
 def test_errors_are_notes_and_what_came_before_them_stands(stub):
     stub.status, stub.error = 400, "too long: ask less"
     assert last(stub) == [Turn("q", note="too long: ask less", is_failed=True)]

@@ -307,4 +307,5 @@ def test_keys():
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": b"Bearer \xff"}).status_code == 401
         assert httpx.post(f"{url}/v1/chat/completions", json={}).status_code == 401
+        assert 'sphinx_requests_total{status="401"} 1.0' in httpx.get(f"{url}/metrics").text
         assert httpx.get(f"{url}/health").status_code == 200

@@ -21,10 +21,13 @@ from test_server import about, data_url, user
 
 from megatron_sphinx.cli import serve as command
 from megatron_sphinx.cli.main import main
-from megatron_sphinx.errors import ConfigError
+from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.generation.answering import QueueFullError
+from megatron_sphinx.generation.pictures import MOST_BYTES
 from megatron_sphinx.serving.gate import Gate
 from megatron_sphinx.serving.limits import Access, Limits
+from megatron_sphinx.serving.openai_errors import RequestError
+from megatron_sphinx.serving.picture_urls import read_picture
 from megatron_sphinx.serving.process import HttpServer
 
 GOOD = {"model": "fake", "messages": user("Hello")}
@@ -69,6 +72,9 @@ CASES = [
     ({"n": 17}, "n", "invalid_value", "n=17: is more than --choices=16; ask for fewer answers"),
     ({"n": 2.5}, "n", "invalid_value", "n=2.5: must be a whole number"),
     ({"temperature": -1}, "temperature", "invalid_value", "temperature=-1.0: must be at least 0"),
+    ({"model": "x\udc80"}, "model", "invalid_value", "model: holds half a character (a lone surrogate)"),
+    ({"x\udc80": 1}, "x\\udc80", "unknown_parameter", "x\\udc80: unknown field"),
+    ({"temperature": "1"}, "temperature", "invalid_value", "temperature=1: must be a number; leave out its quotes"),
     ({"temperature": "hot"}, "temperature", "invalid_value", "temperature=hot: must be a number"),
     ({"temperature": True}, "temperature", "invalid_value", "temperature=True: must be a number"),
     ({"top_p": 1.5}, "top_p", "invalid_value", "top_p=1.5: must be between 0 and 1"),
@@ -171,6 +177,8 @@ def test_a_text_model_has_no_eyes():
 def test_other_models_and_pages(url):
     refused(ask(url, GOOD | {"model": "gpt-4"}), 404, "model", "model_not_found",
             "model=gpt-4: is not served here; ask for fake")  # fmt: skip
+    response = ask(url, GOOD | {"model": "x" * 9999})
+    refused(response, 404, "model", "model_not_found", f"model={'x' * 57}...: is not served here")
     refused(httpx.get(f"{url}/v2/x"), 404, None, "not_found", "GET /v2/x: Not Found; known: /v1/chat/completions,")
     refused(httpx.get(f"{url}/v1/chat/completions"), 405, None, "method_not_allowed", "Method Not Allowed")
     refused(httpx.post(f"{url}/v1/completions", json={}), 404, None, "not_found", "ask /v1/chat/completions")
@@ -214,7 +222,7 @@ def test_bodies_that_are_too_large_too_slow_or_of_another_type(url):
         response = httpx.post(f"{url}/v1/chat/completions", content=slow(), headers=head)
         refused(response, 408, None, "timeout", "the body takes longer than --upload-seconds=0.2; send it faster")
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as half:  # gone with half a body
-            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                          b"Content-Length: 9\r\n\r\n{")  # fmt: skip
             until(lambda: gate.inside == 1)
         until(lambda: gate.inside == 0)
@@ -244,6 +252,12 @@ def test_a_bug_is_told_as_one_and_the_server_goes_on(capsys):
         refused(ask(url, GOOD), 500, None, "internal_error", "an error of the server, see its log")
         fake.chat = chat
         assert ask(url, GOOD).status_code == 200
+        assert gate.inside == 0
+        assert 'sphinx_requests_total{status="500"} 1.0' in httpx.get(f"{url}/metrics").text
+        fake.token_text = lambda _: 1 / 0
+        with suppress(httpx.RemoteProtocolError):
+            ask(url, GOOD | {"stream": True, "logprobs": True})
+        until(lambda: 'sphinx_requests_total{status="500"} 2.0' in httpx.get(f"{url}/metrics").text)
         assert gate.inside == 0
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
 
@@ -447,6 +461,36 @@ def test_no_body_makes_the_server_fail():
         assert min(statuses[200], statuses[400]) > 50, statuses
         assert gate.inside == 0
         assert gate.failure is None
+
+
+def test_errors_of_any_characters_are_written():
+    body = RequestError("x\udc80é", parameter="\ud800").body()["error"]
+    assert (body["message"], body["param"]) == ("x\\udc80é", "\\ud800")
+
+
+def test_a_server_of_this_machine_without_keys_answers_to_its_own_names_only(url):
+    port = url.rpartition(":")[2]
+    for name in ("127.0.0.1", "LOCALHOST", "[::1]", f"[::1]:{port}", f"localhost:{port}"):
+        assert ask(url, GOOD, headers={"Host": name}).status_code == 200, name
+    for name in ("example.org", f"localhost.example.org:{port}", "[::1", ""):
+        assert ask(url, GOOD, headers={"Host": name}).status_code == 400, name
+    with served(FakeAnswers(), access=Access(keys=("k",))) as (url, _):
+        assert ask(url, GOOD, headers={"Host": "example.org", "Authorization": "Bearer k"}).status_code == 200
+
+
+def test_the_largest_pictures_are_those_that_models_take():
+    with pytest.raises(ConfigError, match="--picture-mebibytes=65: must be at most 64"):
+        Limits(picture_mebibytes=65)
+    assert Limits(picture_mebibytes=64).picture_mebibytes * 2**20 == MOST_BYTES
+
+
+@pytest.mark.parametrize("allowed", ["LocalHost:443", "localhost"])
+def test_the_usual_port_of_a_host_may_be_named(allowed):
+    for url in ("https://localhost/x", "https://localhost:443/x"):
+        with pytest.raises(DataError, match="cannot be had"):  # so it is allowed
+            read_picture(url, Access(hosts=(allowed,)), Limits(fetch_seconds=1))
+    with pytest.raises(DataError, match=r"allow the host x+[.]{3}$"):
+        read_picture(f"https://{'x' * 999}/x", Access(hosts=(allowed,)), Limits())
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,16 @@ def test_boxes_are_drawn_to_a_file_and_wrong_ones_are_told(picture, tmp_path, ca
     assert re.search(r"--draw=.*drawn.nothing: cannot be written \(.*\); give another .png", capsys.readouterr().err)
 
 
+def test_an_empty_answer_draws_no_boxes_of_the_one_before(picture, tmp_path):
+    drawn = tmp_path / "drawn.png"
+    chat = Chat(Double(lambda said, _: "" if said[-1].text == "b" else "x[0.2,0.3,0.7,0.6]"), Sampling(), draw=drawn)
+    chat.look_at(picture)
+    talk(chat, "", "a")
+    drawn.unlink()
+    talk(chat, "", "b")
+    assert not drawn.exists()
+
+
 def test_what_ends_the_model_ends_the_chat():
     class Lost(Double):
         def submit(self, prompt, sampling, listen):

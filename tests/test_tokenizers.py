@@ -85,6 +85,16 @@ def test_any_text_comes_back(kinds, kind):
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "fallback", "composed"])
+def test_texts_of_tokens_make_up_the_text(kinds, kind):
+    tokenizer = kinds[kind]
+    for text in ("a photo of a red circle", "red circle, a photo"):
+        ids = tokenizer.encode(text)
+        assert len(ids) > 3
+        assert "".join(map(tokenizer.text_of, ids)).removeprefix(" ") == text
+    assert tokenizer.text_of(tokenizer.eos) == ""
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "fallback", "composed"])
 def test_spans_are_characters_side_by_side(kinds, kind):
     rng, tokenizer = random.Random(4), kinds[kind]
     for text in (drawn(rng).strip() for _ in range(200)):

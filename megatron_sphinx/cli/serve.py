@@ -22,10 +22,9 @@ from megatron_sphinx.cli.command import add_model, model_options
 from megatron_sphinx.console import complain
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.ranges import Range, check_range
-from megatron_sphinx.serving.limits import Access, Limits
+from megatron_sphinx.serving.limits import LOCAL, Access, Limits
 
 _KEY_VARIABLE = "MEGATRON_SPHINX_API_KEY"
-_LOCAL = ("127.0.0.1", "::1", "localhost")
 _HELP = {
     "requests": (int, "requests that are under way at a time; more are told to come again"),
     "body_mebibytes": (int, "most of a request"),
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     check_range(args.port, Range(least=0, most=65_535), "--port")
     limits = Limits(**{item.name: getattr(args, item.name) for item in fields(Limits)})
     access = access_of(args)
-    if args.host not in _LOCAL and not access.keys:
+    if args.host not in LOCAL and not access.keys:
         complain(f"--host={args.host}: whoever reaches this machine may ask; give --api-key to change that")
     from megatron_sphinx.parallel.place import find_place
     from megatron_sphinx.serving.gate import Gate

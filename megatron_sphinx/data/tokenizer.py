@@ -101,6 +101,13 @@ class Tokenizer:
         """Return the text that token ids stand for; control tokens and rows of padding stand for none."""
         return self._encoding.decode([number for number in ids if number < self.identity.vocabulary])
 
+    def text_of(self, token: int) -> str:
+        """Return the text that a token stands for inside of a text, its space with it; half a character is U+FFFD."""
+        anchor = self.encode("a")  # the space of the very first token is dropped
+        before = self.decode(anchor)
+        text = self.decode([*anchor, token])
+        return text[len(before) :] if text.startswith(before) else self.decode([token])
+
     def check_vocabulary(self, path: str, vocabulary: int) -> None:
         """Compare the vocabulary with that of a model.
 

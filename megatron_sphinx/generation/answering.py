@@ -137,7 +137,7 @@ class Answers(Protocol):
         """
 
     def token_text(self, token: int) -> str:
-        """Return what a token alone decodes to; a part of a character is U+FFFD."""
+        """Return the text that a token stands for inside of a text; a part of a character is U+FFFD."""
 
     def load(self) -> Load:
         """Return what the model is at.

@@ -13,6 +13,7 @@ from megatron_sphinx.generation.templates import BOS, EOS, ChatTemplate
 from megatron_sphinx.prepare.texts import check_text
 
 _ROLES = ("system", "user", "assistant")
+_MOST_TOKEN = 128  # characters of a token; the longest ones of common vocabularies are runs of spaces
 _Part = tuple[str, bool]  # text, and whether it is the template's own
 
 
@@ -42,6 +43,8 @@ def make_chat(
 ) -> ChatPrompt:
     """Make the prompt of a chat. Where it is too long its oldest questions go, each with its answer.
 
+    What has more than 128 characters for each position that there is room for is too long, without being encoded.
+
     Args:
         messages: a system prompt or none, then questions and answers in turn, a question last.
         picture: what they are about; it stands between BOS and the text, as in training.
@@ -63,16 +66,26 @@ def make_chat(
     def encoded(dropped: int) -> list[int]:
         return list(_encode(_write(system, turns[dropped:], question, template), template, tokenizer))
 
-    dropped, ids = 0, encoded(0)
-    if len(ids) > room:  # the fewest that must go are found by halves
-        dropped = bisect_left(range(len(turns)), True, key=lambda count: len(encoded(count)) <= room)
-        ids = encoded(dropped)
-    if len(ids) > room:
+    def characters(dropped: int) -> int:
+        return sum(len(text) for text, _ in _write(system, turns[dropped:], question, template))
+
+    def too_long(size: str) -> TooLongError:
         shown = f"a picture of {picture.positions} and " if picture else ""
-        raise TooLongError(
-            f"chat too long: {shown}a system prompt and a last question of {len(ids)} tokens leave no room for "
+        return TooLongError(
+            f"chat too long: {shown}a system prompt and a last question of {size} leave no room for "
             f"max_new_tokens={max_new_tokens} among the {positions} positions of the model; shorten one of them"
         )
+
+    counts, most = range(len(turns)), _MOST_TOKEN * max(room, 1)  # the fewest that must go are found by halves
+    dropped = bisect_left(counts, True, key=lambda count: characters(count) <= most)
+    if (size := characters(dropped)) > most:
+        raise too_long(f"{size} characters")
+    ids = encoded(dropped)
+    if len(ids) > room:
+        dropped = bisect_left(counts, True, lo=dropped, key=lambda count: len(encoded(count)) <= room)
+        ids = encoded(dropped)
+    if len(ids) > room:
+        raise too_long(f"{len(ids)} tokens")
     return ChatPrompt(Prompt(tuple(head + ids), picture), dropped, template.stop)
 
 

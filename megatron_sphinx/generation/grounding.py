@@ -5,10 +5,12 @@ Source of the frame: accessory/demos/multi_turn_mm_box.py of LLaMA2-Accessory, w
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
+from megatron_sphinx.data.images import SIDEWAYS
+from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.prepare.boxes import Box, Place, parse_brackets, place_in_pixels, to_pixels
 
 COLOURS = ("#d7191c", "#1f5fd0", "#1a8a3a", "#8e24aa", "#c75b00", "#00838f", "#c2187c", "#6d4c41")
@@ -70,11 +72,37 @@ def ground(text: str, width: int, height: int, padding: str) -> list[Grounding]:
     return groundings
 
 
+def ground_upright(text: str, picture: Picture, padding: str) -> list[Grounding]:
+    """Find the boxes and points that an answer names, in pixels of the upright picture; see `ground`."""
+    found = ground(text, picture.width, picture.height, padding)
+    return [
+        replace(
+            one,
+            boxes=tuple(_upright(box, picture) for box in one.boxes),
+            points=tuple(_upright((*point, *point), picture)[:2] for point in one.points),
+        )
+        for one in found
+    ]
+
+
+def _upright(box: Box, picture: Picture) -> Box:
+    """Turn a box in what the model sees as the picture has to be turned to be upright."""
+    left, top, right, bottom = box
+    width, height = picture.width, picture.height
+    if picture.orientation in SIDEWAYS:
+        left, top, right, bottom, width, height = top, left, bottom, right, height, width
+    if picture.orientation in (2, 3, 6, 7):
+        left, right = width - right, width - left
+    if picture.orientation in (3, 4, 7, 8):
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
+
+
 def draw_groundings(image: Image.Image, groundings: Sequence[Grounding]) -> Image.Image:
     """Return a copy of a picture in RGB with the outlines of boxes and with discs at points, the first ones on top.
 
     Args:
-        image: the picture, of the size that `ground` was told.
+        image: the picture, upright.
         groundings: what to draw.
     """
     drawn = image.convert("RGB") if image.mode != "RGB" else image.copy()

@@ -39,6 +39,7 @@ def picture_of(content: bytes, vision: VisionConfig) -> Picture:
         height=height,
         encoded=encoded,
         positions=image_positions(len(encoded), vision),
+        orientation=1 if _is_upright(vision) else shape.orientation,
     )
 
 

@@ -57,10 +57,11 @@ class Picture:
     Attributes:
         key: SHA-256 of the content, in hexadecimal digits: what its views and its cached tokens are found by.
         content: of the file.
-        width: of the upright picture, in pixels.
-        height: of the upright picture, in pixels.
+        width: of the picture as the model sees it, in pixels.
+        height: of the picture as the model sees it, in pixels.
         encoded: numbers of the views that are encoded; the others are skipped.
         positions: how many positions of a sequence it takes.
+        orientation: EXIF's number for how what the model sees has to be turned to be upright; 1 where it is.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Picture:
     height: int
     encoded: tuple[int, ...]
     positions: int
+    orientation: int = 1
 
 
 @dataclass(frozen=True)

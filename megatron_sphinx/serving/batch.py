@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.generation.answering import Answers, ChatPrompt, Listener, QueueFullError, Ticket
-from megatron_sphinx.generation.grounding import ground
+from megatron_sphinx.generation.grounding import ground_upright
 from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Prompt, Sampling
 from megatron_sphinx.paths import files_in
 from megatron_sphinx.serving.answer_file import AnswerFile
@@ -207,7 +207,7 @@ class _Run:
         """Return the boxes and points in an answer, in pixels of the picture."""
         if picture is None:
             return []
-        return entries_of(text, ground(text, picture.width, picture.height, self._answers.padding))
+        return entries_of(text, ground_upright(text, picture, self._answers.padding))
 
     def _end(
         self, number: int, question: Question, line: dict[str, Any] | None, fault: SphinxError | None = None

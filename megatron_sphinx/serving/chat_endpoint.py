@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from megatron_sphinx.errors import DataError, SphinxError
+from megatron_sphinx.errors import DataError, SphinxError, shortened
 from megatron_sphinx.generation.answering import Answers, ChatPrompt
 from megatron_sphinx.generation.requests import Picture, Sampling
 from megatron_sphinx.serving.exchange import Exchange
@@ -74,6 +74,9 @@ class ChatEndpoint:
             except ClientDisconnect:
                 request.state.outcome = CLIENT_GONE
                 return Response(status_code=CLIENT_GONE)
+            except Exception:
+                request.state.outcome = 500
+                raise
 
     async def _whole(self, request: Request, ready: _Ready, exchange: Exchange, begin: float) -> Response:
         """Answer when all has come."""
@@ -173,7 +176,7 @@ class ChatEndpoint:
         request = read_chat(content, self._limits)
         if request.fields.model != answers.name:
             raise RequestError(
-                f"model={request.fields.model}: is not served here; ask for {answers.name}",
+                f"model={shortened(request.fields.model, 60)}: is not served here; ask for {answers.name}",
                 status=404,
                 code="model_not_found",
                 parameter="model",
@@ -236,5 +239,8 @@ class _Stream(Response):
                 except SphinxError as error:
                     body = event(self._endpoint.refusal(self._request, error).body())
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                except Exception:
+                    self._request.state.outcome = 500
+                    raise
                 self._endpoint.note(self._request, self._exchange, self._begin)
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -7,6 +7,8 @@ from typing import Annotated
 from megatron_sphinx.generation.requests import default_new_tokens
 from megatron_sphinx.ranges import Range, check_range, range_of, types_of
 
+LOCAL = ("127.0.0.1", "::1", "localhost")  # hosts at which only this machine is listened to
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -30,7 +32,7 @@ class Limits:
 
     requests: Annotated[int, Range(least=1, most=100_000)] = 256
     body_mebibytes: Annotated[int, Range(least=1, most=1024)] = 32
-    picture_mebibytes: Annotated[int, Range(least=1, most=512)] = 20
+    picture_mebibytes: Annotated[int, Range(least=1, most=64)] = 20  # as `generation.pictures` takes
     choices: Annotated[int, Range(least=1, most=128)] = 16
     max_tokens: Annotated[int | None, Range(least=1, most=2**20)] = None
     temperature: Annotated[float, Range(least=0, most=100)] = 0.1

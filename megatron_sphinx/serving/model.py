@@ -304,8 +304,8 @@ class Model:
     # its life
 
     def token_text(self, token: int) -> str:
-        """Return what a token alone decodes to; a part of a character is U+FFFD."""
-        return self.tokenizer.decode([token])
+        """Return the text that a token stands for; see Answers."""
+        return self.tokenizer.text_of(token)
 
     def load(self) -> Load:
         """Return what the model is at; see Answers."""
@@ -334,7 +334,7 @@ def _sampling_of(given: Mapping[str, Any], positions: int) -> Sampling:
     known = [item.name for item in fields(Sampling)]
     if unknown := sorted(given.keys() - set(known)):
         raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], known)}")
-    stop = given.get("stop", ())
+    stop = given.get("stop") or ()
     new = given.get("max_new_tokens")
     fitting = {
         "stop": (stop,) if isinstance(stop, str) else tuple(stop),

@@ -31,9 +31,12 @@ class RequestError(SphinxError):
             self.headers["WWW-Authenticate"] = "Bearer"
 
     def body(self) -> dict[str, Any]:
-        """Return the error in OpenAI's form."""
+        """Return the error in OpenAI's form; half characters are written by their numbers."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": self.code}}
+        message, parameter = (
+            text and text.encode(errors="backslashreplace").decode() for text in (str(self), self.parameter)
+        )
+        return {"error": {"message": message, "type": kind, "param": parameter, "code": self.code}}
 
 
 def as_request_error(error: SphinxError) -> RequestError:

@@ -186,8 +186,10 @@ def _fields(body: Mapping[str, Any], limits: Limits) -> Fields:
                 one = build(Fields, {name: body[name]})
             except ConfigError as error:
                 raise _wrong(name, str(error)) from error
+            if isinstance(body[name], str) and name != "model":  # which configurations may write so
+                raise _wrong(name, f"{name}={shortened(body[name], 60)}: must be a number; leave out its quotes")
             given = replace(given, **{name: getattr(one, name)})
-    if not given.model:
+    if not _text(given.model, "model"):
         raise _wrong("model", "model: is missing; give the name that /v1/models tells")
     if given.n > limits.choices:
         raise _wrong("n", f"n={given.n}: is more than --choices={limits.choices}; ask for fewer answers")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sphinx.generation.grounding import ground
+from megatron_sphinx.generation.grounding import ground_upright
 from megatron_sphinx.generation.requests import Generation, Picture, TokenLogprob
 from megatron_sphinx.serving.box_entries import entries_of
 
@@ -63,7 +63,7 @@ class Writer:
 
     Attributes:
         model: its name.
-        token_text: what a token alone decodes to.
+        token_text: what a token stands for inside of a text.
         picture: what was asked about; None without.
         padding: where a picture is in its square: centre or corner.
         dropped: how many of the chat's oldest turns were left out.
@@ -135,7 +135,7 @@ class Writer:
         """Return the boxes of an answer in pixels of the picture as it was given; nothing without a picture."""
         if self.picture is None:
             return {}
-        return {"boxes": entries_of(text, ground(text, self.picture.width, self.picture.height, self.padding))}
+        return {"boxes": entries_of(text, ground_upright(text, self.picture, self.padding))}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Return log-probabilities in OpenAI's form."""

@@ -96,6 +96,8 @@ class _Coming:
                     turn, note = self.turn, self.turn.note
                     if part.dropped:
                         note = f"the {part.dropped} oldest turns did not fit, and were left out"
+                    if part.finish == "length":
+                        note = "; ".join(filter(None, (note, "cut off at max tokens")))
                     self.turn = replace(
                         turn, answer=turn.answer + part.text, groundings=turn.groundings + part.groundings, note=note
                     )

@@ -35,7 +35,9 @@ def read_picture(url: str, access: Access, limits: Limits) -> bytes:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise DataError(f"url={shortened(url, _SHOWN)}: is no URL ({error}); give data:image/…;base64,…") from error
+        raise DataError(
+            f"url={shortened(url, _SHOWN)}: is no URL ({shortened(error, 80)}); give data:image/…;base64,…"
+        ) from error
     if parts.scheme == "file":
         return _from_file(parts, access, limits)
     if parts.scheme == "https":
@@ -96,9 +98,11 @@ def _from_host(parts: SplitResult, port: int | None, access: Access, limits: Lim
     host = (parts.hostname or "").rstrip(".")
     place = host if port in (None, 443) else f"{host}:{port}"
     shown = shortened(f"https://{place}{parts.path}", _SHOWN)  # without what may be secret
-    if not host or place not in [known.lower() for known in access.hosts] or "@" in parts.netloc:
+    known = [allowed.lower().removesuffix(":443") for allowed in access.hosts]
+    if not host or place not in known or "@" in parts.netloc:
         raise DataError(
-            f"url={shown}: is of no host of --allow-urls; give data:image/…;base64,…, or allow the host {place}"
+            f"url={shown}: is of no host of --allow-urls; give data:image/…;base64,…, "
+            f"or allow the host {shortened(place, 80)}"
         )
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
     context = ssl.create_default_context()

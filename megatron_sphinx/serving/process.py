@@ -13,7 +13,7 @@ from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.generation.answering import Answers
 from megatron_sphinx.serving.gate import Gate
-from megatron_sphinx.serving.limits import Access, Limits
+from megatron_sphinx.serving.limits import LOCAL, Access, Limits
 from megatron_sphinx.serving.server import make_app
 
 _POLL_SECONDS = 0.1
@@ -51,7 +51,7 @@ class HttpServer:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}"
         self._gate = gate
-        app = make_app(gate, limits, access, is_quiet=is_quiet)
+        app = make_app(gate, limits, access, is_local=host in LOCAL, is_quiet=is_quiet)
         config = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, timeout_graceful_shutdown=1,

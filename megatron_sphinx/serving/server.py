@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_sphinx.console import complain, say
@@ -15,18 +16,20 @@ from megatron_sphinx.errors import shortened
 from megatron_sphinx.generation.answering import Answers
 from megatron_sphinx.serving.chat_endpoint import ChatEndpoint
 from megatron_sphinx.serving.gate import Gate
-from megatron_sphinx.serving.limits import Access, Limits
+from megatron_sphinx.serving.limits import LOCAL, Access, Limits
 from megatron_sphinx.serving.openai_errors import RequestError
 from megatron_sphinx.serving.prometheus import Metrics
 
 
-def make_app(gate: Gate, limits: Limits, access: Access, *, is_quiet: bool = False) -> FastAPI:
+def make_app(gate: Gate, limits: Limits, access: Access, *, is_local: bool = False, is_quiet: bool = False) -> FastAPI:
     """Make the application that a server of ASGI runs.
 
     Args:
         gate: to the model.
         limits: of requests.
         access: who may ask, and what pictures may be named.
+        is_local: whether only this machine is listened to. Without keys a request must be for it by name then, so that
+            no page of another site gets at the model by a name of its own that leads here.
         is_quiet: whether no line is printed about a request.
     """
     app = FastAPI(title="megatron-sphinx", docs_url=None, redoc_url=None, openapi_url=None)
@@ -40,6 +43,8 @@ def make_app(gate: Gate, limits: Limits, access: Access, *, is_quiet: bool = Fal
     app.add_exception_handler(RequestError, _tell_refusal)
     app.add_exception_handler(HTTPException, _tell_fault)
     app.add_exception_handler(Exception, _tell_bug)
+    if is_local and not access.keys:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"], www_redirect=False)
     if not is_quiet:
         app.add_middleware(_AccessLog)
     return app
@@ -54,7 +59,11 @@ class _Pages:
         self._chat = ChatEndpoint(gate, limits, access, self._metrics)
 
     async def chat(self, request: Request) -> Response:
-        self._check_key(request)
+        try:
+            self._check_key(request)
+        except RequestError as error:
+            self._metrics.requests.labels(str(error.status)).inc()
+            raise
         return await self._chat.answer(request)
 
     async def completion(self, request: Request) -> Response:

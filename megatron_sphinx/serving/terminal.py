@@ -14,7 +14,7 @@ from megatron_sphinx.data.files import renamed
 from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import DataError, SphinxError, remedy_of
 from megatron_sphinx.generation.answering import Answers, Message
-from megatron_sphinx.generation.grounding import draw_groundings, ground
+from megatron_sphinx.generation.grounding import draw_groundings, ground_upright
 from megatron_sphinx.generation.requests import Chunk, Picture, Sampling
 from megatron_sphinx.prepare.shards import file_content
 
@@ -40,6 +40,7 @@ class Chat:
         self._answers, self._sampling, self._draw = answers, sampling, draw
         self._system = [Message("system", system)] if system else []
         self._picture: Picture | None = None
+        self._drawable = ""  # the last answer
         self.messages: list[Message] = []
         self.dropped = 0
 
@@ -87,6 +88,7 @@ class Chat:
         heard: SimpleQueue[Chunk | SphinxError] = SimpleQueue()
         ticket = self._answers.submit(chat.prompt, sampling, heard.put)
         answer, finish = "", None
+        self._drawable = ""
         while finish is None:
             try:
                 part = heard.get()
@@ -100,8 +102,9 @@ class Chat:
                 ticket.cancel()
                 if not goes_on:
                     raise
-        if answer.strip():
-            self.messages = [*asked, Message("assistant", answer.strip())]
+        self._drawable = answer.strip()
+        if self._drawable:
+            self.messages = [*asked, Message("assistant", self._drawable)]
 
     def draw(self) -> None:
         """Draw the boxes and points of the last answer to the file that is for them, and name those that cannot be.
@@ -109,10 +112,9 @@ class Chat:
         Raises:
             DataError: the file cannot be written.
         """
-        if self._draw is None or self._picture is None or not self.messages:
+        if self._draw is None or self._picture is None or not self._drawable:
             return
-        text = self.messages[-1].text
-        groundings = ground(text, self._picture.width, self._picture.height, self._answers.padding)
+        groundings = ground_upright(self._drawable, self._picture, self._answers.padding)
         for fault in (fault for found in groundings for fault in found.faults):
             complain(f"not drawn: {fault}")
         if any(found.colour for found in groundings):
