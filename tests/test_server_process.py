@@ -210,7 +210,7 @@ def test_clients_hear_of_a_lost_rank_and_the_command_names_it(serve):
         wait_until_inside(url)
         os.kill(int(lost.name), signal.SIGKILL)
         *_, error, done, _ = under_way.result().text.split("\n\n")
-    assert "the model has failed: the model cannot compute" in error
+    assert "the model has failed: language rank 1 on host" in error
     assert done == "data: [DONE]"
     assert process.wait(60) != 0
     assert "megatron-sphinx serve: " in errors.read_text()

@@ -334,7 +334,7 @@ def _sampling_of(given: Mapping[str, Any], positions: int) -> Sampling:
     known = [item.name for item in fields(Sampling)]
     if unknown := sorted(given.keys() - set(known)):
         raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: unknown; {nearest(unknown[0], known)}")
-    stop = given.get("stop") or ()
+    stop = () if given.get("stop") is None else given["stop"]
     new = given.get("max_new_tokens")
     fitting = {
         "stop": (stop,) if isinstance(stop, str) else tuple(stop),
