@@ -35,7 +35,12 @@ def drawn_model(
         "vocab_size": rng.choice([96, 120, 144]),
         "rope_theta": rng.choice([10000.0, 1e6]),
     }
-    torch.manual_seed(rng.randrange(2**31))
+    return model_of(shape, experts=experts, seed=rng.randrange(2**31), std=std)
+
+
+def model_of(shape: dict, *, experts: int, seed: int, std: float) -> PreTrainedModel:
+    """A Llama or Mixtral of transformers of this shape, every weight drawn."""
+    torch.manual_seed(seed)
     if experts:
         model = MixtralForCausalLM(MixtralConfig(num_local_experts=experts, **shape))
     else:

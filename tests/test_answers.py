@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, MixtralConfig, MixtralForCausalLM
+from llamas import model_of
+from transformers import LogitsProcessorList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 import megatron_sphinx
@@ -24,14 +25,7 @@ def drawn(seed, vocabulary, *, experts=0, is_tied=False, layers=0):
         "num_key_value_heads": groups, "rope_theta": rng.choice([1e4, 1e6]), "tie_word_embeddings": is_tied,
         "max_position_embeddings": 400,
     }  # fmt: skip
-    torch.manual_seed(seed)
-    if experts:
-        model = MixtralForCausalLM(MixtralConfig(num_local_experts=experts, **shape))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    return model.eval()
+    return model_of(shape, experts=experts, seed=seed, std=0.3)
 
 
 def saved(model, tiny, folder):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamas import refused, save
+from llamas import model_of, refused, save
 from safetensors.torch import load_file, save_file
 from test_weights import shape_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from megatron_sphinx.checkpoint import inspect
 from megatron_sphinx.checkpoint.convert import convert
@@ -21,7 +21,7 @@ from megatron_sphinx.checkpoint.store import load_weights
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def tied(seed: int, experts: int = 0) -> LlamaForCausalLM | MixtralForCausalLM:
+def tied(seed: int, experts: int = 0) -> PreTrainedModel:
     """A small Llama or Mixtral, tied as SmolLM2 is, every weight drawn."""
     rng = random.Random(seed)
     shape = {
@@ -29,14 +29,7 @@ def tied(seed: int, experts: int = 0) -> LlamaForCausalLM | MixtralForCausalLM:
         "num_attention_heads": 3, "num_key_value_heads": rng.choice([1, 3]), "vocab_size": rng.choice([97, 120]),
         "tie_word_embeddings": True,
     }  # fmt: skip
-    torch.manual_seed(seed)
-    if experts:
-        model = MixtralForCausalLM(MixtralConfig(num_local_experts=experts, **shape))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    return model.eval()
+    return model_of(shape, experts=experts, seed=seed, std=0.2)
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -281,7 +281,8 @@ class Model:
 
     def _check(self, prompt: Prompt, continuation: Sequence[int] = ()) -> None:
         """Raise a DataError where tokens are not of the model, which would end it for everybody."""
-        for token in (*prompt.tokens, *continuation):
+        tokens = (*prompt.tokens, *continuation)
+        for token in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= token < self._vocabulary:
                 raise DataError(
                     f"token {token}: ids of {self.name} are 0 to {self._vocabulary - 1}; give those of its tokenizer"
