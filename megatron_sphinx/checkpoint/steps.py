@@ -28,6 +28,12 @@ def complete(folder: Path) -> list[Path]:
     return [path for path in _steps(folder) if (path / MANIFEST).is_file()]
 
 
+def require_folder(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint is to be read from a folder that is not there."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
+
+
 def newest_of(folder: Path) -> Path:
     """Return the checkpoint that a folder is, or the newest complete one in it.
 

@@ -127,6 +127,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoder", type=int, metavar="RANKS", help="that encode and do nothing else; default: 0")
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse what can be told to be wrong with a model that answers before anything that takes long is imported.
+
+    Raises:
+        CheckpointError: its folder is not there.
+        ConfigError: its configuration, or the name of a template, is wrong.
+        DataError: its tokenizer cannot be read.
+    """
+    from megatron_sphinx.checkpoint.steps import require_folder
+    from megatron_sphinx.generation.templates import template_of
+
+    require_folder(args.model)
+    if args.template is not None:
+        template_of(args.template)
+    if args.config is not None:
+        from megatron_sphinx import config as configuration
+
+        configuration.load(args.config, ["parallel={}"])
+    if args.tokenizer is not None:
+        from megatron_sphinx.data.tokenizer import Tokenizer
+
+        Tokenizer(args.tokenizer)
+
+
 _OF_MODEL = (
     "config", "tokenizer", "template", "device", "precision", "positions", "tensor", "pipeline", "expert", "encoder",
 )  # fmt: skip
