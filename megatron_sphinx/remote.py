@@ -256,7 +256,7 @@ class RemoteSink:
         with self._lock:
             assert offset >= self._place, "a place is written twice"
             if offset > self._place:
-                self._waiting[offset] = bytes(data)
+                self._waiting.update({offset: bytes(data)} if data else {})
                 return
             self._write(data)
             while (waiting := self._waiting.pop(self._place, None)) is not None:

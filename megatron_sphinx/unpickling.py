@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.remote import open_file
 from megatron_sphinx.saved import (
     STORAGES,
     TYPES,
@@ -177,7 +178,7 @@ def arguments_of(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as opened, zipfile.ZipFile(opened) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             with archive.open(name) as file:
                 content = file.read(_MOST_BYTES)

@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "parsing", "ranges", "values", "console", "paths", "lock", "saved", "unpickling", "settings", "tensors",
-    "device", "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
-    "config", "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "errors", "parsing", "ranges", "values", "console", "paths", "remote", "lock", "saved", "unpickling", "settings",
+    "tensors", "device", "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation",
+    "training", "config_names", "config", "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check",
+    "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
@@ -19,7 +20,8 @@ OWNERS = {
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/visual_experts.py", "model/expert_files.py"},
     "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
-    "fsspec": {"data/files.py"},
+    "fsspec": {"data/files.py", "remote.py"},
+    "upath": {"remote.py"},
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},

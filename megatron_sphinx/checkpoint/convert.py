@@ -1,7 +1,5 @@
 """Writes a checkpoint in another format: file by file, resumable, visible when it is complete and proven."""
 
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,8 +26,10 @@ from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.streams import TensorStreams
 from megatron_sphinx.checkpoint.tally import balance
+from megatron_sphinx.checkpoint.targets import partial_of, publish, require_new
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.remote import copy_file
 from megatron_sphinx.tensors.dtypes import Array, bits, converted
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import is_intact
@@ -97,8 +97,7 @@ def convert(
         CheckpointError: the source is incomplete, damaged or unknown; the target exists, cannot be written, or cannot
             hold such a model; what was read back differs.
     """
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
+    require_new(target)
     opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
         _check_files(opened)
@@ -128,7 +127,7 @@ def _write(
     show: bool,
 ) -> list[str]:
     """Write the target under a hidden name, and give it its own when it is complete; what must be told of it."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     try:
         with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
             streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype)
@@ -136,13 +135,13 @@ def _write(
             if not to.has_encoders:
                 write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)
             for name, path in companions.items():
-                shutil.copyfile(path, partial / name)
+                copy_file(path, partial / name)
             known = {name: journal.done[name] for name in streams.contents}
             to.finish(WrittenTensors(partial, streams.contents, checkpoint, plan.companions, known))
             if verify:
                 _verify(partial, checkpoint, {(spec.file, spec.name) for spec, _ in conversion.copies}, show)
             journal.end()
-            os.replace(partial, target)
+            publish(partial, target)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
@@ -242,7 +241,7 @@ def _verify(partial: Path, checkpoint: SourceCheckpoint, copies: Set[tuple[str, 
     Raises:
         CheckpointError: one differs.
     """
-    source, written = checkpoint.source, open_checkpoint(partial, checkpoint.model.language)
+    source, written = checkpoint.source, open_checkpoint(partial, checkpoint.model.language, is_finished=False)
     conversion = Conversion(written.source, source.specs)
     with progress_bar("verifying", sum(entry.nbytes for entry in source.entries.values()), show) as bar:
         for spec in source.specs:

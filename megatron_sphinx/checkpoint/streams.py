@@ -1,7 +1,9 @@
 """Writes the tensors of a conversion: several at once, whole runs of bytes as they are, all else in small pieces."""
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from functools import partial
 from math import prod
 from pathlib import Path
 from threading import Event, Lock, local
@@ -15,12 +17,14 @@ from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, Sourc
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, Run
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
-from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
+from megatron_sphinx.remote import is_remote
+from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, Source, read_into
 from megatron_sphinx.tensors.dtypes import FLOAT16, Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.write import FileContents, TensorFile
 
 _PIECE = 2**18  # elements that are made at a time: few enough to stay in a core's cache
+_REMOTE_PIECE = 2**21  # elements, where they come from behind a URL: few enough to keep, enough to wait for
 _SHOWN = 2**26  # bytes that are copied between two looks at whether the user has stopped it
 _Write = Callable[[TensorFile], None]
 
@@ -37,10 +41,13 @@ class _Target:
         self._create, self._left, self._lock = create, count, Lock()
         self._file: TensorFile | None = None
 
-    def begin_tensor(self) -> TensorFile:
-        """Return the file that the bytes of the next tensor are appended to."""
+    def begin_tensor(self, watch: Callable[[bytes | memoryview], object] | None) -> TensorFile:
+        """Return the file that the bytes of the next tensor are appended to; all its bytes are shown to `watch`."""
         with self._lock:
-            self._file = self._file or self._create()
+            if self._file is None:
+                self._file = self._create()
+                if watch:
+                    self._file.watch(watch)
             return self._file
 
     def end_tensor(self) -> bool:
@@ -50,6 +57,11 @@ class _Target:
             if self._left == 0 and self._file is not None:
                 self._file.close()
             return self._left == 0
+
+
+def _in_turn(jobs: Iterable[Callable[[], None]]) -> None:
+    for job in jobs:
+        job()
 
 
 class TensorStreams:
@@ -82,6 +94,7 @@ class TensorStreams:
         self._conversion, self._dtype = conversion, dtype
         self.contents: Mapping[str, FileContents] = {file.name: self._contents_of(file) for file in plan.files}
         self._is_stopped, self._lock, self._buffers = Event(), Lock(), local()
+        self._is_source_remote = is_remote(checkpoint.folder)
         self._infinite: dict[str, int] = {}
 
     @property
@@ -108,7 +121,10 @@ class TensorStreams:
             ThreadPoolExecutor(THREADS, "convert") as pool,
         ):
             bar.update(sum(sizes[name] for name in journal.done))
-            jobs = [pool.submit(job) for file in left for job in self._jobs(file, sources, journal, bar)]
+            found = [list(self._jobs(file, sources, journal, bar)) for file in left]
+            if is_remote(self._partial):  # there a file is written from front to back
+                found = [[partial(_in_turn, of_file)] for of_file in found]
+            jobs = [pool.submit(job) for of_file in found for job in of_file]
             try:
                 for future in as_completed(jobs):
                     future.result()
@@ -120,16 +136,19 @@ class TensorStreams:
         """What is to be done for a file, a job for each tensor."""
         contents, path = self.contents[file.name], self._partial / file.name
         target = _Target(lambda: self._to.create_file(path, contents), max(1, len(contents)))
+        digest = hashlib.sha256() if self._to.has_manifest and is_remote(path) else None
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
-            for count in write(target.begin_tensor()):
+            out = target.begin_tensor(digest.update if digest else None)
+            for count in write(out):
                 self._conversion.release()
                 if self._is_stopped.is_set():
                     raise CancelledError
                 with self._lock:
                     bar.update(count)
             if target.end_tensor():
-                journal.note(file.name, sha256_of(path) if self._to.has_manifest else "-")
+                word = digest.hexdigest() if digest else sha256_of(path) if self._to.has_manifest else "-"
+                journal.note(file.name, word)
 
         def made(spec: TensorSpec) -> Callable[[], None]:
             return lambda: job(lambda out: self._write_tensor(out, spec, contents[spec.name][1], sources))
@@ -152,14 +171,15 @@ class TensorStreams:
         if found is None:
             yield from self._write_pieces(out, spec, dtype)
             return
+        sources.expect((run.path, run.start, run.count * run.dtype.itemsize) for run in found)
         place = 0
         for run in found:
             yield from self._write_zeros(out, spec.name, (run.place - place) * dtype.itemsize)
-            yield from self._write_run(out, spec.name, run, dtype, sources.number_of(run.path))
+            yield from self._write_run(out, spec.name, run, dtype, sources.opened(run.path))
             place = run.place + run.count
         yield from self._write_zeros(out, spec.name, (prod(spec.shape) - place) * dtype.itemsize)
 
-    def _write_run(self, out: TensorFile, name: str, run: Run, dtype: np.dtype, source: int) -> Iterator[int]:
+    def _write_run(self, out: TensorFile, name: str, run: Run, dtype: np.dtype, source: Source) -> Iterator[int]:
         """Write elements that lie in a row in a file of the source."""
         size, copied = run.count * run.dtype.itemsize, 0
         is_same = run.dtype == dtype
@@ -191,7 +211,7 @@ class TensorStreams:
 
     def _write_pieces(self, out: TensorFile, spec: TensorSpec, dtype: np.dtype) -> Iterator[int]:
         """Write a tensor whose elements lie in another order than in the source."""
-        for piece in spec.split(_PIECE):
+        for piece in spec.split(_REMOTE_PIECE if self._is_source_remote else _PIECE):
             value = self._conversion.make(piece, dtype)
             self._count_infinite(spec.name, value)
             out.put(spec.name, value)

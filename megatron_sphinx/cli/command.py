@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from megatron_sphinx.console import last_words, leave_to_torchrun
-from megatron_sphinx.errors import MeetingError, SphinxError
+from megatron_sphinx.errors import ConfigError, MeetingError, SphinxError
 from megatron_sphinx.generation.requests import Sampling, default_new_tokens
 from megatron_sphinx.ranges import Range, check_range, check_ranges
 
@@ -85,6 +85,20 @@ def add_configuration(parser: argparse.ArgumentParser, *, is_optional: bool = Fa
     text = "YAML file, e.g. examples/demo.yaml, or a preset's name"
     parser.add_argument("config", type=Path, metavar="CONFIG", help=text, nargs="?" if is_optional else None)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
+
+
+def place(text: str) -> Path:
+    """Read an argument that is a path or a URL.
+
+    Raises:
+        ArgumentTypeError: nothing that is installed reads such a URL.
+    """
+    from megatron_sphinx.remote import place_of
+
+    try:
+        return place_of(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

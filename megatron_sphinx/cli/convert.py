@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.formats.registry import names
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, place
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -25,20 +25,20 @@ DTYPES = ("fp32", "bf16", "fp16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder of a checkpoint, or a run folder")
-    add("target", type=Path, metavar="TARGET", help="folder to make")
+    add("source", type=place, metavar="SOURCE", help="folder of a checkpoint, or a run folder")
+    add("target", type=place, metavar="TARGET", help="folder to make")
     add("--to", required=True, choices=names(), dest="form", help="the format of TARGET")
     add("--tensor-parallel", type=int, default=1, help="ranks of meta and accessory, a file each")
     add("--sparse", action="store_true", help="of accessory: a slice of each expert on each rank")
     add("--dtype", choices=DTYPES, help="default: the source's; megatron always holds fp32")
     add("--shard-size", type=float, default=5.0, help="of hf: the most that a file holds, in GB")
-    add("--diff", type=Path, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
+    add("--diff", type=place, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
     add("--views", type=int, default=1, choices=(1, 5, 10), help="of accessory: tells its llama_type")
     add("--preset", type=Path, help="the shape of a torch_dist SOURCE: a preset's name, or a run's YAML")
     add(
         "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
     )
-    add("--encoders", type=Path, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
+    add("--encoders", type=place, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
     add_ignore(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
 

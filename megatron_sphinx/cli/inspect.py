@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, place
 from megatron_sphinx.console import complain
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a checkpoint, or a run folder")
+    parser.add_argument("path", type=place, metavar="PATH", help="folder of a checkpoint, or a run folder")
     parser.add_argument("--keys", action="store_true", help="also each tensor's file, name, shape and type")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_ignore(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--hash", action="store_true", help="print a manifest: the sha256 of each tensor")
     what.add_argument("--check", type=Path, metavar="MANIFEST", help="name what is other than a manifest says")
-    what.add_argument("--diff", type=Path, metavar="OTHER", help="norms of the differences, the largest first")
+    what.add_argument("--diff", type=place, metavar="OTHER", help="norms of the differences, the largest first")
     parser.add_argument(
         "--preset", type=Path, help="or a configuration, of a torch_dist checkpoint, which does not tell its shape"
     )

@@ -1,14 +1,19 @@
 """Copies ranges of files: by the kernel where it can, else through a buffer that stays in a core's cache."""
 
 import os
+from collections.abc import Iterable
 from errno import EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ETXTBSY, EXDEV
 from pathlib import Path
 from threading import Lock
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.remote import RemoteFile, is_remote
 
 BUFFER = 2**20  # bytes that pass through memory at a time
 _KERNEL_CANNOT = (EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV, ETXTBSY)  # of copy_file_range
+
+
+Source = int | RemoteFile  # the number of an open file, or a file behind a URL
 
 
 def copy_range(source: int, start: int, target: int, offset: int, count: int) -> int:
@@ -41,11 +46,11 @@ def copy_range(source: int, start: int, target: int, offset: int, count: int) ->
     return done
 
 
-def read_into(file: int, buffer: memoryview, start: int, path: Path) -> None:
+def read_into(file: Source, buffer: memoryview, start: int, path: Path) -> None:
     """Fill a buffer with bytes of an open file.
 
     Args:
-        file: its number.
+        file: what is read.
         buffer: what is filled.
         start: where the bytes begin.
         path: how messages call the file.
@@ -53,6 +58,9 @@ def read_into(file: int, buffer: memoryview, start: int, path: Path) -> None:
     Raises:
         CheckpointError: the file ends before.
     """
+    if isinstance(file, RemoteFile):
+        file.read_into(buffer, start)
+        return
     while buffer:
         count = os.preadv(file, [buffer], start)
         if not count:
@@ -72,6 +80,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._numbers: dict[Path, int] = {}
+        self._remote: dict[Path, RemoteFile] = {}
         self._lock = Lock()
 
     def __enter__(self) -> "OpenFiles":
@@ -81,9 +90,26 @@ class OpenFiles:
         while self._numbers:
             os.close(self._numbers.popitem()[1])
 
-    def number_of(self, path: Path) -> int:
-        """Return the number of an open file."""
+    def expect(self, ranges: Iterable[tuple[Path, int, int]]) -> None:
+        """Say what this thread will read next, in this order: of what is behind URLs it is asked for in time.
+
+        Args:
+            ranges: files, with the first byte and the number of bytes of each range.
+        """
+        by_file: dict[Path, list[tuple[int, int]]] = {}
+        for path, start, count in ranges:
+            if is_remote(path):
+                by_file.setdefault(path, []).append((start, start + count))
+        for path, of_file in by_file.items():
+            source = self.opened(path)
+            assert isinstance(source, RemoteFile)
+            source.expect(of_file)
+
+    def opened(self, path: Path) -> Source:
+        """Return an open file: its number, or what reads it behind its URL."""
         with self._lock:
+            if is_remote(path):
+                return self._remote.get(path) or self._remote.setdefault(path, RemoteFile(path))
             if path not in self._numbers:
                 self._numbers[path] = os.open(path, os.O_RDONLY)
             return self._numbers[path]

@@ -11,6 +11,7 @@ from threading import Lock, local
 
 import numpy as np
 
+from megatron_sphinx.remote import RemoteFile, is_remote
 from megatron_sphinx.tensors.dtypes import FLOAT32, Array, convert, converted
 from megatron_sphinx.tensors.layout import Layout, contiguous_strides
 
@@ -77,10 +78,14 @@ class Entry:
 
 
 class MappedFiles:
-    """Files mapped into memory, which threads may share; `release` gives back the pages of what was read."""
+    """Files mapped into memory, which threads may share; `release` gives back the pages of what was read.
+
+    What lies behind a URL is read into memory, the range that is asked for alone.
+    """
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._remote: dict[Path, RemoteFile] = {}
         self._lock = Lock()
         self._thread = local()
 
@@ -98,18 +103,32 @@ class MappedFiles:
             convert(self._view(chunk, entry.dtype), whole[box])
         return whole
 
-    def _view(self, chunk: Chunk, dtype: np.dtype) -> Array:
-        if 0 in chunk.shape:
-            return np.empty(chunk.shape, dtype)
+    def part(self, chunk: Chunk, dtype: np.dtype, inside: Layout) -> Array:
+        """Return a part of a chunk.
+
+        Args:
+            chunk: where it lies.
+            dtype: type of its elements.
+            inside: how the part lies in the file, its places counted from the chunk's first element.
+        """
+        if 0 in inside.shape:
+            return np.empty(inside.shape, dtype)
+        start, size = chunk.start + inside.start * dtype.itemsize, inside.extent * dtype.itemsize
+        strides = tuple(step * dtype.itemsize for step in inside.strides)
+        if is_remote(chunk.path):
+            with self._lock:
+                file = self._remote.get(chunk.path) or self._remote.setdefault(chunk.path, RemoteFile(chunk.path))
+            return np.ndarray(inside.shape, dtype, file.read(start, size), 0, strides)
         with self._lock:
             if chunk.path not in self._maps:
-                with chunk.path.open("rb") as file:
-                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with chunk.path.open("rb") as opened:
+                    self._maps[chunk.path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             mapped = self._maps[chunk.path]
-        count = Layout(0, chunk.shape, chunk.stride).extent
-        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
-        strides = tuple(step * dtype.itemsize for step in chunk.stride)
-        return np.ndarray(chunk.shape, dtype, mapped, chunk.start, strides)
+        self._touched.append((mapped, start, size))
+        return np.ndarray(inside.shape, dtype, mapped, start, strides)
+
+    def _view(self, chunk: Chunk, dtype: np.dtype) -> Array:
+        return self.part(chunk, dtype, Layout(0, chunk.shape, chunk.stride))
 
     @property
     def _touched(self) -> list[tuple[mmap.mmap, int, int]]:

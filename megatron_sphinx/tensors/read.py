@@ -7,18 +7,22 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.remote import is_remote, open_file
 from megatron_sphinx.saved import SavedPlace, SavedTensor
 from megatron_sphinx.settings.keys import shown
 from megatron_sphinx.tensors.dtypes import SAFETENSORS_DTYPES
 from megatron_sphinx.tensors.entries import Chunk, Entry
 from megatron_sphinx.tensors.torch_archive import Archive
 from megatron_sphinx.unpickling import fault_of, metadata_of, tensor_of, unpickled
+
+_MOST_HEADER = 100_000_000  # bytes of a header of safetensors, by its own library
 
 
 def read_file(path: Path) -> dict[str, Entry]:
@@ -37,11 +41,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         CheckpointError: the file is none, or is cut off.
     """
     try:
-        with safe_open(path, "np"):  # checks that all tensors lie in the file, one behind the other
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        length, header = _checked_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({fault_of(error)}); fetch it again") from error
     header.pop("__metadata__", None)
@@ -55,6 +55,22 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The header of a safetensors file and its length, after its library has found all tensors inside the file."""
+    if is_remote(path):
+        with open_file(path) as file, NamedTemporaryFile(suffix=path.suffix) as double:  # as long, with nothing in it
+            head = file.read(8)
+            double.write(head + file.read(min(int.from_bytes(head, "little"), _MOST_HEADER)))
+            double.truncate(file.seek(0, io.SEEK_END))
+            double.flush()
+            return _checked_header(Path(double.name))
+    with safe_open(path, "np"):  # checks that all tensors lie in the file, one behind the other
+        pass
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return length, json.loads(file.read(length))
+
+
 def read_torch(path: Path) -> dict[str, Entry]:
     """List the tensors of a file of torch.save by their keys; those of a mapping `model` inside it if that is there.
 
@@ -62,8 +78,8 @@ def read_torch(path: Path) -> dict[str, Entry]:
         CheckpointError: the file is none, is cut off, or holds what is not data.
     """
     try:
-        with path.open("rb") as file:
-            archive = Archive(file)
+        with open_file(path) as file:
+            archive, size = Archive(file), file.seek(0, io.SEEK_END)
             saved = unpickled(archive.pickle)
             saved = saved.get("model", saved) if isinstance(saved, Mapping) else saved
             tensors = {str(name): tensor_of(value) for name, value in saved.items()} if _is_mapping(saved) else {}
@@ -74,7 +90,6 @@ def read_torch(path: Path) -> dict[str, Entry]:
         ) from error
     if not _is_mapping(saved):
         raise CheckpointError(f"{path}: holds no tensors by name; give a checkpoint of a model")
-    size = path.stat().st_size
     entries = {}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -112,7 +127,7 @@ def _chunk_of(
 def is_intact(path: Path) -> bool:
     """Tell whether the records of a file of torch.save have the checksums that the file says."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
     except Exception:  # a damaged archive raises nearly anything
         return False
@@ -160,7 +175,7 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
         for place in metadata.places:
             if place.name in wanted:
                 if place.file not in files:
-                    files[place.file] = (folder / place.file).open("rb")
+                    files[place.file] = open_file(folder / place.file)
                 chunk, dtype = _saved_chunk(folder / place.file, files[place.file], place)
                 chunks[place.name].append(chunk)
                 dtypes[place.name] = dtype
@@ -197,7 +212,7 @@ def _saved_chunk(path: Path, file: BinaryIO, place: SavedPlace) -> tuple[Chunk, 
     if tensor is None:
         raise CheckpointError(f"{path}: is damaged ({place.name} is no tensor); give a whole checkpoint")
     start, nbytes = record
-    chunk = _chunk_of(path, tensor, (place.start + start, nbytes), path.stat().st_size, place.offset or ())
+    chunk = _chunk_of(path, tensor, (place.start + start, nbytes), file.seek(0, io.SEEK_END), place.offset or ())
     if chunk is None:
         raise CheckpointError(f"{path}: is cut off; give a whole checkpoint")
     return chunk, tensor.dtype

@@ -8,12 +8,13 @@ import struct
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from megatron_sphinx.remote import RemoteSink, Sink, is_remote
 from megatron_sphinx.saved import STORAGES
-from megatron_sphinx.tensors.copying import copy_range, write_from
+from megatron_sphinx.tensors.copying import Source, copy_range, write_from
 from megatron_sphinx.tensors.dtypes import SAFETENSORS_DTYPES, Array, bytes_of
 from megatron_sphinx.tensors.layout import contiguous_strides
 from megatron_sphinx.tensors.pickle_writer import Call, Name, Outside, dumps
@@ -24,15 +25,45 @@ _STORAGE_NAMES = {name: storage for storage, name in STORAGES.items()}
 FileContents = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each tensor of a file, in order
 
 
+class LocalSink:
+    """A file of this machine that is written, at any place.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+
+    @property
+    def number(self) -> int:
+        """The number of the open file."""
+        return self._file.fileno()
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes to a place."""
+        write_from(self.number, memoryview(data), offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _sink_of(path: Path) -> Sink:
+    return RemoteSink(path) if is_remote(path) else LocalSink(path)
+
+
 class TensorFile:
     """A file whose tensors have their places before they are written, each from its beginning, by any thread.
 
+    One behind a URL takes its tensors in their order, from one thread.
+
     Args:
-        file: the file, open for writing.
+        file: where the bytes go.
         offsets: where each tensor begins, in bytes.
     """
 
-    def __init__(self, file: BinaryIO, offsets: Mapping[str, int]) -> None:
+    def __init__(self, file: Sink, offsets: Mapping[str, int]) -> None:
         self._file, self._offsets = file, offsets
         self._written = dict.fromkeys(offsets, 0)
 
@@ -44,22 +75,24 @@ class TensorFile:
         """Write the next bytes of a tensor."""
         offset = self._offsets[name] + self._written[name]
         self._written[name] += len(data)
-        write_from(self._file.fileno(), data, offset)
+        self._file.write_at(data, offset)
 
-    def append_range(self, name: str, source: int, start: int, count: int) -> int:
+    def append_range(self, name: str, source: Source, start: int, count: int) -> int:
         """Let the kernel copy the next bytes of a tensor from another file, if nothing is to be known of them.
 
         Args:
             name: the tensor.
-            source: number of the open file that is read.
+            source: the open file that is read.
             start: where the bytes begin in it.
             count: how many there are.
 
         Returns:
             How many were copied; the rest is to be appended.
         """
+        if not isinstance(source, int) or not isinstance(self._file, LocalSink):
+            return 0
         offset = self._offsets[name] + self._written[name]
-        copied = copy_range(source, start, self._file.fileno(), offset, count)
+        copied = copy_range(source, start, self._file.number, offset, count)
         self._written[name] += copied
         return copied
 
@@ -88,9 +121,8 @@ class SafetensorsFile(TensorFile):
             header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = path.open("wb")
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.flush()
+        file = _sink_of(path)
+        file.write_at(struct.pack("<Q", len(text)) + text, 0)
         super().__init__(file, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in contents})
 
 
@@ -122,19 +154,26 @@ class TorchFile(TensorFile):
         self._checksums = {name: checksum_of(data) for name, data in self._small.items()}
         self._checksums |= dict.fromkeys(large, 0)
         self._watcher: Callable[[bytes | memoryview], object] | None = None
-        places = {record.name: record.start for record in self._records}
-        super().__init__(path.open("wb"), {name: places[key] for name, key in self._keys.items()})
+        by_name = {record.name: record for record in self._records}
+        self._large = {name: by_name[key] for name, key in self._keys.items()}
+        places = {name: record.start for name, record in self._large.items()}
+        super().__init__(_sink_of(path), places)
         for record in self._records:  # what is around the tensors
-            self._write(record.header + self._small.get(record.name, b""), record.header_start)
+            self._file.write_at(record.header + self._small.get(record.name, b""), record.header_start)
+            if not record.nbytes or record.name in self._small:
+                self._end(record)
 
-    def _write(self, data: bytes, offset: int) -> None:
-        write_from(self._file.fileno(), memoryview(data), offset)
+    def _end(self, record: Record) -> None:
+        """Write what is behind the data of a record."""
+        self._file.write_at(record.descriptor(self._checksums[record.name]), record.start + record.nbytes)
 
     def append(self, name: str, data: memoryview) -> None:
         """Write the next bytes of a tensor."""
         super().append(name, data)
         key = self._keys[name]
         self._checksums[key] = checksum_of(data, self._checksums[key])
+        if data and self._written[name] == self._large[name].nbytes:
+            self._end(self._large[name])
         if self._watcher:
             self._watcher(data)
 
@@ -161,10 +200,8 @@ class TorchFile(TensorFile):
 
     def close(self) -> None:
         """Complete the file by what is behind the tensors: checksums, and the archive's directory."""
-        for record in self._records:
-            self._write(record.descriptor(self._checksums[record.name]), record.start + record.nbytes)
         directory = directory_of(self._records, self._checksums)
-        self._write(directory, self._records[-1].stop)
+        self._file.write_at(directory, self._records[-1].stop)
         if self._watcher:
             (key,) = self._keys.values()
             place = next(number for number, record in enumerate(self._records) if record.name == key)

@@ -191,9 +191,17 @@ class Conversion:
             bits(out)[...] = 0
         for weight, box, layout in spec.regions(Layout.of_array(out)):
             for overlap, region in self._overlapping(weight, box):
-                values = self._read(region.spec)
-                held = _crop(self._region_in(region, Layout.of_array(values)), region.box, overlap)
-                convert(held.view(values), _crop(layout, box, overlap).view(out))
+                convert(self._part(region, overlap), _crop(layout, box, overlap).view(out))
+
+    def _part(self, region: _Region, overlap: Box) -> Array:
+        """What a region of the source holds of a box."""
+        entry = self._source.entries[region.spec.file, region.spec.name]
+        if entry.is_view:
+            (chunk,) = entry.chunks
+            held = _crop(self._region_in(region, Layout(0, chunk.shape, chunk.stride)), region.box, overlap)
+            return self._source.maps.part(chunk, entry.dtype, held)
+        whole = self._assemble(region.spec)
+        return _crop(self._region_in(region, Layout.of_array(whole)), region.box, overlap).view(whole)
 
     def runs_of(self, spec: TensorSpec) -> list[Run] | None:
         """List the runs that a target tensor is made of, in the order of their places; between them are zeros.
@@ -233,16 +241,14 @@ class Conversion:
         """How a region of a source tensor lies where the tensor has a layout."""
         return next(inner for weight, _, inner in region.spec.regions(layout) if weight == region.weight)
 
-    def _read(self, spec: TensorSpec) -> Array:
+    def _assemble(self, spec: TensorSpec) -> Array:
+        """A tensor in memory that does not lie in its file as one."""
         key = (spec.file, spec.name)
-        entry = self._source.entries[key]
-        if entry.is_view:
-            return self._source.maps.read(entry)
         with self._lock:
             if key not in self._assembled:
                 while len(self._assembled) >= _ASSEMBLED:
                     self._assembled.popitem(last=False)
-                self._assembled[key] = self._source.maps.read(entry)
+                self._assembled[key] = self._source.maps.read(self._source.entries[key])
             self._assembled.move_to_end(key)
             return self._assembled[key]
 
