@@ -1,6 +1,7 @@
 """Weighted sums of tensors, computed while they stream: the bytes of a tensor pass through buffers in the cache.
 
-Several threads do that, each with a tensor of its own.
+Several threads do that, each with a tensor of its own. Behind it the thread goes on with the digests of the files that
+the tensor lies in, while they are still in memory.
 """
 
 import os
@@ -10,19 +11,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-import torch
+import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests, digest_of
 from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.arithmetic import BLOCK, Blender
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
+from megatron_sphinx.tensors.layout import Layout
 from megatron_sphinx.tensors.write import TensorFile, bytes_of
 
 ReadBytes = Callable[[memoryview, int], None]  # fills a buffer with the bytes of a tensor from an offset on
-_BLOCK = 2**17  # elements that are mixed at a time: five fp32 buffers of them fit a cache of the second level
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,15 @@ class _TargetFiles:
             self._files = self._files or [self._form.create_file(path, self._contents) for path in self._paths]
             return self._files
 
-    def end_tensor(self) -> bool:
-        """Note that a tensor is complete; tell whether the files are."""
+    def end_tensor(self) -> Sequence[Path]:
+        """Note that a tensor is complete, and return the files if they are now."""
         with self._lock:
             self._left -= 1
             if self._left:
-                return False
+                return ()
             for file in self._files:
                 file.close()
-            return True
+            return self._paths
 
 
 class MixWriter:
@@ -73,7 +76,9 @@ class MixWriter:
         partials: a folder for each target.
         shares: the shares of the inputs in each target.
         form: the format of all of them.
-        journal: keeps which files are finished.
+        journal: keeps which files are finished, and their digests if the format has a manifest.
+        digests: of the files of the inputs.
+        algorithm: of the digests of finished files.
     """
 
     def __init__(
@@ -83,8 +88,11 @@ class MixWriter:
         shares: Sequence[Sequence[float]],
         form: Format,
         journal: Journal,
+        digests: FollowingDigests,
+        algorithm: Algorithm,
     ) -> None:
-        self._tensors, self._shares, self._journal = tensors, shares, journal
+        self._tensors, self._shares, self._journal, self._digests = tensors, shares, journal, digests
+        self._algorithm, self._has_manifest = algorithm, form.has_manifest
         self._used = {index for one in shares for index, share in enumerate(one) if share} | {0}
         by_file: dict[str, list[MixedTensor]] = {}
         for tensor in tensors:
@@ -99,8 +107,7 @@ class MixWriter:
         """Make the tensors of all files that are not finished, in several threads."""
         left = [tensor for tensor in self._tensors if tensor.file not in self._journal.done]
         size = len(self._shares) * sum(tensor.entries[0].nbytes for tensor in left)
-        # a thread's operations are too small to be divided further
-        pool = ThreadPoolExecutor(THREADS, "mix", torch.set_num_threads, (1,))
+        pool = ThreadPoolExecutor(THREADS, "mix")
         try:
             with progress_bar("mixing", size, show) as bar:
                 for written in as_completed([pool.submit(self._make, tensor) for tensor in left]):
@@ -125,9 +132,16 @@ class MixWriter:
                     read(mixer.buffer(index, count), offset)
                 for file, shares_of_target in zip(files, shares, strict=True):
                     file.append(tensor.name, mixer.mix(shares_of_target, count))
-        if self._files[tensor.file].end_tensor():
-            self._journal.note(tensor.file)
+        for entry in entries:
+            for chunk in entry.chunks:
+                extent = Layout(0, chunk.shape, chunk.stride).extent
+                self._digests.advance(chunk.path, chunk.start + extent * entry.dtype.itemsize)
+        if finished := self._files[tensor.file].end_tensor():
+            self._journal.note(tensor.file, ",".join(map(self._word_on, finished)))
         return len(files) * entries[0].nbytes
+
+    def _word_on(self, path: Path) -> str:
+        return digest_of(path, self._algorithm) if self._has_manifest else "-"
 
     @contextmanager
     def _reader(self, entry: Entry) -> Iterator[ReadBytes]:
@@ -165,14 +179,11 @@ class _Mixer:
         nbytes: bytes of a block.
     """
 
-    def __init__(self, dtype: torch.dtype, used: Sequence[int]) -> None:
-        self.nbytes = _BLOCK * dtype.itemsize
-        wide = torch.promote_types(dtype, torch.float32)
-        self._inputs = {index: torch.empty(_BLOCK, dtype=dtype) for index in used}
+    def __init__(self, dtype: np.dtype[Any], used: Sequence[int]) -> None:
+        self.nbytes = BLOCK * dtype.itemsize
+        self._inputs = {index: np.empty(BLOCK, dtype) for index in used}
         self._buffers = {index: bytes_of(value) for index, value in self._inputs.items()}
-        self._sum, self._term = torch.empty(2, _BLOCK, dtype=wide)
-        self._out = torch.empty(_BLOCK, dtype=dtype)
-        self._itemsize = dtype.itemsize
+        self._blender, self._out = Blender(dtype), np.empty(BLOCK, dtype)
 
     def buffer(self, index: int, count: int) -> memoryview:
         """Return where so many bytes of an input are to be read to."""
@@ -182,12 +193,9 @@ class _Mixer:
         """Sum so many bytes of what was read, each input times its share; those of a single input are copied."""
         taken = [(index, share) for index, share in enumerate(shares) if share]
         if len(taken) == 1:
-            return self._buffers[taken[0][0]][:count]
-        size = count // self._itemsize
-        total, term, out = self._sum[:size], self._term[:size], self._out[:size]
-        for number, (index, share) in enumerate(taken):
-            if number == 0:
-                total.copy_(self._inputs[index][:size]).mul_(share)
-            else:
-                total.add_(term.copy_(self._inputs[index][:size]).mul_(share))
-        return bytes_of(out.copy_(total))
+            return self.buffer(taken[0][0], count)
+        size = count // self._out.itemsize
+        self._blender.blend(
+            [self._inputs[index][:size] for index, _ in taken], [share for _, share in taken], self._out[:size]
+        )
+        return bytes_of(self._out[:size])
