@@ -19,17 +19,31 @@ _BLOCK = 2**18  # bytes hashed at a time: they stay in a core's cache between re
 
 
 class _Hasher(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
     def hexdigest(self) -> str: ...
 
 
-def _begun(algorithm: Algorithm) -> _Hasher:
-    return hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+class RunningDigest:
+    """A digest of bytes that come one behind the other.
 
+    Args:
+        algorithm: what it is computed by.
 
-def _written(algorithm: Algorithm, hasher: _Hasher) -> str:
-    return hasher.hexdigest() if algorithm == "sha256" else f"{algorithm}:{hasher.hexdigest()}"
+    Source: xxHash, doc/xxhash_spec.md, for XXH3; FIPS 180-4 for SHA-256.
+    """
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._hasher: _Hasher = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+        self._prefix = "" if algorithm == "sha256" else f"{algorithm}:"
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._hasher.update(data)
+
+    def text(self) -> str:
+        """Return the digest of all bytes so far, as it is written."""
+        return self._prefix + self._hasher.hexdigest()
 
 
 def algorithm_of(digest: str) -> Algorithm:
@@ -38,15 +52,12 @@ def algorithm_of(digest: str) -> Algorithm:
 
 
 def digest_of(path: Path, algorithm: Algorithm = "xxh3_128") -> str:
-    """Return the digest of a file.
-
-    Source: xxHash, doc/xxhash_spec.md, for XXH3; FIPS 180-4 for SHA-256.
-    """
-    hasher, block = _begun(algorithm), memoryview(bytearray(min(_BLOCK, max(1, path.stat().st_size))))
+    """Return the digest of a file."""
+    digest, block = RunningDigest(algorithm), memoryview(bytearray(min(_BLOCK, max(1, path.stat().st_size))))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
-            hasher.update(block[:count])
-    return _written(algorithm, hasher)
+            digest.update(block[:count])
+    return digest.text()
 
 
 def sha256_of(path: Path) -> str:
@@ -84,7 +95,7 @@ class _FollowedFile:
 
     def __init__(self, path: Path, algorithms: Iterable[Algorithm]) -> None:
         self._path, self._lock = path, Lock()
-        self._hashers: dict[Algorithm, _Hasher] = {algorithm: _begun(algorithm) for algorithm in algorithms}
+        self._digests: dict[Algorithm, RunningDigest] = {each: RunningDigest(each) for each in algorithms}
         self._done = self._wanted = 0
 
     def advance(self, end: int) -> None:
@@ -98,7 +109,7 @@ class _FollowedFile:
     def finish(self) -> dict[Algorithm, str]:
         with self._lock:
             self._read(self._path.stat().st_size)
-        return {algorithm: _written(algorithm, hasher) for algorithm, hasher in self._hashers.items()}
+        return {algorithm: digest.text() for algorithm, digest in self._digests.items()}
 
     def _read(self, end: int) -> None:
         if self._done >= end:
@@ -107,6 +118,6 @@ class _FollowedFile:
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._done)
             while self._done < end and (count := file.readinto(block[: end - self._done])):
-                for hasher in self._hashers.values():
-                    hasher.update(block[:count])
+                for digest in self._digests.values():
+                    digest.update(block[:count])
                 self._done += count
