@@ -20,7 +20,7 @@ from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.tensors.arithmetic import BLOCK, Blender
 from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
-from megatron_sphinx.tensors.dtypes import Array, bytes_of
+from megatron_sphinx.tensors.dtypes import Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
 from megatron_sphinx.tensors.layout import Layout
 from megatron_sphinx.tensors.write import TensorFile
@@ -179,7 +179,7 @@ class MixWriter:
                 for index, entry in used.items():
                     values = mixer.input(index, min(BLOCK, count - start))
                     if wholes:
-                        values[:] = wholes[index][start : start + BLOCK]
+                        convert(wholes[index][start : start + BLOCK], values)
                     else:
                         chunk, place = entry.chunks[0], entry.chunks[0].start + start * dtype.itemsize
                         read_into(sources.number_of(chunk.path), bytes_of(values), place, chunk.path)
