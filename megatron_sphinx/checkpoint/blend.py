@@ -53,7 +53,9 @@ class _TargetFiles:
         algorithm: of the digests of the finished files, if the format has a manifest.
     """
 
-    def __init__(self, form: Format, paths: Sequence[Path], tensors: Sequence[MixedTensor], algorithm: Algorithm) -> None:
+    def __init__(
+        self, form: Format, paths: Sequence[Path], tensors: Sequence[MixedTensor], algorithm: Algorithm
+    ) -> None:
         self._form, self._paths, self._lock, self._left = form, paths, Lock(), len(tensors)
         self._contents = {tensor.name: (tensor.entries[0].shape, tensor.entries[0].dtype) for tensor in tensors}
         self._algorithm = algorithm
