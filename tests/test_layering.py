@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
-    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
+    "errors", "parsing", "ranges", "values", "console", "paths", "lock", "saved", "unpickling", "settings", "tensors",
+    "device", "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
     "config", "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {

@@ -29,7 +29,6 @@ from megatron_sphinx.checkpoint.identity import comparable, inherited, require_s
 from megatron_sphinx.checkpoint.intact import SavedStep, first_intact
 from megatron_sphinx.checkpoint.manifest import read_manifest, write_manifest
 from megatron_sphinx.checkpoint.slices import (
-    MASTER,
     CheckedReader,
     LoadPlanner,
     SavePlanner,
@@ -48,6 +47,7 @@ from megatron_sphinx.checkpoint.steps import (
     remove_remains,
     set_aside,
 )
+from megatron_sphinx.checkpoint.weight_names import MASTER
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import CheckpointError, OtherDataError, writing
 from megatron_sphinx.liveness.progress import Progress

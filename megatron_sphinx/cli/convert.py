@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_sphinx.checkpoint.formats.registry import names
 from megatron_sphinx.cli.command import add_ignore
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names of them
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=names(), dest="form", help="the format of TARGET")
     add("--tensor-parallel", type=int, default=1, help="ranks of meta and accessory, a file each")
     add("--sparse", action="store_true", help="of accessory: a slice of each expert on each rank")
-    add("--dtype", choices=tuple(DTYPES), help="default: the source's; megatron always holds fp32")
+    add("--dtype", choices=DTYPES, help="default: the source's; megatron always holds fp32")
     add("--shard-size", type=float, default=5.0, help="of hf: the most that a file holds, in GB")
     add("--diff", type=Path, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
     add("--views", type=int, default=1, choices=(1, 5, 10), help="of accessory: tells its llama_type")
@@ -45,13 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    import torch
-
     from megatron_sphinx.checkpoint.convert import convert
     from megatron_sphinx.checkpoint.formats.format import WriteOptions
     from megatron_sphinx.config import load
+    from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    dtype = dict(zip(DTYPES, (FLOAT32, BFLOAT16, FLOAT16), strict=True))[args.dtype] if args.dtype else None
     options = WriteOptions(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     done = convert(
         args.source, args.target, args.form, options,

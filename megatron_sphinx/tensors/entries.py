@@ -4,14 +4,15 @@ Nothing is loaded to be looked at, and the pages of a tensor are given back once
 """
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock, local
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from megatron_sphinx.tensors.dtypes import FLOAT32, Array, convert, converted
+from megatron_sphinx.tensors.layout import Layout, contiguous_strides
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Entry:
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: np.dtype
     chunks: tuple[Chunk, ...]
     added: "Entry | None" = None
 
     @classmethod
-    def contiguous(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> "Entry":
+    def contiguous(cls, path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> "Entry":
         """Describe a tensor whose elements lie in one run of bytes, row by row."""
         return cls(shape, dtype, (Chunk(path, start, contiguous_strides(shape), (0,) * len(shape), shape),))
 
@@ -83,31 +84,32 @@ class MappedFiles:
         self._lock = Lock()
         self._thread = local()
 
-    def read(self, entry: Entry) -> Tensor:
+    def read(self, entry: Entry) -> Array:
         """Return a tensor: a view of its file if it is one chunk, else put together in memory of its own."""
         if entry.added is not None:
-            whole = self.read(replace(entry, added=None)).float().clone()
-            return whole.add_(self.read(entry.added)).to(entry.dtype)
+            whole = np.array(converted(self.read(replace(entry, added=None)), FLOAT32))
+            whole += converted(self.read(entry.added), FLOAT32)
+            return converted(whole, entry.dtype)
         if len(entry.chunks) == 1:
             return self._view(entry.chunks[0], entry.dtype)
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        whole = np.empty(entry.shape, entry.dtype)
         for chunk in entry.chunks:
             box = tuple(slice(first, first + size) for first, size in zip(chunk.offset, chunk.shape, strict=True))
-            whole[box] = self._view(chunk, entry.dtype)
+            convert(self._view(chunk, entry.dtype), whole[box])
         return whole
 
-    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    def _view(self, chunk: Chunk, dtype: np.dtype) -> Array:
         if 0 in chunk.shape:
-            return torch.empty(chunk.shape, dtype=dtype)
+            return np.empty(chunk.shape, dtype)
         with self._lock:
             if chunk.path not in self._maps:
-                with chunk.path.open("rb") as file:  # private: torch wants what is writable
-                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                with chunk.path.open("rb") as file:
+                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             mapped = self._maps[chunk.path]
-        count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
+        count = Layout(0, chunk.shape, chunk.stride).extent
         self._touched.append((mapped, chunk.start, count * dtype.itemsize))
-        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
-        return flat.as_strided(chunk.shape, chunk.stride)
+        strides = tuple(step * dtype.itemsize for step in chunk.stride)
+        return np.ndarray(chunk.shape, dtype, mapped, chunk.start, strides)
 
     @property
     def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
@@ -121,8 +123,3 @@ class MappedFiles:
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         self._touched.clear()
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides, in elements, of a tensor whose last dimension is the fastest."""
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.json_files import write_json
@@ -73,7 +73,7 @@ class WriteOptions:
     """
 
     tensor_parallel: int = 1
-    dtype: torch.dtype | None = None
+    dtype: np.dtype | None = None
     shard_bytes: int = 5_000_000_000
     is_sparse: bool = False
     views: int = 1
@@ -192,7 +192,7 @@ class Format:
     files: tuple[str, ...] = ()
     companions: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
-    dtype: torch.dtype | None = None
+    dtype: np.dtype | None = None
     read_file: Callable[[Path], dict[str, Entry]] = read_file
     create_file: Callable[[Path, FileContents], TensorFile] = create_file
     full_name: Callable[[str], str] = _as_it_is
