@@ -29,7 +29,7 @@ class Journal:
         inputs: what it is made of: the task is another one when their files have changed.
 
     Attributes:
-        done: finished files, with a word on each: its sha256, or "-".
+        done: finished files, with a word on each: its digest, or "-".
 
     Raises:
         OSError: a folder cannot be made.

@@ -103,6 +103,18 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sha256(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the algorithm of digests."""
+    parser.add_argument(
+        "--sha256",
+        action="store_const",
+        const="sha256",
+        default="xxh3_128",
+        dest="algorithm",
+        help="write digests of SHA-256, which nobody can forge and which take longer; default: of XXH3, 128 bits",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the model that answers, and how it is loaded.
 
