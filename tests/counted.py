@@ -1,23 +1,20 @@
-"""A file system in memory that counts what is asked of it, and can be told to fail."""
+"""The file system behind memory://, which counts what is asked of it, and can be told to fail."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 from fsspec.implementations.memory import MemoryFileSystem
 
 
 class Counted(MemoryFileSystem):  # type: ignore[misc]
-    """Files in memory, apart from those of memory://.
+    """Files in memory.
 
     Attributes:
         read: ranges that were asked for, by file: first byte and end.
         fail_behind: how many files may still be opened for writing before that fails; None for any number.
     """
 
-    protocol = "counted"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
-    read: dict[str, list[tuple[int, int]]] = {}
+    read: ClassVar[dict[str, list[tuple[int, int]]]] = {}
     fail_behind: int | None = None
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:

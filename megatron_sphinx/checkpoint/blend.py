@@ -4,13 +4,14 @@ Several threads do that, each with a tensor of its own. Behind it the thread goe
 the tensor lies in, while they are still in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock, local
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests, RunningDigest, digest_of
 from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
+from megatron_sphinx.remote import is_remote
 from megatron_sphinx.tensors.arithmetic import BLOCK, Blender
 from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
 from megatron_sphinx.tensors.dtypes import Array, bytes_of, convert
@@ -124,7 +126,8 @@ class MixWriter:
             file: _TargetFiles(form, [partial / file for partial in partials], inside, algorithm)
             for file, inside in by_file.items()
         }
-        self._maps, self._assembling, self._thread = MappedFiles(), Lock(), local()
+        self._is_remote = any(map(is_remote, partials))
+        self._maps, self._assembling, self._counting, self._thread = MappedFiles(), Lock(), Lock(), local()
 
     def run(self, show: bool) -> None:
         """Make the tensors of all files that are not finished, in several threads."""
@@ -132,12 +135,28 @@ class MixWriter:
         size = len(self._shares) * sum(tensor.entries[0].nbytes for tensor in left)
         with progress_bar("mixing", size, show) as bar, OpenFiles() as sources, ThreadPoolExecutor(THREADS) as pool:
             try:
-                for written in as_completed([pool.submit(self._make, tensor, sources) for tensor in left]):
-                    bar.update(written.result())
+                jobs = [pool.submit(self._make, tensors, sources, bar) for tensors in self._in_turn(left)]
+                for job in as_completed(jobs):
+                    job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _make(self, tensor: MixedTensor, sources: OpenFiles) -> int:
+    def _in_turn(self, tensors: Iterable[MixedTensor]) -> Iterable[Sequence[MixedTensor]]:
+        """The tensors by the threads that make them: one each, or a file's where that is written from front to back."""
+        if not self._is_remote:
+            return [[tensor] for tensor in tensors]
+        by_file: dict[str, list[MixedTensor]] = {}
+        for tensor in tensors:
+            by_file.setdefault(tensor.file, []).append(tensor)
+        return by_file.values()
+
+    def _make(self, tensors: Sequence[MixedTensor], sources: OpenFiles, bar: Any) -> None:
+        for tensor in tensors:
+            written = self._make_one(tensor, sources)
+            with self._counting:
+                bar.update(written)
+
+    def _make_one(self, tensor: MixedTensor, sources: OpenFiles) -> int:
         """Make a tensor in all targets; the bytes written."""
         entries, target = tensor.entries, self._files[tensor.file]
         files = target.begin_tensor()
@@ -161,7 +180,8 @@ class MixWriter:
     @staticmethod
     def _copy(file: TensorFile, name: str, entry: Entry, sources: OpenFiles) -> None:
         """Write a tensor of one input: the kernel does, as far as it can."""
-        chunk, source = entry.chunks[0], sources.number_of(entry.chunks[0].path)
+        chunk, source = entry.chunks[0], sources.opened(entry.chunks[0].path)
+        sources.expect([(chunk.path, chunk.start, entry.nbytes)])
         done = file.append_range(name, source, chunk.start, entry.nbytes)
         buffer = memoryview(bytearray(min(BUFFER, entry.nbytes - done)))
         for start in range(done, entry.nbytes, BUFFER):
@@ -176,6 +196,9 @@ class MixWriter:
         with nullcontext() if is_row else self._assembling:  # whole tensors in memory: one at a time
             wholes = {} if is_row else {index: self._maps.read(entry).reshape(-1) for index, entry in used.items()}
             dtype, count = tensor.entries[0].dtype, prod(tensor.entries[0].shape)
+            if is_row:
+                rows = [(entry.chunks[0], entry.nbytes) for entry in used.values()]
+                sources.expect((chunk.path, chunk.start, nbytes) for chunk, nbytes in rows)
             mixer = self._mixer(dtype)
             for start in range(0, count, BLOCK):
                 for index, entry in used.items():
@@ -184,7 +207,7 @@ class MixWriter:
                         convert(wholes[index][start : start + BLOCK], values)
                     else:
                         chunk, place = entry.chunks[0], entry.chunks[0].start + start * dtype.itemsize
-                        read_into(sources.number_of(chunk.path), bytes_of(values), place, chunk.path)
+                        read_into(sources.opened(chunk.path), bytes_of(values), place, chunk.path)
                 for file, taken in mixed:
                     file.put(tensor.name, mixer.mix(taken, min(BLOCK, count - start)))
             self._maps.release()

@@ -26,7 +26,7 @@ from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.streams import TensorStreams
 from megatron_sphinx.checkpoint.tally import balance
-from megatron_sphinx.checkpoint.targets import partial_of, publish, require_new
+from megatron_sphinx.checkpoint.targets import is_taken, partial_of, publish
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.remote import copy_file
@@ -97,7 +97,8 @@ def convert(
         CheckpointError: the source is incomplete, damaged or unknown; the target exists, cannot be written, or cannot
             hold such a model; what was read back differs.
     """
-    require_new(target)
+    if is_taken(target):
+        raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
         _check_files(opened)

@@ -6,8 +6,6 @@ together, `blend` computes the sums.
 Source: SPHINX, arXiv:2311.07575, equation 1.
 """
 
-import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,8 +26,10 @@ from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.pairing import Scope, require_alike, tensors_to_mix
 from megatron_sphinx.checkpoint.tally import balance
+from megatron_sphinx.checkpoint.targets import is_taken, partial_of, publish, remove
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.remote import copy_file, is_remote, state_of
 
 _Digests = Mapping[Path, Mapping[Algorithm, str]]  # of files, by each algorithm that was wanted
 _COMPANIONS = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # kinds of files beside the tensors that are copied
@@ -109,7 +109,7 @@ def interpolate(
         notes += require_alike(checkpoints[0], other)
     tensors = tensors_to_mix(checkpoints, scope)
     notes += _left_behind(checkpoints[0], tensors)
-    partials = [target.with_name(f".{target.name}.partial") for target in targets]
+    partials = [partial_of(target) for target in targets]
     try:
         _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, algorithm, show)
     except OSError as error:
@@ -167,7 +167,7 @@ def _write(
             _finish(partial, checkpoints[0], tensors, sums, {"scope": scope, "inputs": inputs})
         journal.end()
         for target, partial in partials.items():
-            os.replace(partial, target)
+            publish(partial, target)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _nothing_left(partials: Iterable[Path]) -> Iterator[None]:
         yield
     except CheckpointError:
         for partial in partials:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise
 
 
@@ -188,7 +188,7 @@ def _check_targets(inputs: Sequence[Path], targets: Mapping[Path, Sequence[float
                 raise CheckpointError(f"{folder}={share}: is not from 0 to 1; give the share of this checkpoint")
         if abs(sum(shares) - 1) > 1e-6:
             raise CheckpointError(f"{'+'.join(map(str, shares))}: sums to {sum(shares):g}; give shares that sum to 1")
-        if os.path.lexists(target):
+        if is_taken(target):
             raise CheckpointError(f"{target}: exists; give another target, or remove it")
 
 
@@ -199,6 +199,8 @@ def _algorithms(checkpoint: SourceCheckpoint, wanted: Algorithm) -> dict[Path, l
     the mix then names the input by it too; where SHA-256 is asked for and the manifest has others, both are computed.
     """
     if not checkpoint.checksums:
+        if is_remote(checkpoint.folder):  # they would be read once more; their versions tell as much
+            return {}
         chunks = (chunk for entry in checkpoint.source.entries.values() for chunk in entry.chunks)
         return {path: [wanted] for path in sorted({chunk.path for chunk in chunks})}
     own = {name: algorithm_of(digest) for name, digest in checkpoint.checksums.items()}
@@ -218,9 +220,13 @@ def _origin(
     checkpoint: SourceCheckpoint, share: float, algorithms: Mapping[Path, list[Algorithm]], digests: _Digests
 ) -> dict[str, Any]:
     """What a mix says of an input."""
+    told = {"path": str(checkpoint.folder.resolve()), "share": share}
+    if not algorithms:
+        paths = sorted({path for entry in checkpoint.source.entries.values() for path in entry.paths}, key=str)
+        return {**told, "versions": {path.name: state_of(path) for path in paths}}
     named = {str(path.relative_to(checkpoint.folder)): digests[path][first] for path, (first, *_) in algorithms.items()}
     algorithm = next(first for first, *_ in algorithms.values())
-    return {"path": str(checkpoint.folder.resolve()), "share": share, "algorithm": algorithm, "digests": named}
+    return {**told, "algorithm": algorithm, "digests": named}
 
 
 def _finish(
@@ -232,11 +238,11 @@ def _finish(
 ) -> None:
     """Write what is beside the tensors: configuration, index, tokenizer, frozen experts, and where all comes from."""
     for path in _companions(first, tensors):
-        shutil.copyfile(path, partial / path.name)
+        copy_file(path, partial / path.name)
     if (first.folder / ENCODERS).is_dir():
         (partial / ENCODERS).mkdir()
         for name in (f"{expert}.safetensors" for expert in first.encoders):  # and nothing else that may lie there
-            shutil.copyfile(first.folder / ENCODERS / name, partial / ENCODERS / name)
+            copy_file(first.folder / ENCODERS / name, partial / ENCODERS / name)
     files: dict[str, dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
     for tensor in tensors:
         files.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)

@@ -1,6 +1,5 @@
 """Writes the tensors of a conversion: several at once, whole runs of bytes as they are, all else in small pieces."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
+from megatron_sphinx.checkpoint.digests import THREADS, RunningDigest, sha256_of
 from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, SourceCheckpoint, WritePlan
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, Run
@@ -136,7 +135,7 @@ class TensorStreams:
         """What is to be done for a file, a job for each tensor."""
         contents, path = self.contents[file.name], self._partial / file.name
         target = _Target(lambda: self._to.create_file(path, contents), max(1, len(contents)))
-        digest = hashlib.sha256() if self._to.has_manifest and is_remote(path) else None
+        digest = RunningDigest("sha256") if self._to.has_manifest and is_remote(path) else None
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
             out = target.begin_tensor(digest.update if digest else None)
@@ -147,7 +146,7 @@ class TensorStreams:
                 with self._lock:
                     bar.update(count)
             if target.end_tensor():
-                word = digest.hexdigest() if digest else sha256_of(path) if self._to.has_manifest else "-"
+                word = digest.text() if digest else sha256_of(path) if self._to.has_manifest else "-"
                 journal.note(file.name, word)
 
         def made(spec: TensorSpec) -> Callable[[], None]:

@@ -14,18 +14,15 @@ from megatron_sphinx.remote import is_remote, remove_files
 JOURNAL = ".files"
 
 
-def require_new(target: Path) -> None:
-    """Refuse a target that is there, but for one behind a URL that a run before this one has left unfinished.
+def is_taken(target: Path) -> bool:
+    """Tell whether a target is there already, but for one behind a URL that a run before has left unfinished.
 
     Raises:
-        CheckpointError: it exists, or cannot be looked at.
+        CheckpointError: it cannot be looked at.
     """
     if is_remote(target):
-        is_there = is_reachable_folder(target) and not is_unfinished(target)
-    else:
-        is_there = os.path.lexists(target)
-    if is_there:
-        raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
+        return is_reachable_folder(target) and not is_unfinished(target)
+    return os.path.lexists(target)
 
 
 def is_reachable_folder(folder: Path) -> bool:

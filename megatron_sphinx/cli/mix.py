@@ -17,7 +17,7 @@ import argparse
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_ignore, add_sha256
+from megatron_sphinx.cli.command import add_ignore, add_sha256, place
 
 _MOST_MIXES = 1000  # of a sweep
 
@@ -52,18 +52,18 @@ def share_of(text: str) -> tuple[Path, float]:
     """
     path, _, share = text.rpartition("=")
     try:
-        return Path(path), float(share)
+        return place(path), float(share)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: give PATH=SHARE") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
-    parser.add_argument("--real", type=Path)
-    parser.add_argument("--synthetic", type=Path)
+    parser.add_argument("--real", type=place)
+    parser.add_argument("--synthetic", type=place)
     parser.add_argument("--beta", type=betas_of, help="share of REAL, from 0 to 1; first:last:step: a mix for each")
     parser.add_argument("--checkpoint", type=share_of, action="append", metavar="PATH=SHARE")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=place, required=True, help="folder to make")
     parser.add_argument(
         "--scope",
         choices=("all", "language"),
