@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, RunningDigest, digest_of
 from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, SourceCheckpoint, WritePlan
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, Run
@@ -30,26 +30,37 @@ class _Target:
 
     Args:
         create: makes it.
+        path: where it is made.
         count: how many tensors it gets.
+        algorithm: of its digest; None where none is wanted.
     """
 
-    def __init__(self, create: Callable[[], TensorFile], count: int) -> None:
-        self._create, self._left, self._lock = create, count, Lock()
+    def __init__(
+        self, create: Callable[[Path], TensorFile], path: Path, count: int, algorithm: Algorithm | None
+    ) -> None:
+        self._create, self._path, self._left, self._lock = create, path, count, Lock()
+        self._algorithm, self._digest = algorithm, RunningDigest(algorithm) if algorithm else None
         self._file: TensorFile | None = None
 
     def begin_tensor(self) -> TensorFile:
         """Return the file that the bytes of the next tensor are appended to."""
         with self._lock:
-            self._file = self._file or self._create()
+            if self._file is None:
+                self._file = self._create(self._path)
+                if self._digest and not self._file.watch(self._digest.update):
+                    self._digest = None  # it will be read back
             return self._file
 
-    def end_tensor(self) -> bool:
-        """Note that a tensor is complete; tell whether the file is."""
+    def end_tensor(self) -> str:
+        """Note that a tensor is complete; a word on the file, its digest or "-", once that is complete too."""
         with self._lock:
             self._left -= 1
-            if self._left == 0 and self._file is not None:
-                self._file.close()
-            return self._left == 0
+            if self._left or self._file is None:
+                return ""
+            self._file.close()
+        if self._digest:
+            return self._digest.text()
+        return digest_of(self._path, self._algorithm) if self._algorithm else "-"
 
 
 class TensorStreams:
@@ -64,6 +75,7 @@ class TensorStreams:
         plan: the files.
         conversion: makes their tensors.
         dtype: type of their elements; the source's if None.
+        algorithm: of the digests of files, for formats that keep them.
 
     Attributes:
         contents: the tensors of each file, by its name.
@@ -77,8 +89,10 @@ class TensorStreams:
         plan: WritePlan,
         conversion: Conversion,
         dtype: np.dtype | None,
+        algorithm: Algorithm,
     ) -> None:
         self._partial, self._checkpoint, self._to, self._plan = partial, checkpoint, to, plan
+        self._algorithm = algorithm if to.has_manifest else None
         self._conversion, self._dtype = conversion, dtype
         self.contents: Mapping[str, FileContents] = {file.name: self._contents_of(file) for file in plan.files}
         self._is_stopped, self._lock, self._buffers = Event(), Lock(), local()
@@ -119,7 +133,7 @@ class TensorStreams:
     def _jobs(self, file: PlannedFile, sources: OpenFiles, journal: Journal, bar: Any) -> Iterator[Callable[[], None]]:
         """What is to be done for a file, a job for each tensor."""
         contents, path = self.contents[file.name], self._partial / file.name
-        target = _Target(lambda: self._to.create_file(path, contents), max(1, len(contents)))
+        target = _Target(lambda path: self._to.create_file(path, contents), path, len(contents), self._algorithm)
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
             for count in write(target.begin_tensor()):
@@ -128,8 +142,8 @@ class TensorStreams:
                     raise CancelledError
                 with self._lock:
                     bar.update(count)
-            if target.end_tensor():
-                journal.note(file.name, sha256_of(path) if self._to.has_manifest else "-")
+            if word := target.end_tensor():
+                journal.note(file.name, word)
 
         def made(spec: TensorSpec) -> Callable[[], None]:
             return lambda: job(lambda out: self._write_tensor(out, spec, contents[spec.name][1], sources))
