@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.companions import with_companions
-from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.digests import is_as_written
 from megatron_sphinx.checkpoint.encoders import read_encoders, write_encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
@@ -131,7 +131,7 @@ def _write(
     partial = target.with_name(f".{target.name}.partial")
     try:
         with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
-            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype)
+            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype, options.algorithm)
             streams.write(journal, show)
             if not to.has_encoders:
                 write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)
@@ -187,7 +187,8 @@ def task_of(form: str, options: WriteOptions, model: Model) -> list[str]:
     told = {name: repr(getattr(options, name)) for name in names}
     told["dtype"] = f"torch.{options.dtype.name}" if options.dtype else "None"
     values = ", ".join(f"{name}={value}" for name, value in told.items())
-    return [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
+    words = [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
+    return words if options.algorithm == "xxh3_128" else [*words, options.algorithm]
 
 
 def _with_encoders(checkpoint: SourceCheckpoint, experts: Sequence[str], folder: Path | None) -> SourceCheckpoint:
@@ -223,7 +224,7 @@ def _check_files(checkpoint: SourceCheckpoint) -> None:
         CheckpointError: one differs.
     """
     folder = checkpoint.folder
-    damaged = [name for name, digest in checkpoint.checksums.items() if sha256_of(folder / name) != digest]
+    damaged = [name for name, digest in checkpoint.checksums.items() if not is_as_written(folder / name, digest)]
     paths = sorted({path for entry in checkpoint.source.entries.values() for path in entry.paths})
     damaged += [path.name for path in paths if path.suffix in (".pth", ".bin") and not is_intact(path)]
     if damaged:

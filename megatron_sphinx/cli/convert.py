@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.formats.registry import names
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, add_sha256
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--encoders", type=Path, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
     add_ignore(parser)
+    add_sha256(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
 
 
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
     dtype = dict(zip(DTYPES, (FLOAT32, BFLOAT16, FLOAT16), strict=True))[args.dtype] if args.dtype else None
-    options = WriteOptions(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
+    options = WriteOptions(
+        args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse, algorithm=args.algorithm
+    )
     done = convert(
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,

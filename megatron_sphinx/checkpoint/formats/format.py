@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_sphinx.checkpoint.digests import Algorithm
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.json_files import write_json
 from megatron_sphinx.checkpoint.manifest import PROVENANCE
@@ -41,7 +42,7 @@ class SourceCheckpoint:
         source: its tensors.
         encoders: the tensors of frozen experts: by expert, then by name.
         description: what its own files say of it: its configuration, or its manifest.
-        checksums: sha256 of its files by name, where its manifest has them.
+        checksums: digests of its files by name, where its manifest has them.
         kept: what its configuration says beside the weights, in transformers' words: tokens, positions.
         left_out: tensors in its files that are not among those of `source`: why, by the tensor's name.
         notes: what its reader must be told, a line each.
@@ -70,6 +71,7 @@ class WriteOptions:
         shard_bytes: the most that a file holds, in formats that do not say how tensors are divided.
         is_sparse: in `accessory`, with MoE experts: whether each rank has a slice of each expert, not whole ones.
         views: views of a picture, by which LLaMA2-Accessory has modules of their own.
+        algorithm: of the digests of its files, in formats with a manifest.
     """
 
     tensor_parallel: int = 1
@@ -77,6 +79,7 @@ class WriteOptions:
     shard_bytes: int = 5_000_000_000
     is_sparse: bool = False
     views: int = 1
+    algorithm: Algorithm = "xxh3_128"
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class WrittenTensors:
         files: the tensors of each file, by its name.
         source: the checkpoint that they were made of; of several ones, the first.
         companions: what the plan has beside the tensors.
-        checksums: sha256 of the files, for formats with a manifest.
+        checksums: digests of the files, for formats with a manifest.
         provenance: for a mix, what it was made of.
     """
 
