@@ -52,14 +52,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
     dtype = dict(zip(DTYPES, (FLOAT32, BFLOAT16, FLOAT16), strict=True))[args.dtype] if args.dtype else None
-    options = WriteOptions(
-        args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse, algorithm=args.algorithm
-    )
+    options = WriteOptions(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     done = convert(
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,
         experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, ignored=args.ignore,
-        verify=args.verify, show=True,
+        algorithm=args.algorithm, verify=args.verify, show=True,
     )  # fmt: skip
     for note in done.notes:
         print(note)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_sphinx.checkpoint.digests import Algorithm
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.json_files import write_json
 from megatron_sphinx.checkpoint.manifest import PROVENANCE
@@ -71,7 +70,6 @@ class WriteOptions:
         shard_bytes: the most that a file holds, in formats that do not say how tensors are divided.
         is_sparse: in `accessory`, with MoE experts: whether each rank has a slice of each expert, not whole ones.
         views: views of a picture, by which LLaMA2-Accessory has modules of their own.
-        algorithm: of the digests of its files, in formats with a manifest.
     """
 
     tensor_parallel: int = 1
@@ -79,7 +77,6 @@ class WriteOptions:
     shard_bytes: int = 5_000_000_000
     is_sparse: bool = False
     views: int = 1
-    algorithm: Algorithm = "xxh3_128"
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def _finish(written: WrittenTensors) -> None:
         manifest = {**written.companions[MANIFEST]} | ({_KEPT: dict(source.kept)} if source.kept else {})
         manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
     algorithm = algorithm_of(next(iter(written.checksums.values())))
-    places = {".metadata": digest_of(folder / ".metadata", algorithm)}
-    write_manifest(folder, {**manifest, "files": {**places, **written.checksums}})
+    own = digest_of(folder / ".metadata", algorithm)
+    write_manifest(folder, {**manifest, "files": {".metadata": own, **written.checksums}})
 
 
 def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any]:
