@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, RunningDigest, digest_of
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm
 from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, SourceCheckpoint, WritePlan
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, Run
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
+from megatron_sphinx.checkpoint.target_file import TargetFiles
 from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
 from megatron_sphinx.tensors.dtypes import FLOAT16, Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry
@@ -23,44 +24,6 @@ from megatron_sphinx.tensors.write import FileContents, TensorFile
 _PIECE = 2**18  # elements that are made at a time: few enough to stay in a core's cache
 _SHOWN = 2**26  # bytes that are copied between two looks at whether the user has stopped it
 _Write = Callable[[TensorFile], None]
-
-
-class _Target:
-    """A file that is made when its first tensor comes, and closed behind its last.
-
-    Args:
-        create: makes it.
-        path: where it is made.
-        count: how many tensors it gets.
-        algorithm: of its digest; None where none is wanted.
-    """
-
-    def __init__(
-        self, create: Callable[[Path], TensorFile], path: Path, count: int, algorithm: Algorithm | None
-    ) -> None:
-        self._create, self._path, self._left, self._lock = create, path, count, Lock()
-        self._algorithm, self._digest = algorithm, RunningDigest(algorithm) if algorithm else None
-        self._file: TensorFile | None = None
-
-    def begin_tensor(self) -> TensorFile:
-        """Return the file that the bytes of the next tensor are appended to."""
-        with self._lock:
-            if self._file is None:
-                self._file = self._create(self._path)
-                if self._digest and not self._file.watch(self._digest.update):
-                    self._digest = None  # it will be read back
-            return self._file
-
-    def end_tensor(self) -> str:
-        """Note that a tensor is complete; a word on the file, its digest or "-", once that is complete too."""
-        with self._lock:
-            self._left -= 1
-            if self._left or self._file is None:
-                return ""
-            self._file.close()
-        if self._digest:
-            return self._digest.text()
-        return digest_of(self._path, self._algorithm) if self._algorithm else "-"
 
 
 class TensorStreams:
@@ -75,7 +38,7 @@ class TensorStreams:
         plan: the files.
         conversion: makes their tensors.
         dtype: type of their elements; the source's if None.
-        algorithm: of the digests of files, for formats that keep them.
+        algorithm: of the files' digests, if the format has a manifest.
 
     Attributes:
         contents: the tensors of each file, by its name.
@@ -92,8 +55,7 @@ class TensorStreams:
         algorithm: Algorithm,
     ) -> None:
         self._partial, self._checkpoint, self._to, self._plan = partial, checkpoint, to, plan
-        self._algorithm = algorithm if to.has_manifest else None
-        self._conversion, self._dtype = conversion, dtype
+        self._conversion, self._dtype, self._algorithm = conversion, dtype, algorithm
         self.contents: Mapping[str, FileContents] = {file.name: self._contents_of(file) for file in plan.files}
         self._is_stopped, self._lock, self._buffers = Event(), Lock(), local()
         self._infinite: dict[str, int] = {}
@@ -133,10 +95,10 @@ class TensorStreams:
     def _jobs(self, file: PlannedFile, sources: OpenFiles, journal: Journal, bar: Any) -> Iterator[Callable[[], None]]:
         """What is to be done for a file, a job for each tensor."""
         contents, path = self.contents[file.name], self._partial / file.name
-        target = _Target(lambda path: self._to.create_file(path, contents), path, len(contents), self._algorithm)
+        target = TargetFiles(self._to, [path], contents, self._algorithm)
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
-            for count in write(target.begin_tensor()):
+            for count in write(target.begin_tensor()[0]):
                 self._conversion.release()
                 if self._is_stopped.is_set():
                     raise CancelledError
