@@ -54,6 +54,7 @@ setup(
         "tokenizers>=0.22,<0.24",
         "tqdm",
         "webdataset>=1.0,<2",
+        "ml_dtypes>=0.5,<1",
         "xxhash>=3.5,<5",
         "zstandard>=0.23,<1",
     ],

@@ -112,7 +112,7 @@ def accessory(folder: Path, seed: int, expert: Tensor) -> Path:
 def with_expert(folder: Path, expert: Tensor, name: str = "w") -> Path:
     """Put a frozen expert beside a checkpoint."""
     (folder / ENCODERS).mkdir(exist_ok=True)
-    out = create_file(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
-    out.put(name, expert)
+    out = create_file(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), type_of(expert.dtype))})
+    out.put(name, as_array(expert))
     out.close()
     return folder

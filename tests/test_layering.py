@@ -30,6 +30,7 @@ OWNERS = {
     "starlette": {"serving/server.py", "serving/chat_endpoint.py", "serving/exchange.py"},
     "uvicorn": {"serving/process.py"},
     "prometheus_client": {"serving/prometheus.py"},
+    "xxhash": {"checkpoint/digests.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
          "config_reference.py", "parallel/layout.py",
@@ -87,6 +88,19 @@ def imported_modules(module: Path) -> set[Path]:
     names = {name.removeprefix("megatron_sphinx.") for name in imports(module, of_top_only=True)}
     paths = {Path(*name.split(".")).with_suffix(".py") for name in names}
     return (paths | {path.parent.with_suffix(".py") for path in paths if path.parent.name}) & set(MODULES)
+
+
+@pytest.mark.parametrize("module", ["checkpoint/mix.py", "checkpoint/convert.py"])
+def test_tools_for_checkpoints_load_no_torch(module):
+    """Nor does any module that they import, nor a format, which is imported by its name."""
+    left, seen = {Path(module), *(path for path in MODULES if path.parts[:2] == ("checkpoint", "formats"))}, set[Path]()
+    while left:
+        one = left.pop()
+        seen.add(one)
+        left |= imported_modules(one) - seen
+    found = {str(path): {name.split(".")[0] for name in imports(path, of_top_only=True)} for path in seen}
+    assert not {path for path, names in found.items() if names & {"torch", "megatron", "deepspeed", "transformers"}}
+    assert "tensors/write.py" in found
 
 
 def test_modules_import_each_other_in_one_direction():

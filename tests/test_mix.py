@@ -17,6 +17,7 @@ import pytest
 import torch
 from mixes import SMALL, accessory, by_name, drawn_shape, is_same, make, plain, tensors
 from torch import Tensor
+from torch_arrays import type_of
 
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.digests import sha256_of
@@ -69,7 +70,7 @@ def test_a_mix_is_the_formula_in_every_format(tmp_path, form, seed):
     ranks = rng.choice([1, 2]) if form == "accessory" or (form == "meta" and not experts) else 1
     shape = replace(shape, groups=shape.groups * ranks, heads=shape.heads * ranks, vocabulary=120)
     shape = replace(shape, hidden=shape.heads * 4)
-    wanted = WriteOptions(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    wanted = WriteOptions(ranks, type_of(dtype), rng.choice([3000, 10**9]), is_sparse=is_sparse)
     inputs = []
     for number in range(3):
         source = make(tmp_path / f"hf{number}", 10 * seed + number, shape, dtype=dtype)

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests, RunningDigest, digest_of
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests
 from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
+from megatron_sphinx.checkpoint.target_file import TargetFiles
 from megatron_sphinx.remote import is_remote
 from megatron_sphinx.tensors.arithmetic import BLOCK, Blender
 from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
 from megatron_sphinx.tensors.dtypes import Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
 from megatron_sphinx.tensors.layout import Layout
-from megatron_sphinx.tensors.write import TensorFile
+from megatron_sphinx.tensors.write import FileContents, TensorFile
 
 _Shares = Sequence[tuple[int, float]]  # numbers of inputs, each with its share, which is not 0
 
@@ -45,50 +46,12 @@ class MixedTensor:
     entries: tuple[Entry, ...]
 
 
-class _TargetFiles:
-    """A file of each target: they are made when their first tensor comes, and closed behind their last.
-
-    Args:
-        form: their format.
-        paths: the file in each target.
-        tensors: those of each.
-        algorithm: of the digests of the finished files, if the format has a manifest.
-    """
-
-    def __init__(
-        self, form: Format, paths: Sequence[Path], tensors: Sequence[MixedTensor], algorithm: Algorithm
-    ) -> None:
-        self._form, self._paths, self._lock, self._left = form, paths, Lock(), len(tensors)
-        self._contents = {tensor.name: (tensor.entries[0].shape, tensor.entries[0].dtype) for tensor in tensors}
-        self._algorithm = algorithm
-        self._files: list[TensorFile] = []
-        self._digests: list[RunningDigest | None] = []
-
-    def begin_tensor(self) -> list[TensorFile]:
-        """Return the files, one of each target, that the bytes of the next tensor are appended to."""
-        with self._lock:
-            for path in self._paths if not self._files else ():
-                self._files.append(self._form.create_file(path, self._contents))
-                digest = RunningDigest(self._algorithm) if self._form.has_manifest else None
-                self._digests.append(digest if digest and self._files[-1].watch(digest.update) else None)
-            return self._files
-
-    def end_tensor(self) -> str | None:
-        """Note that a tensor is complete.
-
-        Returns:
-            A word on the files if they are now: their digests with commas between them, or "-".
-        """
-        with self._lock:
-            self._left -= 1
-            if self._left:
-                return None
-            for file in self._files:
-                file.close()
-        if not self._form.has_manifest:
-            return "-"
-        made = zip(self._digests, self._paths, strict=True)
-        return ",".join(digest.text() if digest else digest_of(path, self._algorithm) for digest, path in made)
+def by_file(tensors: Iterable[MixedTensor]) -> dict[str, FileContents]:
+    """Return the shapes and types of tensors by their names, file by file."""
+    found: dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)
+    return {**found}
 
 
 class MixWriter:
@@ -119,12 +82,9 @@ class MixWriter:
     ) -> None:
         self._tensors, self._journal, self._digests = tensors, journal, digests
         self._shares = [[(index, share) for index, share in enumerate(one) if share] for one in shares]
-        by_file: dict[str, list[MixedTensor]] = {}
-        for tensor in tensors:
-            by_file.setdefault(tensor.file, []).append(tensor)
         self._files = {
-            file: _TargetFiles(form, [partial / file for partial in partials], inside, algorithm)
-            for file, inside in by_file.items()
+            file: TargetFiles(form, [partial / file for partial in partials], contents, algorithm)
+            for file, contents in by_file(tensors).items()
         }
         self._is_remote = any(map(is_remote, partials))
         self._maps, self._assembling, self._counting, self._thread = MappedFiles(), Lock(), Lock(), local()

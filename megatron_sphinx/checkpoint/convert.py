@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.companions import with_companions
-from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.digests import Algorithm, is_as_written
 from megatron_sphinx.checkpoint.encoders import read_encoders, write_encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
@@ -70,6 +70,7 @@ def convert(
     experts: Sequence[str] = (),
     encoders: Path | None = None,
     ignored: Collection[str] = (),
+    algorithm: Algorithm = "xxh3_128",
     verify: bool = False,
     show: bool = False,
 ) -> ConversionReport:
@@ -90,6 +91,7 @@ def convert(
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
         ignored: keys of the source's configuration that the user says are of no matter.
+        algorithm: of the digests of what is written, for the format that keeps them.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -108,7 +110,7 @@ def convert(
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
-    told = _write(target, checkpoint, to, plan, conversion, options, companions, verify=verify, show=show)
+    told = _write(target, checkpoint, to, plan, conversion, options, companions, algorithm, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
     notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *told)
     line = _balance(opened, checkpoint, conversion, len(specs))
@@ -123,6 +125,7 @@ def _write(
     conversion: Conversion,
     options: WriteOptions,
     companions: Mapping[str, Path],
+    algorithm: Algorithm,
     *,
     verify: bool,
     show: bool,
@@ -131,7 +134,7 @@ def _write(
     partial = partial_of(target)
     try:
         with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
-            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype)
+            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype, algorithm)
             streams.write(journal, show)
             if not to.has_encoders:
                 write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)
@@ -223,7 +226,7 @@ def _check_files(checkpoint: SourceCheckpoint) -> None:
         CheckpointError: one differs.
     """
     folder = checkpoint.folder
-    damaged = [name for name, digest in checkpoint.checksums.items() if sha256_of(folder / name) != digest]
+    damaged = [name for name, digest in checkpoint.checksums.items() if not is_as_written(folder / name, digest)]
     paths = sorted({path for entry in checkpoint.source.entries.values() for path in entry.paths})
     damaged += [path.name for path in paths if path.suffix in (".pth", ".bin") and not is_intact(path)]
     if damaged:

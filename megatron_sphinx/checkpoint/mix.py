@@ -14,9 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megatron_sphinx.checkpoint.blend import MixedTensor, MixWriter
+from megatron_sphinx.checkpoint.blend import MixedTensor, MixWriter, by_file
 from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests, algorithm_of
 from megatron_sphinx.checkpoint.encoders import ENCODERS
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint, WrittenTensors
@@ -243,10 +241,7 @@ def _finish(
         (partial / ENCODERS).mkdir()
         for name in (f"{expert}.safetensors" for expert in first.encoders):  # and nothing else that may lie there
             copy_file(first.folder / ENCODERS / name, partial / ENCODERS / name)
-    files: dict[str, dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
-    for tensor in tensors:
-        files.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)
-    written = WrittenTensors(partial, files, first, checksums=sums, provenance=provenance)
+    written = WrittenTensors(partial, by_file(tensors), first, checksums=sums, provenance=provenance)
     format_named(first.format).finish(written)
 
 

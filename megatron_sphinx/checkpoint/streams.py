@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS, RunningDigest, sha256_of
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm
 from megatron_sphinx.checkpoint.formats.format import Format, PlannedFile, SourceCheckpoint, WritePlan
 from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, Run
 from megatron_sphinx.checkpoint.mapping.rules import TensorSpec
+from megatron_sphinx.checkpoint.target_file import TargetFiles
 from megatron_sphinx.remote import is_remote
 from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, Source, read_into
 from megatron_sphinx.tensors.dtypes import FLOAT16, Array, bytes_of, convert
@@ -26,36 +27,6 @@ _PIECE = 2**18  # elements that are made at a time: few enough to stay in a core
 _REMOTE_PIECE = 2**21  # elements, where they come from behind a URL: few enough to keep, enough to wait for
 _SHOWN = 2**26  # bytes that are copied between two looks at whether the user has stopped it
 _Write = Callable[[TensorFile], None]
-
-
-class _Target:
-    """A file that is made when its first tensor comes, and closed behind its last.
-
-    Args:
-        create: makes it.
-        count: how many tensors it gets.
-    """
-
-    def __init__(self, create: Callable[[], TensorFile], count: int) -> None:
-        self._create, self._left, self._lock = create, count, Lock()
-        self._file: TensorFile | None = None
-
-    def begin_tensor(self, watch: Callable[[bytes | memoryview], object] | None) -> TensorFile:
-        """Return the file that the bytes of the next tensor are appended to; all its bytes are shown to `watch`."""
-        with self._lock:
-            if self._file is None:
-                self._file = self._create()
-                if watch:
-                    self._file.watch(watch)
-            return self._file
-
-    def end_tensor(self) -> bool:
-        """Note that a tensor is complete; tell whether the file is."""
-        with self._lock:
-            self._left -= 1
-            if self._left == 0 and self._file is not None:
-                self._file.close()
-            return self._left == 0
 
 
 def _in_turn(jobs: Iterable[Callable[[], None]]) -> None:
@@ -75,6 +46,7 @@ class TensorStreams:
         plan: the files.
         conversion: makes their tensors.
         dtype: type of their elements; the source's if None.
+        algorithm: of the files' digests, if the format has a manifest.
 
     Attributes:
         contents: the tensors of each file, by its name.
@@ -88,9 +60,10 @@ class TensorStreams:
         plan: WritePlan,
         conversion: Conversion,
         dtype: np.dtype | None,
+        algorithm: Algorithm,
     ) -> None:
         self._partial, self._checkpoint, self._to, self._plan = partial, checkpoint, to, plan
-        self._conversion, self._dtype = conversion, dtype
+        self._conversion, self._dtype, self._algorithm = conversion, dtype, algorithm
         self.contents: Mapping[str, FileContents] = {file.name: self._contents_of(file) for file in plan.files}
         self._is_stopped, self._lock, self._buffers = Event(), Lock(), local()
         self._is_source_remote = is_remote(checkpoint.folder)
@@ -134,19 +107,16 @@ class TensorStreams:
     def _jobs(self, file: PlannedFile, sources: OpenFiles, journal: Journal, bar: Any) -> Iterator[Callable[[], None]]:
         """What is to be done for a file, a job for each tensor."""
         contents, path = self.contents[file.name], self._partial / file.name
-        target = _Target(lambda: self._to.create_file(path, contents), max(1, len(contents)))
-        digest = RunningDigest("sha256") if self._to.has_manifest and is_remote(path) else None
+        target = TargetFiles(self._to, [path], contents, self._algorithm)
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
-            out = target.begin_tensor(digest.update if digest else None)
-            for count in write(out):
+            for count in write(target.begin_tensor()[0]):
                 self._conversion.release()
                 if self._is_stopped.is_set():
                     raise CancelledError
                 with self._lock:
                     bar.update(count)
-            if target.end_tensor():
-                word = digest.text() if digest else sha256_of(path) if self._to.has_manifest else "-"
+            if word := target.end_tensor():
                 journal.note(file.name, word)
 
         def made(spec: TensorSpec) -> Callable[[], None]:

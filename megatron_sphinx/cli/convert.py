@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.formats.registry import names
-from megatron_sphinx.cli.command import add_ignore, place
+from megatron_sphinx.cli.command import add_ignore, add_sha256, place
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--encoders", type=place, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
     add_ignore(parser)
+    add_sha256(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,
         experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, ignored=args.ignore,
-        verify=args.verify, show=True,
+        algorithm=args.algorithm, verify=args.verify, show=True,
     )  # fmt: skip
     for note in done.notes:
         print(note)

@@ -41,7 +41,7 @@ class SourceCheckpoint:
         source: its tensors.
         encoders: the tensors of frozen experts: by expert, then by name.
         description: what its own files say of it: its configuration, or its manifest.
-        checksums: sha256 of its files by name, where its manifest has them.
+        checksums: digests of its files by name, where its manifest has them.
         kept: what its configuration says beside the weights, in transformers' words: tokens, positions.
         left_out: tensors in its files that are not among those of `source`: why, by the tensor's name.
         notes: what its reader must be told, a line each.
@@ -115,7 +115,7 @@ class WrittenTensors:
         files: the tensors of each file, by its name.
         source: the checkpoint that they were made of; of several ones, the first.
         companions: what the plan has beside the tensors.
-        checksums: sha256 of the files, for formats with a manifest.
+        checksums: digests of the files, for formats with a manifest.
         provenance: for a mix, what it was made of.
     """
 

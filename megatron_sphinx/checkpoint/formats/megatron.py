@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.digests import algorithm_of, digest_of, sha256_of
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
@@ -120,7 +120,9 @@ def _finish(written: WrittenTensors) -> None:
     else:
         manifest = {**written.companions[MANIFEST]} | ({_KEPT: dict(source.kept)} if source.kept else {})
         manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
-    write_manifest(folder, {**manifest, "files": {".metadata": sha256_of(folder / ".metadata"), **written.checksums}})
+    algorithm = algorithm_of(next(iter(written.checksums.values())))
+    own = digest_of(folder / ".metadata", algorithm)
+    write_manifest(folder, {**manifest, "files": {".metadata": own, **written.checksums}})
 
 
 def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any]:
