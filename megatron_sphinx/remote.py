@@ -232,10 +232,10 @@ class Sink(Protocol):
     """Where the bytes of a file go."""
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
-        """Write bytes to a place."""
+        """Write bytes to a place in the file."""
 
     def close(self) -> None:
-        """Complete the file."""
+        """Complete the file behind all that was written."""
 
 
 class RemoteSink:

@@ -7,6 +7,9 @@ SLOW = {"torch", "megatron", "deepspeed", "timm", "transformers", "matplotlib", 
 INPUT, OUTPUT = ["--input", "NOWHERE"], ["--output", "NEW"]
 PREPARED = ["NOWHERE", "NEW", "--tokenizer", "NOWHERE"]
 REFUSED = [
+    ["convert", "NOWHERE", "NEW", "--to", "hf"], ["convert", "HERE", "NEW", "--to", "megatron"],
+    ["inspect", "NOWHERE"], ["mix", "--real", "NOWHERE", "--synthetic", "NOWHERE", "--beta", "0.5", *OUTPUT],
+    ["mix", "--real", "HERE", "--synthetic", "HERE", "--beta", "1.5", *OUTPUT],
     ["train", "NOWHERE"], ["train", "NOWHERE", "--check"], ["train", "sphinx_tiny", "--check", "parallel.tensor=3"],
     ["config", "NOWHERE"], ["packing", "NOWHERE"], ["measure", "NOWHERE"], ["doctor", "NOWHERE"],
     ["views", "NOWHERE"], ["report", "NOWHERE", *OUTPUT],

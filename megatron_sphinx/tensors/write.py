@@ -45,7 +45,7 @@ class LocalSink:
         write_from(self.number, memoryview(data), offset)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, which is complete now."""
         self._file.close()
 
 
