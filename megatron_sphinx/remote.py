@@ -7,6 +7,7 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Lock, local
@@ -26,24 +27,37 @@ def place_of(text: str) -> Path:
     """Return the file or folder that a user names by a path or a URL; that behind a URL has the methods of a path.
 
     Raises:
-        ConfigError: nothing that is installed reads such a URL.
+        ConfigError: it is a URL, and fsspec knows none like it, or what reads URLs is not installed.
     """
-    scheme, separator, _ = text.partition("://")
-    if not separator:
+    if "://" not in text:
         return Path(text)
     if text.startswith(_LOCAL):
-        return Path(text.partition("://")[2])
+        return Path(text.removeprefix(_LOCAL))
     try:
-        from fsspec import get_filesystem_class
         from upath import UPath
+    except ImportError as error:
+        raise ConfigError(f"{text}: is a URL; pip install 'megatron-sphinx[remote]' to use such") from error
+    try:
+        return cast("Path", UPath(text))
+    except ValueError as error:
+        scheme = text.partition("://")[0]
+        raise ConfigError(f"{text}: {scheme}:// is not known to fsspec; give a path, or a URL like s3://...") from error
 
-        get_filesystem_class(scheme.split("::")[-1])
+
+def require_package(path: Path) -> None:
+    """Refuse what is behind a URL that nothing installed reads.
+
+    Raises:
+        ConfigError: fsspec needs another package for it.
+    """
+    from fsspec import get_filesystem_class
+
+    scheme = str(path).partition("://")[0]
+    try:
+        get_filesystem_class(scheme)
     except ImportError as error:
         package = _PACKAGES.get(scheme, "megatron-sphinx[remote]")
-        raise ConfigError(f"{text}: needs a package that is not installed; pip install '{package}'") from error
-    except ValueError as error:
-        raise ConfigError(f"{text}: {scheme}:// is not known to fsspec; give a path, or a URL like s3://...") from error
-    return cast("Path", UPath(text))
+        raise ConfigError(f"{path}: needs a package that is not installed; pip install '{package}'") from error
 
 
 def is_remote(path: Path) -> bool:
@@ -96,8 +110,34 @@ def copy_file(source: Path, target: Path) -> None:
 def remove_files(folder: Path) -> None:
     """Remove all files in a folder behind a URL."""
     system = _system(folder)
-    for name in system.find(_name(folder)):
-        system.rm_file(name)
+    with _errors():
+        for name in system.find(_name(folder)):
+            system.rm_file(name)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn the errors of its own that a file system has into OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file behind a URL, and the folder that it is in where folders have to be made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _errors():
+        try:
+            path.write_text(text)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
 
 def _system(path: Path) -> Any:
@@ -156,12 +196,8 @@ class RemoteFile:
         """
         if count == 0:
             return b""
-        try:
+        with _errors():
             content: bytes = _system(self._path).cat_file(_name(self._path), start=start, end=start + count)
-        except OSError:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise OSError(f"{type(error).__name__}: {error}") from error
         if len(content) != count:
             raise OSError(f"{len(content)} bytes came of the {count} from byte {start} on")
         return content
@@ -248,7 +284,8 @@ class RemoteSink:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _system(path).open(_name(path), "wb")
+        with _errors():
+            self._file = _system(path).open(_name(path), "wb")
         self._place, self._waiting, self._lock = 0, dict[int, bytes](), Lock()
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
@@ -263,10 +300,12 @@ class RemoteSink:
                 self._write(waiting)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with _errors():
+            self._file.write(data)
         self._place += len(data)
 
     def close(self) -> None:
         """Complete the file, which is visible from now on."""
         assert not self._waiting, "bytes before others are missing"
-        self._file.close()
+        with _errors():
+            self._file.close()

@@ -2,14 +2,18 @@
 
 import json
 import random
+import signal
+import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
 import fsspec
 import pytest
+from conftest import TOOLS
 from counted import Counted
 from fsspec.implementations.memory import MemoryFileSystem
 from llamas import drawn_model, save, shape_of
@@ -20,7 +24,7 @@ from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mix import interpolate
 from megatron_sphinx.checkpoint.open import open_checkpoint
-from megatron_sphinx.errors import CheckpointError, ConfigError
+from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.remote import BLOCK, RemoteFile, RemoteSink, copy_file, is_remote, place_of, remove_files
 
@@ -46,6 +50,10 @@ def store():
 def files_of(folder: Path) -> dict[str, bytes]:
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path).removeprefix(f"{folder}/"): path.read_bytes() for path in found}
+
+
+def created(path: Path) -> object:
+    return path.fs.info(path.path)["created"]
 
 
 def uploaded(folder: Path, target: Path) -> Path:
@@ -121,11 +129,13 @@ def test_what_was_stopped_is_refused_and_goes_on_file_by_file(tmp_path, store, f
     with pytest.raises(CheckpointError, match="made: is not finished; run the command that makes it again"):
         open_checkpoint(store / "made")
     before = (store / "made" / ".files").read_text().splitlines()
-    kept = {name: (store / "made" / name).stat()["created"] for name in (line.split()[1] for line in before[1:])}
+    kept = {
+        name: (store / "made" / name).stat().as_info()["created"] for name in (line.split()[1] for line in before[1:])
+    }
     assert kept
     convert(source, store / "made", form, OPTIONS)
     assert files_of(store / "made") == files_of(tmp_path / "made")
-    assert kept == {name: (store / "made" / name).stat()["created"] for name in kept}
+    assert kept == {name: created(store / "made" / name) for name in kept}
     with pytest.raises(CheckpointError, match="made: exists; give another TARGET"):
         convert(source, store / "made", form, OPTIONS)
 
@@ -139,6 +149,24 @@ def test_what_was_left_of_another_task_is_removed(tmp_path, store):
     convert(source, tmp_path / "made", "meta", OPTIONS)
     convert(source, store / "made", "meta", OPTIONS)
     assert files_of(store / "made") == files_of(tmp_path / "made")
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
+    source = make(tmp_path / "source", 1, replace(LARGE, layers=3))
+    words = [str(source), f"local://{tmp_path}/made", "--to", "hf", "--shard-size", "0.0005"]
+    command = [sys.executable, str(TOOLS / "convert_checkpoint.py"), *words]
+    journal = tmp_path / "made" / ".files"
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (journal.is_file() and journal.read_text().count("\n") > 2):
+        assert child.poll() is None
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    finished = [line.split()[1] for line in journal.read_text().splitlines()[1:]]
+    before = {name: (tmp_path / "made" / name).stat().st_mtime_ns for name in finished}
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert before == {name: (tmp_path / "made" / name).stat().st_mtime_ns for name in finished}
+    convert(source, tmp_path / "here", "hf", WriteOptions(shard_bytes=500_000))
+    assert files_of(tmp_path / "made") == files_of(tmp_path / "here")
 
 
 class _Ranges(SimpleHTTPRequestHandler):
@@ -173,6 +201,8 @@ def test_a_checkpoint_on_a_web_server_is_read(tmp_path, capsys):
         assert f"{url}: hf" in capsys.readouterr().out
         assert main(["convert", f"{url}/nowhere", str(tmp_path / "other"), "--to", "hf"]) == 2
         assert "nowhere: no such folder" in capsys.readouterr().err
+        assert main(["convert", url, f"{url}/new", "--to", "hf"]) == 2
+        assert "new: could not be written (NotImplementedError" in capsys.readouterr().err
     finally:
         server.shutdown()
         server.server_close()
@@ -189,14 +219,19 @@ def test_commands_take_urls(tmp_path, store, capsys):
     assert f"{store}/m: " in capsys.readouterr().out
 
 
-def test_urls_that_nothing_reads_are_refused(monkeypatch, capsys):
-    with pytest.raises(ConfigError, match="nowhere://x: nowhere:// is not known to fsspec; give a path, or a URL like"):
-        place_of("nowhere://x")
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+def test_urls_that_nothing_reads_are_refused(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "a", 1, SHAPE)
     with pytest.raises(SystemExit, match="2"):
-        main(["inspect", "s3://bucket/model"])
+        main(["inspect", "nowhere://x"])
+    assert "nowhere://x: nowhere:// is not known to fsspec; give a path, or a URL like s3://" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert main(["convert", str(tmp_path / "a"), "s3://bucket/model", "--to", "hf"]) == 2
     said = capsys.readouterr().err
     assert "s3://bucket/model: needs a package that is not installed; pip install 's3fs'" in said
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "s3://bucket/model"])
+    assert "s3://bucket/model: is a URL; pip install 'megatron-sphinx[remote]' to use such" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reached_is_said(store, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sphinx.checkpoint.targets import JOURNAL
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.remote import is_remote, remove_files, state_of
+from megatron_sphinx.remote import is_remote, remove_files, state_of, write_text
 from megatron_sphinx.tensors.entries import Entry
 
 
@@ -60,7 +60,7 @@ class Journal:
                     remove_files(folder) if is_remote(folder) else _empty(folder)
                 lines = [digest]
             for mark in self._marks:
-                mark.write_text(f"{digest}\n")
+                write_text(mark, f"{digest}\n")
             self._text = "".join(f"{line}\n" for line in lines)
             self._path.write_text(self._text)
             self._file = None if self._marks else self._path.open("a", buffering=1)
@@ -85,7 +85,7 @@ class Journal:
             line = f"{word} {name}\n"
             self._text += line
             if self._file is None:  # nothing is appended to what is behind a URL
-                self._path.write_text(self._text)
+                write_text(self._path, self._text)
             else:
                 self._file.write(line)
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sphinx.errors import CheckpointError
-from megatron_sphinx.remote import is_remote, remove_files
+from megatron_sphinx.remote import is_remote, remove_files, require_package
 
 JOURNAL = ".files"
 
@@ -30,7 +30,10 @@ def is_reachable_folder(folder: Path) -> bool:
 
     Raises:
         CheckpointError: what is behind its URL cannot be reached.
+        ConfigError: nothing that is installed reads such a URL.
     """
+    if is_remote(folder):
+        require_package(folder)
     try:
         return folder.is_dir()
     except Exception as error:  # each file system has errors of its own
