@@ -37,6 +37,9 @@ def test_a_mix_says_what_it_is(tmp_path):
     assert (tmp_path / "deep" / "mix" / "README.md").read_text() == "0"
 
 
+CONVERT = "tools"
+
+
 @pytest.mark.parametrize("wanted", ["xxh3_128", "sha256"])
 def test_ours_says_it_in_its_manifest(tmp_path, wanted):
     inputs = [ours(tmp_path / f"{seed}", seed) for seed in range(2)]
@@ -74,3 +77,21 @@ def test_what_was_written_before_has_digests_of_sha256(tmp_path):
     (inputs[1] / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"/1: \.metadata is damaged \(its checksum differs\); give an earlier"):
         interpolate(inputs, {tmp_path / "again": (0.25, 0.75)})
+
+
+@pytest.mark.parametrize("asked", [(), ("--sha256",)])
+def test_convert_writes_digests_of_either_kind_and_checks_both(tmp_path, run_tool, asked):
+    source = make(tmp_path / "source", 1)
+    status, _, error = run_tool(CONVERT, source, tmp_path / "ours", "--to", "megatron", *asked)
+    assert status == 0, error
+    files = json.loads((tmp_path / "ours" / MANIFEST).read_text())["files"]
+    algorithm = "sha256" if asked else "xxh3_128"
+    assert files == {name: digest_of(tmp_path / "ours" / name, algorithm) for name in files}
+    assert len(files) == len(list((tmp_path / "ours").iterdir())) - 1
+    status, _, error = run_tool(CONVERT, tmp_path / "ours", tmp_path / "hf", "--to", "hf", "--verify")
+    assert status == 0, error
+    victim = tmp_path / "ours" / ".metadata"
+    victim.write_bytes(victim.read_bytes() + b".")  # which a pickle's reader does not look at
+    status, _, error = run_tool(CONVERT, tmp_path / "ours", tmp_path / "again", "--to", "hf", "--verify")
+    assert status == 2
+    assert ".metadata is damaged (its checksum differs); fetch it again" in error
