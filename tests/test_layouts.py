@@ -160,3 +160,17 @@ def test_a_file_that_ends_too_early_is_named(tmp_path):
         assert opened.number_of(tmp_path / "short") == number
         with pytest.raises(CheckpointError, match="short: is cut off while it is read; give a whole checkpoint"):
             read_into(number, memoryview(bytearray(9)), 0, tmp_path / "short")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_turned_is_the_same_in_tiles(seed):
+    """Large enough for tiles, of any number of dimensions, in order and not."""
+    rng = random.Random(seed)
+    shape = rng.choice([(700, 300), (3, 500, 260), (260, 2, 300), (290, 1, 270, 1)])
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    order = rng.sample(range(len(shape)), len(shape))
+    view = values.transpose(order)
+    for dtype in (FLOAT32, BFLOAT16):
+        out = np.empty(view.shape, dtype)
+        convert(view, out)
+        assert np.array_equal(out, view.astype(dtype))

@@ -113,32 +113,53 @@ class MappedFiles:
         """
         if 0 in inside.shape:
             return np.empty(inside.shape, dtype)
-        start, size = chunk.start + inside.start * dtype.itemsize, inside.extent * dtype.itemsize
-        strides = tuple(step * dtype.itemsize for step in inside.strides)
         if is_remote(chunk.path):
-            with self._lock:
-                file = self._remote.get(chunk.path) or self._remote.setdefault(chunk.path, RemoteFile(chunk.path))
-            return np.ndarray(inside.shape, dtype, file.read(start, size), 0, strides)
+            return self._remote_part(chunk, dtype, inside)
+        start = chunk.start + inside.start * dtype.itemsize
+        strides = tuple(step * dtype.itemsize for step in inside.strides)
         with self._lock:
             if chunk.path not in self._maps:
                 with chunk.path.open("rb") as opened:
                     self._maps[chunk.path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             mapped = self._maps[chunk.path]
-        self._touched.append((mapped, start, size))
+        extent = Layout(0, chunk.shape, chunk.stride).extent
+        self._touched[chunk.path, chunk.start] = (mapped, extent * dtype.itemsize)
         return np.ndarray(inside.shape, dtype, mapped, start, strides)
+
+    def _remote_part(self, chunk: Chunk, dtype: np.dtype, inside: Layout) -> Array:
+        with self._lock:
+            file = self._remote.get(chunk.path) or self._remote.setdefault(chunk.path, RemoteFile(chunk.path))
+        whole = Layout(0, chunk.shape, chunk.stride)
+        strides = tuple(step * dtype.itemsize for step in inside.strides)
+        if inside.extent <= 2 * prod(inside.shape):
+            content = file.read(chunk.start + inside.start * dtype.itemsize, inside.extent * dtype.itemsize)
+            return np.ndarray(inside.shape, dtype, content, 0, strides)
+        known, content = self._thread.__dict__.get("kept", (None, b""))
+        if known != chunk:  # else the parts of a matrix that is turned would each bring all of it
+            self._thread.__dict__.pop("kept", None)
+            content = file.read(chunk.start, whole.extent * dtype.itemsize)
+            self._thread.__dict__["kept"] = (chunk, content)
+        return np.ndarray(inside.shape, dtype, content, inside.start * dtype.itemsize, strides)
 
     def _view(self, chunk: Chunk, dtype: np.dtype) -> Array:
         return self.part(chunk, dtype, Layout(0, chunk.shape, chunk.stride))
 
     @property
-    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
-        """The ranges of files that this thread has read: map, first byte, bytes."""
-        ranges: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+    def _touched(self) -> dict[tuple[Path, int], tuple[mmap.mmap, int]]:
+        """The ranges of files that this thread has read: map and bytes by file and first byte."""
+        ranges: dict[tuple[Path, int], tuple[mmap.mmap, int]] = self._thread.__dict__.setdefault("touched", {})
         return ranges
 
-    def release(self) -> None:
-        """Give back the memory of what this thread has read; it can be read again."""
-        for mapped, start, size in self._touched:
+    def release(self, kept: int = 0) -> None:
+        """Give back the memory of what this thread has read; it can be read again.
+
+        Args:
+            kept: bytes that may stay, so that what is soon read again is not fetched again; one tensor may in any case.
+        """
+        sizes = [size for _, size in self._touched.values()]
+        if kept and (len(sizes) < 2 or sum(sizes) <= kept):
+            return
+        for (_, start), (mapped, size) in self._touched.items():
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         self._touched.clear()
