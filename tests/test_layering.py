@@ -39,6 +39,8 @@ LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "confi
          "generation/requests.py", "generation/ticks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py", "checkpoint/formats/registry.py",
+         "saved.py", "tensors/entries.py", "tensors/read.py", "tensors/write.py", "tensors/distributed.py",
+         "checkpoint/convert.py", "checkpoint/streams.py", "checkpoint/inspect.py", "checkpoint/weight_names.py",
          "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
          "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]

@@ -1,17 +1,19 @@
 """What a checkpoint holds, whether it is what it was, and how far two are apart: a tensor at a time."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf, isnan, prod, sqrt
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from megatron_sphinx import parsing
 from megatron_sphinx.checkpoint.bar import progress_bar
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, RunningDigest
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.errors import CheckpointError
@@ -66,22 +68,27 @@ def keys(checkpoint: SourceCheckpoint) -> dict[str, dict[str, Any]]:
 # contents
 
 
-def digests(checkpoint: SourceCheckpoint, *, show: bool = False) -> dict[str, str]:
-    """Return the sha256 of each tensor: of its type, its shape, and its elements in row-major order.
+def digests(checkpoint: SourceCheckpoint, algorithm: Algorithm = "xxh3_128", *, show: bool = False) -> dict[str, str]:
+    """Return the digest of each tensor: of its type, its shape, and its elements in row-major order.
 
-    Memory: the pages of one tensor, and itself where it lies in several pieces.
+    Memory: for each thread the pages of one tensor, and itself where it lies in several pieces.
     """
     entries, maps = tensors(checkpoint), checkpoint.source.maps
-    sums = {}
-    with progress_bar("hashing", sum(entry.nbytes for entry in entries.values()), show) as bar:
-        for name, entry in entries.items():
-            digest = hashlib.sha256(f"torch.{entry.dtype.name} {list(entry.shape)}".encode())
-            for rows in _blocks(maps.read(entry)):
-                digest.update(bytes_of(rows))
-            maps.release()
-            sums[name] = digest.hexdigest()
+    lock = Lock()
+
+    def digest_of(entry: Entry) -> str:
+        digest = RunningDigest(algorithm)
+        digest.update(f"torch.{entry.dtype.name} {list(entry.shape)}".encode())
+        for rows in _blocks(maps.read(entry)):
+            digest.update(bytes_of(rows))
+        maps.release()
+        with lock:
             bar.update(entry.nbytes)
-    return sums
+        return digest.text()
+
+    size = sum(entry.nbytes for entry in entries.values())
+    with progress_bar("hashing", size, show) as bar, ThreadPoolExecutor(THREADS, "hash") as pool:
+        return dict(zip(entries, pool.map(digest_of, entries.values()), strict=True))
 
 
 def read_digests(path: Path) -> dict[str, str]:
@@ -94,7 +101,8 @@ def read_digests(path: Path) -> dict[str, str]:
         content = parsing.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give a file that --hash has written") from error
-    sums = content.get("sha256") if isinstance(content, dict) else None
+    known = content if isinstance(content, dict) else {}
+    sums = known.get("digests", known.get("sha256"))  # as manifests called them at first
     if not isinstance(sums, dict) or not sums or not all(isinstance(digest, str) for digest in sums.values()):
         raise CheckpointError(f"{path}: is no manifest; give a file that --hash has written")
     return sums

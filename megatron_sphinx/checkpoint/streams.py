@@ -21,7 +21,9 @@ from megatron_sphinx.tensors.dtypes import FLOAT16, Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.write import FileContents, TensorFile
 
-_PIECE = 2**18  # elements that are made at a time: few enough to stay in a core's cache
+_BLOCK = 2**18  # elements of a run that are read at a time: few enough to stay in a core's cache
+_PIECE = 2**20  # elements that are made at a time: enough for long rows where a matrix is turned
+_KEPT = 2**26  # bytes of the source that stay in memory while a tensor is made
 _SHOWN = 2**26  # bytes that are copied between two looks at whether the user has stopped it
 _Write = Callable[[TensorFile], None]
 
@@ -99,11 +101,12 @@ class TensorStreams:
 
         def job(write: Callable[[TensorFile], Iterator[int]]) -> None:
             for count in write(target.begin_tensor()[0]):
-                self._conversion.release()
+                self._conversion.release(_KEPT)
                 if self._is_stopped.is_set():
                     raise CancelledError
                 with self._lock:
                     bar.update(count)
+            self._conversion.release()
             if word := target.end_tensor():
                 journal.note(file.name, word)
 
@@ -162,7 +165,7 @@ class TensorStreams:
         known: dict[tuple[str, np.dtype], Array] = self._buffers.__dict__.setdefault("buffers", {})
         for kind in (("read", source), ("made", target)):
             if kind not in known:
-                known[kind] = np.empty(_PIECE, kind[1])
+                known[kind] = np.empty(_BLOCK, kind[1])
         return known["read", source], known["made", target]
 
     def _write_pieces(self, out: TensorFile, spec: TensorSpec, dtype: np.dtype) -> Iterator[int]:

@@ -13,6 +13,7 @@ SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64), "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
+_TILE = 256  # elements of a row that are turned at a time
 _FLOATING = (FLOAT16, BFLOAT16, FLOAT32, np.dtype(np.float64))  # those that weights come in
 
 
@@ -43,6 +44,27 @@ def convert(values: Array, out: Array) -> None:
         values: what is copied.
         out: what is filled, of the same shape.
     """
+    axis = _turned_axis(values, out)
+    if axis is not None:
+        for start in range(0, out.shape[axis], _TILE):
+            part = (*(slice(None),) * axis, slice(start, start + _TILE))
+            _convert(values[part].copy(order="K"), out[part])  # read in the order in which it lies, then turned
+    else:
+        _convert(values, out)
+
+
+def _turned_axis(values: Array, out: Array) -> int | None:
+    """The axis whose elements are neighbours in `out`, where others are in `values`, so that a copy would be slow."""
+    if out.size < _TILE**2:
+        return None
+    fastest = [
+        min((step, axis) for axis, (step, size) in enumerate(zip(one.strides, one.shape, strict=True)) if size > 1)[1]
+        for one in (values, out)
+    ]
+    return fastest[1] if fastest[0] != fastest[1] else None
+
+
+def _convert(values: Array, out: Array) -> None:
     if values.dtype == out.dtype:
         np.copyto(bits(out), bits(values))
         return

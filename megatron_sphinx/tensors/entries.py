@@ -107,19 +107,26 @@ class MappedFiles:
                     self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             mapped = self._maps[chunk.path]
         count = Layout(0, chunk.shape, chunk.stride).extent
-        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
+        self._touched[chunk.path, chunk.start] = (mapped, count * dtype.itemsize)
         strides = tuple(step * dtype.itemsize for step in chunk.stride)
         return np.ndarray(chunk.shape, dtype, mapped, chunk.start, strides)
 
     @property
-    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
-        """The ranges of files that this thread has read: map, first byte, bytes."""
-        ranges: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+    def _touched(self) -> dict[tuple[Path, int], tuple[mmap.mmap, int]]:
+        """The ranges of files that this thread has read: map and bytes by file and first byte."""
+        ranges: dict[tuple[Path, int], tuple[mmap.mmap, int]] = self._thread.__dict__.setdefault("touched", {})
         return ranges
 
-    def release(self) -> None:
-        """Give back the memory of what this thread has read; it can be read again."""
-        for mapped, start, size in self._touched:
+    def release(self, kept: int = 0) -> None:
+        """Give back the memory of what this thread has read; it can be read again.
+
+        Args:
+            kept: bytes that may stay, so that what is soon read again is not fetched again; one tensor may in any case.
+        """
+        sizes = [size for _, size in self._touched.values()]
+        if kept and (len(sizes) < 2 or sum(sizes) <= kept):
+            return
+        for (_, start), (mapped, size) in self._touched.items():
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         self._touched.clear()

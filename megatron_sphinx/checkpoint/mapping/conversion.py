@@ -246,9 +246,9 @@ class Conversion:
             self._assembled.move_to_end(key)
             return self._assembled[key]
 
-    def release(self) -> None:
-        """Give back the memory of what this thread has read."""
-        self._source.maps.release()
+    def release(self, kept: int = 0) -> None:
+        """Give back the memory of what this thread has read, but for so many bytes, or one tensor."""
+        self._source.maps.release(kept)
 
     def differing_copies(self) -> Iterator[tuple[TensorSpec, float]]:
         """List copies in other ranks' files that differ from the one that is used, with the most they differ by."""
