@@ -37,7 +37,7 @@ def test_a_mix_says_what_it_is(tmp_path):
     assert (tmp_path / "deep" / "mix" / "README.md").read_text() == "0"
 
 
-CONVERT = "tools"
+CONVERT = "convert_checkpoint.py"
 
 
 @pytest.mark.parametrize("wanted", ["xxh3_128", "sha256"])
