@@ -20,6 +20,7 @@ from llamas import drawn_model, save, shape_of
 from mixes import make
 
 from megatron_sphinx.__main__ import main
+from megatron_sphinx.checkpoint import streams
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mix import interpolate
@@ -116,6 +117,20 @@ def test_what_is_behind_a_url_is_read_once(tmp_path, store, form):
     assert max(end - start for start, end in ranges) <= BLOCK < size
     assert size <= sum(end - start for start, end in ranges) < size + 2**16  # the header is looked at before
     assert Counted.most_read(weights) <= 2
+
+
+def test_of_a_matrix_that_is_turned_no_piece_brings_all_of_it(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(streams, "_REMOTE_PIECE", 2**9)
+    monkeypatch.setattr(streams, "THREADS", 1)
+    make(tmp_path / "hf", 1, replace(SHAPE, experts=2))
+    convert(tmp_path / "hf", tmp_path / "source", "accessory", WriteOptions(is_sparse=True))
+    source = uploaded(tmp_path / "source", store / "source")
+    weights = f"/{str(source).partition('://')[2]}/consolidated.00-of-01.model.pth"
+    Counted.read.clear()
+    convert(source, tmp_path / "made", "hf", WriteOptions())
+    assert files_of(tmp_path / "made")["model.safetensors"] == files_of(tmp_path / "hf")["model.safetensors"]
+    size = len(files_of(source)["consolidated.00-of-01.model.pth"])
+    assert sum(end - start for start, end in Counted.read[weights]) < 2 * size
 
 
 @pytest.mark.parametrize("form", ["hf", "megatron"])
