@@ -156,8 +156,8 @@ def test_a_full_disk_is_an_error(files, monkeypatch):
 def test_a_file_that_ends_too_early_is_named(tmp_path):
     (tmp_path / "short").write_bytes(b"12345")
     with OpenFiles() as opened:
-        number = opened.number_of(tmp_path / "short")
-        assert opened.number_of(tmp_path / "short") == number
+        number = opened.opened(tmp_path / "short")
+        assert opened.opened(tmp_path / "short") == number
         with pytest.raises(CheckpointError, match="short: is cut off while it is read; give a whole checkpoint"):
             read_into(number, memoryview(bytearray(9)), 0, tmp_path / "short")
 
