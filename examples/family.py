@@ -21,8 +21,9 @@ from megatron_sphinx.checkpoint.store import load_weights
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.config import DataSource
+from megatron_sphinx.data.packing import views_in
 from megatron_sphinx.data.pairs import SampleIndex
-from megatron_sphinx.data.pixels import PixelLoader, views_in
+from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.run.assembly import build_model
 from megatron_sphinx.run.evaluation import open_alone
 from megatron_sphinx.run.job import RankContext

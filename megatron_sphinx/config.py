@@ -285,8 +285,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not a mapping, an unknown key or preset, a value of the wrong type or out of range.
     """
-    name = str(path)
-    values = _example(name) if name in presets() and not path.exists() else _read(path)
+    values = values_of(path)
     for text in overrides:
         override(values, text)
     for section, key, folder in (("model", "preset", ""), ("training", "recipe", "recipes")):
@@ -297,6 +296,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     if found := meant(Config, values):
         raise ConfigError(f"{shortened(found[0])}: unknown key; did you mean {found[1]}?")
     return build(Config, values)
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """Read what a file and those that it changes say, or an example of a preset; their values are not checked.
+
+    Raises:
+        ConfigError: no such file, or not a mapping.
+    """
+    name = str(path)
+    return _example(name) if name in presets() and not path.exists() else _read(path)
 
 
 def presets(folder: str = "") -> list[str]:

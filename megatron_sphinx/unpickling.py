@@ -1,34 +1,36 @@
 """Everything that is pickled in files of somebody else is read here, and nothing that such a file names is called.
 
-Tensors are read by torch's `weights_only`. The `.metadata` of a torch.distributed.checkpoint, which torch itself would
-unpickle without limits, is read into plain records; torch's own objects are then made of what they hold. Checksums do
-not protect: whoever wrote a file wrote them too. No other module may import pickle or call torch.load.
+Files of torch.save, and the `.metadata` of a torch.distributed.checkpoint, are read into plain records, without torch,
+whose own reader of the latter would unpickle it without limits. Where torch is at hand anyhow, small objects are read
+by its `weights_only`. Checksums do not protect: whoever wrote a file wrote them too. No other module may import pickle
+or call torch.load.
 """
 
 import io
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shortened
 from threading import RLock
 from typing import IO, Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # private, but the class that `.metadata` is made of
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+import numpy as np
 
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.paths import is_plain
+from megatron_sphinx.remote import open_file
+from megatron_sphinx.saved import (
+    STORAGES,
+    TYPES,
+    DistributedMetadata,
+    SavedBox,
+    SavedPlace,
+    SavedTensor,
+    SavedWhole,
+)
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _OLDER = "torch.distributed._shard.sharded_tensor.metadata"
@@ -45,6 +47,13 @@ _RECORDS = {
     *((_MEGATRON, name) for name in ("MCoreMetadata", "MCoreSavePlan")),
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }  # fmt: skip
+_UTILS = "torch._utils"
+_REBUILT = {  # what a file of torch.save makes its tensors by
+    *((_UTILS, name) for name in (
+        "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter", "_rebuild_parameter_with_state",
+    )),
+    ("torch", "device"),
+}  # fmt: skip
 _OPERATIONS = {  # of pickletools
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "LONG1", "LONG4", "BININT",
     "BININT1", "BININT2", "FLOAT", "BINFLOAT", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "STRING",
@@ -58,8 +67,8 @@ _LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole p
 # Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str, ("builtins", "set"): set,
-    ("collections", "OrderedDict"): dict,
 }  # fmt: skip
+_ORDERED = ("collections", "OrderedDict")
 
 
 def load_torch(source: Path | IO[bytes], *, device: str = "cpu", is_mapped: bool = False) -> Any:
@@ -73,6 +82,8 @@ def load_torch(source: Path | IO[bytes], *, device: str = "cpu", is_mapped: bool
     Raises:
         Exception: it is damaged, or names anything but tensors and plain values; torch has many errors for this.
     """
+    import torch
+
     with only_tensors():
         return torch.load(source, map_location=device, weights_only=True, mmap=is_mapped)
 
@@ -83,6 +94,8 @@ def only_tensors() -> Iterator[None]:
 
     megatron-core and torch.distributed add classes that do things when they are made. One thread at a time is in here.
     """
+    import torch
+
     with _LOADING:
         added = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
@@ -93,7 +106,45 @@ def only_tensors() -> Iterator[None]:
             torch.serialization.add_safe_globals(added)
 
 
-def metadata_of(folder: Path) -> Metadata:
+def unpickled(content: bytes) -> Any:
+    """Read what a file of torch.save says of its tensors: its `data.pkl`.
+
+    Returns:
+        Its plain values; `tensor_of` knows which of them are tensors.
+
+    Raises:
+        Exception: it is damaged, or names anything but tensors; pickle has many errors for this.
+    """
+    _require_plain(content, {"BINPERSID"})
+    return _Unpickler(io.BytesIO(content), _REBUILT).load()
+
+
+def tensor_of(value: Any) -> SavedTensor | None:
+    """Return the tensor that a value of a file of torch.save is; None where it is none.
+
+    Raises:
+        Exception: it cannot be one; what it holds may be anything.
+    """
+    while isinstance(value, _Record) and value.name.startswith("_rebuild_parameter"):
+        value = value.arguments[0]
+    if not (isinstance(value, _Record) and value.name.startswith("_rebuild_tensor")):
+        return None
+    storage, start, shape, stride, *others = value.arguments
+    if not (isinstance(storage, _Record) and storage.name == "storage"):
+        raise TypeError(f"{shortened(storage)} is no storage")
+    kind, key, count = storage.arguments
+    (start, count), shape, stride = _sizes((start, count)), _sizes(shape), _sizes(stride)
+    dtype = _type(others[2] if value.name == "_rebuild_tensor_v3" else kind)
+    nbytes = count if kind.arguments == ("untyped",) else count * dtype.itemsize
+    if not isinstance(key, str) or len(shape) != len(stride):
+        raise TypeError(f"{shortened((key, shape, stride))} is no place of a tensor")
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    if (start + extent) * dtype.itemsize > nbytes:
+        raise ValueError(f"{extent} elements from {start} on are out of bounds for a storage of {nbytes} bytes")
+    return SavedTensor(key, nbytes, dtype, start, shape, stride)
+
+
+def metadata_of(folder: Path) -> DistributedMetadata:
     """Read what a torch.distributed.checkpoint says of its tensors and their places.
 
     Raises:
@@ -103,7 +154,7 @@ def metadata_of(folder: Path) -> Metadata:
     try:
         content = path.read_bytes()
         _require_plain(content)
-        record = _Unpickler(io.BytesIO(content)).load()
+        record = _Unpickler(io.BytesIO(content), _RECORDS).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
     if not (isinstance(record, _Record) and record.name == "Metadata"):
@@ -127,7 +178,7 @@ def arguments_of(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as opened, zipfile.ZipFile(opened) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             with archive.open(name) as file:
                 content = file.read(_MOST_BYTES)
@@ -140,25 +191,6 @@ def arguments_of(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         return {}
     return {str(key): value for key, value in state.items() if isinstance(value, str | int | float | None)}
-
-
-def write_metadata(folder: Path, files: Mapping[str, Mapping[str, tuple[Sequence[int], torch.dtype]]]) -> None:
-    """Write the `.metadata` of whole tensors, each in a file of its own that is there.
-
-    Args:
-        folder: the checkpoint.
-        files: shape and type of the tensor in each file, by the file's name and the tensor's.
-    """
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places = {}
-    for file, contents in files.items():
-        ((name, (sizes, dtype)),) = contents.items()
-        shape, corner = torch.Size(sizes), torch.Size([0] * len(sizes))
-        chunk = ChunkStorageMetadata(corner, shape)
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, [chunk])
-        places[MetadataIndex(name, corner)] = _StorageInfo(file, 0, (folder / file).stat().st_size)
-    with (folder / ".metadata").open("wb") as out:
-        pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), out)
 
 
 def fault_of(error: BaseException) -> str:
@@ -198,25 +230,50 @@ class _Record:
         return self.state.get(key) if isinstance(self.state, dict) else None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that torch and megatron-core write into a `.metadata`, and refuses any other."""
+class _Ordered(dict[Any, Any]):
+    """Stands for an OrderedDict, whose attributes are read past."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __setstate__(self, _: Any) -> None:
+        """Read past what torch notes of versions."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows some names of torch and megatron-core, and refuses any other.
+
+    Args:
+        file: what is read.
+        names: module and name of what it may hold records of.
+    """
+
+    def __init__(self, file: IO[bytes], names: Collection[tuple[str, str]]) -> None:
         super().__init__(file)
-        self._kinds: dict[tuple[str, str], type[_Record]] = {}  # a pickle may change a class: these end with it
+        self._names = names
+        self._kinds: dict[str, type[Any]] = {}  # a pickle may change a class: these end with it
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name."""
         key = (module, name)
         if key in _PLAIN:
             return _PLAIN[key]
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype
-        if key not in _RECORDS:
+        if key == _ORDERED:
+            return self._kinds.setdefault("OrderedDict", type("OrderedDict", (_Ordered,), {}))
+        if module == "torch" and name in TYPES:
+            return self._kind("dtype")(name)
+        if module == "torch" and name in STORAGES:
+            return self._kind("dtype")(STORAGES[name])
+        if key == ("torch.storage", "UntypedStorage"):
+            return self._kind("dtype")("untyped")
+        if key not in self._names:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        if key not in self._kinds:
-            self._kinds[key] = type(name, (_Record,), {"name": name})
-        return self._kinds[key]
+        return self._kind(name)
+
+    def _kind(self, name: str) -> Any:
+        return self._kinds.setdefault(name, type(name, (_Record,), {"name": name}))
+
+    def persistent_load(self, pid: Any) -> Any:  # called by pickle
+        """Return a record of a storage, which a file of torch.save has outside of its pickle."""
+        _, kind, key, _, count = pid
+        return self._kind("storage")(kind, key, count)
 
 
 class _AnyUnpickler(pickle.Unpickler):
@@ -224,46 +281,48 @@ class _AnyUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name."""
-        return _PLAIN.get((module, name)) or type(name, (_Record,), {"name": f"{module}.{name}"})
+        key = (module, name)
+        return dict if key == _ORDERED else _PLAIN.get(key) or type(name, (_Record,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, _: Any) -> None:  # called by pickle
         """Read past the values of tensors."""
 
 
-def _metadata(record: _Record) -> Metadata:
-    """Make torch's object of what was read; raises what damage leads to."""
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for name, tensor in record.get("state_dict_metadata").items():
-        is_tensor = tensor.name == "TensorStorageMetadata"
-        tensors[str(name)] = _tensor(tensor) if is_tensor else BytesStorageMetadata()
-    return Metadata(state_dict_metadata=tensors, storage_data=dict(_places(record.get("storage_data"))))
+def _metadata(record: _Record) -> DistributedMetadata:
+    """Take what is needed of what was read; raises what damage leads to."""
+    tensors = {
+        str(name): _whole(tensor) if tensor.name == "TensorStorageMetadata" else None
+        for name, tensor in record.get("state_dict_metadata").items()
+    }
+    return DistributedMetadata(tensors, tuple(_places(record.get("storage_data"))))
 
 
-def _tensor(record: _Record) -> TensorStorageMetadata:
-    dtype = record.get("properties").state[0]
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{shortened(dtype)} is no type of a tensor")
-    chunks = [
-        ChunkStorageMetadata(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in record.get("chunks")
-    ]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), _sizes(record.get("size")), chunks)
+def _whole(record: _Record) -> SavedWhole:
+    boxes = tuple(SavedBox(_sizes(one.get("offsets")), _sizes(one.get("sizes"))) for one in record.get("chunks"))
+    return SavedWhole(_type(record.get("properties").state[0]), _sizes(record.get("size")), boxes)
 
 
-def _places(storage: Any) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
-    """Where each chunk of each tensor lies."""
+def _places(storage: Any) -> Iterator[SavedPlace]:
+    """Where each box of each tensor lies."""
     for index, info in storage.items():
-        offset, file = index.get("offset"), info.get("relative_path")
+        offset, number, file = index.get("offset"), index.get("index"), info.get("relative_path")
         if not is_plain(file):
             raise ValueError(f"{shortened(file)} is no name of a file in it")
         if info.get("transform_descriptors"):
             how = shortened(info.get("transform_descriptors"))
             raise ValueError(f"{file} is transformed by {how}, which is not known here")
         start, length = _sizes((info.get("offset"), info.get("length")))
-        place = MetadataIndex(str(index.get("fqn")), None if offset is None else _sizes(offset), index.get("index"))
-        yield place, _StorageInfo(file, start, length)
+        corner = None if offset is None else _sizes(offset)
+        yield SavedPlace(str(index.get("fqn")), corner, number, file, start, length)
 
 
-def _sizes(values: Any) -> torch.Size:
+def _type(value: Any) -> np.dtype:
+    if not (isinstance(value, _Record) and value.name == "dtype" and value.arguments[0] in TYPES):
+        raise TypeError(f"{shortened(value)} is no type of a tensor")
+    return TYPES[value.arguments[0]]
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
         raise TypeError(f"{shortened(values)} are no sizes")
-    return torch.Size(values)
+    return values

@@ -5,7 +5,7 @@ import pytest
 from megatron_sphinx.benchmark import sweep
 from megatron_sphinx.benchmark.summary import MeasuredRun
 from megatron_sphinx.benchmark.sweep import BenchmarkError, Measurement
-from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.packing import views_in
 from megatron_sphinx.data.sources import make_planner, open_sources
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch_arrays import as_array, as_tensor, type_of
 
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.encoders import ENCODERS
@@ -42,15 +43,15 @@ def make(
     shard_bytes: int = 10**9,
 ) -> Path:
     """A checkpoint of Hugging Face's format, of random weights."""
-    found, about = huggingface.plan(Model(shape, channels=channels), WriteOptions(1, dtype, shard_bytes), {})
+    found, about = huggingface.plan(Model(shape, channels=channels), WriteOptions(1, type_of(dtype), shard_bytes), {})
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     for file in found:
-        out = create_file(folder / file.name, {item.name: (item.shape, dtype) for item in file.tensors})
+        out = create_file(folder / file.name, {item.name: (item.shape, type_of(dtype)) for item in file.tensors})
         for item in file.tensors:
             value = torch.randn(item.shape, generator=generator)
             value.view(-1)[:3] = torch.tensor(ODD)
-            out.put(item.name, value.to(dtype))
+            out.put(item.name, as_array(value.to(dtype)))
         out.close()
     for name, content in about.items():
         (folder / name).write_text(json.dumps(content))
@@ -60,9 +61,9 @@ def make(
 def tensors(folder: Path, shape: LanguageConfig | None = None) -> dict[tuple[str, str], Tensor]:
     """All tensors of a checkpoint, by file and name; frozen experts too."""
     opened, maps = open_checkpoint(folder, shape), MappedFiles()
-    found = {key: maps.read(entry).clone() for key, entry in opened.source.entries.items()}
+    found = {key: as_tensor(maps.read(entry)) for key, entry in opened.source.entries.items()}
     for expert, entries in opened.encoders.items():
-        found |= {(expert, name): maps.read(entry).clone() for name, entry in entries.items()}
+        found |= {(expert, name): as_tensor(maps.read(entry)) for name, entry in entries.items()}
     return found
 
 
@@ -111,7 +112,7 @@ def accessory(folder: Path, seed: int, expert: Tensor) -> Path:
 def with_expert(folder: Path, expert: Tensor, name: str = "w") -> Path:
     """Put a frozen expert beside a checkpoint."""
     (folder / ENCODERS).mkdir(exist_ok=True)
-    out = create_file(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), expert.dtype)})
-    out.put(name, expert)
+    out = create_file(folder / ENCODERS / "clip.safetensors", {name: (tuple(expert.shape), type_of(expert.dtype))})
+    out.put(name, as_array(expert))
     out.close()
     return folder

@@ -380,7 +380,7 @@ def test_a_folder_with_shards_is_those(tmp_path):
 
 def test_the_command_says_how_many_answers_and_errors_there_are(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model, "load", lambda path, **options: Double(caption))
-    words = ["generate", "m", "--input", str(pictures), "--output", str(tmp_path / "o"), "--prompt", "p"]
+    words = ["generate", ".", "--input", str(pictures), "--output", str(tmp_path / "o"), "--prompt", "p"]
     assert main([*words, "--temperature", "0.5", "--stop", "x"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'o'}: 3 answers, 1 errors\n"
     assert main([*words, "--temperature", "0.5", "--stop", "x"]) == 0

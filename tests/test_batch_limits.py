@@ -20,7 +20,7 @@ def generate(monkeypatch, folder, double, *words, rows=2):
     monkeypatch.setattr(model, "load", lambda path, limits, **options: loaded.append(limits) or double)
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps({"question": str(number)}) + "\n" for number in range(rows)))
-    assert main(["generate", "m", "--input", str(source), "--output", str(folder / "o"), *words]) == 0
+    assert main(["generate", ".", "--input", str(source), "--output", str(folder / "o"), *words]) == 0
     return loaded[0]
 
 

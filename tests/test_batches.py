@@ -10,8 +10,9 @@ from test_text import all_documents
 
 from megatron_sphinx import config as configuration
 from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.packing import views_in
 from megatron_sphinx.data.pairs import SampleIndex
-from megatron_sphinx.data.pixels import PixelLoader, views_in
+from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer

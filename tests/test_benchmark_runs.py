@@ -14,8 +14,8 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.benchmark import report, sweep, synthetic
 from megatron_sphinx.data.batches import BatchBuilder
+from megatron_sphinx.data.packing import views_in
 from megatron_sphinx.data.pairs import ImageReader
-from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.sources import open_sources
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.parallel.launch import run_launcher

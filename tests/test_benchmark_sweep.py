@@ -9,8 +9,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.benchmark import sweep
 from megatron_sphinx.benchmark.sweep import BenchmarkError
 from megatron_sphinx.errors import ConfigError, FolderError
-from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.visual_experts import work_of
+from megatron_sphinx.model.expert_work import WORK
 
 pytest_plugins = ["fake_runs"]
 
@@ -91,7 +90,7 @@ def test_what_roles_and_ranks_do(runs, how):
     points = sweep.compare(how(ranks=3), variants)
     stage, colocated = points["stage"], points["colocated"]
     names = [item.name for item in configuration.load(how().config).vision.experts]
-    view_flops = sum(work_of(VISUAL_EXPERTS[name]).flops for name in names)
+    view_flops = sum(WORK[name].flops for name in names)
     views = stage["work"]["views"]
     assert views == 6
     assert (stage["hosts"], list(stage["roles"])) == ({"n0": 2, "n1": 1}, ["language", "encoder"])

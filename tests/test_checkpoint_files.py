@@ -21,6 +21,7 @@ from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mix import interpolate
 from megatron_sphinx.cli.mix import betas_of
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.dtypes import BFLOAT16
 
 
 def drawn(seed: int):
@@ -114,9 +115,9 @@ def test_types_of_quantized_weights_are_refused_and_mixed_ones_lose_nothing(tmp_
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj.weight"
     save_file(weights | {name: weights[name].to(torch.int8)}, folder / "model.safetensors")
-    refused(folder, "k_proj.weight is of type I8; known|is of type torch.int8; give a checkpoint that is not quantized")
+    refused(folder, "k_proj.weight is of type I8; known|is of type int8; give a checkpoint that is not quantized")
     save_file(weights | {name: weights[name].to(torch.int32)}, folder / "model.safetensors")
-    refused(folder, f"{name} in model.safetensors is of type torch.int32; give a checkpoint that is not quantized")
+    refused(folder, f"{name} in model.safetensors is of type int32; give a checkpoint that is not quantized")
     other = "model.layers.0.self_attn.q_proj.weight"  # with k in one matrix of InternLM2
     save_file(weights | {other: weights[other].to(torch.bfloat16)}, folder / "model.safetensors")
     convert(folder, tmp_path / "packed", "internlm2", WriteOptions(), verify=True)
@@ -147,7 +148,7 @@ def test_tokens_positions_and_generation_go_along(tmp_path, run_tool):
     convert(tmp_path / "hf", tmp_path / "ours", "megatron", WriteOptions())
     for source, form in (("hf", "hf"), ("hf", "internlm2"), ("ours", "hf"), ("internlm2", "hf")):
         target = tmp_path / (form if form != "hf" else f"{source}_hf")
-        convert(tmp_path / source, target, form, WriteOptions(dtype=torch.bfloat16))
+        convert(tmp_path / source, target, form, WriteOptions(dtype=BFLOAT16))
         assert json.loads((target / "config.json").read_text()).items() >= wanted.items()
         assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [51, 52]
     status, out, _ = run_tool("convert_checkpoint.py", tmp_path / "hf", tmp_path / "meta", "--to", "meta")

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch_arrays import type_of
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -62,7 +63,7 @@ def test_any_way_through_the_formats_leaves_every_bit_and_the_logits(tmp_path, s
         there = tmp_path / f"{hop + 1}"
         convert(here, there, form, wanted, shape=shape_of(model), verify=True)
         here = there
-    convert(here, tmp_path / "last", "hf", WriteOptions(dtype=model.dtype), shape=shape_of(model))
+    convert(here, tmp_path / "last", "hf", WriteOptions(dtype=type_of(model.dtype)), shape=shape_of(model))
     first, last = (
         AutoModelForCausalLM.from_pretrained(folder).eval()
         for folder in (save(model, tmp_path / "first"), tmp_path / "last")

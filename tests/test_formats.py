@@ -25,25 +25,27 @@ from megatron_sphinx.checkpoint.mix import interpolate
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT32
 from megatron_sphinx.tensors.entries import Entry
+from megatron_sphinx.tensors.write import TensorFile
 
 ROOT = Path(__file__).parents[1]
 # The toy: each weight, layers stacked, under its canonical name in one .npz, the shape of the model in model.json.
 NPZ, RULES = "weights.npz", canonical_rules(CANONICAL_AXES)
 
 
-class NpzFile:
+class NpzFile(TensorFile):
     """Collects tensors and writes them when it is closed."""
 
     def __init__(self, path, contents):
         self.path, self.contents = path, contents
         self.data = {name: bytearray() for name in contents}
 
-    def put(self, name, value):
-        self.append(name, memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
-
     def append(self, name, data):
         self.data[name] += data
+
+    def append_range(self, *_):
+        return 0
 
     def close(self):
         arrays = {name: np.frombuffer(self.data[name], np.float32).reshape(shape)
@@ -60,7 +62,7 @@ def read_npz(path: Path) -> dict[str, Entry]:
             raw.seek(start)
             npy.read_magic(raw)
             shape, _, _ = npy.read_array_header_1_0(raw)
-            entries[member.filename.removesuffix(".npy")] = Entry.contiguous(path, raw.tell(), shape, torch.float32)
+            entries[member.filename.removesuffix(".npy")] = Entry.contiguous(path, raw.tell(), shape, FLOAT32)
     return entries
 
 
@@ -85,7 +87,7 @@ FORMAT = Format(
     plan=plan_npz,
     files=(NPZ,),
     companions=frozenset({"small.pt"}),
-    dtype=torch.float32,
+    dtype=FLOAT32,
     read_file=read_npz,
     create_file=NpzFile,
 )
@@ -244,7 +246,7 @@ def test_weights_of_one_format_import_no_other():
 
 def test_a_conversion_that_an_earlier_version_was_stopped_in_goes_on():
     """What its journal was begun with is what it is begun with now, in the words of that time."""
-    options = WriteOptions(tensor_parallel=2, dtype=torch.bfloat16, shard_bytes=7, is_sparse=True, views=5)
+    options = WriteOptions(tensor_parallel=2, dtype=BFLOAT16, shard_bytes=7, is_sparse=True, views=5)
     model = Model(LanguageConfig(layers=1, hidden=8, ffn=8, heads=2, groups=2, vocabulary=9))
     task = ["accessory", "Wanted(tensor_parallel=2, dtype=torch.bfloat16, shard_bytes=7, is_sparse=True)"]
     assert task_of("accessory", options, model)[:2] == task

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_a_manifest_finds_every_change(run_tool, tmp_path, form):
     status, out, error = run_tool(TOOL, tmp_path / "here", "--hash")
     assert status == 0
     assert "hashing: 100%" in error
-    sums = json.loads(out)["sha256"]
+    sums = json.loads(out)["digests"]
     opened = open_checkpoint(tmp_path / "here")
     assert sums.keys() == tensors(opened).keys()
     manifest = tmp_path / "manifest.json"
@@ -143,22 +144,32 @@ def test_a_manifest_finds_every_change(run_tool, tmp_path, form):
     other = sums | {"more: of it": "0" * 64}
     added = next(key for key in sums if key != name)
     del other[added]
-    manifest.write_text(json.dumps({"sha256": other}))
+    manifest.write_text(json.dumps({"digests": other}))
     status, out, _ = run_tool(TOOL, tmp_path / "here", "--check", manifest)
     assert status == 1
     wanted = [f"{added}: is new", f"{name}: differs", "more: of it: is missing"]
     assert out.splitlines() == [*sorted(wanted), f"{tmp_path}/here: 3 of {len(other)} tensors differ"]
 
 
+def test_a_manifest_of_sha256_is_made_on_request_and_was_called_so_at_first(run_tool, tmp_path):
+    folder, manifest = make(tmp_path / "source", 7), tmp_path / "manifest.json"
+    sums = json.loads(run_tool(TOOL, folder, "--hash", "--sha256")[1])["digests"]
+    name, entry = next(iter(tensors(open_checkpoint(folder)).items()))
+    content = entry.chunks[0].path.read_bytes()[entry.chunks[0].start :][: entry.nbytes]
+    assert sums[name] == sha256(f"torch.float32 {list(entry.shape)}".encode() + content).hexdigest()
+    manifest.write_text(json.dumps({"sha256": sums}))
+    assert run_tool(TOOL, folder, "--check", manifest)[0] == 0
+
+
 def test_the_same_tensors_have_the_same_digests_in_other_files(run_tool, tmp_path):
     source = make(tmp_path / "source", 9)
     convert(source, tmp_path / "one_file", "hf", WriteOptions())
-    found = [json.loads(run_tool(TOOL, folder, "--hash")[1])["sha256"] for folder in (source, tmp_path / "one_file")]
+    found = [json.loads(run_tool(TOOL, folder, "--hash")[1])["digests"] for folder in (source, tmp_path / "one_file")]
     one, other = ({name.split(": ")[1]: digest for name, digest in sums.items()} for sums in found)
     assert one == other
     assert len(set(one.values())) > len(one) / 2
     change(source, "start_tag", torch.zeros([1], dtype=torch.float64))  # the same values in another type
-    changed = json.loads(run_tool(TOOL, source, "--hash")[1])["sha256"]
+    changed = json.loads(run_tool(TOOL, source, "--hash")[1])["digests"]
     assert {name for name in changed if changed[name] != found[0][name]} == {"sphinx.safetensors: start_tag"}
 
 

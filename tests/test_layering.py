@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
-    "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
-    "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
-    "config", "config_reference", "run", "serving", "evaluation", "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "errors", "parsing", "ranges", "values", "console", "paths", "remote", "lock", "saved", "unpickling", "settings",
+    "tensors", "device", "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation",
+    "training", "config_names", "config", "config_reference", "run", "serving", "evaluation", "sizing", "benchmark",
+    "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
@@ -19,7 +20,8 @@ OWNERS = {
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/visual_experts.py", "model/expert_files.py"},
     "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
-    "fsspec": {"data/files.py"},
+    "fsspec": {"data/files.py", "remote.py"},
+    "upath": {"remote.py"},
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
@@ -28,6 +30,7 @@ OWNERS = {
     "starlette": {"serving/server.py", "serving/chat_endpoint.py", "serving/exchange.py"},
     "uvicorn": {"serving/process.py"},
     "prometheus_client": {"serving/prometheus.py"},
+    "xxhash": {"checkpoint/digests.py"},
 }
 LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "config.py", "config_names.py",
          "config_reference.py", "parallel/layout.py",
@@ -37,6 +40,8 @@ LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "confi
          "generation/requests.py", "generation/ticks.py",
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py", "checkpoint/formats/registry.py",
+         "saved.py", "tensors/entries.py", "tensors/read.py", "tensors/write.py", "tensors/distributed.py",
+         "checkpoint/convert.py", "checkpoint/streams.py", "checkpoint/inspect.py", "checkpoint/weight_names.py",
          "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",
          "sizing/search.py", "sizing/step_time.py", "sizing/work.py", "sizing/published.py"]  # fmt: skip
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
@@ -85,6 +90,19 @@ def imported_modules(module: Path) -> set[Path]:
     names = {name.removeprefix("megatron_sphinx.") for name in imports(module, of_top_only=True)}
     paths = {Path(*name.split(".")).with_suffix(".py") for name in names}
     return (paths | {path.parent.with_suffix(".py") for path in paths if path.parent.name}) & set(MODULES)
+
+
+@pytest.mark.parametrize("module", ["checkpoint/mix.py", "checkpoint/convert.py"])
+def test_tools_for_checkpoints_load_no_torch(module):
+    """Nor does any module that they import, nor a format, which is imported by its name."""
+    left, seen = {Path(module), *(path for path in MODULES if path.parts[:2] == ("checkpoint", "formats"))}, set[Path]()
+    while left:
+        one = left.pop()
+        seen.add(one)
+        left |= imported_modules(one) - seen
+    found = {str(path): {name.split(".")[0] for name in imports(path, of_top_only=True)} for path in seen}
+    assert not {path for path, names in found.items() if names & {"torch", "megatron", "deepspeed", "transformers"}}
+    assert "tensors/write.py" in found
 
 
 def test_modules_import_each_other_in_one_direction():

@@ -1,6 +1,5 @@
 """Weights between checkpoints: the formula to the bit in every format, what a mix says of itself, and the memory."""
 
-import hashlib
 import json
 import os
 import random
@@ -16,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixes import SMALL, accessory, by_name, drawn_shape, is_same, make, ours, plain, tensors
+from mixes import SMALL, accessory, by_name, drawn_shape, is_same, make, plain, tensors
 from torch import Tensor
+from torch_arrays import type_of
 
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.digests import sha256_of
@@ -70,7 +70,7 @@ def test_a_mix_is_the_formula_in_every_format(tmp_path, form, seed):
     ranks = rng.choice([1, 2]) if form == "accessory" or (form == "meta" and not experts) else 1
     shape = replace(shape, groups=shape.groups * ranks, heads=shape.heads * ranks, vocabulary=120)
     shape = replace(shape, hidden=shape.heads * 4)
-    wanted = WriteOptions(ranks, dtype, rng.choice([3000, 10**9]), is_sparse=is_sparse)
+    wanted = WriteOptions(ranks, type_of(dtype), rng.choice([3000, 10**9]), is_sparse=is_sparse)
     inputs = []
     for number in range(3):
         source = make(tmp_path / f"hf{number}", 10 * seed + number, shape, dtype=dtype)
@@ -176,49 +176,7 @@ def read(path: Path) -> dict[str, Tensor]:
     return load(path.read_bytes())
 
 
-# what it says, and what is beside the tensors
-
-
-def test_a_mix_says_what_it_is(tmp_path):
-    inputs = [make(tmp_path / f"{seed}", seed) for seed in range(2)]
-    for number, folder in enumerate(inputs):
-        (folder / "tokenizer.model").write_text("0")
-        (folder / "README.md").write_text(str(number))
-        (folder / "optimizer.pt").write_bytes(b"weights that would not be mixed")
-    done = interpolate(inputs, {tmp_path / "deep" / "mix": (0.25, 0.75)}, scope="language")
-    assert done.notes == (f"{inputs[0]}: optimizer.pt stays behind",)
-    found = json.loads((tmp_path / "deep" / "mix" / "interpolation.json").read_text())
-    assert found == {
-        "scope": "language",
-        "inputs": [
-            {
-                "path": str(folder.resolve()),
-                "share": share,
-                "sha256": {
-                    "model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-                },
-            }
-            for folder, share in zip(inputs, (0.25, 0.75), strict=True)
-        ],
-    }
-    names = {path.name for path in (tmp_path / "deep" / "mix").iterdir()}
-    assert names == {"README.md", "config.json", "interpolation.json", "model.safetensors", "tokenizer.model"}
-    assert (tmp_path / "deep" / "mix" / "README.md").read_text() == "0"
-
-
-def test_ours_says_it_in_its_manifest(tmp_path):
-    inputs = [ours(tmp_path / f"{seed}", seed) for seed in range(2)]
-    interpolate(inputs, {tmp_path / "mix": (0.25, 0.75)})
-    found, first = (json.loads((folder / "checkpoint.json").read_text()) for folder in (tmp_path / "mix", inputs[0]))
-    files, kept = found.pop("files"), first.pop("files")
-    says = found.pop("interpolation")
-    assert found == first
-    assert says["inputs"][0]["sha256"] == kept | {"checkpoint.json": sha256_of(inputs[0] / "checkpoint.json")}
-    held = [path for path in (tmp_path / "mix").iterdir() if path.name != "checkpoint.json"]
-    assert files == {path.name: sha256_of(path) for path in held}
-    interpolate([tmp_path / "mix", inputs[1]], {tmp_path / "again": (0.5, 0.5)})  # a mix is an input as any other
-    sides = [tensors(tmp_path / "mix"), tensors(inputs[1])]
-    assert is_same(tensors(tmp_path / "again"), plain(sides, (0.5, 0.5)))
+# what is beside the tensors
 
 
 def test_frozen_experts_stay(tmp_path):
@@ -318,6 +276,7 @@ def test_runs_begin_with_a_mix_of_runs(trained, train, tmp_path):
 PROGRAM = """
 import re, sys
 from pathlib import Path
+from megatron_sphinx.checkpoint.manifest import MANIFEST
 from megatron_sphinx.checkpoint.mix import interpolate
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -361,10 +320,12 @@ def test_the_tool(tmp_path, run_tool, capsys):
         f"{b}: 18 tensors = 12 mixed + 6 are the first one's + 0 left out",
     ])  # fmt: skip
     assert "mixing: 100%" in error
-    status, out, _ = run_tool(TOOL, *pair, "--beta", "0:1:0.1", "--output", tmp_path / "sweep")
+    status, out, _ = run_tool(TOOL, *pair, "--beta", "0:1:0.1", "--output", tmp_path / "sweep", "--sha256")
     names = ["beta_0", "beta_1", *(f"beta_0.{digit}" for digit in range(1, 10))]
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == sorted(names)
+    said = json.loads((tmp_path / "sweep" / "beta_0.3" / "interpolation.json").read_text())
+    assert said["inputs"][1]["digests"]["model.safetensors"] == sha256_of(b / "model.safetensors")
     assert is_same(tensors(tmp_path / "sweep" / "beta_0.3"), plain([tensors(a), tensors(b)], (0.3, 0.7)))
     shares = ("--checkpoint", f"{a}=0.5", "--checkpoint", f"{b}=0.3", "--checkpoint", f"{c}=0.2")
     status, _, _ = run_tool(TOOL, *shares, "--output", tmp_path / "three")

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sphinx.data.packing import Segment
-from megatron_sphinx.data.pixels import Pixels, views_in
+from megatron_sphinx.data.packing import Segment, views_in
+from megatron_sphinx.data.pixels import Pixels
 from megatron_sphinx.liveness.progress import Progress
 from megatron_sphinx.parallel.groups import ProcessGroups
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout

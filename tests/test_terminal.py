@@ -127,9 +127,9 @@ def test_what_ends_the_model_ends_the_chat():
 
 def test_the_command_asks_given_questions(picture, monkeypatch, capsys):
     monkeypatch.setattr(model, "load", lambda path, **options: Double(tell))
-    assert main(["chat", "m", str(picture), "-m", "a", "-m", "b", "--system", "s"]) == 0
+    assert main(["chat", ".", str(picture), "-m", "a", "-m", "b", "--system", "s"]) == 0
     assert capsys.readouterr().out == "40x20 s:s|u:a\n40x20 s:s|u:a|a:40x20 s:s|u:a|u:b\n"
-    assert main(["chat", "m", "none.png", "-m", "a"]) == 2
+    assert main(["chat", ".", "none.png", "-m", "a"]) == 2
     assert "none.png: cannot be read" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.serving import model
 answer = lambda messages, _: "word " * (400 if messages[-1].text == "long" else 2)
 model.load = lambda path, **options: Double(answer, 0.01)
-sys.exit(main(["chat", "m"]))
+sys.exit(main(["chat", "."]))
 """
 
 

@@ -28,9 +28,10 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.open import open_checkpoint
-from megatron_sphinx.checkpoint.slices import TensorSlice, read_tensors, weight_shapes
+from megatron_sphinx.checkpoint.slices import TensorSlice, read_tensors
 from megatron_sphinx.checkpoint.steps import complete
 from megatron_sphinx.checkpoint.store import CheckpointStore, load_weights
+from megatron_sphinx.checkpoint.weight_names import weight_shapes
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import CheckpointError, ConfigError, DataError
 from megatron_sphinx.model.expert_files import _read

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.canvas import Canvas, pixel_type, to_square
 from megatron_sphinx.data.config import DataConfig, DataSource
-from megatron_sphinx.data.packing import Segment
-from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.packing import Segment, views_in
 from megatron_sphinx.data.sources import Sources
 from megatron_sphinx.data.tokenizer import TokenizerIdentity
 from megatron_sphinx.errors import ConfigError

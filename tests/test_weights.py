@@ -161,7 +161,7 @@ def test_any_pieces_are_the_whole(tmp_path, seed):
                 count = torch.Size(block.shape).numel()
                 pieces.append(TensorSlice(item.name, item.shape, block, memory[at : at + count].view(block.shape)))
         fill(opened, pieces)
-        assert torch.equal(memory.view(item.shape), conversion.make(item)), item.name
+        assert torch.equal(memory.view(item.shape), torch.from_numpy(conversion.make(item))), item.name
 
 
 # what is refused

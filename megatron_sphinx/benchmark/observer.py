@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
 from megatron_sphinx.benchmark.communication import seconds_by_axis
-from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.benchmark.summary import PROFILED
+from megatron_sphinx.data.packing import views_in
 from megatron_sphinx.data.plan import StepPlan
 from megatron_sphinx.run.job import RankContext
-
-PROFILED = 3  # steps after the measured ones
 
 
 class RankObserver:

@@ -4,15 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.model.visual_experts import work_of
+from megatron_sphinx.model.expert_work import WORK
+
+PROFILED = 3  # steps of a measured run that are profiled, behind those that are measured
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
     seconds = [line["step_seconds"] for line in lines]
     work = dict(runs[0].ranks[0]["work"])
     samples = [line["sample_ids"] for line in runs[0].lines]
-    view_flops = sum(_expert_flops(item.name) for item in config.vision.experts)
+    view_flops = sum(WORK[item.name].flops for item in config.vision.experts)
     work["encoder_work"] = float(work["views"] * view_flops)
     colocated = 0.0 if config.parallel.encoder else work["encoder_work"]
     language = (work["language_flops"] + colocated) / (len(runs[0].ranks) - config.parallel.encoder)
@@ -68,12 +68,6 @@ def summary(config: Config, runs: Sequence[MeasuredRun]) -> dict[str, Any]:
         "roles": {role: _role(per_rank, role) for role in dict.fromkeys(rank["role"] for rank in per_rank)},
         "per_rank": per_rank,
     }
-
-
-@cache
-def _expert_flops(name: str) -> int:
-    """FLOPs of a view in a visual expert."""
-    return work_of(VISUAL_EXPERTS[name]).flops
 
 
 def _rank(runs: Sequence[Mapping[str, Any]], flops: float, step_seconds: float) -> dict[str, Any]:

@@ -16,15 +16,13 @@ from typing import Any
 from megatron_sphinx import config as configuration
 from megatron_sphinx.benchmark import synthetic
 from megatron_sphinx.benchmark.environment import environment
-from megatron_sphinx.benchmark.observer import PROFILED
-from megatron_sphinx.benchmark.summary import MeasuredRun, summary
+from megatron_sphinx.benchmark.summary import PROFILED, MeasuredRun, summary
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import ConfigError, FolderError, SphinxError
 from megatron_sphinx.parallel.launch import run_launcher
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.parsing import ParseError, parse_yaml
-from megatron_sphinx.run.automatic import with_taken
 from megatron_sphinx.training import metrics
 
 PLAIN = "as configured"  # the name of the only point where nothing is swept
@@ -167,6 +165,8 @@ def _repeat(measurement: Measurement, point: _Point, repeat: int) -> None:
     except BenchmarkError as error:
         point.fail(error)
         return
+    from megatron_sphinx.run.automatic import with_taken  # which imports torch
+
     point.config = with_taken(point.config, folder)
     point.runs.append(run)
     speed, seconds = (median(line[name] for line in run.lines) for name in ("tokens_per_second", "step_seconds"))

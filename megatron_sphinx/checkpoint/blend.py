@@ -1,28 +1,34 @@
 """Weighted sums of tensors, computed while they stream: the bytes of a tensor pass through buffers in the cache.
 
-Several threads do that, each with a tensor of its own.
+Several threads do that, each with a tensor of its own. Behind it the thread goes on with the digests of the files that
+the tensor lies in, while they are still in memory.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
+from typing import Any
 
-import torch
+import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
-from megatron_sphinx.checkpoint.digests import THREADS
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests
 from megatron_sphinx.checkpoint.formats.format import Format
 from megatron_sphinx.checkpoint.journal import Journal
-from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.checkpoint.target_file import TargetFiles
+from megatron_sphinx.remote import is_remote
+from megatron_sphinx.tensors.arithmetic import BLOCK, Blender
+from megatron_sphinx.tensors.copying import BUFFER, OpenFiles, read_into
+from megatron_sphinx.tensors.dtypes import Array, bytes_of, convert
 from megatron_sphinx.tensors.entries import Entry, MappedFiles
-from megatron_sphinx.tensors.write import TensorFile, bytes_of
+from megatron_sphinx.tensors.layout import Layout
+from megatron_sphinx.tensors.write import FileContents, TensorFile
 
-ReadBytes = Callable[[memoryview, int], None]  # fills a buffer with the bytes of a tensor from an offset on
-_BLOCK = 2**17  # elements that are mixed at a time: five fp32 buffers of them fit a cache of the second level
+_Shares = Sequence[tuple[int, float]]  # numbers of inputs, each with its share, which is not 0
 
 
 @dataclass(frozen=True)
@@ -40,40 +46,28 @@ class MixedTensor:
     entries: tuple[Entry, ...]
 
 
-class _TargetFiles:
-    """A file of each target: they are made when their first tensor comes, and closed behind their last."""
-
-    def __init__(self, form: Format, paths: Sequence[Path], tensors: Sequence[MixedTensor]) -> None:
-        self._form, self._paths, self._lock, self._left = form, paths, Lock(), len(tensors)
-        self._contents = {tensor.name: (tensor.entries[0].shape, tensor.entries[0].dtype) for tensor in tensors}
-        self._files: list[TensorFile] = []
-
-    def begin_tensor(self) -> list[TensorFile]:
-        """Return the files, one of each target, that the bytes of the next tensor are appended to."""
-        with self._lock:
-            self._files = self._files or [self._form.create_file(path, self._contents) for path in self._paths]
-            return self._files
-
-    def end_tensor(self) -> bool:
-        """Note that a tensor is complete; tell whether the files are."""
-        with self._lock:
-            self._left -= 1
-            if self._left:
-                return False
-            for file in self._files:
-                file.close()
-            return True
+def by_file(tensors: Iterable[MixedTensor]) -> dict[str, FileContents]:
+    """Return the shapes and types of tensors by their names, file by file."""
+    found: dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)
+    return {**found}
 
 
 class MixWriter:
     """Makes the tensors of all targets.
+
+    Memory: for each thread a few buffers that fit its core's cache, whatever the tensors' sizes; whole tensors, one of
+    each input at a time, where they do not lie in a row.
 
     Args:
         tensors: what is made.
         partials: a folder for each target.
         shares: the shares of the inputs in each target.
         form: the format of all of them.
-        journal: keeps which files are finished.
+        journal: keeps which files are finished, with a word on each.
+        digests: of the files of the inputs.
+        algorithm: of the digests of finished files.
     """
 
     def __init__(
@@ -83,75 +77,107 @@ class MixWriter:
         shares: Sequence[Sequence[float]],
         form: Format,
         journal: Journal,
+        digests: FollowingDigests,
+        algorithm: Algorithm,
     ) -> None:
-        self._tensors, self._shares, self._journal = tensors, shares, journal
-        self._used = {index for one in shares for index, share in enumerate(one) if share} | {0}
-        by_file: dict[str, list[MixedTensor]] = {}
-        for tensor in tensors:
-            by_file.setdefault(tensor.file, []).append(tensor)
+        self._tensors, self._journal, self._digests = tensors, journal, digests
+        self._shares = [[(index, share) for index, share in enumerate(one) if share] for one in shares]
         self._files = {
-            file: _TargetFiles(form, [partial / file for partial in partials], inside)
-            for file, inside in by_file.items()
+            file: TargetFiles(form, [partial / file for partial in partials], contents, algorithm)
+            for file, contents in by_file(tensors).items()
         }
-        self._maps, self._assembling = MappedFiles(), Lock()
+        self._is_remote = any(map(is_remote, partials))
+        self._maps, self._assembling, self._counting, self._thread = MappedFiles(), Lock(), Lock(), local()
 
     def run(self, show: bool) -> None:
         """Make the tensors of all files that are not finished, in several threads."""
         left = [tensor for tensor in self._tensors if tensor.file not in self._journal.done]
         size = len(self._shares) * sum(tensor.entries[0].nbytes for tensor in left)
-        # a thread's operations are too small to be divided further
-        pool = ThreadPoolExecutor(THREADS, "mix", torch.set_num_threads, (1,))
-        try:
-            with progress_bar("mixing", size, show) as bar:
-                for written in as_completed([pool.submit(self._make, tensor) for tensor in left]):
-                    bar.update(written.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with progress_bar("mixing", size, show) as bar, OpenFiles() as sources, ThreadPoolExecutor(THREADS) as pool:
+            try:
+                jobs = [pool.submit(self._make, tensors, sources, bar) for tensors in self._in_turn(left)]
+                for job in as_completed(jobs):
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _make(self, tensor: MixedTensor) -> int:
+    def _in_turn(self, tensors: Iterable[MixedTensor]) -> Iterable[Sequence[MixedTensor]]:
+        """The tensors by the threads that make them: one each, or a file's where that is written from front to back."""
+        if not self._is_remote:
+            return [[tensor] for tensor in tensors]
+        by_file: dict[str, list[MixedTensor]] = {}
+        for tensor in tensors:
+            by_file.setdefault(tensor.file, []).append(tensor)
+        return by_file.values()
+
+    def _make(self, tensors: Sequence[MixedTensor], sources: OpenFiles, bar: Any) -> None:
+        for tensor in tensors:
+            written = self._make_one(tensor, sources)
+            with self._counting:
+                bar.update(written)
+
+    def _make_one(self, tensor: MixedTensor, sources: OpenFiles) -> int:
         """Make a tensor in all targets; the bytes written."""
-        entries = tensor.entries
-        files = self._files[tensor.file].begin_tensor()
-        used = [index for index in range(len(entries)) if index in self._used]
-        with ExitStack() as stack:
-            if any(not entries[index].is_contiguous for index in used):
-                stack.enter_context(self._assembling)  # whole tensors in memory: one at a time
-            readers = {index: stack.enter_context(self._reader(entries[index])) for index in used}
-            mixer = _Mixer(entries[0].dtype, used)
-            shares = [one if len(entries) > 1 else (1.0,) for one in self._shares]
-            for offset in range(0, entries[0].nbytes, mixer.nbytes):
-                count = min(mixer.nbytes, entries[0].nbytes - offset)
-                for index, read in readers.items():
-                    read(mixer.buffer(index, count), offset)
-                for file, shares_of_target in zip(files, shares, strict=True):
-                    file.append(tensor.name, mixer.mix(shares_of_target, count))
-        if self._files[tensor.file].end_tensor():
-            self._journal.note(tensor.file)
+        entries, target = tensor.entries, self._files[tensor.file]
+        files = target.begin_tensor()
+        mixed: list[tuple[TensorFile, _Shares]] = []
+        for file, shares in zip(files, self._shares, strict=True):
+            taken = shares if len(entries) > 1 else [(0, 1.0)]
+            if len(taken) == 1 and entries[taken[0][0]].is_contiguous:
+                self._copy(file, tensor.name, entries[taken[0][0]], sources)
+            else:
+                mixed.append((file, taken))
+        if mixed:
+            self._mix(tensor, mixed, sources)
+        for entry in entries:
+            for chunk in entry.chunks:
+                extent = Layout(0, chunk.shape, chunk.stride).extent
+                self._digests.advance(chunk.path, chunk.start + extent * entry.dtype.itemsize)
+        if word := target.end_tensor():
+            self._journal.note(tensor.file, word)
         return len(files) * entries[0].nbytes
 
-    @contextmanager
-    def _reader(self, entry: Entry) -> Iterator[ReadBytes]:
-        """What reads the bytes of a tensor."""
-        if not entry.is_contiguous:
-            whole = bytes_of(self._maps.read(entry))
+    @staticmethod
+    def _copy(file: TensorFile, name: str, entry: Entry, sources: OpenFiles) -> None:
+        """Write a tensor of one input: the kernel does, as far as it can."""
+        chunk, source = entry.chunks[0], sources.opened(entry.chunks[0].path)
+        sources.expect([(chunk.path, chunk.start, entry.nbytes)])
+        done = file.append_range(name, source, chunk.start, entry.nbytes)
+        buffer = memoryview(bytearray(min(BUFFER, entry.nbytes - done)))
+        for start in range(done, entry.nbytes, BUFFER):
+            part = buffer[: entry.nbytes - start]
+            read_into(source, part, chunk.start + start, chunk.path)
+            file.append(name, part)
+
+    def _mix(self, tensor: MixedTensor, mixed: Sequence[tuple[TensorFile, _Shares]], sources: OpenFiles) -> None:
+        """Write a tensor of several inputs, block by block."""
+        used = {index: tensor.entries[index] for index in sorted({index for _, taken in mixed for index, _ in taken})}
+        is_row = all(entry.is_contiguous for entry in used.values())
+        with nullcontext() if is_row else self._assembling:  # whole tensors in memory: one at a time
+            wholes = {} if is_row else {index: self._maps.read(entry).reshape(-1) for index, entry in used.items()}
+            dtype, count = tensor.entries[0].dtype, prod(tensor.entries[0].shape)
+            if is_row:
+                rows = [(entry.chunks[0], entry.nbytes) for entry in used.values()]
+                sources.expect((chunk.path, chunk.start, nbytes) for chunk, nbytes in rows)
+            mixer = self._mixer(dtype)
+            for start in range(0, count, BLOCK):
+                for index, entry in used.items():
+                    values = mixer.input(index, min(BLOCK, count - start))
+                    if wholes:
+                        convert(wholes[index][start : start + BLOCK], values)
+                    else:
+                        chunk, place = entry.chunks[0], entry.chunks[0].start + start * dtype.itemsize
+                        read_into(sources.opened(chunk.path), bytes_of(values), place, chunk.path)
+                for file, taken in mixed:
+                    file.put(tensor.name, mixer.mix(taken, min(BLOCK, count - start)))
             self._maps.release()
 
-            def copy(out: memoryview, offset: int) -> None:
-                out[:] = whole[offset : offset + len(out)]
-
-            yield copy
-            return
-        chunk = entry.chunks[0]
-        file = os.open(chunk.path, os.O_RDONLY)
-
-        def read(out: memoryview, offset: int) -> None:
-            if os.preadv(file, [out], chunk.start + offset) != len(out):
-                raise CheckpointError(f"{chunk.path}: is cut off while it is read; give a whole checkpoint")
-
-        try:
-            yield read
-        finally:
-            os.close(file)
+    def _mixer(self, dtype: np.dtype) -> "_Mixer":
+        """The buffers of this thread."""
+        if getattr(self._thread, "dtype", None) != dtype:
+            self._thread.dtype, self._thread.mixer = dtype, _Mixer(dtype)
+        mixer: _Mixer = self._thread.mixer
+        return mixer
 
 
 class _Mixer:
@@ -159,35 +185,22 @@ class _Mixer:
 
     Args:
         dtype: type of its elements.
-        used: numbers of the inputs that are read.
-
-    Attributes:
-        nbytes: bytes of a block.
     """
 
-    def __init__(self, dtype: torch.dtype, used: Sequence[int]) -> None:
-        self.nbytes = _BLOCK * dtype.itemsize
-        wide = torch.promote_types(dtype, torch.float32)
-        self._inputs = {index: torch.empty(_BLOCK, dtype=dtype) for index in used}
-        self._buffers = {index: bytes_of(value) for index, value in self._inputs.items()}
-        self._sum, self._term = torch.empty(2, _BLOCK, dtype=wide)
-        self._out = torch.empty(_BLOCK, dtype=dtype)
-        self._itemsize = dtype.itemsize
+    def __init__(self, dtype: np.dtype) -> None:
+        self._inputs: dict[int, Array] = {}
+        self._blender, self._out = Blender(dtype), np.empty(BLOCK, dtype)
 
-    def buffer(self, index: int, count: int) -> memoryview:
-        """Return where so many bytes of an input are to be read to."""
-        return self._buffers[index][:count]
+    def input(self, index: int, count: int) -> Array:
+        """Return where so many elements of an input are to be read to."""
+        if index not in self._inputs:
+            self._inputs[index] = np.empty_like(self._out)
+        return self._inputs[index][:count]
 
-    def mix(self, shares: Sequence[float], count: int) -> memoryview:
-        """Sum so many bytes of what was read, each input times its share; those of a single input are copied."""
-        taken = [(index, share) for index, share in enumerate(shares) if share]
-        if len(taken) == 1:
-            return self._buffers[taken[0][0]][:count]
-        size = count // self._itemsize
-        total, term, out = self._sum[:size], self._term[:size], self._out[:size]
-        for number, (index, share) in enumerate(taken):
-            if number == 0:
-                total.copy_(self._inputs[index][:size]).mul_(share)
-            else:
-                total.add_(term.copy_(self._inputs[index][:size]).mul_(share))
-        return bytes_of(out.copy_(total))
+    def mix(self, shares: _Shares, count: int) -> Array:
+        """Sum so many elements of what was read, each input times its share; those of a single input stay."""
+        values = [self.input(index, count) for index, _ in shares]
+        if len(values) == 1:
+            return values[0]
+        self._blender.blend(values, [share for _, share in shares], self._out[:count])
+        return self._out[:count]

@@ -1,25 +1,18 @@
 """Writes a checkpoint in another format: file by file, resumable, visible when it is complete and proven."""
 
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from threading import Event
-from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from megatron_sphinx.checkpoint.bar import progress_bar
 from megatron_sphinx.checkpoint.companions import with_companions
-from megatron_sphinx.checkpoint.digests import THREADS, sha256_of
+from megatron_sphinx.checkpoint.digests import Algorithm, is_as_written
 from megatron_sphinx.checkpoint.encoders import read_encoders, write_encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
-    PlannedFile,
     SourceCheckpoint,
     WriteOptions,
     WritePlan,
@@ -31,15 +24,17 @@ from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.selection import select
+from megatron_sphinx.checkpoint.streams import TensorStreams
 from megatron_sphinx.checkpoint.tally import balance
+from megatron_sphinx.checkpoint.targets import is_taken, partial_of, publish
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.remote import copy_file
+from megatron_sphinx.tensors.dtypes import Array, bits, converted
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import is_intact
-from megatron_sphinx.tensors.write import FileContents
 
 _NOT_ASKED = "of an expert that was not asked for"
-_PIECE = 2**20  # elements that are made at a time: few enough to stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,13 @@ def convert(
     experts: Sequence[str] = (),
     encoders: Path | None = None,
     ignored: Collection[str] = (),
+    algorithm: Algorithm = "xxh3_128",
     verify: bool = False,
     show: bool = False,
 ) -> ConversionReport:
     """Write a checkpoint in another format; a run that was stopped goes on where it was.
+
+    Imports no torch.
 
     Memory: a few MB for each thread, and two tensors of the source where they lie in several chunks.
 
@@ -93,6 +91,7 @@ def convert(
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
         ignored: keys of the source's configuration that the user says are of no matter.
+        algorithm: of the digests of what is written, for the format that keeps them.
         verify: read everything back and compare it with the source.
         show: whether there is a progress bar.
 
@@ -100,7 +99,7 @@ def convert(
         CheckpointError: the source is incomplete, damaged or unknown; the target exists, cannot be written, or cannot
             hold such a model; what was read back differs.
     """
-    if os.path.lexists(target):
+    if is_taken(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
@@ -111,9 +110,9 @@ def convert(
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
-    writer = _write(target, checkpoint, to, plan, conversion, options, companions, verify=verify, show=show)
+    told = _write(target, checkpoint, to, plan, conversion, options, companions, algorithm, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
-    notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *writer.notes)
+    notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *told)
     line = _balance(opened, checkpoint, conversion, len(specs))
     return ConversionReport(len(plan.files), len(specs), parameters, differing, notes, line)
 
@@ -126,25 +125,31 @@ def _write(
     conversion: Conversion,
     options: WriteOptions,
     companions: Mapping[str, Path],
+    algorithm: Algorithm,
     *,
     verify: bool,
     show: bool,
-) -> "_Writer":
-    """Write the target under a hidden name, and give it its own when it is complete."""
-    partial = target.with_name(f".{target.name}.partial")
+) -> list[str]:
+    """Write the target under a hidden name, and give it its own when it is complete; what must be told of it."""
+    partial = partial_of(target)
     try:
         with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
-            writer = _Writer(partial, checkpoint, to, plan, conversion, options.dtype)
-            writer.write_tensors(journal, show)
-            writer.write_companions(journal.done, companions)
+            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype, algorithm)
+            streams.write(journal, show)
+            if not to.has_encoders:
+                write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)
+            for name, path in companions.items():
+                copy_file(path, partial / name)
+            known = {name: journal.done[name] for name in streams.contents}
+            to.finish(WrittenTensors(partial, streams.contents, checkpoint, plan.companions, known))
             if verify:
                 _verify(partial, checkpoint, {(spec.file, spec.name) for spec, _ in conversion.copies}, show)
             journal.end()
-            os.replace(partial, target)
+            publish(partial, target)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: could not be written ({reason}); put that right and run it again") from error
-    return writer
+    return streams.notes
 
 
 def _not_told(checkpoint: SourceCheckpoint, plan: WritePlan) -> list[str]:
@@ -182,7 +187,9 @@ def _balance(opened: SourceCheckpoint, checkpoint: SourceCheckpoint, conversion:
 def task_of(form: str, options: WriteOptions, model: Model) -> list[str]:
     """Say what a conversion does, in the words by which one that was stopped is recognised: they must not change."""
     names = ("tensor_parallel", "dtype", "shard_bytes", "is_sparse")
-    values = ", ".join(f"{name}={getattr(options, name)!r}" for name in names)
+    told = {name: repr(getattr(options, name)) for name in names}
+    told["dtype"] = f"torch.{options.dtype.name}" if options.dtype else "None"
+    values = ", ".join(f"{name}={value}" for name, value in told.items())
     return [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
 
 
@@ -212,111 +219,6 @@ def _plan(checkpoint: SourceCheckpoint, to: Format, options: WriteOptions) -> Wr
     return to.plan(checkpoint.model, options, checkpoint.encoders)
 
 
-class _Writer:
-    """Writes the files of a checkpoint into a folder.
-
-    Args:
-        partial: the folder.
-        checkpoint: what is converted.
-        to: the format of what is written.
-        plan: the files.
-        conversion: makes their tensors.
-        dtype: type of their elements; the source's if None.
-    """
-
-    def __init__(
-        self,
-        partial: Path,
-        checkpoint: SourceCheckpoint,
-        to: Format,
-        plan: WritePlan,
-        conversion: Conversion,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self._partial, self._checkpoint, self._to, self._plan = partial, checkpoint, to, plan
-        self._conversion, self._dtype = conversion, dtype
-        self._contents = {file.name: self._contents_of(file) for file in plan.files}
-        self._is_stopped = Event()
-        self._infinite: dict[str, int] = {}
-
-    @property
-    def notes(self) -> list[str]:
-        """What must be told of what was written, a line each."""
-        return [
-            f"{name}: {count} values are infinite in fp16, whose largest one is 65,504; --dtype bf16 holds larger ones"
-            for name, count in sorted(self._infinite.items())
-        ]
-
-    def _contents_of(self, file: PlannedFile) -> FileContents:
-        return {
-            **{spec.name: (spec.shape, self._dtype or self._conversion.dtype_of(spec)) for spec in file.tensors},
-            **{name: (entry.shape, entry.dtype) for name, entry in file.verbatim},
-        }
-
-    def write_tensors(self, journal: Journal, show: bool) -> None:
-        """Write the files of tensors that are not yet there, several at a time, and note each one."""
-        sizes = {name: _nbytes(contents) for name, contents in self._contents.items()}
-
-        def write(file: PlannedFile, bar: Any) -> str:
-            self._write(file, bar)
-            return sha256_of(self._partial / file.name) if self._to.has_manifest else "-"
-
-        with (
-            progress_bar("converting", sum(sizes.values()), show) as bar,
-            ThreadPoolExecutor(THREADS, "convert", torch.set_num_threads, (1,)) as pool,  # a piece is too small for two
-        ):
-            bar.update(sum(sizes[name] for name in journal.done))
-            left = [file for file in self._plan.files if file.name not in journal.done]
-            waiting = {pool.submit(write, file, bar): file.name for file in left}
-            try:
-                for future in as_completed(waiting):
-                    journal.note(waiting[future], future.result())
-            finally:  # also where the user has stopped it: a file may be large
-                self._is_stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _write(self, file: PlannedFile, bar: Any) -> None:
-        contents, maps = self._contents[file.name], self._checkpoint.source.maps
-        out = self._to.create_file(self._partial / file.name, contents)
-
-        def put(name: str, value: Tensor) -> None:
-            if self._is_stopped.is_set():
-                raise CancelledError
-            out.put(name, value)
-            self._conversion.release()
-            with bar.get_lock():
-                bar.update(value.nbytes)
-
-        for spec in file.tensors:
-            for piece in spec.split(_PIECE):
-                value = self._conversion.make(piece, contents[spec.name][1])
-                if self._dtype == torch.float16 and (count := int(value.isinf().sum())):
-                    with bar.get_lock():
-                        self._infinite[spec.name] = self._infinite.get(spec.name, 0) + count
-                put(spec.name, value)
-        for name, entry in file.verbatim:
-            put(name, maps.read(entry))
-        out.close()
-
-    def write_companions(self, checksums: Mapping[str, str], companions: Mapping[str, Path]) -> None:
-        """Write what is beside the tensors: frozen experts, tokenizer, index, configuration.
-
-        Args:
-            checksums: sha256 of the files of tensors, if the format keeps them.
-            companions: files that are copied, by their names.
-        """
-        if not self._to.has_encoders:
-            write_encoders(self._partial, self._checkpoint.encoders, self._checkpoint.source.maps)
-        for name, path in companions.items():
-            shutil.copyfile(path, self._partial / name)
-        known = {name: checksums[name] for name in self._contents}
-        self._to.finish(WrittenTensors(self._partial, self._contents, self._checkpoint, self._plan.companions, known))
-
-
-def _nbytes(contents: FileContents) -> int:
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in contents.values())
-
-
 def _check_files(checkpoint: SourceCheckpoint) -> None:
     """Compare the files of a checkpoint with the checksums that its manifest, or torch.save in them, has for them.
 
@@ -324,7 +226,7 @@ def _check_files(checkpoint: SourceCheckpoint) -> None:
         CheckpointError: one differs.
     """
     folder = checkpoint.folder
-    damaged = [name for name, digest in checkpoint.checksums.items() if sha256_of(folder / name) != digest]
+    damaged = [name for name, digest in checkpoint.checksums.items() if not is_as_written(folder / name, digest)]
     paths = sorted({path for entry in checkpoint.source.entries.values() for path in entry.paths})
     damaged += [path.name for path in paths if path.suffix in (".pth", ".bin") and not is_intact(path)]
     if damaged:
@@ -343,7 +245,7 @@ def _verify(partial: Path, checkpoint: SourceCheckpoint, copies: Set[tuple[str, 
     Raises:
         CheckpointError: one differs.
     """
-    source, written = checkpoint.source, open_checkpoint(partial, checkpoint.model.language)
+    source, written = checkpoint.source, open_checkpoint(partial, checkpoint.model.language, is_finished=False)
     conversion = Conversion(written.source, source.specs)
     with progress_bar("verifying", sum(entry.nbytes for entry in source.entries.values()), show) as bar:
         for spec in source.specs:
@@ -351,8 +253,13 @@ def _verify(partial: Path, checkpoint: SourceCheckpoint, copies: Set[tuple[str, 
             made, original = conversion.make(spec), source.maps.read(entry)
             if "vocabulary" in spec.box:  # padding is not kept
                 made, original = (value[: spec.sizes["vocabulary"]] for value in (made, original))
-            if not torch.equal(made, original.to(made.dtype)) and (spec.file, spec.name) not in copies:
+            if not _is_same(made, converted(original, made.dtype)) and (spec.file, spec.name) not in copies:
                 raise CheckpointError(f"{partial}: {spec.name} read back differs; the disk or the memory is faulty")
             conversion.release()
             source.maps.release()
             bar.update(entry.nbytes)
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    """Whether two tensors are the same to the bit."""
+    return np.array_equal(bits(one), bits(other))

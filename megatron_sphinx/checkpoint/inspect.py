@@ -1,23 +1,24 @@
 """What a checkpoint holds, whether it is what it was, and how far two are apart: a tensor at a time."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf, isnan, prod, sqrt
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from megatron_sphinx import parsing
 from megatron_sphinx.checkpoint.bar import progress_bar
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, RunningDigest
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.dtypes import FLOAT32, Array, bytes_of, converted, is_floating, promoted
 from megatron_sphinx.tensors.entries import Entry
-from megatron_sphinx.tensors.write import bytes_of
 
 _BLOCK = 1 << 18  # elements that are handled at once: few enough to stay in a core's cache
 
@@ -53,41 +54,41 @@ def describe(checkpoint: SourceCheckpoint) -> dict[str, Any]:
         "parameters": parameters | {"all": sum(parameters.values())},
         "tensors": len(entries_of_all),
         "bytes": sum(entry.nbytes for entry in entries_of_all),
-        "dtypes": dict(Counter(_name_of(entry.dtype) for entry in entries_of_all)),
+        "dtypes": dict(Counter(entry.dtype.name for entry in entries_of_all)),
     }
 
 
 def keys(checkpoint: SourceCheckpoint) -> dict[str, dict[str, Any]]:
     """Return shape and type of each tensor, by file and name."""
     return {
-        name: {"shape": list(entry.shape), "dtype": _name_of(entry.dtype)}
-        for name, entry in tensors(checkpoint).items()
+        name: {"shape": list(entry.shape), "dtype": entry.dtype.name} for name, entry in tensors(checkpoint).items()
     }
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # contents
 
 
-def digests(checkpoint: SourceCheckpoint, *, show: bool = False) -> dict[str, str]:
-    """Return the sha256 of each tensor: of its type, its shape, and its elements in row-major order.
+def digests(checkpoint: SourceCheckpoint, algorithm: Algorithm = "xxh3_128", *, show: bool = False) -> dict[str, str]:
+    """Return the digest of each tensor: of its type, its shape, and its elements in row-major order.
 
-    Memory: the pages of one tensor, and itself where it lies in several pieces.
+    Memory: for each thread the pages of one tensor, and itself where it lies in several pieces.
     """
     entries, maps = tensors(checkpoint), checkpoint.source.maps
-    sums = {}
-    with progress_bar("hashing", sum(entry.nbytes for entry in entries.values()), show) as bar:
-        for name, entry in entries.items():
-            digest = hashlib.sha256(f"{entry.dtype} {list(entry.shape)}".encode())
-            for rows in _blocks(maps.read(entry)):
-                digest.update(bytes_of(rows))
-            maps.release()
-            sums[name] = digest.hexdigest()
+    lock = Lock()
+
+    def digest_of(entry: Entry) -> str:
+        digest = RunningDigest(algorithm)
+        digest.update(f"torch.{entry.dtype.name} {list(entry.shape)}".encode())
+        for rows in _blocks(maps.read(entry)):
+            digest.update(bytes_of(rows))
+        maps.release()
+        with lock:
             bar.update(entry.nbytes)
-    return sums
+        return digest.text()
+
+    size = sum(entry.nbytes for entry in entries.values())
+    with progress_bar("hashing", size, show) as bar, ThreadPoolExecutor(THREADS, "hash") as pool:
+        return dict(zip(entries, pool.map(digest_of, entries.values()), strict=True))
 
 
 def read_digests(path: Path) -> dict[str, str]:
@@ -100,7 +101,8 @@ def read_digests(path: Path) -> dict[str, str]:
         content = parsing.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give a file that --hash has written") from error
-    sums = content.get("sha256") if isinstance(content, dict) else None
+    known = content if isinstance(content, dict) else {}
+    sums = known.get("digests", known.get("sha256"))  # as manifests called them at first
     if not isinstance(sums, dict) or not sums or not all(isinstance(digest, str) for digest in sums.values()):
         raise CheckpointError(f"{path}: is no manifest; give a file that --hash has written")
     return sums
@@ -210,25 +212,30 @@ def _compare_encoders(expert: str, one: SourceCheckpoint, other: SourceCheckpoin
         other.source.maps.release()
 
 
-def _difference(name: str, one: Tensor, other: Tensor) -> TensorDifference:
-    squares, of_first, most = torch.zeros(3, dtype=torch.float64)
-    dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    for first, second in zip(_blocks(one), _blocks(other), strict=True):
-        first, second = first.to(dtype).flatten(), second.to(dtype).flatten()
-        of_first = of_first + first.double().dot(first.double())
-        apart = first - second
-        if apart.abs().max() != 0:  # or is not a number
-            apart = apart.masked_fill(first == second, 0.0).double()  # infinities that are alike
-            squares = squares + apart.dot(apart)
-            most = torch.maximum(most, apart.abs().max())
-    return TensorDifference(name, float(squares.sqrt()), float(of_first.sqrt()), float(most))
+def _difference(name: str, one: Array, other: Array) -> TensorDifference:
+    squares, of_first, most = 0.0, 0.0, 0.0
+    wide = np.dtype(np.float64)
+    is_exact = not (is_floating(one.dtype) and is_floating(other.dtype))
+    dtype = wide if is_exact else promoted([one.dtype, other.dtype, FLOAT32])
+    with np.errstate(all="ignore"):
+        for first, second in zip(_blocks(one), _blocks(other), strict=True):
+            first, second = (converted(rows, dtype).reshape(-1) for rows in (first, second))
+            exact = first.astype(wide)
+            of_first += float(exact @ exact)
+            apart = first - second
+            if np.abs(apart).max() != 0:  # or is not a number
+                apart[first == second] = 0  # infinities that are alike
+                exact = apart.astype(wide)
+                squares += float(exact @ exact)
+                most = float(np.maximum(most, np.abs(exact).max()))
+    return TensorDifference(name, sqrt(squares), sqrt(of_first), most)
 
 
-def _blocks(values: Tensor) -> Iterator[Tensor]:
+def _blocks(values: Array) -> Iterator[Array]:
     """Whole rows of a tensor, so many as are handled at once."""
-    if values.numel() == 0:
+    if values.size == 0:
         return
-    rows = values if values.ndim else values.view(1)
-    count = max(1, _BLOCK // (rows[0].numel() or 1))
+    rows = values if values.ndim else values.reshape(1)
+    count = max(1, _BLOCK // (rows[0].size or 1))
     for start in range(0, len(rows), count):
         yield rows[start : start + count]

@@ -13,7 +13,9 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
+from megatron_sphinx.checkpoint.targets import JOURNAL
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.remote import is_remote, remove_files, state_of, write_text
 from megatron_sphinx.tensors.entries import Entry
 
 
@@ -21,7 +23,7 @@ class Journal:
     """The finished files of a folder; what a run before this one has left of another task is removed.
 
     While it is open, no other process can open one of the same folders: the system locks them, and lets them go with
-    the process.
+    the process. What is behind URLs cannot be locked: there, two processes that make one folder disturb each other.
 
     Args:
         folders: to be made, or made in part; the first one holds the journal.
@@ -29,7 +31,7 @@ class Journal:
         inputs: what it is made of: the task is another one when their files have changed.
 
     Attributes:
-        done: finished files, with a word on each: its sha256, or "-".
+        done: finished files, with a word on each: its digest, or "-".
 
     Raises:
         OSError: a folder cannot be made.
@@ -39,25 +41,29 @@ class Journal:
     def __init__(self, folders: Iterable[Path], task: Any, inputs: Iterable[Entry]) -> None:
         first, *_ = folders = list(folders)
         paths = {path for entry in inputs for path in entry.paths}
-        states = sorted(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+        states = sorted(f"{path} {state_of(path)}" for path in paths)
         digest = hashlib.sha256(json.dumps([states, task]).encode()).hexdigest()
-        self._path, self._lock = first / ".files", Lock()
+        self._path, self._lock = first / JOURNAL, Lock()
+        self._marks = [folder / JOURNAL for folder in folders if is_remote(folder)]
         self._locks: list[int] = []
         self._file: Any = None
         self.done: dict[str, str] = {}
         try:
             is_there = [folder.is_dir() for folder in folders]
             for folder in folders:
-                self._locks.append(_locked(folder))
+                self._locks += [] if is_remote(folder) else [_locked(folder)]
             lines = self._lines()
             if lines[:1] == [digest] and all(is_there):
                 self.done = dict(line.split(" ", 1)[::-1] for line in lines[1:])
             else:
                 for folder in folders:
-                    _empty(folder)
+                    remove_files(folder) if is_remote(folder) else _empty(folder)
                 lines = [digest]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
-            self._file = self._path.open("a", buffering=1)
+            for mark in self._marks:
+                write_text(mark, f"{digest}\n")
+            self._text = "".join(f"{line}\n" for line in lines)
+            self._path.write_text(self._text)
+            self._file = None if self._marks else self._path.open("a", buffering=1)
         except BaseException:
             self.close()
             raise
@@ -76,12 +82,19 @@ class Journal:
         """Note that a file is finished."""
         with self._lock:
             self.done[name] = word
-            self._file.write(f"{word} {name}\n")
+            line = f"{word} {name}\n"
+            self._text += line
+            if self._file is None:  # nothing is appended to what is behind a URL
+                write_text(self._path, self._text)
+            else:
+                self._file.write(line)
 
     def end(self) -> None:
         """Remove the journal, since all files are finished."""
-        self._file.close()
-        self._path.unlink()
+        if self._file is not None:
+            self._file.close()
+        for path in [mark for mark in self._marks if mark != self._path] + [self._path]:
+            path.unlink()
 
     def close(self) -> None:
         """Let other processes have the folders."""

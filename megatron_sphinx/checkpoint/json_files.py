@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.remote import is_remote, write_text
 
 _MOST_BYTES = 2**26  # of such a file; what is behind them is cut off, and so no JSON
 _MOST_SHOWN = 200  # characters of a reason in a message
@@ -41,6 +42,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file of JSON that is complete or invisible."""
+    if is_remote(path):
+        write_text(path, json.dumps(content, indent=1) + "\n")
+        return
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)

@@ -10,6 +10,7 @@ from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.parsing import ParseError
 from megatron_sphinx.paths import is_plain
 from megatron_sphinx.ranges import Range
+from megatron_sphinx.remote import is_remote, write_text
 from megatron_sphinx.values import read_json
 
 MANIFEST = "checkpoint.json"
@@ -86,7 +87,11 @@ def read_manifest(path: Path, key: str = "checkpoint.resume") -> dict[str, Any]:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write what a checkpoint says of itself, last of its files."""
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1)
+    if is_remote(path):
+        write_text(path / MANIFEST, text)
+        return
     with (path / MANIFEST).open("w") as file:
-        json.dump({"format": FORMAT, **manifest}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,24 +1,21 @@
 """Weights between checkpoints, tensor by tensor: what a model learned of real and of synthetic captions in one.
 
 Inputs of any format give a mix of the same, its files as those of the first checkpoint. `pairing` finds what belongs
-together, `blend` computes the sums while other threads hash the inputs.
+together, `blend` computes the sums.
 
 Source: SPHINX, arXiv:2311.07575, equation 1.
 """
 
-import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_sphinx.checkpoint.blend import MixedTensor, MixWriter
-from megatron_sphinx.checkpoint.digests import THREADS, Digests, sha256_of
+from megatron_sphinx.checkpoint.blend import MixedTensor, MixWriter, by_file
+from megatron_sphinx.checkpoint.digests import THREADS, Algorithm, FollowingDigests, algorithm_of
 from megatron_sphinx.checkpoint.encoders import ENCODERS
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint, WrittenTensors
 from megatron_sphinx.checkpoint.formats.registry import format_named
@@ -26,11 +23,13 @@ from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE
 from megatron_sphinx.checkpoint.open import open_checkpoint
 from megatron_sphinx.checkpoint.pairing import Scope, require_alike, tensors_to_mix
-from megatron_sphinx.checkpoint.slices import reason_of
 from megatron_sphinx.checkpoint.tally import balance
+from megatron_sphinx.checkpoint.targets import is_taken, partial_of, publish, remove
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.remote import copy_file, is_remote, state_of
 
+_Digests = Mapping[Path, Mapping[Algorithm, str]]  # of files, by each algorithm that was wanted
 _COMPANIONS = (".json", ".jinja", ".md", ".model", ".py", ".txt")  # kinds of files beside the tensors that are copied
 
 
@@ -75,7 +74,7 @@ def interpolate(
     *,
     scope: Scope = "all",
     shape: LanguageConfig | None = None,
-    digests: Digests | None = None,
+    algorithm: Algorithm = "xxh3_128",
     ignored: Collection[str] = (),
     show: bool = False,
 ) -> MixReport:
@@ -91,7 +90,7 @@ def interpolate(
         targets: folders to make, each with the inputs' shares, which sum to 1; one of share 1 is copied to the bit.
         scope: mix every tensor, or those of the language model only and take the others from the first input.
         shape: shape of the model, for the one format that does not tell it, torch_dist.
-        digests: digests of the inputs' files, if they have been begun with.
+        algorithm: of the digests of what is written, and of those by which a mix names its inputs.
         ignored: keys of the inputs' configurations that the user says are of no matter.
         show: whether there is a progress bar.
 
@@ -108,17 +107,15 @@ def interpolate(
         notes += require_alike(checkpoints[0], other)
     tensors = tensors_to_mix(checkpoints, scope)
     notes += _left_behind(checkpoints[0], tensors)
-    partials = [target.with_name(f".{target.name}.partial") for target in targets]
+    partials = [partial_of(target) for target in targets]
     try:
-        _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, digests, show)
+        _write(checkpoints, tensors, dict(zip(targets, partials, strict=True)), targets, scope, algorithm, show)
     except OSError as error:
-        names = ", ".join(map(str, targets))
-        raise CheckpointError(
-            f"{names}: could not be written ({reason_of(error)}); put that right and run it again"
-        ) from error
+        names, reason = ", ".join(map(str, targets)), error.strerror or error
+        raise CheckpointError(f"{names}: could not be written ({reason}); put that right and run it again") from error
     is_mixed = any(max(shares) < 1 for shares in targets.values())
     mixed = sum(len(tensor.entries) > 1 for tensor in tensors) if is_mixed else 0
-    parameters = sum(torch.Size(tensor.entries[0].shape).numel() for tensor in tensors)
+    parameters = sum(prod(tensor.entries[0].shape) for tensor in tensors)
     copied = len(tensors) - mixed
     balances = tuple(_balance(one, one is checkpoints[0], tensors, mixed) for one in checkpoints)
     return MixReport(mixed, copied, parameters, tuple(notes), balances)
@@ -142,26 +139,33 @@ def _write(
     partials: Mapping[Path, Path],
     targets: Mapping[Path, Sequence[float]],
     scope: Scope,
-    digests: Digests | None,
+    algorithm: Algorithm,
     show: bool,
 ) -> None:
-    """Write the targets into folders of their own, while the inputs are hashed, and give them their names at last."""
-    task = [scope, *([str(target), *shares] for target, shares in targets.items())]
+    """Write the targets into folders of their own, check the inputs, and give the folders their names at last."""
+    task = [scope, algorithm, *([str(target), *shares] for target, shares in targets.items())]
     entries = [entry for one in checkpoints for entry in one.source.entries.values()]
     with Journal(partials.values(), task, entries) as journal, _nothing_left(partials.values()):
         form = format_named(checkpoints[0].format)
-        writer = MixWriter(tensors, list(partials.values()), list(targets.values()), form, journal)
-        with digests or Digests() as started:
-            futures = [{name: started.future_of(one.folder / name) for name in _files(one)} for one in checkpoints]
-            writer.run(show)
-            sums = [{name: future.result() for name, future in each.items()} for each in futures]
-        for checkpoint, digests_of_files in zip(checkpoints, sums, strict=True):
-            _check_sums(checkpoint, digests_of_files)
-        for target, partial in partials.items():
-            _finish(partial, checkpoints[0], tensors, _provenance(checkpoints, sums, targets[target], scope))
+        algorithms = [_algorithms(one, algorithm) for one in checkpoints]
+        wanted = {path: each for of_input in algorithms for path, each in of_input.items()}
+        digests = FollowingDigests(wanted)
+        folders, shares = list(partials.values()), list(targets.values())
+        MixWriter(tensors, folders, shares, form, journal, digests, algorithm).run(show)
+        with ThreadPoolExecutor(THREADS, "digest") as pool:
+            found = dict(zip(wanted, pool.map(digests.finish, wanted), strict=True))
+        for checkpoint in checkpoints:
+            _check_sums(checkpoint, found)
+        for number, (target, partial) in enumerate(partials.items()):
+            inputs = [
+                _origin(one, share, of_input, found)
+                for one, share, of_input in zip(checkpoints, targets[target], algorithms, strict=True)
+            ]
+            sums = {name: words.split(",")[number] for name, words in journal.done.items()} if form.has_manifest else {}
+            _finish(partial, checkpoints[0], tensors, sums, {"scope": scope, "inputs": inputs})
         journal.end()
         for target, partial in partials.items():
-            os.replace(partial, target)
+            publish(partial, target)
 
 
 @contextmanager
@@ -171,7 +175,7 @@ def _nothing_left(partials: Iterable[Path]) -> Iterator[None]:
         yield
     except CheckpointError:
         for partial in partials:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise
 
 
@@ -182,56 +186,63 @@ def _check_targets(inputs: Sequence[Path], targets: Mapping[Path, Sequence[float
                 raise CheckpointError(f"{folder}={share}: is not from 0 to 1; give the share of this checkpoint")
         if abs(sum(shares) - 1) > 1e-6:
             raise CheckpointError(f"{'+'.join(map(str, shares))}: sums to {sum(shares):g}; give shares that sum to 1")
-        if os.path.lexists(target):
+        if is_taken(target):
             raise CheckpointError(f"{target}: exists; give another target, or remove it")
 
 
-def _files(checkpoint: SourceCheckpoint) -> list[str]:
-    """The files by whose digests a checkpoint is known: those of its manifest and that itself, or those of tensors."""
-    if checkpoint.checksums:
-        return [*checkpoint.checksums, MANIFEST]
-    chunks = (chunk for entry in checkpoint.source.entries.values() for chunk in entry.chunks)
-    return sorted({str(chunk.path.relative_to(checkpoint.folder)) for chunk in chunks})
+def _algorithms(checkpoint: SourceCheckpoint, wanted: Algorithm) -> dict[Path, list[Algorithm]]:
+    """The files by whose digests a checkpoint is known, each with what is computed of it.
+
+    They are those of its manifest and that itself, or those of tensors. A manifest of SHA-256 is checked by that, and
+    the mix then names the input by it too; where SHA-256 is asked for and the manifest has others, both are computed.
+    """
+    if not checkpoint.checksums:
+        if is_remote(checkpoint.folder):  # they would be read once more; their versions tell as much
+            return {}
+        chunks = (chunk for entry in checkpoint.source.entries.values() for chunk in entry.chunks)
+        return {path: [wanted] for path in sorted({chunk.path for chunk in chunks})}
+    own = {name: algorithm_of(digest) for name, digest in checkpoint.checksums.items()}
+    named = "sha256" if "sha256" in own.values() else wanted
+    return {checkpoint.folder / name: list(dict.fromkeys((named, own.get(name, named)))) for name in (*own, MANIFEST)}
 
 
-def _check_sums(checkpoint: SourceCheckpoint, digests: Mapping[str, str]) -> None:
+def _check_sums(checkpoint: SourceCheckpoint, digests: _Digests) -> None:
     for name, digest in checkpoint.checksums.items():
-        if digests[name] != digest:
+        if digest not in digests[checkpoint.folder / name].values():
             raise CheckpointError(
                 f"{checkpoint.folder}: {name} is damaged (its checksum differs); give an earlier checkpoint"
             )
 
 
-def _provenance(
-    checkpoints: Sequence[SourceCheckpoint], sums: Sequence[Mapping[str, str]], shares: Sequence[float], scope: Scope
+def _origin(
+    checkpoint: SourceCheckpoint, share: float, algorithms: Mapping[Path, list[Algorithm]], digests: _Digests
 ) -> dict[str, Any]:
-    """What a mix was made of, as it says itself."""
-    inputs = [
-        {"path": str(one.folder.resolve()), "share": share, "sha256": dict(digests)}
-        for one, digests, share in zip(checkpoints, sums, shares, strict=True)
-    ]
-    return {"scope": scope, "inputs": inputs}
+    """What a mix says of an input."""
+    told = {"path": str(checkpoint.folder.resolve()), "share": share}
+    if not algorithms:
+        paths = sorted({path for entry in checkpoint.source.entries.values() for path in entry.paths}, key=str)
+        return {**told, "versions": {path.name: state_of(path) for path in paths}}
+    named = {str(path.relative_to(checkpoint.folder)): digests[path][first] for path, (first, *_) in algorithms.items()}
+    algorithm = next(first for first, *_ in algorithms.values())
+    return {**told, "algorithm": algorithm, "digests": named}
 
 
 def _finish(
-    partial: Path, first: SourceCheckpoint, tensors: Sequence[MixedTensor], provenance: Mapping[str, Any]
+    partial: Path,
+    first: SourceCheckpoint,
+    tensors: Sequence[MixedTensor],
+    sums: Mapping[str, str],
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write what is beside the tensors: configuration, index, tokenizer, frozen experts, and where all comes from."""
     for path in _companions(first, tensors):
-        shutil.copyfile(path, partial / path.name)
+        copy_file(path, partial / path.name)
     if (first.folder / ENCODERS).is_dir():
         (partial / ENCODERS).mkdir()
         for name in (f"{expert}.safetensors" for expert in first.encoders):  # and nothing else that may lie there
-            shutil.copyfile(first.folder / ENCODERS / name, partial / ENCODERS / name)
-    form = format_named(first.format)
-    files: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-    for tensor in tensors:
-        files.setdefault(tensor.file, {})[tensor.name] = (tensor.entries[0].shape, tensor.entries[0].dtype)
-    sums: dict[str, str] = {}
-    if form.has_manifest:
-        with ThreadPoolExecutor(THREADS) as pool:
-            sums = dict(zip(files, pool.map(sha256_of, (partial / name for name in files)), strict=True))
-    form.finish(WrittenTensors(partial, files, first, checksums=sums, provenance=provenance))
+            copy_file(first.folder / ENCODERS / name, partial / ENCODERS / name)
+    written = WrittenTensors(partial, by_file(tensors), first, checksums=sums, provenance=provenance)
+    format_named(first.format).finish(written)
 
 
 def _left_behind(first: SourceCheckpoint, tensors: Sequence[MixedTensor]) -> list[str]:

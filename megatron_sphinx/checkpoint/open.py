@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_sphinx.checkpoint.encoders import ENCODERS, read_encoders
 from megatron_sphinx.checkpoint.formats.format import Format, SourceCheckpoint
 from megatron_sphinx.checkpoint.formats.registry import format_named, formats, names
+from megatron_sphinx.checkpoint.steps import require_folder
+from megatron_sphinx.checkpoint.targets import require_finished
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 
@@ -29,7 +31,12 @@ _ADAPTER = "adapter_config.json"
 
 
 def open_checkpoint(
-    folder: Path, shape: LanguageConfig | None = None, diff: Path | None = None, ignored: Collection[str] = ()
+    folder: Path,
+    shape: LanguageConfig | None = None,
+    diff: Path | None = None,
+    ignored: Collection[str] = (),
+    *,
+    is_finished: bool = True,
 ) -> SourceCheckpoint:
     """Recognise a checkpoint and list what it holds, without reading its tensors.
 
@@ -38,13 +45,15 @@ def open_checkpoint(
         shape: shape of the model, for the one format that does not tell it, torch_dist.
         diff: a folder of LLaMA2-Accessory's -diff files, to be added to it.
         ignored: keys of its configuration that the user says are of no matter.
+        is_finished: whether one that is still being written is refused.
 
     Raises:
         CheckpointError: it is of no known format, incomplete or damaged, or its configuration says what is not known.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
+    require_folder(folder)
     try:
+        if is_finished:
+            require_finished(folder)
         form = _form_of(folder, diff)
         said = [line for file in form.settings(folder) for line in file.check(ignored)]
         checkpoint = form.open_sum(folder, diff) if diff and form.open_sum else form.open(folder, shape)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
+import numpy as np
 
 from megatron_sphinx.checkpoint.blend import MixedTensor
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
@@ -15,6 +15,7 @@ from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS
 from megatron_sphinx.checkpoint.tokenizers import same_tokenizer
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.settings.keys import shortened
+from megatron_sphinx.tensors.dtypes import bits
 from megatron_sphinx.tensors.entries import Entry
 
 Scope = Literal["all", "language"]
@@ -96,9 +97,7 @@ def _require_same_encoders(first: SourceCheckpoint, other: SourceCheckpoint) -> 
         )
     for key, entry in ours.items():
         values = [one.source.maps.read(entries[key]) for one, entries in ((first, ours), (other, theirs))]
-        is_same = entry.dtype == values[1].dtype and torch.equal(
-            *(value.contiguous().view(-1).view(torch.uint8) for value in values)
-        )
+        is_same = entry.dtype == values[1].dtype and np.array_equal(bits(values[0]), bits(values[1]))
         for one in (first, other):
             one.source.maps.release()
         if not is_same:

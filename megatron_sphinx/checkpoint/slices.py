@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -32,13 +33,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_sphinx.checkpoint.weight_names import MASTER, weight_shapes
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.saved import DistributedMetadata, SavedWhole
 from megatron_sphinx.unpickling import load_torch, metadata_of, only_tensors
 
 if TYPE_CHECKING:  # tools read checkpoints without megatron-core, whose import takes seconds
     from megatron_sphinx.model.shards import Block
-
-MASTER = "master/"  # begins the names of the whole fp32 weights
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,30 @@ class CheckedReader(FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.metadata = metadata_of(path)
+        self.metadata = torch_metadata(metadata_of(path))
 
     def read_metadata(self) -> Metadata:  # with **kwargs torch would try other files too
         """Give torch the metadata as it was checked."""
         return self.metadata
+
+
+def torch_metadata(metadata: DistributedMetadata) -> Metadata:
+    """Make torch's own object of what a checkpoint says of itself."""
+    places = {}
+    for one in metadata.places:
+        offset = None if one.offset is None else torch.Size(one.offset)
+        # private to torch, but the class that its readers take
+        places[MetadataIndex(one.name, offset, one.index)] = _StorageInfo(one.file, one.start, one.length)
+    tensors = {name: _torch_tensor(whole) for name, whole in metadata.tensors.items()}
+    return Metadata(state_dict_metadata=dict(tensors), storage_data=places)
+
+
+def _torch_tensor(whole: SavedWhole | None) -> TensorStorageMetadata | BytesStorageMetadata:
+    if whole is None:
+        return BytesStorageMetadata()
+    chunks = [ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.shape)) for one in whole.boxes]
+    properties = TensorProperties(dtype=getattr(torch, whole.dtype.name))
+    return TensorStorageMetadata(properties, torch.Size(whole.shape), chunks)
 
 
 def _chunk(one: TensorSlice) -> ChunkStorageMetadata:
@@ -197,18 +217,7 @@ def reason_of(error: BaseException) -> str:
     return text[:200] or type(cause).__name__
 
 
-def weight_shapes(path: Path) -> dict[str, torch.Size]:
-    """Return the shapes of a checkpoint's whole fp32 weights, by the names that it has for them."""
-    return _shapes(metadata_of(path))
-
-
-def tensor_names(path: Path) -> list[str]:
-    """List the tensors of a checkpoint, the optimizer's too."""
-    records = metadata_of(path).state_dict_metadata.items()
-    return [name for name, record in records if isinstance(record, TensorStorageMetadata)]
-
-
-def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Read whole fp32 tensors of a checkpoint by this process alone.
 
     Args:
@@ -219,7 +228,7 @@ def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dic
         CheckpointError: they cannot be read.
     """
     reader = CheckedReader(path)
-    wanted = _shapes(reader.metadata) if shapes is None else shapes
+    wanted = weight_shapes(path) if shapes is None else shapes
     whole = {name: torch.empty(shape) for name, shape in wanted.items()}
     with warnings.catch_warnings(), only_tensors():
         warnings.simplefilter("ignore", UserWarning)  # that other ranks are not asked
@@ -228,11 +237,3 @@ def read_tensors(path: Path, shapes: dict[str, torch.Size] | None = None) -> dic
         except CheckpointException as error:
             raise CheckpointError(f"{path}: cannot be read ({reason_of(error)}); give an earlier one") from error
     return whole
-
-
-def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
-    return {
-        name: record.size
-        for name, record in metadata.state_dict_metadata.items()
-        if name.startswith(MASTER) and isinstance(record, TensorStorageMetadata)
-    }

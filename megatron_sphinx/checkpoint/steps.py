@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.manifest import MANIFEST
+from megatron_sphinx.checkpoint.targets import is_reachable_folder
 from megatron_sphinx.errors import CheckpointError
 
 _STEP, _REMAINS = re.compile(r"step_\d{8}"), re.compile(r"\.step_\d{8}\.(partial|pruned)")
@@ -26,6 +27,12 @@ def name_of(step: int) -> str:
 def complete(folder: Path) -> list[Path]:
     """List the complete checkpoints of a folder, oldest first."""
     return [path for path in _steps(folder) if (path / MANIFEST).is_file()]
+
+
+def require_folder(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint is to be read from a folder that is not there."""
+    if not is_reachable_folder(folder):
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
 
 
 def newest_of(folder: Path) -> Path:

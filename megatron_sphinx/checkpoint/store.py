@@ -24,12 +24,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_sphinx.checkpoint.collective import all_or_none, from_first, write_together
-from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.digests import digest_of
 from megatron_sphinx.checkpoint.identity import comparable, inherited, require_same
 from megatron_sphinx.checkpoint.intact import SavedStep, first_intact
 from megatron_sphinx.checkpoint.manifest import read_manifest, write_manifest
 from megatron_sphinx.checkpoint.slices import (
-    MASTER,
     CheckedReader,
     LoadPlanner,
     SavePlanner,
@@ -48,6 +47,7 @@ from megatron_sphinx.checkpoint.steps import (
     remove_remains,
     set_aside,
 )
+from megatron_sphinx.checkpoint.weight_names import MASTER
 from megatron_sphinx.console import say
 from megatron_sphinx.errors import CheckpointError, OtherDataError, writing
 from megatron_sphinx.liveness.progress import Progress
@@ -160,7 +160,7 @@ class CheckpointStore:
 
         def finish(files: list[dict[str, str]]) -> None:
             sums = {name: digest for of_rank in files for name, digest in of_rank.items()}
-            sums[".metadata"] = sha256_of(partial / ".metadata")
+            sums[".metadata"] = digest_of(partial / ".metadata")
             made_of = inherited(self.identity, self._chosen.manifest["identity"] if self._chosen else {})
             manifest = {"step": step, **history, "identity": made_of, **self.about, "files": sums}
             write_manifest(partial, manifest)
@@ -177,7 +177,7 @@ class CheckpointStore:
             self._together(target, lambda: self._write_pieces(writer, planner))
             own = dist.get_rank(self.groups.storage)
             files = self._together(  # torch names a file by the rank in the group, and a number
-                target, lambda: {path.name: sha256_of(path) for path in partial.glob(f"__{own}_*.distcp")}
+                target, lambda: {path.name: digest_of(path) for path in partial.glob(f"__{own}_*.distcp")}
             )
             self._together(target, lambda: finish(files) if self._is_first else None)
             self.newest = target

@@ -16,9 +16,10 @@ from megatron_sphinx.checkpoint.digests import sha256_of
 from megatron_sphinx.checkpoint.identity import differences, in_order, require_same
 from megatron_sphinx.checkpoint.intact import verify_files
 from megatron_sphinx.checkpoint.manifest import read_manifest
-from megatron_sphinx.checkpoint.slices import MASTER, TensorSlice
+from megatron_sphinx.checkpoint.slices import TensorSlice
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.checkpoint.weight_names import MASTER
 from megatron_sphinx.data.tokenizer_files import tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.shards import Block, boxes_of
@@ -151,14 +152,21 @@ def _digests(folder: Path) -> tuple[str, ...]:
 
 def fill(checkpoint: SourceCheckpoint, slices: Iterable[TensorSlice]) -> None:
     """Copy into each slice of our fp32 weights what overlaps it; rows of the vocabulary's padding are zero."""
+    import torch
+
     from megatron_sphinx.checkpoint.formats import megatron
     from megatron_sphinx.checkpoint.mapping.conversion import Conversion
+    from megatron_sphinx.tensors.dtypes import FLOAT32
 
     whole = {spec.name: spec for spec in megatron.specs_of_model(checkpoint.model)}
     conversion = Conversion(checkpoint.source, whole.values())
     for one in slices:
         for spec, place in cut(whole[one.name], one.block):
-            conversion.fill(spec, one.values[place])
+            values = one.values[place]
+            if values.is_cpu:
+                conversion.fill(spec, values.numpy())
+            else:
+                values.copy_(torch.from_numpy(conversion.make(spec, FLOAT32)))
         conversion.release()
 
 

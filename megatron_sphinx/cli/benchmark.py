@@ -43,6 +43,9 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
+    from megatron_sphinx import config as configuration
+
+    configuration.values_of(args.config)  # a file that cannot be read is no fault of a point
     from megatron_sphinx.benchmark import report, sweep
 
     measurement = sweep.Measurement(

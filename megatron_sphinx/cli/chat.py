@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model, add_sampling, model_options, sampling_of
+from megatron_sphinx.cli.command import add_model, add_sampling, check_model, model_options, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     sampling_of(args)  # what is wrong with it is said before the model is loaded
+    check_model(args)
+    from megatron_sphinx.serving.terminal import Chat, content_of, converse
+
+    if args.picture is not None:
+        content_of(args.picture)
     from megatron_sphinx.serving.model import load
-    from megatron_sphinx.serving.terminal import Chat, converse
 
     with load(args.model, **model_options(args)) as model:
         chat = Chat(model, sampling_of(args, model.positions), args.system, args.draw)

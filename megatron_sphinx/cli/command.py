@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from megatron_sphinx.console import last_words, leave_to_torchrun
-from megatron_sphinx.errors import MeetingError, SphinxError
+from megatron_sphinx.errors import ConfigError, MeetingError, SphinxError
 from megatron_sphinx.generation.requests import Sampling, default_new_tokens
 from megatron_sphinx.ranges import Range, check_range, check_ranges
 
@@ -87,6 +87,20 @@ def add_configuration(parser: argparse.ArgumentParser, *, is_optional: bool = Fa
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.tensor=2")
 
 
+def place(text: str) -> Path:
+    """Read an argument that is a path or a URL.
+
+    Raises:
+        ArgumentTypeError: nothing that is installed reads such a URL.
+    """
+    from megatron_sphinx.remote import place_of
+
+    try:
+        return place_of(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the number of processes that share the work."""
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
@@ -100,6 +114,18 @@ def add_ignore(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY",
         help="go on although the configuration of the checkpoint has this key, which is not known or not computed here",
+    )
+
+
+def add_sha256(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the algorithm of digests."""
+    parser.add_argument(
+        "--sha256",
+        action="store_const",
+        const="sha256",
+        default="xxh3_128",
+        dest="algorithm",
+        help="write digests of SHA-256, which nobody can forge and which take longer; default: of XXH3, 128 bits",
     )
 
 
@@ -125,6 +151,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pipeline", type=int, metavar="STAGES", help="that the layers are cut into; default: 1")
     group.add_argument("--expert", type=int, metavar="RANKS", help="that share the experts of a layer; default: 1")
     group.add_argument("--encoder", type=int, metavar="RANKS", help="that encode and do nothing else; default: 0")
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse what can be told to be wrong with a model that answers before anything that takes long is imported.
+
+    Raises:
+        CheckpointError: its folder is not there.
+        ConfigError: its configuration, or the name of a template, is wrong.
+        DataError: its tokenizer cannot be read.
+    """
+    from megatron_sphinx.checkpoint.steps import require_folder
+    from megatron_sphinx.generation.templates import template_of
+
+    require_folder(args.model)
+    if args.template is not None:
+        template_of(args.template)
+    if args.config is not None:
+        from megatron_sphinx import config as configuration
+
+        configuration.load(args.config, ["parallel={}"])
+    if args.tokenizer is not None:
+        from megatron_sphinx.data.tokenizer import Tokenizer
+
+        Tokenizer(args.tokenizer)
 
 
 _OF_MODEL = (

@@ -17,47 +17,47 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.checkpoint.formats.registry import names
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, add_sha256, place
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names of them
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder of a checkpoint, or a run folder")
-    add("target", type=Path, metavar="TARGET", help="folder to make")
+    add("source", type=place, metavar="SOURCE", help="folder of a checkpoint, or a run folder")
+    add("target", type=place, metavar="TARGET", help="folder to make")
     add("--to", required=True, choices=names(), dest="form", help="the format of TARGET")
     add("--tensor-parallel", type=int, default=1, help="ranks of meta and accessory, a file each")
     add("--sparse", action="store_true", help="of accessory: a slice of each expert on each rank")
-    add("--dtype", choices=tuple(DTYPES), help="default: the source's; megatron always holds fp32")
+    add("--dtype", choices=DTYPES, help="default: the source's; megatron always holds fp32")
     add("--shard-size", type=float, default=5.0, help="of hf: the most that a file holds, in GB")
-    add("--diff", type=Path, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
+    add("--diff", type=place, help="folder of LLaMA2-Accessory's -diff files, to be added to SOURCE")
     add("--views", type=int, default=1, choices=(1, 5, 10), help="of accessory: tells its llama_type")
     add("--preset", type=Path, help="the shape of a torch_dist SOURCE: a preset's name, or a run's YAML")
     add(
         "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
     )
-    add("--encoders", type=Path, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
+    add("--encoders", type=place, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
     add_ignore(parser)
+    add_sha256(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    import torch
-
     from megatron_sphinx.checkpoint.convert import convert
     from megatron_sphinx.checkpoint.formats.format import WriteOptions
     from megatron_sphinx.config import load
+    from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    dtype = dict(zip(DTYPES, (FLOAT32, BFLOAT16, FLOAT16), strict=True))[args.dtype] if args.dtype else None
     options = WriteOptions(args.tensor_parallel, dtype, int(args.shard_size * 1e9), is_sparse=args.sparse)
     done = convert(
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,
         experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, ignored=args.ignore,
-        verify=args.verify, show=True,
+        algorithm=args.algorithm, verify=args.verify, show=True,
     )  # fmt: skip
     for note in done.notes:
         print(note)

@@ -12,6 +12,7 @@ loaded; the engine has it all from `megatron-sphinx convert MODEL TARGET --to hf
 import argparse
 from pathlib import Path
 
+from megatron_sphinx.cli.command import check_model
 from megatron_sphinx.generation.requests import default_new_tokens
 from megatron_sphinx.ranges import Range, check_range
 
@@ -40,15 +41,17 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     if args.new_tokens is not None:
         check_range(args.new_tokens, _NEW_TOKENS, "--new-tokens")
+    check_model(args)
+    from megatron_sphinx.serving.questions import Asking
+    from megatron_sphinx.serving.rows import sources_of
+
+    sources = sources_of(args.input, follow_links=args.follow_links)
     import torch
 
     from megatron_sphinx.run.evaluation import join_alone
     from megatron_sphinx.serving.export import PromptEmbedder, export_embeddings
-    from megatron_sphinx.serving.questions import Asking
-    from megatron_sphinx.serving.rows import sources_of
     from megatron_sphinx.serving.source import ModelSource
 
-    sources = sources_of(args.input, follow_links=args.follow_links)
     source = ModelSource.open(args.model, args.config, args.tokenizer)
     groups, platform = join_alone(args.device)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32

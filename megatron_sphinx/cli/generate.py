@@ -16,7 +16,7 @@ input it is refused. What cannot be asked, such as a damaged picture, gets a lin
 import argparse
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model, add_sampling, model_options, sampling_of
+from megatron_sphinx.cli.command import add_model, add_sampling, check_model, model_options, sampling_of
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.ranges import Range, check_range
 
@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
     if args.in_flight is not None:
         check_range(args.in_flight, _IN_FLIGHT_RANGE, "--in-flight")
     limits = Limits(waiting=max(Limits.waiting, args.in_flight or 0))
+    check_model(args)
     from megatron_sphinx.serving.batch import answer_all
-    from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.questions import Asking
     from megatron_sphinx.serving.rows import sources_of
 
     sources = sources_of(args.input, follow_links=args.follow_links)
+    from megatron_sphinx.serving.model import load
+
     asking = Asking(args.prompt, args.system, args.images, args.follow_links, args.allow_urls)
     with load(args.model, limits=limits, **model_options(args)) as model:
         report = answer_all(

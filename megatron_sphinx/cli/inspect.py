@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, add_sha256, place
 from megatron_sphinx.console import complain
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a checkpoint, or a run folder")
+    parser.add_argument("path", type=place, metavar="PATH", help="folder of a checkpoint, or a run folder")
     parser.add_argument("--keys", action="store_true", help="also each tensor's file, name, shape and type")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_ignore(parser)
+    add_sha256(parser)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--hash", action="store_true", help="print a manifest: the sha256 of each tensor")
+    what.add_argument("--hash", action="store_true", help="print a manifest: a digest of each tensor")
     what.add_argument("--check", type=Path, metavar="MANIFEST", help="name what is other than a manifest says")
-    what.add_argument("--diff", type=Path, metavar="OTHER", help="norms of the differences, the largest first")
+    what.add_argument("--diff", type=place, metavar="OTHER", help="norms of the differences, the largest first")
     parser.add_argument(
         "--preset", type=Path, help="or a configuration, of a torch_dist checkpoint, which does not tell its shape"
     )
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for note in checkpoint.notes:
         complain(note)
     if args.hash:
-        print(json.dumps({"sha256": inspection.digests(checkpoint, show=True)}, indent=1))
+        print(json.dumps({"digests": inspection.digests(checkpoint, args.algorithm, show=True)}, indent=1))
         return 0
     if args.check:
         return _check(checkpoint, args.check)
@@ -82,9 +83,11 @@ def _describe(checkpoint: SourceCheckpoint, *, has_keys: bool, is_json: bool) ->
 
 def _check(checkpoint: SourceCheckpoint, manifest: Path) -> int:
     from megatron_sphinx.checkpoint import inspect as inspection
+    from megatron_sphinx.checkpoint.digests import algorithm_of
 
     known = inspection.read_digests(manifest)
-    changes = inspection.changes(known, inspection.digests(checkpoint, show=True))
+    algorithm = algorithm_of(next(iter(known.values())))
+    changes = inspection.changes(known, inspection.digests(checkpoint, algorithm, show=True))
     for line in changes:
         print(line)
     verdict = f"{len(changes)} of {len(known)} tensors differ" if changes else "as it was"

@@ -7,8 +7,8 @@
 The checkpoints are of one model, in one format: any that `megatron-sphinx convert` knows; the result has it too, and
 its files are those of the first one. Of a run folder the newest checkpoint is taken. Begin a run with the result:
 model.weights=C; it holds no optimizer state. Computed in fp32, rounded once; a share of 1 copies to the bit. Streams,
-and reads the inputs once. The result says what it was made of, with the inputs' hashes: interpolation.json, or
-`interpolation` in checkpoint.json.
+and reads the inputs once. The result says what it was made of, with digests of the inputs: interpolation.json, or
+`interpolation` in checkpoint.json. They are of XXH3, which finds damage; --sha256 makes them such as nobody can forge.
 
 Source: SPHINX, arXiv:2311.07575, equation 1.
 """
@@ -17,7 +17,7 @@ import argparse
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_ignore
+from megatron_sphinx.cli.command import add_ignore, add_sha256, place
 
 _MOST_MIXES = 1000  # of a sweep
 
@@ -52,18 +52,18 @@ def share_of(text: str) -> tuple[Path, float]:
     """
     path, _, share = text.rpartition("=")
     try:
-        return Path(path), float(share)
+        return place(path), float(share)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: give PATH=SHARE") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a parser take the command's arguments."""
-    parser.add_argument("--real", type=Path)
-    parser.add_argument("--synthetic", type=Path)
+    parser.add_argument("--real", type=place)
+    parser.add_argument("--synthetic", type=place)
     parser.add_argument("--beta", type=betas_of, help="share of REAL, from 0 to 1; first:last:step: a mix for each")
     parser.add_argument("--checkpoint", type=share_of, action="append", metavar="PATH=SHARE")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=place, required=True, help="folder to make")
     parser.add_argument(
         "--scope",
         choices=("all", "language"),
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(projections, tags) from the first checkpoint; default: all",
     )
     add_ignore(parser)
+    add_sha256(parser)
     parser.add_argument("--preset", type=Path, help="of the model, whose shape torch_dist checkpoints do not tell")
 
 
@@ -81,25 +82,22 @@ def run(args: argparse.Namespace) -> int:
     if (args.checkpoint is None) == (None in pair) or (args.checkpoint and any(pair)):
         raise argparse.ArgumentError(None, "give --real, --synthetic and --beta, or several --checkpoint")
     inputs = [path for path, _ in args.checkpoint] if args.checkpoint else [args.real, args.synthetic]
-    from megatron_sphinx import config as configuration
-    from megatron_sphinx.checkpoint.digests import Digests
+    from megatron_sphinx.checkpoint.mix import interpolate, shares_of, sweep
 
-    with Digests() as digests:
-        for folder in inputs:
-            digests.begin(folder)
-        # torch is imported while the inputs are hashed
-        from megatron_sphinx.checkpoint.mix import interpolate, shares_of, sweep
+    shape = None
+    if args.preset:
+        from megatron_sphinx import config as configuration
 
-        shape = configuration.load(args.preset).model if args.preset else None
-        if args.checkpoint:
-            targets = {args.output: tuple(share for _, share in args.checkpoint)}
-        elif len(args.beta) > 1:
-            targets = sweep(args.output, args.beta)
-        else:
-            targets = {args.output: shares_of(args.beta[0])}
-        done = interpolate(
-            inputs, targets, scope=args.scope, shape=shape, digests=digests, ignored=args.ignore, show=True
-        )
+        shape = configuration.load(args.preset).model
+    if args.checkpoint:
+        targets = {args.output: tuple(share for _, share in args.checkpoint)}
+    elif len(args.beta) > 1:
+        targets = sweep(args.output, args.beta)
+    else:
+        targets = {args.output: shares_of(args.beta[0])}
+    done = interpolate(
+        inputs, targets, scope=args.scope, shape=shape, algorithm=args.algorithm, ignored=args.ignore, show=True
+    )
     for note in done.notes:
         print(note)
     for target in targets:

@@ -18,7 +18,7 @@ import signal
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_sphinx.cli.command import add_model, model_options
+from megatron_sphinx.cli.command import add_model, check_model, model_options
 from megatron_sphinx.console import complain
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.ranges import Range, check_range
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     access = access_of(args)
     if args.host not in LOCAL and not access.keys:
         complain(f"--host={args.host}: whoever reaches this machine may ask; give --api-key to change that")
+    check_model(args)
     from megatron_sphinx.parallel.place import find_place
     from megatron_sphinx.serving.gate import Gate
     from megatron_sphinx.serving.model import load

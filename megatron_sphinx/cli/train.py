@@ -35,9 +35,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     if args.check:
         from megatron_sphinx import config as configuration
+
+        config = configuration.load(args.config, args.overrides)
         from megatron_sphinx.run.check import check
 
-        check(configuration.load(args.config, args.overrides), args.ranks)
+        check(config, args.ranks)
         return 0
     return run_rank(args, is_profiled=args.profile)
 

@@ -41,12 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx import config as configuration
+    from megatron_sphinx.model.expert_work import WORK
 
     vision = replace(configuration.load(args.preset).vision, skip_padding_views=True)
     sizes = sizes_of(args.indexes)
-    from megatron_sphinx.model.visual_experts import work_of
-
-    gflop = sum(work_of(item.expert).flops for item in vision.experts) / 1e9
+    gflop = sum(WORK[item.name].flops for item in vision.experts) / 1e9
     rows = [
         saved(sizes, replace(vision, views=views, padding=padding), gflop)
         for views in (5, 10)

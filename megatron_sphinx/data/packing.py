@@ -184,3 +184,12 @@ def _cut(segment: Segment, tokens: int) -> tuple[Segment, Segment | None]:
     rest, targets = segment.tokens - tokens, segment.targets - tokens
     head = replace(segment, length=tokens, tokens=tokens, targets=tokens)
     return head, replace(segment, start=segment.start + tokens, length=rest, tokens=rest, targets=targets)
+
+
+def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return the views of a micro-batch as (sample, number of the view), in the order in which its MicroBatch has them.
+
+    That order is ascending, so encoder ranks and language ranks agree on it without a message.
+    """
+    samples = sorted((segment.item, segment.views) for row in rows for segment in row if segment.is_sample)
+    return [(sample, view) for sample, views in samples for view in views]

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.canvas import Canvas, pixel_type
-from megatron_sphinx.data.packing import Row
 from megatron_sphinx.data.pairs import ImageReader, SampleIndex
 from megatron_sphinx.errors import DataError, writing
 from megatron_sphinx.model.architecture import VisionConfig
 from megatron_sphinx.model.views import views_of
-
-
-def views_in(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Return the views of a micro-batch as (sample, number of the view), in the order in which its MicroBatch has them.
-
-    That order is ascending, so encoder ranks and language ranks agree on it without a message.
-    """
-    samples = sorted((segment.item, segment.views) for row in rows for segment in row if segment.is_sample)
-    return [(sample, view) for sample, views in samples for view in views]
 
 
 @dataclass(frozen=True)

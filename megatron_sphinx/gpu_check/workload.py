@@ -16,9 +16,8 @@ from torch import Tensor
 from megatron_sphinx.checkpoint.store import CheckpointStore
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.index import SAMPLE, UPRIGHT
-from megatron_sphinx.data.packing import Row
+from megatron_sphinx.data.packing import Row, views_in
 from megatron_sphinx.data.pairs import SampleIndex
-from megatron_sphinx.data.pixels import views_in
 from megatron_sphinx.data.plan import StepPlan, rounds
 from megatron_sphinx.data.sources import Sources, make_planner
 from megatron_sphinx.data.text import TextIndex

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from megatron_sphinx.errors import ConfigError, nearest
 from megatron_sphinx.ranges import Range, check_ranges
@@ -155,21 +155,6 @@ class LanguageConfig:
         return self.layers * layer + 6 * self.vocabulary * self.hidden * targets
 
 
-class ExpertWork(NamedTuple):
-    """What it takes to encode one view with a visual expert.
-
-    Attributes:
-        weights: numbers in its weights.
-        flops: two for each multiply-add of matrix products and convolutions.
-        values: numbers in memory at the moment when most are: a module's inputs, its output, and a residual that goes
-            around it.
-    """
-
-    weights: int
-    flops: int
-    values: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class VisualExpert:
     """A frozen visual expert: how it is built and what comes out of it.
@@ -184,8 +169,6 @@ class VisualExpert:
         nearest_from: side of the view that the released code repeats pixels of to make this input; 0 where it resizes.
         mean, std: normalisation of its input.
         options: keyword arguments of the timm model, or fields of the Q-Former's configuration.
-        work: what it takes to encode a view, where that was counted once for all (a test counts again): sizes are
-            known without the library that builds the expert. None where it is counted when asked for.
     """
 
     family: str
@@ -198,7 +181,6 @@ class VisualExpert:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     options: dict[str, object] = field(default_factory=dict)
-    work: ExpertWork | None = None
 
 
 def _vit(width: int, depth: int, heads: int, pixels: int) -> dict[str, object]:
@@ -222,8 +204,7 @@ VISUAL_EXPERTS: dict[str, VisualExpert] = {
         mean=IMAGENET_MEAN, std=IMAGENET_STD, options={"img_size": 224},
     ),
     "blip2_qformer": VisualExpert(
-        family="qformer", pixels=224, channels=768, queries=32,
-        work=ExpertWork(weights=1_091_114_496, flops=533_467_126_272, values=4_737_024),
+        family="qformer", pixels=224, channels=768, queries=32
     ),
     "efficientnet_lite0": VisualExpert(
         family="cnn", model="tf_efficientnet_lite0", pixels=112, channels=1280, grid=4, mean=HALF, std=HALF

@@ -1,4 +1,4 @@
-"""How each visual expert is built, what features it gives, and what it takes to compute them.
+"""How each visual expert is built, and what features it gives.
 
 timm builds all of them but the Q-Former, which transformers does.
 """
@@ -9,10 +9,9 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.model.architecture import ExpertWork, VisualExpert
+from megatron_sphinx.model.architecture import VisualExpert
 
 
 class QFormer(nn.Module):
@@ -95,32 +94,3 @@ def build_expert(expert: VisualExpert) -> nn.Module:
         return QFormer(expert)
     model: nn.Module = timm.create_model(expert.model, num_classes=0, **expert.options)
     return model
-
-
-def work_of(expert: VisualExpert) -> ExpertWork:
-    """Tell what it takes to encode one view with a visual expert: as it is known, or else counted."""
-    return expert.work or count_work(expert)
-
-
-def count_work(expert: VisualExpert) -> ExpertWork:
-    """Count what it takes to encode one view with a visual expert, on a model without memory."""
-    peak = 0
-
-    def count(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal peak
-        sizes = [value.numel() for value in (*inputs, output) if isinstance(value, Tensor)]
-        peak = max(peak, sum(sizes) + min(sizes, default=0))
-
-    with torch.device("meta"):
-        model = build_expert(expert).eval().requires_grad_(False)
-        pixels = torch.empty(1, 3, expert.pixels, expert.pixels)
-    for module in model.modules():
-        if not any(True for _ in module.children()):
-            module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter:
-        if expert.family == "qformer":
-            model(pixels)
-        else:
-            FAMILIES[expert.family](model, pixels)
-    weights = sum(weight.numel() for weight in model.parameters())
-    return ExpertWork(weights, counter.get_total_flops(), peak)

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from megatron_sphinx.checkpoint.intact import SavedStep
 from megatron_sphinx.checkpoint.mapping.axes import Model
-from megatron_sphinx.checkpoint.slices import MASTER
 from megatron_sphinx.checkpoint.store import CheckpointStore
+from megatron_sphinx.checkpoint.weight_names import MASTER
 from megatron_sphinx.checkpoint.weights import SKIP_TOKEN, VISION, Weights
 from megatron_sphinx.config import Config
 from megatron_sphinx.console import say

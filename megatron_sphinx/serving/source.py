@@ -11,8 +11,9 @@ from megatron_sphinx import config as configuration
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.checkpoint.identity import require_same
 from megatron_sphinx.checkpoint.open import open_checkpoint
-from megatron_sphinx.checkpoint.slices import MASTER, TensorSlice
+from megatron_sphinx.checkpoint.slices import TensorSlice
 from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.checkpoint.weight_names import MASTER
 from megatron_sphinx.checkpoint.weights import fill
 from megatron_sphinx.config import Config
 from megatron_sphinx.data.tokenizer import Tokenizer

@@ -22,6 +22,14 @@ HELP = "/picture PATH  begin anew with a picture\n/clear  begin anew\n/save PATH
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # which would steer the terminal
 
 
+def content_of(path: Path) -> bytes:
+    """Return the content of a picture's file; raise DataError where it cannot be read."""
+    content, fault = file_content(path)
+    if fault:
+        raise DataError(f"{path}: cannot be read ({fault}); give the path of a picture")
+    return content
+
+
 class Chat:
     """A chat of several turns, about a picture or about none.
 
@@ -50,10 +58,7 @@ class Chat:
         Raises:
             DataError: the picture cannot be read, or the model has no eyes.
         """
-        content, fault = file_content(path)
-        if fault:
-            raise DataError(f"{path}: cannot be read ({fault}); give the path of a picture")
-        self._picture = self._answers.picture(content)
+        self._picture = self._answers.picture(content_of(path))
         self.clear()
 
     def clear(self) -> None:

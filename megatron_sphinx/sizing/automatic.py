@@ -9,6 +9,7 @@ from megatron_sphinx.model.architecture import LEAST_BATCH_VIEWS, MOST_BATCH_VIE
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.hardware import Hardware, load
 from megatron_sphinx.sizing.memory import EncoderCost, heaviest, peak
+from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.work import Work
 
 _MICRO_BATCHES_OF_A_STAGE = 4  # with so many, a pipeline's bubble is small: GPipe, arXiv:1811.06965, section 3
@@ -105,8 +106,6 @@ def fit(config: Config, layout: ParallelLayout, planner: Planner, memory_bytes: 
     On a CPU a rank takes no more than hardware.yaml gives one: the rest is its machine's, and more rows at once are not
     faster there.
     """
-    from megatron_sphinx.sizing.sizes import encoder_cost  # which imports torch
-
     work = Work.of_plan(planner.step(0), planner.lengths)
     kind = load("h100-80g" if is_cuda else "cpu")
     memory = memory_bytes if is_cuda else min(memory_bytes, kind.memory_bytes)

@@ -6,12 +6,12 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sphinx.config import Config
-from megatron_sphinx.data.packing import Segment, positions
-from megatron_sphinx.data.pixels import views_in
+from megatron_sphinx.data.packing import Segment, positions, views_in
 from megatron_sphinx.data.plan import Planner
 from megatron_sphinx.data.sources import Sources, make_planner, open_sources
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_sphinx.sizing.layouts import settled
 from megatron_sphinx.stage.dealing import deal
 
 _STEPS = 20  # that are looked at
@@ -60,8 +60,6 @@ def step(config: Config, layout: ParallelLayout, number: int, kind: str) -> Iter
         ConfigError: the run has no such step.
     """
     if config.data.micro_batch_rows == "auto":
-        from megatron_sphinx.sizing.layouts import settled  # which imports torch
-
         config = settled(config, layout, kind).config
     sources = open_sources(config.data, config.model)
     steps = config.with_epochs_in_steps(sources.samples.bounds[-1] if sources.samples else 0).training.steps

@@ -14,6 +14,7 @@ from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_sphinx.sizing import hardware as machines
 from megatron_sphinx.sizing.counts import TrainingSetup
+from megatron_sphinx.sizing.sizes import encoder_cost
 from megatron_sphinx.sizing.step_time import StepSeconds, step_time
 from megatron_sphinx.sizing.work import Work
 from megatron_sphinx.values import build
@@ -93,8 +94,6 @@ def predict(run: PublishedRun, model: LanguageConfig | None) -> tuple[StepSecond
     layout = ParallelLayout(world=run.gpus, config=sizes)
     encoders = vision = None
     if run.preset is not None:
-        from megatron_sphinx.sizing.sizes import encoder_cost
-
         config = configuration.load(Path(run.preset))
         work, model, vision = Work.expected(config), config.model, config.vision
         encoders = encoder_cost(vision)

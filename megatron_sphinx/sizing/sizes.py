@@ -1,19 +1,18 @@
 """Parameters, tokens, work and memory of a run, in numbers."""
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from megatron_sphinx.config import Config
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS, VisionConfig
-from megatron_sphinx.model.visual_experts import work_of
+from megatron_sphinx.model.expert_work import WORK
 from megatron_sphinx.parallel.layout import ParallelLayout
 from megatron_sphinx.sizing.memory import EncoderCost
 from megatron_sphinx.training.memory import projection_weights, rank_weights, zero2_bytes
 
 
 def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
-    """Count the parameters, tokens, work and memory of a run; builds the experts without memory, opens no data."""
+    """Count the parameters, tokens, work and memory of a run; opens no data."""
     vision, model, data = config.vision, config.model, config.data
     costs = {item.name: expert_cost(item.name) for item in vision.experts}
     experts = {name: cost.weights for name, cost in costs.items()}
@@ -62,13 +61,11 @@ def sizes(config: Config, layout: ParallelLayout) -> dict[str, Any]:
     }
 
 
-@cache
 def expert_cost(name: str) -> EncoderCost:
-    """Tell what it takes to encode with one visual expert, which is built without memory where that is not known."""
-    expert = VISUAL_EXPERTS[name]
-    work = work_of(expert)
+    """Tell what it takes to encode with one visual expert."""
+    work = WORK[name]
     flops = float(work.flops)
-    return EncoderCost(work.weights, flops, float(work.values), ((expert.family, flops),))
+    return EncoderCost(work.weights, flops, float(work.values), ((VISUAL_EXPERTS[name].family, flops),))
 
 
 def encoder_cost(config: VisionConfig) -> EncoderCost:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sphinx.data.packing import Row
-from megatron_sphinx.data.pixels import PendingPixels, views_in
+from megatron_sphinx.data.packing import Row, views_in
+from megatron_sphinx.data.pixels import PendingPixels
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.model.encoders import FrozenEncoders
 from megatron_sphinx.parallel.groups import ProcessGroups

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_sphinx.data.pixels import PendingPixels, views_in, wait_for
+from megatron_sphinx.data.packing import views_in
+from megatron_sphinx.data.pixels import PendingPixels, wait_for
 from megatron_sphinx.device import Stopwatch, current_platform
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders

@@ -4,14 +4,16 @@ Nothing is loaded to be looked at, and the pages of a tensor are given back once
 """
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock, local
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from megatron_sphinx.remote import RemoteFile, is_remote
+from megatron_sphinx.tensors.dtypes import FLOAT32, Array, convert, converted
+from megatron_sphinx.tensors.layout import Layout, contiguous_strides
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Entry:
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: np.dtype
     chunks: tuple[Chunk, ...]
     added: "Entry | None" = None
 
     @classmethod
-    def contiguous(cls, path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> "Entry":
+    def contiguous(cls, path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> "Entry":
         """Describe a tensor whose elements lie in one run of bytes, row by row."""
         return cls(shape, dtype, (Chunk(path, start, contiguous_strides(shape), (0,) * len(shape), shape),))
 
@@ -76,53 +78,88 @@ class Entry:
 
 
 class MappedFiles:
-    """Files mapped into memory, which threads may share; `release` gives back the pages of what was read."""
+    """Files mapped into memory, which threads may share; `release` gives back the pages of what was read.
+
+    What lies behind a URL is read into memory, the range that is asked for alone.
+    """
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._remote: dict[Path, RemoteFile] = {}
         self._lock = Lock()
         self._thread = local()
 
-    def read(self, entry: Entry) -> Tensor:
+    def read(self, entry: Entry) -> Array:
         """Return a tensor: a view of its file if it is one chunk, else put together in memory of its own."""
         if entry.added is not None:
-            whole = self.read(replace(entry, added=None)).float().clone()
-            return whole.add_(self.read(entry.added)).to(entry.dtype)
+            whole = np.array(converted(self.read(replace(entry, added=None)), FLOAT32))
+            whole += converted(self.read(entry.added), FLOAT32)
+            return converted(whole, entry.dtype)
         if len(entry.chunks) == 1:
             return self._view(entry.chunks[0], entry.dtype)
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        whole = np.empty(entry.shape, entry.dtype)
         for chunk in entry.chunks:
             box = tuple(slice(first, first + size) for first, size in zip(chunk.offset, chunk.shape, strict=True))
-            whole[box] = self._view(chunk, entry.dtype)
+            convert(self._view(chunk, entry.dtype), whole[box])
         return whole
 
-    def _view(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        if 0 in chunk.shape:
-            return torch.empty(chunk.shape, dtype=dtype)
+    def part(self, chunk: Chunk, dtype: np.dtype, inside: Layout) -> Array:
+        """Return a part of a chunk.
+
+        Args:
+            chunk: where it lies.
+            dtype: type of its elements.
+            inside: how the part lies in the file, its places counted from the chunk's first element.
+        """
+        if 0 in inside.shape:
+            return np.empty(inside.shape, dtype)
+        if is_remote(chunk.path):
+            return self._remote_part(chunk, dtype, inside)
+        start = chunk.start + inside.start * dtype.itemsize
+        strides = tuple(step * dtype.itemsize for step in inside.strides)
         with self._lock:
             if chunk.path not in self._maps:
-                with chunk.path.open("rb") as file:  # private: torch wants what is writable
-                    self._maps[chunk.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                with chunk.path.open("rb") as opened:
+                    self._maps[chunk.path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             mapped = self._maps[chunk.path]
-        count = 1 + sum((size - 1) * step for size, step in zip(chunk.shape, chunk.stride, strict=True))
-        self._touched.append((mapped, chunk.start, count * dtype.itemsize))
-        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=chunk.start)
-        return flat.as_strided(chunk.shape, chunk.stride)
+        extent = Layout(0, chunk.shape, chunk.stride).extent
+        self._touched[chunk.path, chunk.start] = (mapped, extent * dtype.itemsize)
+        return np.ndarray(inside.shape, dtype, mapped, start, strides)
+
+    def _remote_part(self, chunk: Chunk, dtype: np.dtype, inside: Layout) -> Array:
+        with self._lock:
+            file = self._remote.get(chunk.path) or self._remote.setdefault(chunk.path, RemoteFile(chunk.path))
+        whole = Layout(0, chunk.shape, chunk.stride)
+        strides = tuple(step * dtype.itemsize for step in inside.strides)
+        if inside.extent <= 2 * prod(inside.shape):
+            content = file.read(chunk.start + inside.start * dtype.itemsize, inside.extent * dtype.itemsize)
+            return np.ndarray(inside.shape, dtype, content, 0, strides)
+        known, content = self._thread.__dict__.get("kept", (None, b""))
+        if known != chunk:  # else the parts of a matrix that is turned would each bring all of it
+            self._thread.__dict__.pop("kept", None)
+            content = file.read(chunk.start, whole.extent * dtype.itemsize)
+            self._thread.__dict__["kept"] = (chunk, content)
+        return np.ndarray(inside.shape, dtype, content, inside.start * dtype.itemsize, strides)
+
+    def _view(self, chunk: Chunk, dtype: np.dtype) -> Array:
+        return self.part(chunk, dtype, Layout(0, chunk.shape, chunk.stride))
 
     @property
-    def _touched(self) -> list[tuple[mmap.mmap, int, int]]:
-        """The ranges of files that this thread has read: map, first byte, bytes."""
-        ranges: list[tuple[mmap.mmap, int, int]] = self._thread.__dict__.setdefault("touched", [])
+    def _touched(self) -> dict[tuple[Path, int], tuple[mmap.mmap, int]]:
+        """The ranges of files that this thread has read: map and bytes by file and first byte."""
+        ranges: dict[tuple[Path, int], tuple[mmap.mmap, int]] = self._thread.__dict__.setdefault("touched", {})
         return ranges
 
-    def release(self) -> None:
-        """Give back the memory of what this thread has read; it can be read again."""
-        for mapped, start, size in self._touched:
+    def release(self, kept: int = 0) -> None:
+        """Give back the memory of what this thread has read; it can be read again.
+
+        Args:
+            kept: bytes that may stay, so that what is soon read again is not fetched again; one tensor may in any case.
+        """
+        sizes = [size for _, size in self._touched.values()]
+        if kept and (len(sizes) < 2 or sum(sizes) <= kept):
+            return
+        for (_, start), (mapped, size) in self._touched.items():
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         self._touched.clear()
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides, in elements, of a tensor whose last dimension is the fastest."""
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

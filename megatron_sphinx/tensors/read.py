@@ -7,22 +7,22 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, BinaryIO, cast
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.remote import is_remote, open_file
+from megatron_sphinx.saved import SavedPlace, SavedTensor
 from megatron_sphinx.settings.keys import shown
+from megatron_sphinx.tensors.dtypes import SAFETENSORS_DTYPES
 from megatron_sphinx.tensors.entries import Chunk, Entry
-from megatron_sphinx.unpickling import fault_of, load_torch, metadata_of
+from megatron_sphinx.tensors.torch_archive import Archive
+from megatron_sphinx.unpickling import fault_of, metadata_of, tensor_of, unpickled
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+_MOST_HEADER = 100_000_000  # bytes of a header of safetensors, by its own library
 
 
 def read_file(path: Path) -> dict[str, Entry]:
@@ -41,11 +41,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         CheckpointError: the file is none, or is cut off.
     """
     try:
-        with safe_open(path, "pt"):  # checks that all tensors lie in the file, one behind the other
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        length, header = _checked_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({fault_of(error)}); fetch it again") from error
     header.pop("__metadata__", None)
@@ -59,6 +55,22 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def _checked_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """The header of a safetensors file and its length, after its library has found all tensors inside the file."""
+    if is_remote(path):
+        with open_file(path) as file, NamedTemporaryFile(suffix=path.suffix) as double:  # as long, with nothing in it
+            head = file.read(8)
+            double.write(head + file.read(min(int.from_bytes(head, "little"), _MOST_HEADER)))
+            double.truncate(file.seek(0, io.SEEK_END))
+            double.flush()
+            return _checked_header(Path(double.name))
+    with safe_open(path, "np"):  # checks that all tensors lie in the file, one behind the other
+        pass
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return length, json.loads(file.read(length))
+
+
 def read_torch(path: Path) -> dict[str, Entry]:
     """List the tensors of a file of torch.save by their keys; those of a mapping `model` inside it if that is there.
 
@@ -66,53 +78,59 @@ def read_torch(path: Path) -> dict[str, Entry]:
         CheckpointError: the file is none, is cut off, or holds what is not data.
     """
     try:
-        saved = load_torch(path, device="meta")  # the places of tensors; reads none
-    except Exception as error:  # torch raises nearly anything for a damaged file
+        with open_file(path) as file:
+            archive, size = Archive(file), file.seek(0, io.SEEK_END)
+            saved = unpickled(archive.pickle)
+            saved = saved.get("model", saved) if isinstance(saved, Mapping) else saved
+            tensors = {str(name): tensor_of(value) for name, value in saved.items()} if _is_mapping(saved) else {}
+            places = {name: archive.place_of(one.storage) for name, one in tensors.items() if one is not None}
+    except Exception as error:  # a damaged file raises nearly anything
         raise CheckpointError(
             f"{path}: cannot be read as a torch checkpoint ({fault_of(error)}); fetch it again"
         ) from error
-    saved = saved.get("model", saved) if isinstance(saved, Mapping) else saved
-    if not isinstance(saved, Mapping):
+    if not _is_mapping(saved):
         raise CheckpointError(f"{path}: holds no tensors by name; give a checkpoint of a model")
-    size = path.stat().st_size
     entries = {}
-    for name, value in saved.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {shown(str(name))} is no tensor; give a checkpoint of a model")
-        start = storage_offset(value, path)
-        if start + value.untyped_storage().nbytes() > size:
-            raise CheckpointError(f"{path}: {shown(str(name))} lies behind the end of the file; fetch it again")
-        shape = tuple(value.shape)
-        first = start + int(value.storage_offset()) * value.itemsize
-        chunk = Chunk(path, first, value.stride(), (0,) * len(shape), shape)
-        entries[str(name)] = Entry(shape, value.dtype, (chunk,))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise CheckpointError(f"{path}: {shown(name)} is no tensor; give a checkpoint of a model")
+        chunk = _chunk_of(path, tensor, places[name], size)
+        if chunk is None:
+            raise CheckpointError(f"{path}: {shown(name)} lies behind the end of the file; fetch it again")
+        entries[name] = Entry(tensor.shape, tensor.dtype, (chunk,))
     return entries
+
+
+def _is_mapping(saved: Any) -> bool:
+    return isinstance(saved, Mapping)
+
+
+def _chunk_of(
+    path: Path, tensor: SavedTensor, record: tuple[int, int], size: int, offset: tuple[int, ...] = ()
+) -> Chunk | None:
+    """Find the elements of a tensor; None where its record is smaller than said, or not whole in the file.
+
+    Args:
+        path: the file.
+        tensor: what it says of the tensor.
+        record: first byte of the record that holds the tensor in the file, and its bytes.
+        size: bytes of the file.
+        offset: corner of what the tensor is a box of.
+    """
+    start, nbytes = record
+    if start + nbytes > size or nbytes < tensor.storage_bytes:
+        return None
+    first = start + tensor.start * tensor.dtype.itemsize
+    return Chunk(path, first, tensor.stride, offset or (0,) * len(tensor.shape), tensor.shape)
 
 
 def is_intact(path: Path) -> bool:
     """Tell whether the records of a file of torch.save have the checksums that the file says."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
     except Exception:  # a damaged archive raises nearly anything
         return False
-
-
-def storage_offset(value: Tensor, path: Path) -> int:
-    """Return the offset, in bytes, of the storage of a tensor that was loaded on `meta` from a file of torch.save.
-
-    torch keeps the offset in a private attribute of the storage, which is its only record of it: with the public API
-    one would have to read the tensor to find it. The zip format of torch.save has the data uncompressed and in a row.
-
-    Raises:
-        CheckpointError: the file is of the format before torch 1.6, whose tensors have no such offset.
-    """
-    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-    if start is None:
-        raise CheckpointError(
-            f"{path}: is of the old format of torch.save, which cannot be read in parts; load it and save it again"
-        )
-    return int(start)
 
 
 class _Window(io.RawIOBase):
@@ -151,42 +169,50 @@ def read_distributed(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     metadata, wanted = metadata_of(folder), set(names)
     entries = {}
     chunks: dict[str, list[Chunk]] = {name: [] for name in wanted}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, np.dtype] = {}
     files: dict[str, BinaryIO] = {}
     try:
-        for index, record in metadata.storage_data.items():  # torch's _StorageInfo: file, offset and length in it
-            if index.fqn in wanted:
-                path = folder / record.relative_path
-                if record.relative_path not in files:
-                    files[record.relative_path] = path.open("rb")
-                chunk, dtype = _chunk_of(path, files[record.relative_path], record, tuple(index.offset or ()))
-                chunks[index.fqn].append(chunk)
-                dtypes[index.fqn] = dtype
+        for place in metadata.places:
+            if place.name in wanted:
+                if place.file not in files:
+                    files[place.file] = open_file(folder / place.file)
+                chunk, dtype = _saved_chunk(folder / place.file, files[place.file], place)
+                chunks[place.name].append(chunk)
+                dtypes[place.name] = dtype
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({fault_of(error)}); give a whole checkpoint") from error
     finally:
         for file in files.values():
             file.close()
     for name in names:
-        tensor = metadata.state_dict_metadata.get(name)
-        if not isinstance(tensor, TensorStorageMetadata) or not chunks[name]:
+        tensor = metadata.tensors.get(name)
+        if tensor is None or not chunks[name]:
             raise CheckpointError(f"{folder}: holds no tensor {name}; give a checkpoint of a model")
-        shape = tuple(tensor.size)
-        if sum(prod(chunk.shape) for chunk in chunks[name]) != prod(shape):
+        is_whole = sum(prod(chunk.shape) for chunk in chunks[name]) == prod(tensor.shape)
+        if not is_whole or not all(_is_inside(chunk, tensor.shape) for chunk in chunks[name]):
             raise CheckpointError(f"{folder}: parts of {name} are missing; give a whole checkpoint")
-        entries[name] = Entry(shape, dtypes[name], tuple(chunks[name]))
+        entries[name] = Entry(tensor.shape, dtypes[name], tuple(chunks[name]))
     return entries
 
 
-def _chunk_of(path: Path, file: BinaryIO, record: Any, offset: tuple[int, ...]) -> tuple[Chunk, torch.dtype]:
+def _is_inside(chunk: Chunk, shape: tuple[int, ...]) -> bool:
+    ends = [first + size for first, size in zip(chunk.offset, chunk.shape, strict=False)]
+    has_all = len(chunk.offset) == len(chunk.shape) == len(shape)
+    return has_all and all(end <= size for end, size in zip(ends, shape, strict=True))
+
+
+def _saved_chunk(path: Path, file: BinaryIO, place: SavedPlace) -> tuple[Chunk, np.dtype]:
     """Find the elements of one box, which torch.distributed.checkpoint keeps as a file of torch.save in its file."""
     try:
-        window: Any = _Window(file, record.offset, record.length)
-        value = load_torch(window, device="meta")
+        archive = Archive(cast("IO[bytes]", _Window(file, place.start, place.length)))
+        tensor = tensor_of(unpickled(archive.pickle))
+        record = archive.place_of(tensor.storage) if tensor is not None else (0, 0)
     except Exception as error:
         raise CheckpointError(f"{path}: is damaged ({fault_of(error)}); give a whole checkpoint") from error
-    start = record.offset + storage_offset(value, path) + value.storage_offset() * value.itemsize
-    if start + value.untyped_storage().nbytes() > path.stat().st_size:
+    if tensor is None:
+        raise CheckpointError(f"{path}: is damaged ({place.name} is no tensor); give a whole checkpoint")
+    start, nbytes = record
+    chunk = _chunk_of(path, tensor, (place.start + start, nbytes), file.seek(0, io.SEEK_END), place.offset or ())
+    if chunk is None:
         raise CheckpointError(f"{path}: is cut off; give a whole checkpoint")
-    shape = tuple(value.shape)
-    return Chunk(path, start, value.stride(), offset or (0,) * len(shape), shape), value.dtype
+    return chunk, tensor.dtype

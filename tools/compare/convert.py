@@ -1,127 +1,93 @@
-"""Conversion of a Hugging Face Llama to our format beside `cp` of the same files, in turn, in one run.
+"""Conversions of a Llama beside `cp` of the same files, in turn, in one run.
 
-    tools/compare/convert.py [--gb 2.2] [--repeats 3] [--folder DIR]
+    tools/compare/convert.py [--gb 2.2 9] [--directions hf-megatron ...] [--repeats 7] [--folder DIR]
 
 The model has TinyLlama's widths and as many layers as make `--gb` GB of bf16 weights, drawn at random. Its files are in
-the page cache; what was written is removed, and the disk synchronised, before each turn, outside of what is timed.
-Neither side synchronises its tensors' files. Ours is the tool as users call it, its start and checksums included.
+the page cache, where there is room for them; what was written is removed, and the disk synchronised, before each turn,
+outside of what is timed. Neither side synchronises its tensors' files. Ours is the tool as users call it, its start and
+checksums included. Rates are bytes read and written in a second: to megatron, ours reads bf16 and writes fp32.
 
-Prints a table of medians and, as the last line, one JSON object; `ratios` has our rate over that of cp, each in bytes
-read and written a second (ours reads bf16 and writes fp32); `peak_rss_bytes` is the most of all turns.
+Prints a table of medians and, as the last line, one JSON object: for each size and direction `ratios`, our rate over
+that of cp, the median of all turns, and `peak_rss_bytes`, the most of all turns.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
-MAKE = """
-import json, sys
-from pathlib import Path
-import torch
-from megatron_sphinx.checkpoint.formats import huggingface
-from megatron_sphinx.checkpoint.formats.format import WriteOptions
-from megatron_sphinx.checkpoint.mapping.axes import Model
-from megatron_sphinx.tensors.write import create_file
-from megatron_sphinx.model.architecture import LanguageConfig
+from processes import Turn, apart, run, size_of
+from random_llama import LARGEST_BYTES, write_llama
 
-folder, goal = Path(sys.argv[1]), float(sys.argv[2])
-values = dict(hidden=2048, ffn=5632, heads=32, groups=4, vocabulary=32000)
-one = LanguageConfig(layers=1, **values)
-layers = max(1, round((goal / 2 - 2 * one.vocabulary * one.hidden) / one.layer_matrices))
-model = Model(LanguageConfig(layers=layers, **values))
-files, companions = huggingface.plan(model, WriteOptions(shard_bytes=10**9), {})
-for file in files:
-    out = create_file(folder / file.name, {item.name: (item.shape, torch.bfloat16) for item in file.tensors})
-    for item in file.tensors:
-        out.put(item.name, torch.empty(item.shape, dtype=torch.bfloat16).normal_(std=0.02))
-    out.close()
-for name, content in companions.items():
-    (folder / name).write_text(json.dumps(content))
-"""
-# A process that ends as the tool does, and says on standard error how much memory it took.
-RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
-"""
+TOOL = str(Path(__file__).parents[1] / "convert_checkpoint.py")
+DIRECTIONS = ("hf-megatron", "hf-meta", "hf-torch_dist", "meta-hf")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One copy or conversion."""
-
-    seconds: float
-    bytes: int
-    peak_rss_bytes: int
-
-    @property
-    def rate(self) -> float:
-        """Bytes that were read and written in a second."""
-        return self.bytes / self.seconds
+def ours(source: Path, target: Path, form: str) -> list[str]:
+    """Return the command of a conversion."""
+    return [sys.executable, TOOL, str(source), str(target), "--to", form]
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def compare(direction: str, source: Path, folder: Path, repeats: int) -> dict[str, Any]:
+    """Convert a checkpoint and copy it, in turn."""
+    form, target = direction.split("-")[1], folder / "target"
+    commands: dict[str, Sequence[str]] = {
+        "cp": ["cp", "-r", str(source), str(target)], "ours": ours(source, target, form)
+    }  # fmt: skip
+    turns: dict[str, list[Turn]] = {name: [] for name in commands}
+    moved = {}
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        for name, command in commands.items():
+            turn = run(command)
+            moved[name] = size_of(source) + size_of(target)
+            shutil.rmtree(target)
+            turns[name] += [turn] if repeat else []
+    rates = {name: [moved[name] / turn.seconds for turn in own] for name, own in turns.items()}
+    return {
+        "seconds": {name: median(turn.seconds for turn in own) for name, own in turns.items()},
+        "bytes": moved,
+        "ratios": {"cp": round(median(a / b for a, b in zip(rates["ours"], rates["cp"], strict=True)), 3)},
+        "peak_rss_bytes": max(turn.peak_rss_bytes for turn in turns["ours"]),
+    }
 
 
-def turn(command: list[str], source: Path, target: Path) -> Turn:
-    """Time a command that reads one folder and writes another, which is removed."""
-    os.sync()
-    begin = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    peak = int(done.stderr.split()[-1]) * 1024 if done.stderr else 0
-    measured = Turn(seconds, size_of(source) + size_of(target), peak)
-    shutil.rmtree(target)
-    return measured
+def lines_of(direction: str, result: dict[str, Any]) -> Iterator[str]:
+    """Give the lines of the table about a direction."""
+    for name, seconds in result["seconds"].items():
+        size = result["bytes"][name]
+        row = f"{direction:<14}{name:<6}{seconds:9.2f}{size / 1e9:20.2f}{size / seconds / 1e9:8.2f}"
+        is_ours = name == "ours"
+        yield row + (f"{result['ratios']['cp']:10.2f}{result['peak_rss_bytes'] / 1e6:14.0f}" if is_ours else "")
 
 
 def main() -> int:
     """Run the comparison and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=2.2, help="of the weights")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gb", type=float, nargs="+", default=[2.2], help="of the weights; default: 2.2")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="default: all")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each; default: 7")
     parser.add_argument("--folder", type=Path, help="where the files are made; the default for temporary files")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        source, target = Path(name) / "source", Path(name) / "target"
-        source.mkdir()
-        subprocess.run([sys.executable, "-c", MAKE, str(source), str(args.gb * 1e9)], check=True, cwd=ROOT)
-        tool = str(ROOT / "tools" / "convert_checkpoint.py")
-        commands = {
-            "cp": ["cp", "-r", str(source), str(target)],
-            "ours": [sys.executable, "-c", RUN, tool, str(source), str(target), "--to", "megatron"],
-        }
-        for command in commands.values():  # warm-up
-            turn(command, source, target)
-        turns: dict[str, list[Turn]] = {contender: [] for contender in commands}
-        for _ in range(args.repeats):
-            for contender, command in commands.items():
-                turns[contender].append(turn(command, source, target))
-    print(f"{'':<8}{'seconds':>9}{'GB read + written':>20}{'GB/s':>8}{'peak RSS MB':>14}")
-    for contender, own in turns.items():
-        peak = max(one.peak_rss_bytes for one in own)
-        seconds, rate = median(one.seconds for one in own), median(one.rate for one in own)
-        print(
-            f"{contender:<8}{seconds:9.2f}{own[0].bytes / 1e9:20.2f}{rate / 1e9:8.2f}"
-            f"{f'{peak / 1e6:.0f}' if peak else '':>14}"
-        )
-    ratio = median(ours.rate / cp.rate for ours, cp in zip(turns["ours"], turns["cp"], strict=True))
-    peak = max(one.peak_rss_bytes for one in turns["ours"])
-    print(json.dumps({"ratios": {"cp": round(ratio, 3)}, "peak_rss_bytes": peak}))
+    results: dict[str, dict[str, Any]] = {}
+    print(f"{'':<20}{'seconds':>9}{'GB read + written':>20}{'GB/s':>8}{'of cp':>10}{'peak RSS MB':>14}")
+    for gigabytes in args.gb:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            folder = Path(name)
+            apart(write_llama, folder / "hf", gigabytes)
+            sized = results[f"{gigabytes:g} GB"] = {}
+            for direction in sorted(args.directions):  # of one source after the other
+                source = folder / direction.split("-")[0]
+                if not source.is_dir():
+                    run(ours(folder / "hf", source, source.name))
+                    shutil.rmtree(folder / "hf")
+                sized[direction] = compare(direction, source, folder, args.repeats)
+                print("\n".join(lines_of(direction, sized[direction])), flush=True)
+    print(json.dumps({"largest_tensor_bytes": LARGEST_BYTES, "results": results}))
     return 0
 
 

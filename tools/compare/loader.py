@@ -46,7 +46,8 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.batches import BatchBuilder
 from megatron_sphinx.data.canvas import Canvas
 from megatron_sphinx.data.config import DataConfig, DataSource
-from megatron_sphinx.data.pixels import PixelLoader, views_in
+from megatron_sphinx.data.packing import views_in
+from megatron_sphinx.data.pixels import PixelLoader
 from megatron_sphinx.data.plan import rounds
 from megatron_sphinx.data.sources import make_planner, open_sources
 from megatron_sphinx.data.tokenizer import Tokenizer

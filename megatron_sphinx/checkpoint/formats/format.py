@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.json_files import write_json
@@ -41,7 +41,7 @@ class SourceCheckpoint:
         source: its tensors.
         encoders: the tensors of frozen experts: by expert, then by name.
         description: what its own files say of it: its configuration, or its manifest.
-        checksums: sha256 of its files by name, where its manifest has them.
+        checksums: digests of its files by name, where its manifest has them.
         kept: what its configuration says beside the weights, in transformers' words: tokens, positions.
         left_out: tensors in its files that are not among those of `source`: why, by the tensor's name.
         notes: what its reader must be told, a line each.
@@ -73,7 +73,7 @@ class WriteOptions:
     """
 
     tensor_parallel: int = 1
-    dtype: torch.dtype | None = None
+    dtype: np.dtype | None = None
     shard_bytes: int = 5_000_000_000
     is_sparse: bool = False
     views: int = 1
@@ -115,7 +115,7 @@ class WrittenTensors:
         files: the tensors of each file, by its name.
         source: the checkpoint that they were made of; of several ones, the first.
         companions: what the plan has beside the tensors.
-        checksums: sha256 of the files, for formats with a manifest.
+        checksums: digests of the files, for formats with a manifest.
         provenance: for a mix, what it was made of.
     """
 
@@ -192,7 +192,7 @@ class Format:
     files: tuple[str, ...] = ()
     companions: frozenset[str] = frozenset()
     options: frozenset[str] = frozenset()
-    dtype: torch.dtype | None = None
+    dtype: np.dtype | None = None
     read_file: Callable[[Path], dict[str, Entry]] = read_file
     create_file: Callable[[Path, FileContents], TensorFile] = create_file
     full_name: Callable[[str], str] = _as_it_is

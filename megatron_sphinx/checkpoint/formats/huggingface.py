@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
@@ -39,6 +38,7 @@ from megatron_sphinx.settings.huggingface import (
     table_of,
 )
 from megatron_sphinx.settings.keys import SettingsFile, Values, shortened, shown
+from megatron_sphinx.tensors.dtypes import BFLOAT16
 from megatron_sphinx.tensors.entries import Entry
 from megatron_sphinx.tensors.read import read_safetensors, read_torch
 
@@ -281,7 +281,7 @@ def _grouped(rules: Sequence[Rule], model: Model, options: WriteOptions) -> list
     files: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs_of(rules, model, ""):
-        nbytes = torch.Size(spec.shape).numel() * (options.dtype or torch.bfloat16).itemsize
+        nbytes = prod(spec.shape) * (options.dtype or BFLOAT16).itemsize
         if files[-1] and size + nbytes > options.shard_bytes:
             files.append([])
             size = 0

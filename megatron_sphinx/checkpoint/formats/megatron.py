@@ -4,9 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_sphinx.checkpoint.digests import sha256_of
+from megatron_sphinx.checkpoint.digests import algorithm_of, digest_of, sha256_of
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
@@ -22,13 +20,14 @@ from megatron_sphinx.checkpoint.manifest import MANIFEST, PROVENANCE, read_manif
 from megatron_sphinx.checkpoint.mapping.axes import VISION_WEIGHTS, Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, TensorSpec, canonical_rules, specs_of
-from megatron_sphinx.checkpoint.slices import MASTER, tensor_names, weight_shapes
 from megatron_sphinx.checkpoint.steps import newest_of
+from megatron_sphinx.checkpoint.weight_names import MASTER, tensor_names, weight_shapes
 from megatron_sphinx.data.tokenizer_files import tokenizers_in
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.tensors.distributed import write_metadata
+from megatron_sphinx.tensors.dtypes import FLOAT32
 from megatron_sphinx.tensors.read import read_distributed
-from megatron_sphinx.unpickling import write_metadata
 
 # Ours: the whole weights of megatron-core's layers (model/language.py), the tags and projections of model/vision.py.
 _LAYER = "master/language.decoder.layers.{layer}."
@@ -121,7 +120,9 @@ def _finish(written: WrittenTensors) -> None:
     else:
         manifest = {**written.companions[MANIFEST]} | ({_KEPT: dict(source.kept)} if source.kept else {})
         manifest["identity"] = manifest["identity"] | _identity_of_source(folder, source)
-    write_manifest(folder, {**manifest, "files": {".metadata": sha256_of(folder / ".metadata"), **written.checksums}})
+    algorithm = algorithm_of(next(iter(written.checksums.values())))
+    own = digest_of(folder / ".metadata", algorithm)
+    write_manifest(folder, {**manifest, "files": {".metadata": own, **written.checksums}})
 
 
 def _identity_of_source(folder: Path, source: SourceCheckpoint) -> dict[str, Any]:
@@ -138,7 +139,7 @@ FORMAT = Format(
     is_here=is_here,
     open=_open,
     plan=_plan,
-    dtype=torch.float32,
+    dtype=FLOAT32,
     finish=_finish,
     has_manifest=True,
     keeps_settings=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from megatron_sphinx.errors import CheckpointError
 
-if TYPE_CHECKING:  # imports torch, which takes seconds; the names of the formats are told without
+if TYPE_CHECKING:  # the names of the formats are told without
     from megatron_sphinx.checkpoint.formats.format import Format
 
 _HERE = "megatron_sphinx.checkpoint.formats"

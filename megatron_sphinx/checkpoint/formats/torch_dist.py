@@ -3,9 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
 from megatron_sphinx.checkpoint.encoders import Encoders
 from megatron_sphinx.checkpoint.formats.format import (
     Format,
@@ -21,12 +18,15 @@ from megatron_sphinx.checkpoint.json_files import read_json
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import TensorSource
 from megatron_sphinx.checkpoint.mapping.rules import Rule, specs_of
+from megatron_sphinx.checkpoint.weight_names import tensor_names
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
 from megatron_sphinx.settings.keys import KeyTable, SettingsFile, Values
 from megatron_sphinx.settings.megatron_lm import FIXED, HONOURED
+from megatron_sphinx.tensors.distributed import write_metadata
 from megatron_sphinx.tensors.read import read_distributed
-from megatron_sphinx.unpickling import arguments_of, metadata_of, write_metadata
+from megatron_sphinx.tensors.write import TorchFile
+from megatron_sphinx.unpickling import arguments_of
 
 # Source: megatron.core.models.gpt, its sharded_state_dict; norms under the names that transformer-engine's layers have.
 _COMMON = (
@@ -89,8 +89,7 @@ def _open(folder: Path, shape: LanguageConfig | None) -> SourceCheckpoint:
         raise CheckpointError(
             f"{path}: a torch_dist checkpoint does not tell its number of heads; name its shape: --preset"
         )
-    records = metadata_of(path).state_dict_metadata.items()
-    tensors = [name for name, record in records if isinstance(record, TensorStorageMetadata)]
+    tensors = tensor_names(path)
     names = [name for name in tensors if not name.startswith(_STATE)]
     common = path / _COMMON_STATE
     if common.is_file():
@@ -145,7 +144,7 @@ def _finish(written: WrittenTensors) -> None:
     """Write the places of the tensors, and the file of small things that Megatron-LM looks for."""
     write_metadata(written.folder, written.files)
     if written.provenance is None:  # a mix has that of its first input
-        torch.save({}, written.folder / _COMMON_STATE)
+        TorchFile(written.folder / _COMMON_STATE, {}).close()
     finish_with_json(written)
 
 

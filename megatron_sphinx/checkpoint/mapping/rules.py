@@ -11,10 +11,9 @@ from functools import cached_property
 from itertools import product
 from math import prod
 
-from torch import Tensor
-
 from megatron_sphinx.checkpoint.mapping.axes import CANONICAL_AXES, STACKED, STACKING_AXES, Box, Model
 from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.tensors.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -112,29 +111,30 @@ class TensorSpec:
                 piece = replace(self, box=self.box | {axis: (first, min(first + step, stop))})
                 yield from piece.split(max_elements) if step == 1 else [piece]
 
-    def regions(self, values: Tensor) -> Iterator[tuple[str, Box, Tensor]]:
+    def regions(self, layout: Layout | None = None) -> Iterator[tuple[str, Box, Layout]]:
         """List what the tensor holds of each weight, without padding.
 
         Args:
-            values: the tensor, of `shape`.
+            layout: how the tensor, of `shape`, lies in memory or in a file; row by row unless given.
 
         Yields:
-            The weight's name, the box of the weight, and a view of `values` in the order of the weight's axes.
+            The weight's name, the box of the weight, and its layout in the order of the weight's axes.
         """
-        values = values.view([self.size(axis) for axis in self.rule.flat_axes])
+        whole = layout or Layout.contiguous(self.shape)
+        divided = whole.divided([[self.size(axis) for axis in axes] for axes in self.rule.dimensions])
         end = 0  # of the weights so far along the axis where they are stacked
         for weight in self.rule.weights:
             start, end = end, end + (self.size(STACKING_AXES[weight]) if STACKED in self.rule.flat_axes else 0)
-            region = self._region(weight, values, (start, end))
+            region = self._region(weight, divided, (start, end))
             if region is not None:
                 yield weight, *region
 
-    def _region(self, weight: str, view: Tensor, span: tuple[int, int]) -> tuple[Box, Tensor] | None:
+    def _region(self, weight: str, layout: Layout, span: tuple[int, int]) -> tuple[Box, Layout] | None:
         """Cut a weight out of a tensor whose dimensions are single axes; None where the tensor holds none of it.
 
         Args:
             weight: its name.
-            view: the tensor, one dimension an axis.
+            layout: of the tensor, one dimension an axis.
             span: first and last index of the weight along the axis where weights are stacked, in a whole tensor.
         """
         axes, axes_left = CANONICAL_AXES[weight].split(), list(self.rule.flat_axes)
@@ -145,23 +145,16 @@ class TensorSpec:
             first, last = max(span[0], start), min(span[1], stop)
             if first >= last:
                 return None
-            view = view.narrow(place, first - start, last - first)
+            layout = layout.narrowed(place, first - start, last - first)
             axes_left[place], box[own] = own, (first - span[0], last - span[0])
         if "vocabulary" in axes:
             start, stop = box["vocabulary"]
             stop = max(start, min(stop, self.sizes["vocabulary"]))
             box["vocabulary"] = (start, stop)
-            view = view.narrow(axes_left.index("vocabulary"), 0, stop - start)
+            layout = layout.narrowed(axes_left.index("vocabulary"), 0, stop - start)
         if missing := [axis for axis in axes if axis not in axes_left and box[axis][1] - box[axis][0] != 1]:
             raise CheckpointError(f"{self.name}: has no place for axis {missing[0]} of {weight}")
-        for axis in [axis for axis in axes_left if axis not in axes]:  # of size 1
-            view = view.squeeze(axes_left.index(axis))
-            axes_left.remove(axis)
-        view = view.permute([axes_left.index(axis) for axis in axes if axis in axes_left])
-        for place, axis in enumerate(axes):
-            if axis not in axes_left:
-                view = view.unsqueeze(place)
-        return box, view
+        return box, layout.ordered([axes_left.index(axis) if axis in axes_left else None for axis in axes])
 
 
 def canonical_rules(names: Iterable[str], prefix: str = "") -> tuple[Rule, ...]:
