@@ -20,7 +20,7 @@ OWNERS = {
     "timm": {"model/visual_experts.py", "model/expert_files.py"},
     "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
     "fsspec": {"data/files.py"},
-    "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
+    "megatron.core.datasets": {"data/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
     "openai": {"serving/client.py"},
