@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,22 +254,23 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
     caption_key, held_out, _ = settings
     quarantine: Quarantine = []
     samples, tokens, is_held = [], [np.zeros(0, np.int64)], []
-    inputs = count = 0
-    for sample in read_shard(path, caption_key):
-        inputs += 1
+    count = 0
+    found = list(read_shard(path, caption_key))
+    encoded = tokenizer.encode_batch([sample.caption for sample in found])  # of one with a fault it is empty
+    for sample, ids in zip(found, encoded, strict=True):
         key, image, fault = sample.key, sample.image, sample.fault
-        ids = tokenizer.encode(sample.caption) if not fault else []
-        if key is None or image is None or not ids:
+        if key is None or image is None or not len(ids):
             reason = one_line(fault or "no caption: no token comes of it")
             quarantine.append({"shard": path, "key": None if key is None else printable(key), "reason": reason})
             continue
-        samples.append((0, *astuple(image), count, len(ids)))
-        tokens.append(np.array(ids, np.int64))
+        shape = image.width, image.height, image.orientation
+        samples.append((0, image.offset, image.bytes, image.header, *shape, count, len(ids)))
+        tokens.append(ids)
         is_held.append(is_held_out(key, held_out))
         count += len(ids)
     write_part(
         part, tokenizer,
-        samples=np.array(samples, SAMPLE), captions=np.concatenate(tokens), is_held_out=is_held, inputs=inputs,
+        samples=np.array(samples, SAMPLE), captions=np.concatenate(tokens), is_held_out=is_held, inputs=len(found),
         quarantine=quarantine,
     )  # fmt: skip
     return UnitResult(path, size, part)
