@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from test_text import all_documents
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.prepare.text import write_text
-from megatron_sphinx.prepare.text_formats import MOST_CHARACTERS, PerFile, TextSettings
+from megatron_sphinx.prepare.text_formats import MOST_CHARACTERS, PerFile, TextSettings, format_of
+from megatron_sphinx.prepare.text_items import items_of
 from megatron_sphinx.prepare.workers import Report
 
 WORDS = ["red", "blue", "paint", "light", "café"]
@@ -341,3 +343,40 @@ def test_a_file_of_which_nothing_can_be_used_costs_itself_alone(tiny, tmp_path, 
     line = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
     assert (report.inputs, report.taken, line["shard"], line["key"]) == (2, 1, str(tmp_path / name), "whole")
     assert line["reason"].startswith(reason)
+
+
+def document_of(name, size):
+    """A file with a document of `a` only, between others where it is JSON."""
+    if name.startswith("t.txt"):
+        return b"a" * size
+    rows = [lines(["one"], end=""), b'{"content": "' + b"a" * size + b'"}', lines(["two"], end="")]
+    return b"\n".join(rows) if "jsonl" in name else b"[" + b",".join(rows) + b"]"
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz", "t.json.gz", "t.jsonl", "t.json"])
+def test_a_document_above_the_limit_is_never_held(tmp_path, name):
+    content, most = document_of(name, 2**25), 2**17
+    (tmp_path / name).write_bytes(gzip.compress(content, 1, mtime=0) if name.endswith(".gz") else content)
+    said = settings(most_characters=most)
+    form = format_of(str(tmp_path / name), said)
+    tracemalloc.start()
+    try:
+        items = list(items_of(str(tmp_path / name), form, most))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20  # of 32 MiB
+    reasons = [item.reason for item in items if item.reason]
+    assert reasons == ["longer than 131,072 characters: cut it, or raise --most-characters where there is memory"]
+    assert [item.text for item in items if item.text is not None] == ([] if "txt" in name else ["one", "two"])
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("letter", ["a", "中", "😀"])
+def test_the_limit_counts_characters_whatever_bytes_they_take(tiny, tmp_path, letter, over):
+    (tmp_path / "t.jsonl").write_bytes(lines([letter * (50 + over), "short"]))
+    (tmp_path / "t.txt").write_text(letter * (50 + over))
+    for name, others in (("t.jsonl", 1), ("t.txt", 0)):
+        form = format_of(str(tmp_path / name), settings())
+        items = list(items_of(str(tmp_path / name), form, 50))
+        assert sum(item.text is not None for item in items) == others + 1 - over

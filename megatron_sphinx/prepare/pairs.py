@@ -1,6 +1,7 @@
 """Make an index of image-text pairs from WebDataset tars, as img2dataset writes them; and tars from a folder."""
 
 import hashlib
+import io
 import os
 import re
 import tarfile
@@ -25,6 +26,7 @@ from megatron_sphinx.prepare.shards import BLOCK, file_content
 from megatron_sphinx.prepare.workers import Report, in_parallel, is_held_out, one_line
 
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+_OWNER = "bigdata"  # of the files in a shard, as webdataset's writer has it
 _RECORDS = 2  # version of what is kept of a shard while an index is made
 
 
@@ -155,8 +157,6 @@ def _ending(path: Path) -> str:
 
 def _write_shard(folder: Path, target: Path, unit: _Unit, caption_key: str | None) -> tuple[Path | None, Quarantine]:
     """Write a shard of images and captions; return its path, or None where there are none, and what is left out."""
-    from webdataset import TarWriter
-
     place, newest = unit.first - 1, 0.0
     samples: list[dict[str, Any]] = []
     left_out: Quarantine = []
@@ -178,17 +178,26 @@ def _write_shard(folder: Path, target: Path, unit: _Unit, caption_key: str | Non
         return None, left_out
     shard = target / f"{unit.number:06d}.tar"
     if not _holds(shard, samples):
-        with renamed(shard) as partial_shard, TarWriter(str(partial_shard), encoder=False, mtime=newest) as tar:
-            for files in samples:
-                tar.write(files)
+        with renamed(shard) as partial_shard, tarfile.open(partial_shard, "w") as tar:
+            for sample in samples:
+                for name, content in _files_of(sample).items():
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mtime, member.mode = len(content), newest, 0o444
+                    member.uname = member.gname = _OWNER
+                    tar.addfile(member, io.BytesIO(content))
     return shard, left_out
+
+
+def _files_of(sample: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files of a sample by their names, in the order in which a shard has them."""
+    return {f"{sample['__key__']}.{ending}": sample[ending] for ending in sorted(sample) if ending != "__key__"}
 
 
 def _holds(shard: Path, samples: Sequence[dict[str, Any]]) -> bool:
     """Say whether a shard is there already and holds just these samples."""
     if not shard.is_file():
         return False
-    wanted = {f"{sample['__key__']}.{kind}": sample[kind] for sample in samples for kind in sample if kind[0] != "_"}
+    wanted = {name: content for sample in samples for name, content in _files_of(sample).items()}
     with suppress(tarfile.TarError), tarfile.open(shard, "r:") as tar:
         return {member.name: tar.extractfile(member).read() for member in tar} == wanted  # type: ignore[union-attr]
     return False

@@ -22,7 +22,7 @@ from megatron_sphinx.ranges import Range
 FORMATS = ("text", "json", "parquet")
 DEFAULT_KEYS = ("content", "text")
 MOST_CHARACTERS = 2**23
-BYTES_PER_CHARACTER = 6  # at most: in JSON one may be \u and four digits
+BYTES_PER_CHARACTER = 6  # in JSON one may be \u and four digits, though rarely all of a document are
 MOST_RANGE = Range(least=1, most=2**30, why="a document is held in memory while it is tokenised")
 _HEAD_BYTES = 2**20
 _HEAD_OBJECTS = 100
@@ -187,8 +187,8 @@ def _head(pieces: Iterator[bytes]) -> tuple[bytes, str]:
             if len(head) >= _HEAD_BYTES:
                 break
     except DataError as error:
-        return bytes(head), str(error)
-    return bytes(head), ""
+        return bytes(head[:_HEAD_BYTES]), str(error)
+    return bytes(head[:_HEAD_BYTES]), ""  # what is unpacked comes in pieces of any size
 
 
 def _refuse_others(path: str, head: bytes) -> None:
