@@ -23,9 +23,10 @@ def items_of(count):
         yield Item(f"row {number}", text)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("workers", [1, 2, 7])
 @pytest.mark.parametrize("count", [0, 1, 4, 200])
-def test_each_item_comes_in_its_place_with_its_tokens(tiny, small_batches, workers, count):
+def test_each_item_comes_in_its_place_with_its_tokens(tiny, workers, count):
     tokenizer = tiny.tokenizer
     made = list(Crew(tokenizer, workers).encoded(items_of(count)))
     assert [item for item, _ in made] == list(items_of(count))
@@ -37,8 +38,9 @@ def test_each_item_comes_in_its_place_with_its_tokens(tiny, small_batches, worke
             assert ids.dtype == tokenizer.identity.token_type
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_of_the_file_ends_the_work(tiny, small_batches, workers):
+def test_an_error_of_the_file_ends_the_work(tiny, workers):
     def items():
         yield from items_of(50)
         raise OSError("gone")
@@ -47,7 +49,8 @@ def test_an_error_of_the_file_ends_the_work(tiny, small_batches, workers):
         list(Crew(tiny.tokenizer, workers).encoded(items()))
 
 
-def test_no_more_threads_work_at_a_time_than_there_are_workers_and_few_batches_wait(tiny, small_batches):
+@pytest.mark.usefixtures("small_batches")
+def test_no_more_threads_work_at_a_time_than_there_are_workers_and_few_batches_wait(tiny):
     working, most, read = [], [], 0
     lock = threading.Lock()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.files import is_url, renamed, state_of
@@ -179,8 +180,8 @@ def _write_shard(folder: Path, target: Path, unit: _Unit, caption_key: str | Non
     shard = target / f"{unit.number:06d}.tar"
     if not _holds(shard, samples):
         with renamed(shard) as partial_shard, tarfile.open(partial_shard, "w") as tar:
-            for sample in samples:
-                for name, content in _files_of(sample).items():
+            for files in samples:
+                for name, content in _files_of(files).items():
                     member = tarfile.TarInfo(name)
                     member.size, member.mtime, member.mode = len(content), newest, 0o444
                     member.uname = member.gname = _OWNER
@@ -262,7 +263,8 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
         return UnitResult(path, size, part)
     caption_key, held_out, _ = settings
     quarantine: Quarantine = []
-    samples, tokens, is_held = [], [np.zeros(0, np.int64)], []
+    samples, is_held = [], []
+    tokens: list[NDArray[np.integer]] = [np.zeros(0, np.int64)]
     count = 0
     found = list(read_shard(path, caption_key))
     encoded = tokenizer.encode_batch([sample.caption for sample in found])  # of one with a fault it is empty
