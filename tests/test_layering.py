@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
     "errors", "parsing", "ranges", "values", "console", "paths", "lock", "unpickling", "settings", "tensors", "device",
     "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation", "training", "config_names",
-    "config", "config_reference", "run", "serving", "sizing", "benchmark", "gpu_check", "cli", "__main__",
+    "config", "config_reference", "run", "serving", "evaluation", "sizing", "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
