@@ -27,6 +27,18 @@ def test_what_prepares_data_imports_nothing_that_is_slow():
     assert imported_by(rooms, ENGINES | {"pyarrow", "pymupdf", "torch", "webdataset"}) == "[]\n"
 
 
+def test_preparing_text_and_pairs_imports_no_engine(tiny, tmp_path):
+    """They would take longer to import than small data takes to prepare."""
+    (tmp_path / "t.jsonl").write_text('{"text": "red paint"}\n')
+    names = f"{str(tmp_path / 't.jsonl')!r}, {str(tmp_path / 'out')!r}, {str(tiny.folder / 'tokenizer.model')!r}"
+    code = (
+        f"cli import main; file, out, model = {names}; "
+        "main.main(['prepare', 'text', file, out, '--tokenizer', model]); "
+        f"main.main(['prepare', 'pairs', {str(tiny.folder / 'pictures')!r}, out + '2', '--tokenizer', model])"
+    )
+    assert imported_by(code, ENGINES | {"torch"}).splitlines()[-1] == "[]"
+
+
 def reached_from(start: set[Path]) -> set[Path]:
     """The modules of the package that these import, and those that the imported ones import, wherever they do it."""
     files = {".".join(module.with_suffix("").parts): module for module in MODULES}

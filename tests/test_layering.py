@@ -22,7 +22,7 @@ OWNERS = {
     "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
     "fsspec": {"data/files.py", "remote.py"},
     "upath": {"remote.py"},
-    "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
+    "megatron.core.datasets": {"data/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
     "openai": {"serving/client.py"},

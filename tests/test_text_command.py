@@ -44,7 +44,10 @@ def test_the_last_line_says_that_nothing_is_lost(command):
         (["--held-out", "1.5"], "held_out=1.5: must be 0 or more and below 1; give 0.001 for one of a thousand"),
         (["--held-out=-1"], "held_out=-1: must be 0 or more and below 1; give 0.001 for one of a thousand"),
         (["--held-out", "nan"], "held_out=nan: must be 0 or more and below 1; give 0.001 for one of a thousand"),
-        (["--most-megabytes", "0"], "--most-megabytes=0: must be above 0; give 8, or more where there is memory"),
+        (
+            ["--most-characters", "0"],
+            "--most-characters=0: must be at least 1; a document is held in memory while it is tokenised",
+        ),
         (
             ["--encoding", "no"],
             "--encoding=no: is no encoding of text that is known; give one such as latin-1 or cp1252",

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from test_text import all_documents
 from megatron_sphinx.data.text import TextIndex
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.prepare.text import write_text
-from megatron_sphinx.prepare.text_formats import MOST_BYTES, PerFile, TextSettings
+from megatron_sphinx.prepare.text_formats import MOST_CHARACTERS, PerFile, TextSettings, format_of
+from megatron_sphinx.prepare.text_items import items_of
 from megatron_sphinx.prepare.workers import Report
 
 WORDS = ["red", "blue", "paint", "light", "café"]
@@ -103,7 +105,9 @@ def test_of_a_cut_off_archive_what_is_whole_is_kept(tiny, tmp_path, ending):
 
 def test_a_bomb_is_left_out_before_it_fills_the_memory(tiny, tmp_path):
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"a" * 2**26, mtime=0))
-    with pytest.raises(DataError, match=r"t\.txt\.gz: no text; 1 left out \(longer than 8 MiB\); .* --most-megabytes"):
+    with pytest.raises(
+        DataError, match=r"t\.txt\.gz: no text; 1 left out \(longer than 8,388,608 characters\); .* --most-char"
+    ):
         write_text([tmp_path / "t.txt.gz"], tmp_path / "out", tiny.tokenizer)
     quine = gzip.compress(b"text", 1, mtime=0)
     for _ in range(5):
@@ -165,7 +169,7 @@ BAD = {
     b'{"content": "a", "n": ' + b"1" * 5000 + b"}": "not JSON that can be read: Exceeds the limit",
     b'{"content": "a"': "not JSON",
     b"\xff\xfe\x00": "not UTF-8: 0xFF at byte ",
-    b'{"content": "' + b"a" * 9000 + b'"}': "longer than 0.0078125 MiB: cut it, or raise --most-megabytes",
+    b'{"content": "' + b"a" * 9000 + b'"}': "longer than 8,192 characters: cut it, or raise --most-characters",
 }
 
 
@@ -176,13 +180,11 @@ def test_a_bad_document_costs_itself_alone_and_is_listed_by_line(tiny, tmp_path,
     rows = [row for n, content in enumerate(bad) for row in (lines(good[2 * n : 2 * n + 1], end=""), content)]
     path = tmp_path / "t.json"
     path.write_bytes(b"[\n" + b",\n".join(rows) + b"\n]" if is_array else b"\n".join(rows))
-    said = settings(most_bytes=8192)
-    deep = next(content for content in bad if b"[[" in content)
+    said = settings(most_characters=8192)
     _, quarantine = prepare(tiny, path, said, part_bytes=1000)
     assert_holds(tiny, path, good[0 : 2 * len(bad) : 2])
     for content, line in zip(bad, quarantine, strict=True):
-        reason = "longer than" if content is deep else BAD[content]
-        assert line["reason"].startswith(reason)
+        assert line["reason"].startswith(BAD[content])
         offset = int(line["key"].removeprefix("byte "))
         assert path.read_bytes()[offset : offset + len(content)] == content
         assert path.read_bytes()[:offset].count(b"\n") + 1 == line["line"]
@@ -329,8 +331,8 @@ def test_a_folder_or_a_wrong_format_is_refused(tiny, tmp_path):
         ("t.parquet", b"<html>", "damaged: "),
         (
             "t.txt",
-            b"a" * (MOST_BYTES + 1),
-            "longer than 8 MiB: cut it, or raise --most-megabytes where there is memory",
+            b"a" * (MOST_CHARACTERS + 1),
+            "longer than 8,388,608 characters: cut it, or raise --most-characters where there is memory",
         ),
     ],
 )
@@ -341,3 +343,40 @@ def test_a_file_of_which_nothing_can_be_used_costs_itself_alone(tiny, tmp_path, 
     line = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
     assert (report.inputs, report.taken, line["shard"], line["key"]) == (2, 1, str(tmp_path / name), "whole")
     assert line["reason"].startswith(reason)
+
+
+def document_of(name, size):
+    """A file with a document of `a` only, between others where it is JSON."""
+    if name.startswith("t.txt"):
+        return b"a" * size
+    rows = [lines(["one"], end=""), b'{"content": "' + b"a" * size + b'"}', lines(["two"], end="")]
+    return b"\n".join(rows) if "jsonl" in name else b"[" + b",".join(rows) + b"]"
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz", "t.json.gz", "t.jsonl", "t.json"])
+def test_a_document_above_the_limit_is_never_held(tmp_path, name):
+    content, most = document_of(name, 2**25), 2**17
+    (tmp_path / name).write_bytes(gzip.compress(content, 1, mtime=0) if name.endswith(".gz") else content)
+    said = settings(most_characters=most)
+    form = format_of(str(tmp_path / name), said)
+    tracemalloc.start()
+    try:
+        items = list(items_of(str(tmp_path / name), form, most))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20  # of 32 MiB
+    reasons = [item.reason for item in items if item.reason]
+    assert reasons == ["longer than 131,072 characters: cut it, or raise --most-characters where there is memory"]
+    assert [item.text for item in items if item.text is not None] == ([] if "txt" in name else ["one", "two"])
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("letter", ["a", "中", "😀"])
+def test_the_limit_counts_characters_whatever_bytes_they_take(tiny, tmp_path, letter, over):
+    (tmp_path / "t.jsonl").write_bytes(lines([letter * (50 + over), "short"]))
+    (tmp_path / "t.txt").write_text(letter * (50 + over))
+    for name, others in (("t.jsonl", 1), ("t.txt", 0)):
+        form = format_of(str(tmp_path / name), settings())
+        items = list(items_of(str(tmp_path / name), form, 50))
+        assert sum(item.text is not None for item in items) == others + 1 - over

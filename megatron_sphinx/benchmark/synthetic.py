@@ -21,7 +21,7 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.pairs import index_shards, write_shards
-from megatron_sphinx.prepare.text import TokenWriter
+from megatron_sphinx.prepare.token_writer import TokenWriter
 
 # Sizes of what is made: a picture's shorter side in pixels (least, most) and its largest aspect ratio; log-normal
 # lengths in tokens (median, sigma, most); how many pictures, and how many tokens of text.

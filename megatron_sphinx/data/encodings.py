@@ -5,6 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_sphinx.data.tokenizer_files import BOS_NAMES, EOS_NAMES, JSON, KEY, named_tokens
 from megatron_sphinx.errors import DataError, shortened
 
@@ -26,6 +29,9 @@ class Encoding(Protocol):
 
     def encode(self, text: str, *, has_special: bool) -> list[int]:
         """Return the ids of a text; control tokens only where it may have them."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Return the ids of each text, without control tokens; other threads go on meanwhile."""
 
     def encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
         """Return the ids of a text without control tokens, and the characters of each, as (begin, end)."""
@@ -66,6 +72,11 @@ class SentencepieceModel:
     def encode(self, text: str, *, has_special: bool) -> list[int]:
         """Return the ids of a text."""
         ids: list[int] = self._model.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Return the ids of each text."""
+        ids: list[NDArray[np.integer]] = self._model.encode(list(texts), return_type="numpy", num_threads=1)
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
@@ -162,6 +173,10 @@ class TokenizerJson:
         """Return the ids of a text; control tokens only where it may have them."""
         ids: list[int] = self._encoded(self._with_special if has_special else self._plain, text).ids
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Return the ids of each text, without control tokens."""
+        return [np.array(self._encoded(self._plain, text).ids, np.int32) for text in texts]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], Spans]:
         """Return the ids of a text without control tokens, and the characters of each, as (begin, end)."""

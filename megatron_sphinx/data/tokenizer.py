@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sphinx.data.encodings import Encoding, SentencepieceModel, TokenizerJson
 from megatron_sphinx.data.tokenizer_files import KEY, tokenizer_file
@@ -85,6 +86,16 @@ class Tokenizer:
         """
         _check_characters(text)
         return self._encoding.encode(text, has_special=has_special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """Return the token ids of each text, without BOS and EOS around it; other threads go on meanwhile.
+
+        Raises:
+            DataError: a text holds half a surrogate pair, which is no character.
+        """
+        for text in texts:
+            _check_characters(text)
+        return self._encoding.encode_batch(texts)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids of a text, and the characters that each stands for, as (begin, end).

@@ -1,17 +1,19 @@
 """Make an index of image-text pairs from WebDataset tars, as img2dataset writes them; and tars from a folder."""
 
 import hashlib
+import io
 import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sphinx.data import images
 from megatron_sphinx.data.files import is_url, renamed, state_of
@@ -25,6 +27,7 @@ from megatron_sphinx.prepare.shards import BLOCK, file_content
 from megatron_sphinx.prepare.workers import Report, in_parallel, is_held_out, one_line
 
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+_OWNER = "bigdata"  # of the files in a shard, as webdataset's writer has it
 _RECORDS = 2  # version of what is kept of a shard while an index is made
 
 
@@ -155,8 +158,6 @@ def _ending(path: Path) -> str:
 
 def _write_shard(folder: Path, target: Path, unit: _Unit, caption_key: str | None) -> tuple[Path | None, Quarantine]:
     """Write a shard of images and captions; return its path, or None where there are none, and what is left out."""
-    from webdataset import TarWriter
-
     place, newest = unit.first - 1, 0.0
     samples: list[dict[str, Any]] = []
     left_out: Quarantine = []
@@ -178,17 +179,26 @@ def _write_shard(folder: Path, target: Path, unit: _Unit, caption_key: str | Non
         return None, left_out
     shard = target / f"{unit.number:06d}.tar"
     if not _holds(shard, samples):
-        with renamed(shard) as partial_shard, TarWriter(str(partial_shard), encoder=False, mtime=newest) as tar:
+        with renamed(shard) as partial_shard, tarfile.open(partial_shard, "w") as tar:
             for files in samples:
-                tar.write(files)
+                for name, content in _files_of(files).items():
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mtime, member.mode = len(content), newest, 0o444
+                    member.uname = member.gname = _OWNER
+                    tar.addfile(member, io.BytesIO(content))
     return shard, left_out
+
+
+def _files_of(sample: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files of a sample by their names, in the order in which a shard has them."""
+    return {f"{sample['__key__']}.{ending}": sample[ending] for ending in sorted(sample) if ending != "__key__"}
 
 
 def _holds(shard: Path, samples: Sequence[dict[str, Any]]) -> bool:
     """Say whether a shard is there already and holds just these samples."""
     if not shard.is_file():
         return False
-    wanted = {f"{sample['__key__']}.{kind}": sample[kind] for sample in samples for kind in sample if kind[0] != "_"}
+    wanted = {name: content for sample in samples for name, content in _files_of(sample).items()}
     with suppress(tarfile.TarError), tarfile.open(shard, "r:") as tar:
         return {member.name: tar.extractfile(member).read() for member in tar} == wanted  # type: ignore[union-attr]
     return False
@@ -253,23 +263,25 @@ def _index_shard(path: str, *, parts: Path, tokenizer: Tokenizer, settings: tupl
         return UnitResult(path, size, part)
     caption_key, held_out, _ = settings
     quarantine: Quarantine = []
-    samples, tokens, is_held = [], [np.zeros(0, np.int64)], []
-    inputs = count = 0
-    for sample in read_shard(path, caption_key):
-        inputs += 1
+    samples, is_held = [], []
+    tokens: list[NDArray[np.integer]] = [np.zeros(0, np.int64)]
+    count = 0
+    found = list(read_shard(path, caption_key))
+    encoded = tokenizer.encode_batch([sample.caption for sample in found])  # of one with a fault it is empty
+    for sample, ids in zip(found, encoded, strict=True):
         key, image, fault = sample.key, sample.image, sample.fault
-        ids = tokenizer.encode(sample.caption) if not fault else []
-        if key is None or image is None or not ids:
+        if key is None or image is None or not len(ids):
             reason = one_line(fault or "no caption: no token comes of it")
             quarantine.append({"shard": path, "key": None if key is None else printable(key), "reason": reason})
             continue
-        samples.append((0, *astuple(image), count, len(ids)))
-        tokens.append(np.array(ids, np.int64))
+        shape = image.width, image.height, image.orientation
+        samples.append((0, image.offset, image.bytes, image.header, *shape, count, len(ids)))
+        tokens.append(ids)
         is_held.append(is_held_out(key, held_out))
         count += len(ids)
     write_part(
         part, tokenizer,
-        samples=np.array(samples, SAMPLE), captions=np.concatenate(tokens), is_held_out=is_held, inputs=inputs,
+        samples=np.array(samples, SAMPLE), captions=np.concatenate(tokens), is_held_out=is_held, inputs=len(found),
         quarantine=quarantine,
     )  # fmt: skip
     return UnitResult(path, size, part)

@@ -14,7 +14,9 @@ from megatron_sphinx.data import images
 from megatron_sphinx.data.files import open_file
 from megatron_sphinx.data.pairs import split_name
 from megatron_sphinx.errors import DataError
+from megatron_sphinx.prepare import plain_jpeg
 from megatron_sphinx.prepare.json_files import unpacker_of
+from megatron_sphinx.prepare.plain_tar import PlainFiles
 
 BLOCK = tarfile.BLOCKSIZE
 _SEARCHED = 2**20  # bytes at a time, a multiple of a block
@@ -85,7 +87,7 @@ def image_of(offset: int, block: bytes) -> ShardImage:
         DataError: the image cannot be used.
     """
     content = block[BLOCK:]
-    shape = images.shape_of(content)
+    shape = plain_jpeg.shape_of(content) or images.shape_of(content)
     return ShardImage(offset, len(content), zlib.crc32(block[:BLOCK]), shape.width, shape.height, shape.orientation)
 
 
@@ -130,8 +132,14 @@ class _Reader:
         """Yield the files of the tar at an offset, up to the mark of its end or to damage."""
         name = None
         self._end, self._fault = begin, ""
-        self._file.seek(begin)
         try:
+            plain = PlainFiles(self._file, begin)
+            for entry in plain:
+                name, self._end = entry.name, entry.offset_data
+                if (member := self._member(entry)) is not None:
+                    yield member
+                self._end = plain.end
+            self._file.seek(plain.end)
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 for entry in tar:
                     name, self._end = entry.name, entry.offset_data

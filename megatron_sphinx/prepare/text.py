@@ -2,64 +2,33 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from megatron_sphinx.data.files import open_file, remove_partial, renamed, state_of
-from megatron_sphinx.data.text import content_of
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import printable
+from megatron_sphinx.prepare.crew import Crew
 from megatron_sphinx.prepare.text_formats import TextFormat, TextSettings, format_of
 from megatron_sphinx.prepare.text_items import Item, items_of, parquet_format
-from megatron_sphinx.prepare.workers import Report, check_share, in_parallel, is_held_out, target_folder, write_json
+from megatron_sphinx.prepare.token_writer import TokenWriter
+from megatron_sphinx.prepare.workers import (
+    Report,
+    check_share,
+    check_workers,
+    in_parallel,
+    is_held_out,
+    target_folder,
+    write_json,
+)
 
 PART_BYTES = 64 * 2**20
-
-
-class TokenWriter:
-    """Writes a token file, whose two files appear at the end, or not at all."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # here, since it takes seconds
-
-        self.prefix = prefix
-        self._partial = prefix.with_name(f".{prefix.name}.{os.getpid()}.partial")
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(f"{self._partial}.bin", dtype=tokenizer.identity.token_type.type)
-
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def add(self, tokens: list[int]) -> None:
-        """Append one document, given by its token ids."""
-        # By its type it takes a tensor; it takes whatever numpy copies.
-        self._builder.add_document(np.array(tokens, np.int64), [len(tokens)])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        files = {ending: Path(f"{self._partial}{ending}") for ending in (".bin", ".idx")}
-        if kind is None:
-            self._builder.finalize(str(files[".idx"]))
-        else:
-            self._builder.data_file.close()  # its index takes seconds, and nobody reads it
-        for ending, path in files.items():
-            if kind is None:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(path, self.prefix.with_name(self.prefix.name + ending))
-            else:
-                path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -112,15 +81,17 @@ def write_text(
     Raises:
         DataError: a file is missing, nothing tells its format, or it has no such key; or there is no text in any.
     """
-    import megatron.core.datasets.indexed_dataset  # noqa: F401 (before workers are forked, so that none has to)
-
     settings = settings or TextSettings()
     settings.check([str(path) for path in paths])
     check_share("held_out", held_out)
+    check_workers(workers)
     parts = list(_divide(paths, settings, part_bytes))
-    more = (held_out, part_bytes, settings.most_bytes, tokenizer.identity)
+    more = (held_out, part_bytes, settings.most_characters, tokenizer.identity)
     jobs = [(part, form, digest_of(part, state_of(part.path), (form, *more))) for part, form in parts]
-    work = partial(_write_part, folder=folder, tokenizer=tokenizer, held_out=held_out, most_bytes=settings.most_bytes)
+    work = partial(
+        _write_part, folder=folder, tokenizer=tokenizer, held_out=held_out, most=settings.most_characters,
+        crew=Crew(tokenizer, workers),
+    )  # fmt: skip
     with target_folder(folder):
         for target in (folder, folder / "held_out"):
             (target / "index.json").unlink(missing_ok=True)
@@ -249,8 +220,19 @@ def digest_of(part: InputRange, state: tuple[int, str], settings: tuple[Any, ...
     return hashlib.sha256(f"({part!r}, {state!r}, {settings!r})".encode(errors="surrogateescape")).hexdigest()
 
 
-def _write_part(job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float, most_bytes: int) -> dict[str, Any]:
-    """Write the token file of one part, if it is not there yet; return what its own .json says of it."""
+def _write_part(
+    job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float, most: int, crew: Crew
+) -> dict[str, Any]:
+    """Write the token file of one part, if it is not there yet; return what its own .json says of it.
+
+    Args:
+        job: the part, how it is read, and its digest.
+        folder: of the token files.
+        tokenizer: of the model that will be trained.
+        held_out: share of the documents that goes to another folder.
+        most: characters of a document.
+        crew: tokenises.
+    """
     part, form, digest = job
     name = f"{part.number:06d}"
     done = folder / f"{name}.json"
@@ -269,17 +251,14 @@ def _write_part(job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float
     writers = [TokenWriter(target / name, tokenizer) for target in targets]
     try:
         with renamed(_quarantine_of(folder, part)) as unfinished, unfinished.open("w") as quarantine:
-            items = items_of(part.path, form, most_bytes, part.begin, part.end, count_lines=count_lines)
-            for item in items:
+            items = items_of(part.path, form, most, part.begin, part.end, count_lines=count_lines)
+            for item, ids in crew.encoded(items):
                 summary["documents"] += item.documents
-                if item.text is None:
+                if item.text is None or ids is None:
                     entry = _quarantined(part.path, item)
                     rejected.reject([entry])
                     quarantine.write(json.dumps(entry) + "\n")
                 else:
-                    ids = tokenizer.encode(item.text)
-                    ids.insert(0, tokenizer.bos)  # in place: of a long document each copy takes much memory
-                    ids.append(tokenizer.eos)
                     target = int(is_held_out(item.text, held_out))
                     writers[target].add(ids)
                     summary["written"][target][0] += 1
@@ -290,7 +269,8 @@ def _write_part(job: Job, *, folder: Path, tokenizer: Tokenizer, held_out: float
         raise
     for writer in writers:
         writer.__exit__(None, None, None)
-    summary |= {"rejected": rejected.rejected, "first": rejected.first, **_contents(targets, name, summary["written"])}
+    contents = [content and asdict(content) for content in (writer.content() for writer in writers)]
+    summary |= {"rejected": rejected.rejected, "first": rejected.first, "contents": contents}
     write_json(done, summary)
     return summary
 
@@ -303,12 +283,3 @@ def _quarantined(path: str, item: Item) -> dict[str, Any]:
     if item.documents != 1:
         entry["documents"] = item.documents
     return entry
-
-
-def _contents(targets: Sequence[Path], name: str, written: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return what the token files of a part hold, under `contents`; None for a file without tokens."""
-    contents: list[dict[str, Any] | None] = []
-    for target, (_, tokens) in zip(targets, written, strict=True):
-        content = content_of(target / name) if tokens else None
-        contents.append(asdict(content) if content else None)
-    return {"contents": contents}

@@ -10,17 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sphinx.data.files import is_url, open_file
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import printable
 from megatron_sphinx.prepare.compression import compression_of, pieces_of, unpacked, without_compression
 from megatron_sphinx.prepare.json_text import Cut, cut_lines, cut_values, parse
+from megatron_sphinx.ranges import Range
 
 FORMATS = ("text", "json", "parquet")
 DEFAULT_KEYS = ("content", "text")
-MOST_BYTES = 8 * 2**20
+MOST_CHARACTERS = 2**23
+BYTES_PER_CHARACTER = 6  # in JSON one may be \u and four digits, though rarely all of a document are
+MOST_RANGE = Range(least=1, most=2**30, why="a document is held in memory while it is tokenised")
 _HEAD_BYTES = 2**20
 _HEAD_OBJECTS = 100
 _ENDINGS = {
@@ -84,13 +87,13 @@ class TextSettings:
         keys: of the text in JSON, or its column in parquet; of several the first that a file has.
         encodings: of files without a byte-order mark; UTF-8 where nothing is said.
         formats: one of `FORMATS`, where neither content nor ending tells.
-        most_bytes: of a document.
+        most_characters: of a document; a longer one is left out, and never held as a whole.
     """
 
     keys: PerFile = field(default_factory=lambda: PerFile("--key"))
     encodings: PerFile = field(default_factory=lambda: PerFile("--encoding"))
     formats: PerFile = field(default_factory=lambda: PerFile("--format"))
-    most_bytes: int = MOST_BYTES
+    most_characters: Annotated[int, MOST_RANGE] = MOST_CHARACTERS
 
     def check(self, paths: Sequence[str]) -> None:
         """Raise DataError where something that the user says cannot be, or is of no file."""
@@ -184,8 +187,8 @@ def _head(pieces: Iterator[bytes]) -> tuple[bytes, str]:
             if len(head) >= _HEAD_BYTES:
                 break
     except DataError as error:
-        return bytes(head), str(error)
-    return bytes(head), ""
+        return bytes(head[:_HEAD_BYTES]), str(error)
+    return bytes(head[:_HEAD_BYTES]), ""  # what is unpacked comes in pieces of any size
 
 
 def _refuse_others(path: str, head: bytes) -> None:

@@ -15,7 +15,7 @@ from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import printable
 from megatron_sphinx.prepare.compression import pieces_of, unpacked
 from megatron_sphinx.prepare.json_text import Cut, cut_lines, parse, text_of
-from megatron_sphinx.prepare.text_formats import TextFormat, TextSettings, choose_key, decoded
+from megatron_sphinx.prepare.text_formats import BYTES_PER_CHARACTER, TextFormat, TextSettings, choose_key, decoded
 
 _BATCH_ROWS = 64
 
@@ -42,7 +42,7 @@ class Item:
 def items_of(
     path: str,
     form: TextFormat,
-    most_bytes: int,
+    most: int,
     begin: int = 0,
     end: int | None = None,
     *,
@@ -53,7 +53,7 @@ def items_of(
     Args:
         path: of the file, or its URL.
         form: how it is read.
-        most_bytes: of a document.
+        most: characters of a document.
         begin: of the part: a byte where lines are plain, a row group of parquet, else 0.
         end: of the part, in the same unit, not among it; ignored where the file cannot be read in parts.
         count_lines: told again and again how many more lines of a part have been read.
@@ -67,25 +67,27 @@ def items_of(
     try:
         with open_file(path) as file:
             if form.kind == "parquet":
-                items = _rows(file, form, most_bytes, begin, end)
+                items = _rows(file, form, most, begin, end)
             elif form.kind == "text":
-                items = iter([_whole(file, form.encoding, most_bytes)])
+                items = iter([_whole(file, form.encoding, most)])
             else:
                 is_part = form.is_plain and end is not None and (begin > 0 or end < file.seek(0, os.SEEK_END))
                 file.seek(0)
                 pieces = _part(file, begin, end or 0, count_lines) if is_part else None
-                items = _json(file, form, most_bytes, pieces)
-            yield from map(_checked, items)
+                items = _json(file, form, most, pieces)
+            yield from (_checked(item, most) for item in items)
     except OSError as error:
         raise DataError(f"{printable(path)}: cannot be read ({error.strerror or error}); check its path") from error
 
 
-def _checked(item: Item) -> Item:
+def _checked(item: Item, most: int) -> Item:
     """Return an item whose text can be tokenised, or the reason why it cannot."""
     if item.text is None:
         return item
     reason = ""
-    if not item.text.strip():
+    if len(item.text) > most:
+        reason = _too_long(most)
+    elif not item.text.strip():
         reason = "empty: a text without letters"
     elif (place := item.text.find("\0")) >= 0:
         reason = f"holds a NUL character: as character {place + 1} of the text"
@@ -97,8 +99,8 @@ def _checked(item: Item) -> Item:
     return Item(item.place, None, reason, item.line) if reason else item
 
 
-def _too_long(most_bytes: int) -> str:
-    return f"longer than {most_bytes / 2**20:g} MiB: cut it, or raise --most-megabytes where there is memory"
+def _too_long(most: int) -> str:
+    return f"longer than {most:,} characters: cut it, or raise --most-characters where there is memory"
 
 
 def _decode(content: bytes, encoding: str, offset: int = 0) -> str:
@@ -111,33 +113,31 @@ def _decode(content: bytes, encoding: str, offset: int = 0) -> str:
         raise DataError(f"not {name}: {where}; say its --encoding, such as latin-1") from error
 
 
-def _whole(file: BinaryIO, encoding: str, most_bytes: int) -> Item:
+def _whole(file: BinaryIO, encoding: str, most: int) -> Item:
     """Return a file as one document."""
     content = bytearray()
     try:
         for piece in unpacked(pieces_of(file)):
             content += piece
-            if len(content) > most_bytes:
-                return Item("whole", None, _too_long(most_bytes))
+            if len(content) > most * BYTES_PER_CHARACTER:
+                return Item("whole", None, _too_long(most))
         text = _decode(bytes(content.removeprefix(codecs.BOM_UTF8) if encoding == "utf-8" else content), encoding)
     except DataError as error:
         return Item("whole", None, str(error))
     return Item("whole", text)
 
 
-def _json(
-    file: BinaryIO, form: TextFormat, most_bytes: int, part: tuple[int, Iterator[bytes]] | None
-) -> Iterator[Item]:
+def _json(file: BinaryIO, form: TextFormat, most: int, part: tuple[int, Iterator[bytes]] | None) -> Iterator[Item]:
     """Yield the documents of JSON: of all of a file, or of a part of it, given by its offset and its lines."""
     behind, is_blank = 0, part is None
     try:
         if part is None:
-            cuts = form.cuts(decoded(unpacked(pieces_of(file)), form.encoding), most_bytes)
+            cuts = form.cuts(decoded(unpacked(pieces_of(file)), form.encoding), most * BYTES_PER_CHARACTER)
         else:
-            cuts = cut_lines(part[1], most_bytes, part[0])
+            cuts = cut_lines(part[1], most * BYTES_PER_CHARACTER, part[0])
         for cut in cuts:
             behind, is_blank = cut.offset + len(cut.content or b""), False
-            yield _parsed(cut, form, most_bytes)
+            yield _parsed(cut, form, most)
     except DataError as error:
         yield Item(f"behind byte {behind}", None, str(error))
         return
@@ -168,11 +168,11 @@ def _part(file: BinaryIO, begin: int, end: int, count_lines: Callable[[int], Non
     return begin, pieces()
 
 
-def _parsed(cut: Cut, form: TextFormat, most_bytes: int) -> Item:
+def _parsed(cut: Cut, form: TextFormat, most: int) -> Item:
     """Return the document that a part of a file holds."""
     place = f"byte {cut.offset}"
     if cut.content is None:
-        return Item(place, None, _too_long(most_bytes), cut.line)
+        return Item(place, None, _too_long(most), cut.line)
     try:
         if form.encoding == "utf-8":
             content = _decode(cut.content, "utf-8", cut.offset)
@@ -248,7 +248,7 @@ def _is_text(kind: Any) -> bool:
     return any(check(kind) for check in checks)
 
 
-def _rows(file: BinaryIO, form: TextFormat, most_bytes: int, begin: int, end: int | None) -> Iterator[Item]:
+def _rows(file: BinaryIO, form: TextFormat, most: int, begin: int, end: int | None) -> Iterator[Item]:
     """Yield the rows of some row groups; damage costs the rest of its row group."""
     table = _opened(file)
     groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -256,7 +256,7 @@ def _rows(file: BinaryIO, form: TextFormat, most_bytes: int, begin: int, end: in
         row, last = sum(groups[:group]), sum(groups[: group + 1])
         try:
             for value in islice(_values(table, group, form.key), last - row):
-                yield _row(row, value, form.encoding, most_bytes)
+                yield _row(row, value, form.encoding, most)
                 row += 1
         except Exception as error:  # pyarrow raises what it meets in damaged bytes
             if (error := _damage(error)) and isinstance(error, OSError):
@@ -280,13 +280,13 @@ def _values(table: Any, group: int, key: str) -> Iterator[bytes | None]:
         yield from column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _row(row: int, value: bytes | None, encoding: str, most_bytes: int) -> Item:
+def _row(row: int, value: bytes | None, encoding: str, most: int) -> Item:
     """Return the document of a row."""
     place = f"row {row}"
     if value is None:
         return Item(place, None, "no text: null")
-    if len(value) > most_bytes:
-        return Item(place, None, _too_long(most_bytes))
+    if len(value) > most * BYTES_PER_CHARACTER:
+        return Item(place, None, _too_long(most))
     try:
         return Item(place, _decode(value, encoding))
     except DataError as error:

@@ -19,7 +19,6 @@ import argparse
 from pathlib import Path
 
 from megatron_sphinx.cli.command import add_tokenizer, add_workers
-from megatron_sphinx.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", action="append", default=[], metavar="[PATTERN=]NAME", help=encoding)
     form = "text, json or parquet, of files whose name and content do not tell; text: a file is a document"
     parser.add_argument("--format", action="append", default=[], metavar="[PATTERN=]NAME", help=form)
-    parser.add_argument("--most-megabytes", type=float, default=8.0, help="of a document; each takes 90 of memory")
+    most = "of a document; a longer one is left out, without being held in memory; default: 8,388,608"
+    parser.add_argument("--most-characters", type=int, default=2**23, metavar="N", help=most)
     parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="to TARGET/held_out, by text")
     add_workers(parser)
 
@@ -42,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
     from megatron_sphinx.data.tokenizer import Tokenizer
     from megatron_sphinx.prepare.text import write_text
-    from megatron_sphinx.prepare.text_formats import PerFile, TextSettings
+    from megatron_sphinx.prepare.text_formats import MOST_RANGE, PerFile, TextSettings
+    from megatron_sphinx.ranges import check_range
 
     settings = TextSettings(
         keys=PerFile("--key", args.key), encodings=PerFile("--encoding", args.encoding),
-        formats=PerFile("--format", args.format), most_bytes=most_bytes(args.most_megabytes),
+        formats=PerFile("--format", args.format), most_characters=args.most_characters,
     )  # fmt: skip
+    check_range(settings.most_characters, MOST_RANGE, "--most-characters")
     report = write_text(
         args.files, args.target, Tokenizer(args.tokenizer), settings,
         held_out=args.held_out, workers=args.workers, show=True,
@@ -57,10 +59,3 @@ def run(args: argparse.Namespace) -> int:
     print(report.left_out(), end="")
     print(report.balance("documents"))
     return 0
-
-
-def most_bytes(megabytes: float) -> int:
-    """Return how many bytes a document may have; raise DataError where that is no number of any."""
-    if not 0 < megabytes < 2**20:
-        raise DataError(f"--most-megabytes={megabytes:g}: must be above 0; give 8, or more where there is memory")
-    return max(1, int(megabytes * 2**20))
