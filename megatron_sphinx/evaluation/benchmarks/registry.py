@@ -14,7 +14,7 @@ from megatron_sphinx.evaluation.benchmarks import (
 )
 
 _FAMILIES = (short_answers, documents, options, yes_or_no, mathematics, whole_pictures, regions, videos)
-_BY_NAME = {benchmark.name: benchmark for family in _FAMILIES for benchmark in family.BENCHMARKS}
+_BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for family in _FAMILIES for benchmark in family.BENCHMARKS}
 
 
 def names() -> list[str]:

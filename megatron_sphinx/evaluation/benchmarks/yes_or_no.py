@@ -14,7 +14,6 @@ from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.prepare.tasks import PROMPTS
 
 _SPLITS = ("random", "popular", "adversarial")
-_DIFFICULTIES = {"1": "easy", "2": "hard"}
 
 
 def _pope(name: str, title: str, splits: tuple[str, ...]) -> Benchmark:
@@ -68,8 +67,8 @@ def _is_text_only(row: Row) -> bool:
 
 
 def _difficulty(row: Row) -> str:
-    """Return whether the picture is an original or was edited; nothing of questions without one."""
-    return _DIFFICULTIES.get(row.text("visual_input"), "")
+    """Return whether the picture was edited, which is hard."""
+    return "hard" if row.text("visual_input") == "2" else "easy"
 
 
 HALLUSIONBENCH = Benchmark(
@@ -89,7 +88,7 @@ HALLUSIONBENCH = Benchmark(
             is_text_only=_is_text_only,
             answers=word("gt_answer", {"0": "no", "1": "yes"}),
             categories={"category": "category", "subcategory": "subcategory", "difficulty": _difficulty},
-            record=("category", "subcategory", "set_id", "figure_id", "question_id"),
+            record=("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input"),
         ),
     ),
     prompts={Protocol.PAPER: PROMPTS["vqa"], Protocol.OFFICIAL: "{question}"},

@@ -115,12 +115,12 @@ def _labelled(folder: Path, root: Path) -> Iterator[tuple[Path, str]]:
 
 def _synsets(meta: Path) -> dict[str, str]:
     """Return the synsets of the devkit by their numbers there, which are in no order of names."""
-    from scipy.io import loadmat
-
     try:
+        from scipy.io import loadmat
+
         table = loadmat(meta, squeeze_me=True)["synsets"]
         return {str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in table}
-    except Exception as error:  # scipy has many errors for a damaged file
+    except Exception as error:  # scipy may be missing, and has many errors for a damaged file
         raise DataError(f"{meta}: cannot be read ({error}); give the file of the devkit") from error
 
 
