@@ -174,7 +174,7 @@ def _require_plain(content: bytes, others: Collection[str] = ()) -> None:
     So no object is made by a number of an extension or of the reader, nothing is doubled without being written, and no
     table is as large as a number says.
     """
-    for operation, argument, _ in pickletools.genops(content):
+    for operation, argument in _operations(content):
         if operation.name not in _OPERATIONS and operation.name not in others:
             raise pickle.UnpicklingError(f"it holds {operation.name}")
         if operation.name.endswith("PUT") and (argument or 0) > len(content):
@@ -292,3 +292,19 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Raise UnpicklingError, whatever the name."""
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _operations(content: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """Yield what a pickle does and with what.
+
+    pickletools would refuse the texts of Python 2 that are not ASCII: the bytes of these are yielded as they are.
+    """
+    file = io.BytesIO(content)
+    while code := file.read(1):
+        operation = pickletools.code2op[code.decode("latin-1")]
+        if operation.name == "STRING":
+            yield operation, file.readline()
+        else:
+            yield operation, operation.arg.reader(file) if operation.arg else None
+        if operation.name == "STOP":
+            return
