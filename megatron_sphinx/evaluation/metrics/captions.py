@@ -64,9 +64,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
 def _judge(answers: Sequence[Answered], _protocol: Protocol) -> list[Verdict]:
     scores = cider([answered.text for answered in answers], [truths_of(answered) for answered in answers])
-    return [
-        Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)
-    ]
+    return [Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)]
 
 
 def _figures(judged: Sequence[Judged]) -> dict[str, float]:
