@@ -29,7 +29,7 @@ class _Vector:
         self.bigrams = max(len(words) - 1, 0)
 
     def similarity(self, other: "_Vector") -> float:
-        """Return how alike a caption is to one of people, the mean over n; this one's weights are cut to the other's."""
+        """Return how alike a caption is to one of people, the mean over n; its weights are cut to the other's."""
         total = 0.0
         for mine, right, length, other_length in zip(self.weights, other.weights, self.norms, other.norms, strict=True):
             common = sum(min(weight, right[gram]) * right[gram] for gram, weight in mine.items() if gram in right)
