@@ -26,19 +26,26 @@ _MARKS = (
 _WORD = f"(?:{_LETTER}|{_MARKS})+"
 _PLAIN = f"[^\\W_{_NO_LETTERS}]"  # a letter or digit
 _APOSTROPHE = "(?:['\u0092\u2019]|&apos;)"
-_ANY_APOSTROPHE = f"(?:{_APOSTROPHE}|[\u0091\u2018\u201b])"
+_ANY_APOSTROPHE = f"(?:{_APOSTROPHE}|[`\u0091\u2018\u201b])"
 _CLITIC = f"{_APOSTROPHE}(?:re|ve|ll|[msd])"
 _NOT = f"n{_ANY_APOSTROPHE}t"
 _NUMBER = "(?:\\d*(?:[.:,\u00ad\u066b\u066c]\\d+)+|\\d+)"
 _ACRONYM = "(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\\.S|U\\.S\\.-(?:U\\.S\\.S\\.R|U\\.K)|[A-Za-z](?:\\.[A-Za-z])+)"
-_SHORTENED = (  # what keeps its period; where a sentence ends a second one would follow, which is left out
-    f"(?:{_ACRONYM}|(?:Ed|Ph)\\.D|[A-Za-z]|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri|Ala"
-    "|Ariz|(?-i:A)z|(?-i:A)rk|Calif|Colo|Conn|Ct|Dak|(?-i:D)el|Fla|Ga|(?-i:I)ll|Ind|Kans?|Ky|(?-i:La)|(?-i:M)ass|Md|Mich"
-    "|Minn|(?-i:M)iss|Mo|Mont|Neb|Nev|Okla|(?-i:O)re|(?-i:P)a|Penn|Tenn|(?-i:T)ex|Va|Vt|(?-i:W)ash|Wisc?|Wyo|Inc|Cos?"
-    "|Corp|Pp?tys?|Ltd|Plc|Rt|Bancorp|Dept|Bhd|Assn|Univ|Intl|Sys|Jr|Sr|Bros|Blvd|Rd|Esq|Bldg|Ph|ft|tel|est|ext|sq|etc|al"
-    "|seq|Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt|Capt|Ste?|Ave|Pres"
-    "|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc|vs|Alex|Wm|Jos|Cie|cf|TREAS"
-    "|Invt|Elec|Natl|M[ft]g)\\."
+# Shortened words keep their period. Where a sentence ends behind one there is a second, which is left out like any.
+_SHORTENED = (
+    "(?:(?:Ed|Ph)\\.D|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri|Ala|Ariz|(?-i:A)z"
+    "|(?-i:A)rk|Calif|Colo|Conn|Ct|Dak|(?-i:D)el|Fla|Ga|(?-i:I)ll|Ind|Kans?|Ky|(?-i:La)|(?-i:M)ass|Md|Mich|Minn|(?-i:M)iss"
+    "|Mo|Mont|Neb|Nev|Okla|(?-i:O)re|(?-i:P)a|Penn|Tenn|(?-i:T)ex|Va|Vt|(?-i:W)ash|Wisc?|Wyo|Inc|Cos?|Corp|Pp?tys?|Ltd|Plc"
+    "|Rt|Bancorp|Bhd|Assn|Univ|Intl|Sys|Jr|Sr|Bros|Blvd|Rd|Esq|Bldg|tel|est|ext|sq|etc|al|seq)\\."
+)
+_BEFORE_FILE = (
+    "(?:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav"
+    "|xml|x|zip)"
+)
+_NAME = (
+    f"(?:{_ACRONYM}|[A-Za-z]|Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt"
+    "|Capt|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc|vs|Alex"
+    "|Wm|Jos|Cie|cf|TREAS|Invt|Elec|Natl|M[ft]g|Dept|Ph)\\."
 )
 _BEFORE_NUMBER = "(?:ca|figs?|prop|nos?|art|pp|op)\\."
 _SENTENCE_WORDS = (
@@ -127,6 +134,7 @@ _WORDS = f"{_WORD}(?:{_WORD}|\\d)*(?:[.!?]{_WORD}(?:{_WORD}|\\d)*)*"
 _RULES = tuple(
     _rule(*row)
     for row in (
+        (f"{_PLAIN}+(?:\\.{_PLAIN}+)*\\.{_FILE}",),
         ("c\\+\\+|[cf]#",),
         ("cannot|'twas", str, 3),
         (f"(?:{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna)(?=([^A-Za-z0-9]))", str, 2),
@@ -134,6 +142,7 @@ _RULES = tuple(
         ("&(?:MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015]", "--"),
         ("&amp;", "&"),
         ("&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);",),
+        (f"{_SHORTENED}(?=([A-Za-z](?![A-Za-z0-9])))",),
         (f"{_WORDS}(?=({_CLITIC}))", _without_soft_hyphens),
         (f"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*(?=({_NOT}))", _without_soft_hyphens),
         (_WORDS, _without_soft_hyphens),
@@ -166,11 +175,16 @@ _RULES = tuple(
         ("[\u00a2-\u00a5\u0080\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", _money),
         (f"[A-Za-z]\\.(?=((?:{_SPACE}|\n)+{_SENTENCE_WORDS}(?:{_SPACE}|\n)))", str, 1),
         (_SHORTENED,),
+        (_BEFORE_NAME,),
         (f"{_BEFORE_NUMBER}(?=((?:{_SPACE}|\n)?\\d))",),
         (f"{_APOSTROPHE}[0-9][0-9](?=({_SPACE}|\n))",),
         (f"{_WORDS}\\.{_PAUSE}", _without_soft_hyphens),
         (_PHONE, _bracketed),
         ("(?-i:[<>]?[:;=][-o*']?[()DPdpO\\\\{@|\\[\\]])(?=([^A-Za-z0-9]))", _parenthesised),
+        (
+            "(?-i:[-^x=~<>']_[-^x=~<>']|\\([-^x=~<>'][_.]?[-^x=~<>']\\)|\\([\\^x=~<>']-[\\^x=~<>'`]\\))",
+            _parenthesised,
+        ),
         ("\"|&quot;|''|``", "''"),
         ("&lt;", "<"),
         ("&gt;", ">"),
