@@ -38,11 +38,7 @@ _SHORTENED = (
     "|Mo|Mont|Neb|Nev|Okla|(?-i:O)re|(?-i:P)a|Penn|Tenn|(?-i:T)ex|Va|Vt|(?-i:W)ash|Wisc?|Wyo|Inc|Cos?|Corp|Pp?tys?|Ltd|Plc"
     "|Rt|Bancorp|Bhd|Assn|Univ|Intl|Sys|Jr|Sr|Bros|Blvd|Rd|Esq|Bldg|tel|est|ext|sq|etc|al|seq)\\."
 )
-_BEFORE_FILE = (
-    "(?:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav"
-    "|xml|x|zip)"
-)
-_NAME = (
+_BEFORE_NAME = (
     f"(?:{_ACRONYM}|[A-Za-z]|Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt"
     "|Capt|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc|vs|Alex"
     "|Wm|Jos|Cie|cf|TREAS|Invt|Elec|Natl|M[ft]g|Dept|Ph)\\."
@@ -59,6 +55,10 @@ _HYPHENATED = f"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}\\.|[A-Za-z0-9\u
 _TOGETHER = "(?-i:[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+)"
 _PAUSE = "(?=([,;:\u3001]))"
 _PATH = '[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},-]'
+_FILE = (
+    "(?:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav"
+    "|xml|x|zip)"
+)
 _NAME = "[A-Za-z0-9_:.-]"
 _VALUE = f"(?:'[^'\r\n]*'|\"[^\"\r\n]*\"|[A-Za-z_]{_NAME}*)"
 _AT = '[^ \t\n\f\r"<>|(){}\u00a0]'
