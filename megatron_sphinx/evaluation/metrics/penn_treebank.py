@@ -109,10 +109,6 @@ def _money(text: str) -> str:
     return text.replace("\u00a2", "cents").replace("\u00a3", "#").translate(_EURO)
 
 
-def _straight(text: str) -> str:
-    return re.sub(_ANY_APOSTROPHE, "'", text)
-
-
 def _quote(text: str) -> str:
     return text.replace("&apos;", "'").translate(_QUOTES)
 
@@ -134,7 +130,7 @@ _WORDS = f"{_WORD}(?:{_WORD}|\\d)*(?:[.!?]{_WORD}(?:{_WORD}|\\d)*)*"
 _RULES = tuple(
     _rule(*row)
     for row in (
-        (f"{_PLAIN}+(?:\\.{_PLAIN}+)*\\.{_FILE}",),
+        (f"{_PLAIN}+(?:\\.{_PLAIN}+)*\\.{_FILE}(?=({_SPACE}|[\n.,?!]))",),
         ("c\\+\\+|[cf]#",),
         ("cannot|'twas", str, 3),
         (f"(?:{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna)(?=([^A-Za-z0-9]))", str, 2),
@@ -160,8 +156,8 @@ _RULES = tuple(
         ),
         (f"(?:&lt;|<)?[a-zA-Z0-9]{_AT}*@(?:{_AT[:-1]}.]+\\.)*{_AT[:-1]}.]+(?:&gt;|>)?",),
         (f"@[a-zA-Z_][a-zA-Z_0-9]*|#{_WORD}",),
-        (f"{_CLITIC}(?=([^A-Za-z]))", _straight),
-        (_NOT, _straight),
+        (f"{_CLITIC}(?=([^A-Za-z]))", _quote),
+        (_NOT, _quote),
         ("\\d{1,2}[-/]\\d{1,2}[-/]\\d{2,4}",),
         (f"[-+]?{_NUMBER}", _without_soft_hyphens),
         ("[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)",),
@@ -207,7 +203,7 @@ _RULES = tuple(
         (f"{_TOGETHER}\\.{_PAUSE}", lambda text: text.replace("&amp;", "&")),
         (_TOGETHER, lambda text: text.replace("&amp;", "&")),
         ("'(?=([A-Za-z][^ \t\n\r\u00a0]))",),
-        (_CLITIC, _straight),
+        (_CLITIC, _quote),
         ("&nbsp;", ""),
         ("[`\u2018-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{1,2}|'|&apos;", _quote),
         ("<<|>>",),
