@@ -6,6 +6,7 @@ Source: pycocoevalcap's cider_scorer.py (arXiv:1411.5726).
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.figures import percent, truths_of
@@ -29,7 +30,7 @@ class _Vector:
         self.bigrams = max(len(words) - 1, 0)
 
     def similarity(self, other: "_Vector") -> float:
-        """Return how alike a caption is to one of people, the mean over n; this one's weights are cut to the other's."""
+        """Return how alike a caption is to one of people, the mean over n; its weights are cut to the other's."""
         total = 0.0
         for mine, right, length, other_length in zip(self.weights, other.weights, self.norms, other.norms, strict=True):
             common = sum(min(weight, right[gram]) * right[gram] for gram, weight in mine.items() if gram in right)
@@ -51,12 +52,13 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
         captions: one of each picture.
         references: people's captions of each picture; how rare words are is counted in them.
     """
-    truths = [[tokenize(text) for text in texts] for texts in references]
+    every = iter(tokenize([text for texts in references for text in texts]))
+    truths = [list(islice(every, len(texts))) for texts in references]
     seen = Counter(gram for texts in truths for gram in {gram for words in texts for gram in _count_grams(words)})
     log_pictures = math.log(max(len(truths), 1))
     scores = []
-    for caption, texts in zip(captions, truths, strict=True):
-        vector = _Vector(tokenize(caption), seen, log_pictures)
+    for caption, texts in zip(tokenize(captions), truths, strict=True):
+        vector = _Vector(caption, seen, log_pictures)
         alike = [vector.similarity(_Vector(words, seen, log_pictures)) for words in texts]
         scores.append(10 * sum(alike) / len(alike))
     return scores
@@ -64,9 +66,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
 def _judge(answers: Sequence[Answered], _protocol: Protocol) -> list[Verdict]:
     scores = cider([answered.text for answered in answers], [truths_of(answered) for answered in answers])
-    return [
-        Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)
-    ]
+    return [Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)]
 
 
 def _figures(judged: Sequence[Judged]) -> dict[str, float]:
