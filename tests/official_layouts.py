@@ -112,7 +112,7 @@ def _viz_wiz(folder: Path, rng: Random, split: str) -> list[Expected]:
         expected.append({
             "id": image, "picture": folder / split / image, "fields": {"question": question},
             "answers": tuple(answers) if split == "val" else (),
-            "categories": {"answer type": "other" if split == "val" else ""},
+            "categories": {"answer type": "other"} if split == "val" else {},
             "prompt": question + " When the provided information is insufficient, respond with 'Unanswerable'." + SHORT,
         })  # fmt: skip
     write(folder / f"{split}.json", rows)

@@ -26,6 +26,7 @@ def check(name: str, data: Path, seed: int) -> list[Sample]:
     assert [sample.id for sample in samples] == [each["id"] for each in expected]
     for sample, each in zip(samples, expected, strict=True):
         assert asked(name, sample) == each.pop("prompt")
+        assert all(asked(name, sample, protocol) for protocol in Protocol)
         for attribute, value in each.items():
             found = getattr(sample, attribute)
             assert dict(found) == value if isinstance(value, dict) else found == value, f"{name}: {attribute}"

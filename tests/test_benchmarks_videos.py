@@ -2,7 +2,7 @@
 
 import io
 import sys
-from fractions import Fraction
+import wave
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ def video(path: Path, frames: int, rate: int = 5) -> Path:
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = 32, 32, "yuv420p", Fraction(1, rate)
+        stream.width, stream.height = 32, 32
         for number in range(frames):
             picture = Image.new("RGB", (32, 32), (20 * number,) * 3)
             for packet in stream.encode(av.VideoFrame.from_image(picture)):
@@ -55,14 +55,9 @@ def test_a_file_that_is_no_video_is_refused(tmp_path):
 
 
 def test_a_file_without_pictures_is_refused(tmp_path):
-    import av
-
-    with av.open(str(tmp_path / "a.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame(format="s16", layout="mono", samples=800)
-        frame.sample_rate = 8000
-        for packet in stream.encode(frame):
-            container.mux(packet)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", "none"))
+        sound.writeframes(bytes(1600))
     with pytest.raises(DataError, match="is no video that can be read"):
         middle_frame(tmp_path / "a.wav")
 

@@ -342,8 +342,8 @@ def located(folder: Path, forms: str) -> Path:
         forms: paths from it with ` or ` between them, which may hold `*`.
     """
     names = forms.split(" or ")
-    found = (path for name in names for path in sorted(folder.glob(name)))
-    return next(found, folder / names[0])
+    found = (path for name in names for path in (sorted(folder.glob(name)) if "*" in name else [folder / name]))
+    return next((path for path in found if path.exists()), folder / names[0])
 
 
 def quoted(value: object) -> str:
