@@ -197,9 +197,7 @@ class _Run:
         try:
             content = question.content(self._how.asking)
             picture = None if content is None else self._answers.picture(content)
-            chat = self._answers.chat(
-                question.messages, picture, self._sampling.max_new_tokens, question.answer_prefix
-            )
+            chat = self._answers.chat(question.messages, picture, self._sampling.max_new_tokens, question.answer_prefix)
             sampling = replace(
                 self._sampling,
                 seed=(self._sampling.seed + number) % _MOST_SEED,
