@@ -3,10 +3,10 @@
     megatron-sphinx judge results --data benchmarks --endpoint https://api.openai.com/v1 --judge-model gpt-4-0613
         --key-env OPENAI_API_KEY
 
-DIR is the --output of `megatron-sphinx evaluate`. The judge is any server that speaks OpenAI's protocol. What it says is
-kept, a line for each answer: killed, the same command goes on where it was. A reply that is no score is asked for again,
-up to five times, each time at a temperature that is higher by 0.5; an answer whose judge is not understood even then is
-listed, and has no score. Several judges may judge the same answers; the report has a line for each.
+DIR is the --output of `megatron-sphinx evaluate`. The judge is any server that speaks OpenAI's protocol. What it says
+is kept, a line for each answer: killed, the same command goes on where it was. A reply that is no score is asked for
+again, up to five times, each time at a temperature that is higher by 0.5; an answer whose judge is not understood even
+then is listed, and has no score. Several judges may judge the same answers; the report has a line for each.
 """
 
 import argparse

@@ -30,9 +30,9 @@ There is a cat in it. | 0.3
 _LLAVA_SYSTEM = "You judge the quality of answers, and are fair and exact."
 _LLAVA_RULE = """\
 Two assistants have answered the question above about a picture, which the context describes. Rate how helpful, \
-relevant, accurate and detailed each answer is, by a score from 1 to 10, where a higher one is better. Write a line with \
-both scores alone, that of Assistant 1 first, with a space between them. Explain them in the lines below it; judge each \
-answer for itself, whichever comes first."""
+relevant, accurate and detailed each answer is, by a score from 1 to 10, where a higher one is better. Write a line \
+with both scores alone, that of Assistant 1 first, with a space between them. Explain them in the lines below it; judge \
+each answer for itself, whichever comes first."""
 
 
 @dataclass(frozen=True)

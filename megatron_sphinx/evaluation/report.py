@@ -1,4 +1,4 @@
-"""The report of an evaluation: figures with intervals beside those of a paper, in JSON, Markdown and HTML, with plots."""
+"""The report of an evaluation: figures with intervals beside those of a paper, in JSON, Markdown and HTML."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from megatron_sphinx.evaluation.samples import Judged, Protocol
 from megatron_sphinx.evaluation.scores import Scores, scores_of
 
 _SHOWN_FAULTS = 10
-_ABSENT = "–"
+_ABSENT = "-"
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def _introduction(settings: Mapping[str, Any]) -> str:
     limit = settings.get("limit")
     first = f" Only the first {limit} questions of each benchmark were asked." if limit else ""
     return (
-        f"Protocol: {Protocol(settings['protocol']).value}. Intervals are of 95 %, by bootstrap over pictures. An answer "
-        f"that could not be read counts as wrong; a question that could not be asked does not count.{first}"
+        f"Protocol: {Protocol(settings['protocol']).value}. Intervals are of 95 %, by bootstrap over pictures. An "
+        f"answer that could not be read counts as wrong; a question that could not be asked does not count.{first}"
     )
 
 
