@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_sphinx.errors import DataError, shortened
 from megatron_sphinx.evaluation.judge_prompts import PROMPTS, JudgePrompt
 from megatron_sphinx.evaluation.results import Results
-from megatron_sphinx.evaluation.samples import Answered, Judged, Verdict
+from megatron_sphinx.evaluation.samples import Judged
 from megatron_sphinx.serving.answer_file import AnswerFile
 
 FOLDER = "judgements"
@@ -132,7 +132,7 @@ def _judged(ask: Ask, messages: Sequence[Mapping[str, str]], prompt: JudgePrompt
     said: list[str] = []
     for number in range(1 + _RETRIES):
         said.append(ask(messages, min(prompt.temperature + _WARMER * number, _WARMEST)))
-        if prompt.read(said[-1]) is not None:
+        if prompt.read(said[-1]).parsed is not None:
             return {"said": said[-1], "tries": len(said)}
     return {"error": "not understood", "said": said[-1], "tries": len(said)}
 
@@ -141,14 +141,14 @@ def _read(path: Path, results: Results, prompt: JudgePrompt, model: str) -> Judg
     """Read what a judge said of answers."""
     try:
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-        said = {line["id"]: None if "error" in line else prompt.read(line["said"]) for line in lines}
+        said = {line["id"]: prompt.read(line["said"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({shortened(error)}); remove it, and judge again") from error
     if said.keys() != {one.sample.id for one in results.answered}:
         raise DataError(f"{path}: is of other answers; remove it, and judge again")
-    verdicts: list[tuple[Answered, Verdict | None]] = [(one, said[one.sample.id]) for one in results.answered]
+    judged = [Judged(one, said[one.sample.id]) for one in results.answered]
     return Judging(
-        tuple(Judged(one, verdict) for one, verdict in verdicts if verdict is not None),
-        tuple(one.sample.id for one, verdict in verdicts if verdict is None),
+        tuple(one for one in judged if one.verdict.parsed is not None),
+        tuple(one.answered.sample.id for one in judged if one.verdict.parsed is None),
         model,
     )

@@ -1,15 +1,12 @@
-"""What a judge is asked about an answer of MM-Vet or LLaVA-Bench, and how its reply is read."""
+"""What a judge is asked about an answer of MM-Vet or LLaVA-Bench, and how its review is read."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megatron_sphinx.evaluation.metrics.reviews import read_llava_review, read_mm_vet_review
 from megatron_sphinx.evaluation.samples import Answered, Verdict
 
 Messages = tuple[Mapping[str, str], ...]
-
-_NUMBER = re.compile(r"\s*([01](?:\.\d+)?|\.\d+)(?![\d.])")
-_PAIR = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*[,/]\s*|\s+)(\d+(?:\.\d+)?)\s*$")
 
 _MM_VET = """\
 Score how correct a prediction is, by its ground truth. Where parts of the ground truth are joined by <AND>, only a \
@@ -28,11 +25,6 @@ Why is the picture funny? | A cat in a business suit sits at a desk as if it led
 There is a cat in it. | 0.3
 """
 _LLAVA_SYSTEM = "You judge the quality of answers, and are fair and exact."
-_LLAVA_RULE = """\
-Two assistants have answered the question above about a picture, which the context describes. Rate how helpful, \
-relevant, accurate and detailed each answer is, by a score from 1 to 10, where a higher one is better. Write a line \
-with both scores alone, that of Assistant 1 first, with a space between them. Explain them in the lines below it; judge \
-each answer for itself, whichever comes first."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +33,12 @@ class JudgePrompt:
 
     Attributes:
         messages: what is said to it about an answer, in OpenAI's form.
-        read: what its reply is read as; None where it is not understood.
+        read: what its review is read as; it is unparsed where it is not understood.
         temperature: at which it is asked first.
     """
 
     messages: Callable[[Answered], Messages]
-    read: Callable[[str], Verdict | None]
+    read: Callable[[str], Verdict]
     temperature: float
 
 
@@ -58,38 +50,23 @@ def _ask_mm_vet(answered: Answered) -> Messages:
     return ({"role": "user", "content": f"{_MM_VET}{cells} | "},)
 
 
-def read_score(reply: str) -> Verdict | None:
-    """Read a reply that begins with a score from 0 to 1; None for any other."""
-    match = _NUMBER.match(reply)
-    if match is None or not 0 <= float(match[1]) <= 1:
-        return None
-    return Verdict(float(match[1]), match[1])
-
-
 def _ask_llava_bench(answered: Answered) -> Messages:
-    """Ask to compare an answer with that of GPT-4, which saw the caption alone; by the official rule where it is there.
+    """Ask to compare an answer with that of GPT-4, which saw the caption alone, by the rule among the official files.
 
     Source: the order of the parts in llava/eval/eval_gpt_review_bench.py of LLaVA.
     """
     sample = answered.sample
     record = sample.record
-    parts = [("Context", record["context"]), ("Question", sample.fields["question"])]
-    for number, text in enumerate((record["gpt4_answer"], answered.text), 1):
-        parts += [(f"Assistant {number}", f"{text}\n\n[End of Assistant {number}]")]
-    parts.append(("System", record.get("rule") or _LLAVA_RULE))
+    role = record["rule"].get("role", "Assistant")
+    parts = [("Context", record["caption"]), ("Question", sample.fields["question"])]
+    for number, text in enumerate((sample.answers[0], answered.text), 1):
+        parts.append((f"{role} {number}", f"{text}\n\n[End of {role} {number}]"))
+    parts.append(("System", record["rule"]["prompt"]))
     content = "\n\n".join(f"[{name}]\n{text}" for name, text in parts)
     return ({"role": "system", "content": _LLAVA_SYSTEM}, {"role": "user", "content": f"{content}\n\n"})
 
 
-def read_pair(reply: str) -> Verdict | None:
-    """Read a reply whose first line has two scores from 1 to 10, the model's last; None for any other."""
-    match = _PAIR.match(reply.strip().partition("\n")[0])
-    if match is None or not all(1 <= float(score) <= 10 for score in match.groups()):
-        return None
-    return Verdict(float(match[2]) / 10, f"{match[1]} {match[2]}")
-
-
 PROMPTS: Mapping[str, JudgePrompt] = {
-    "mm_vet": JudgePrompt(_ask_mm_vet, read_score, 0.0),
-    "llava_bench": JudgePrompt(_ask_llava_bench, read_pair, 0.2),
+    "mm_vet": JudgePrompt(_ask_mm_vet, read_mm_vet_review, 0.0),
+    "llava_bench": JudgePrompt(_ask_llava_bench, read_llava_review, 0.2),
 }

@@ -31,7 +31,7 @@ class Entry:
         scores: what they came to; without figures where a judge is still to be asked.
         judge: the name of the judge; empty for the metric.
         not_understood: ids of answers that the judge was not understood about.
-        is_waiting: whether a judge is still to be asked.
+        waits_for: who is still to judge: a judge, or the benchmark's server; empty for nobody.
         paper: what the paper gives, by the names of figures.
     """
 
@@ -39,7 +39,7 @@ class Entry:
     scores: Scores
     judge: str
     not_understood: tuple[str, ...]
-    is_waiting: bool
+    waits_for: str
     paper: Mapping[str, float]
 
     @property
@@ -126,17 +126,19 @@ def _entries(results: Results, folder: Path, columns: Mapping[str, float]) -> li
     """Return the lines of a benchmark: one, or one for each judge."""
     benchmark, protocol = results.benchmark, results.protocol
     metric = benchmark.metric
+    if benchmark.submission is not None and not any(one.sample.answers or one.sample.box for one in results.answered):
+        return [Entry(results, scores_of([], metric.figures), "", (), "its server", {})]
     if not benchmark.is_judged:
         verdicts = metric.judge(results.answered, protocol) if results.answered else []
         judged = [Judged(one, verdict) for one, verdict in zip(results.answered, verdicts, strict=True)]
         scores = scores_of(judged, metric.figures)
-        return [Entry(results, scores, "", (), False, _paper_of(benchmark, scores, columns))]
+        return [Entry(results, scores, "", (), "", _paper_of(benchmark, scores, columns))]
     entries = []
     for judging in judgings_in(folder, results):
         scores = scores_of(judging.judged, metric.figures)
         paper = _paper_of(benchmark, scores, columns)
-        entries.append(Entry(results, scores, judging.model, judging.not_understood, False, paper))
-    return entries or [Entry(results, scores_of([], metric.figures), "", (), True, {})]
+        entries.append(Entry(results, scores, judging.model, judging.not_understood, "", paper))
+    return entries or [Entry(results, scores_of([], metric.figures), "", (), "a judge", {})]
 
 
 def _paper_of(benchmark: Benchmark, scores: Scores, columns: Mapping[str, float]) -> dict[str, float]:
@@ -154,7 +156,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "title": results.benchmark.title,
         "metric": results.benchmark.metric.name,
         "judge": entry.judge or None,
-        "is_waiting_for_judge": entry.is_waiting,
+        "waits_for": entry.waits_for or None,
         "asked": results.asked,
         "answered": len(results.answered),
         "scored": scores.judged,
@@ -212,7 +214,7 @@ def _row(entry: Entry, paper: str) -> tuple[str, ...]:
     beside = (_number(given),) if paper else ()
     figure = scores.figures.get(entry.figure)
     if figure is None:
-        state = "waits for a judge" if entry.is_waiting else _ABSENT
+        state = f"waits for {entry.waits_for}" if entry.waits_for else _ABSENT
         return entry.title, state, _ABSENT, _ABSENT, *beside, counted, _ABSENT
     interval = f"{_number(figure.low)} to {_number(figure.high)}"
     return entry.title, entry.figure, _number(figure.value), interval, *beside, counted, _share(scores)
@@ -223,7 +225,7 @@ def _line(entry: Entry) -> str:
     scores, asked = entry.scores, entry.results.asked
     figure = scores.figures.get(entry.figure)
     if figure is None:
-        return "waits for megatron-sphinx judge" if entry.is_waiting else f"nothing to score of {asked} questions"
+        return f"waits for {entry.waits_for}" if entry.waits_for else f"nothing to score of {asked} questions"
     given = entry.paper.get(entry.figure)
     beside = "" if given is None else f", the paper has {_number(given)}"
     return (
@@ -251,8 +253,9 @@ def _details(entry: Entry, paper: str) -> list[Block]:
             f"{missing} could not be asked; intervals are of {scores.replicates} draws."
         )
     )
-    if entry.is_waiting:
-        blocks.append(Paragraph("A judge is still to be asked: megatron-sphinx judge."))
+    if entry.waits_for:
+        ways = {"a judge": "ask one by megatron-sphinx judge", "its server": "send it what is in the folder submission"}
+        blocks.append(Paragraph(f"The answers wait for {entry.waits_for}: {ways[entry.waits_for]}."))
     if scores.figures:
         head = ("figure", "value", "low", "high", *(("paper",) if paper else ()))
         rows = [

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +41,12 @@ class Part:
 
     Attributes:
         count: how many there are.
-        value: their headline figure.
+        value: their headline figure; None where it is of nothing.
         unparsed: how many could not be read.
     """
 
     count: int
-    value: float
+    value: float | None
     unparsed: int
 
 
@@ -80,7 +81,7 @@ def scores_of(judged: Sequence[Judged], figures: Figures, *, seed: int = 0) -> S
     """
     if not judged:
         return Scores({}, {}, 0, 0, 0)
-    values = figures(judged)
+    values = _known(figures(judged))
     drawn = _Drawing(judged, seed)
     factors = _factors(values, drawn, figures)
     is_all_means = len(factors) == len(values)
@@ -90,17 +91,22 @@ def scores_of(judged: Sequence[Judged], figures: Figures, *, seed: int = 0) -> S
         mean = drawn.mean(counts)
         found = {} if is_all_means else figures(drawn.taken(counts))
         for name in values:
-            value = factors[name] * mean if name in factors else found.get(name)
-            if value is not None:
+            value = factors[name] * mean if name in factors else found.get(name, nan)
+            if isfinite(value):
                 columns[name].append(value)
     intervals = {name: np.percentile(column or [values[name]], _QUANTILES) for name, column in columns.items()}
     return Scores(
-        {name: Figure(value, *map(float, intervals[name])) for name, value in values.items()},
+        {name: Figure(value, float(intervals[name][0]), float(intervals[name][1])) for name, value in values.items()},
         _parts(judged, figures),
         len(judged),
         _unparsed(judged),
         replicates,
     )
+
+
+def _known(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures that are numbers; one of no answers is none."""
+    return {name: value for name, value in figures.items() if isfinite(value)}
 
 
 def _bounded(count: int) -> int:
@@ -185,7 +191,7 @@ def _parts(judged: Sequence[Judged], figures: Figures) -> dict[str, dict[str, Pa
         for division, category in one.answered.sample.categories.items():
             members[division][category].append(one)
     return {
-        division: {name: Part(len(those), next(iter(figures(those).values()), 0.0), _unparsed(those))
+        division: {name: Part(len(those), next(iter(_known(figures(those)).values()), None), _unparsed(those))
                    for name, those in sorted(categories.items())}
         for division, categories in members.items()
     }  # fmt: skip
