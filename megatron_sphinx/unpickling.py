@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.errors import CheckpointError, DataError
 from megatron_sphinx.paths import is_plain
 
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
@@ -267,3 +267,28 @@ def _sizes(values: Any) -> torch.Size:
     if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
         raise TypeError(f"{shortened(values)} are no sizes")
     return torch.Size(values)
+
+
+def plain_pickle(path: Path) -> Any:
+    """Read a pickle that holds numbers, texts, lists, tuples, sets and dictionaries, and names nothing.
+
+    Args:
+        path: such as the references of RefCOCO, which Python 2 has written; their texts are UTF-8.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or names code.
+    """
+    try:
+        content = path.read_bytes()
+        _require_plain(content)
+        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path}: cannot be read as a pickle of plain values ({fault_of(error)})") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError, whatever the name."""
+        raise pickle.UnpicklingError(f"it names {module}.{name}")

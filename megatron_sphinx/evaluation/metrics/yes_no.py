@@ -94,24 +94,26 @@ def _mme(judged: Sequence[Judged]) -> dict[str, float]:
 
 
 def _hallusion(judged: Sequence[Judged]) -> dict[str, float]:
-    """Return the accuracy by question, figure and answer, and of original (easy) and edited (hard) pictures.
+    """Return the accuracy by question, figure and answer, and by question over easy and over hard pictures.
 
-    A question counts where it is right for all its figures, a figure where all questions about it are right. Samples
-    have the category `difficulty`, and in their records set, figure and question within the subcategory.
+    A question counts where it is right for all its figures, a figure where all questions about it are right. Pictures
+    that were edited, with visual_input 2, are the hard ones. Samples have category, subcategory, set_id, figure_id,
+    question_id and visual_input of the benchmark's file in their records.
     """
 
     def key(field: str) -> Callable[[Judged], object]:
-        return lambda one: tuple(
-            str(one.answered.sample.record[name]) for name in ("category", "subcategory", "set_id", field)
-        )
+        names = ("category", "subcategory", "set_id", field)
+        return lambda one: tuple(str(one.answered.sample.record[name]) for name in names)
 
-    difficulty = parts(judged, "difficulty")
+    def is_hard(one: Judged) -> bool:
+        return str(one.answered.sample.record["visual_input"]) == "2"
+
     return {
         "aAcc": percent(one.verdict.value for one in judged),
         "qAcc": group_percent(judged, key("question_id")),
         "fAcc": group_percent(judged, key("figure_id")),
-        "easy": percent(one.verdict.value for one in difficulty.get("easy", ())),
-        "hard": percent(one.verdict.value for one in difficulty.get("hard", ())),
+        "easy": group_percent([one for one in judged if not is_hard(one)], key("question_id")),
+        "hard": group_percent([one for one in judged if is_hard(one)], key("question_id")),
     }
 
 

@@ -5,7 +5,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,5 +304,3 @@ def _told(sample: Sample, told: str) -> Sample:
     listed = sample.fields["choices"]
     told, slip = (text if listed else text.lstrip("\n") for text in (told, slip))
     return replace(sample, fields={**sample.fields, "told": told, "told_by_accessory": slip})
-
-

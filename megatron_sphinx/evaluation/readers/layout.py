@@ -145,7 +145,7 @@ class Layout:
         choices: reads the options; None where questions have none. Their lines are the place `options` of the prompt.
         right: reads the letter of the right option, which is then the answer; empty text where it is not told.
         group: reads what samples that count together have in common; None where there are no groups.
-        categories: divisions, and which field says the part; that of `part` is the part of the file.
+        categories: divisions, and the field that says the part, or what reads it; `part` is the part of the file.
         record: fields that are kept for metrics and submissions.
     """
 
@@ -160,7 +160,7 @@ class Layout:
     choices: Texts | None = None
     right: Callable[[Row, tuple[str, ...]], str] | None = None
     group: Callable[[Row], str] | None = None
-    categories: Mapping[str, str] = field(default_factory=dict)
+    categories: Mapping[str, str | Callable[[Row], str]] = field(default_factory=dict)
     record: tuple[str, ...] = ()
 
     def sample(self, row: Row, part: str, folder: Path) -> Sample:
@@ -192,7 +192,8 @@ class Layout:
             choices=choices,
             group=self.group(row) if self.group else "",
             categories={
-                division: part if name == "part" else row.text(name, "") for division, name in self.categories.items()
+                division: read(row) if callable(read) else part if read == "part" else row.text(read, "")
+                for division, read in self.categories.items()
             },
             record={name: row.content.get(name) for name in self.record},
         )

@@ -1,4 +1,4 @@
-"""Rows of files of benchmarks, whatever the form of the file; a field that is missing or odd is named with its place."""
+"""Rows of files of benchmarks, whatever the form of the file; a field that is missing or odd is named."""
 
 import csv
 import json

@@ -38,7 +38,9 @@ class TwoFiles:
             picture_id=question.text("image_id"),
             fields={"question": question.filled("question")},
             answers=_TEN(annotation) if annotation else (),
-            categories={name: annotation.text(name) for name in divisions if annotation.has(name)} if annotation else {},
+            categories={name: annotation.text(name) for name in divisions if annotation.has(name)}
+            if annotation
+            else {},
             record={"question_id": question.content["question_id"]},
         )
 
