@@ -89,7 +89,7 @@ def _judge_box(answered: Answered, protocol: Protocol) -> Verdict:
 
 
 def _judge_point(answered: Answered, _protocol: Protocol) -> Verdict:
-    """Judge the first point of an answer, or the middle of its first box: it has to be in the right box or on its edge."""
+    """Judge the first point of an answer, or the middle of its first box: the right box and its edges are right."""
     left, top, right, bottom = _truth_of(answered)
     places = [place for bracket in parse_brackets(answered.text) for place in bracket.places]
     if not places:

@@ -29,7 +29,7 @@ class _Vector:
         self.bigrams = max(len(words) - 1, 0)
 
     def similarity(self, other: "_Vector") -> float:
-        """Return how alike a caption is to one of people, the mean over n; this one's weights are cut to the other's."""
+        """Return how alike a caption is to one of people, the mean over n; its weights are cut to the other's."""
         total = 0.0
         for mine, right, length, other_length in zip(self.weights, other.weights, self.norms, other.norms, strict=True):
             common = sum(min(weight, right[gram]) * right[gram] for gram, weight in mine.items() if gram in right)
@@ -64,9 +64,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
 def _judge(answers: Sequence[Answered], _protocol: Protocol) -> list[Verdict]:
     scores = cider([answered.text for answered in answers], [truths_of(answered) for answered in answers])
-    return [
-        Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)
-    ]
+    return [Verdict(score, answered.text.strip() or None) for score, answered in zip(scores, answers, strict=True)]
 
 
 def _figures(judged: Sequence[Judged]) -> dict[str, float]:

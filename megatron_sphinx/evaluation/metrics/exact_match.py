@@ -12,7 +12,12 @@ from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.figures import accuracy, each, truths_of
 from megatron_sphinx.evaluation.samples import Answered, Protocol, Verdict
 
-_QUOTES = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'), **dict.fromkeys("‐‑‒–—−", "-")})
+_PLAIN_MARKS = (
+    ("\u2018\u2019\u00b4`", "'"),
+    ("\u201c\u201d", '"'),
+    ("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+)
+_PLAIN = str.maketrans({mark: plain for marks, plain in _PLAIN_MARKS for mark in marks})
 _CITATIONS = re.compile(r"((?<!^)\[[^\]]*\]|\[\d+\]|[•♦†‡*#+])*$")
 _DETAILS = re.compile(r"(?<!^)( \([^)]*\))*$")
 _QUOTED = re.compile(r'^"([^"]*)"$')
@@ -59,7 +64,7 @@ def table_form(text: str) -> str:
     go; quotes and dashes become plain.
     """
     decomposed = unicodedata.normalize("NFKD", text)
-    text = "".join(letter for letter in decomposed if unicodedata.category(letter) != "Mn").translate(_QUOTES)
+    text = "".join(letter for letter in decomposed if unicodedata.category(letter) != "Mn").translate(_PLAIN)
     before = None
     while before != text:
         before = text

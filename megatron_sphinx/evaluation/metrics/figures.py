@@ -62,7 +62,10 @@ def groups(judged: Sequence[Judged], key: Callable[[Judged], object]) -> list[tu
     for one in judged:
         found.setdefault(key(one), []).append(one)
     return [
-        (all(one.verdict.value == 1 for one in members), len(members) / len({one.answered.sample.id for one in members}))
+        (
+            all(one.verdict.value == 1 for one in members),
+            len(members) / len({one.answered.sample.id for one in members}),
+        )
         for members in found.values()
     ]
 

@@ -6,7 +6,6 @@ Source: mm-vet_evaluator.ipynb of MM-Vet (arXiv:2308.02490); summarize_gpt_revie
 """
 
 import math
-
 from collections.abc import Sequence
 
 from megatron_sphinx.evaluation.benchmark import Metric

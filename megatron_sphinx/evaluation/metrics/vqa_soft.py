@@ -17,8 +17,8 @@ _JOINED_DIGITS = re.compile(r"\d,\d")
 # only for the digit that follows. Its flag re.UNICODE, 32, goes in as the count.
 _PERIOD, _MOST_PERIODS = re.compile(r"\.(?!\d)"), 32
 _ARTICLES = frozenset(("a", "an", "the"))
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
-_NUMBERS["none"] = "0"
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -27,14 +27,14 @@ _CONTRACTED = """
     there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _contractions() -> dict[str, str]:
     """Return the scorer's table: a contraction by what is left of it where one apostrophe is forgotten."""
     table = {
         word[:place] + word[place + 1 :]: word
-        for word in _CONTRACTED
+        for word in _CONTRACTED.split()
         for place, character in enumerate(word)
         if character == "'"
     }
