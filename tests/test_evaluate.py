@@ -176,6 +176,12 @@ def test_the_report_stands_beside_the_paper_and_names_what_is_unfinished(data, t
     assert written.lines()[1] == "other: not finished; run evaluate again"
 
 
+def test_answers_are_no_longer_than_a_quarter_of_what_a_model_takes(data, tmp_path):
+    double = Double(reply)
+    run(data, tmp_path / "out", double, of=benchmark(max_new_tokens=1024))
+    assert {one.max_new_tokens for one in double.sampled} == {double.positions // 4}
+
+
 def test_a_limit_is_said(data, tmp_path):
     run(data, tmp_path / "out", Double(reply), limit=5)
     write_report(tmp_path / "out", data, KNOWN)

@@ -80,17 +80,20 @@ def judge(results: Results, folder: Path, ask: Ask, model: str, *, threads: int 
     path = _path_of(folder, model)
     with AnswerFile(path, settings) as file, ThreadPoolExecutor(threads) as pool:
         if not file.is_whole:
-            todo = [(number, one) for number, one in enumerate(results.answered) if number not in file]
-            futures = {pool.submit(_judged, ask, content[one.sample.id], prompt): (number, one) for number, one in todo}
+            todo = {number: one.sample.id for number, one in enumerate(results.answered) if number not in file}
+            futures = {pool.submit(_judged, ask, content[name], prompt): number for number, name in todo.items()}
             bar = {"total": len(results.answered), "initial": len(file), "unit": "answer", "disable": not show}
             try:
                 with tqdm(**bar, dynamic_ncols=True) as shown:
                     for future in as_completed(futures):
-                        number, one = futures[future]
-                        file.add(number, {"id": one.sample.id, **future.result()})
+                        number = futures[future]
+                        file.add(number, {"id": todo[number], **future.result()})
                         shown.update()
             except BaseException:  # Ctrl-C, too, does not wait for what has not begun
                 pool.shutdown(cancel_futures=True)
+                for future, number in futures.items():
+                    if number not in file and not future.cancelled() and future.exception() is None:
+                        file.add(number, {"id": todo[number], **future.result()})
                 raise
         file.finish()
     return _read(path, results, prompt, model)

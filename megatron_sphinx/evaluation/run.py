@@ -20,6 +20,7 @@ from megatron_sphinx.prepare.workers import write_json
 from megatron_sphinx.serving.batch import BatchReport, How, answer_questions, model_settings
 from megatron_sphinx.serving.questions import Asking
 
+_ANSWER_SHARE = 4  # of what a model takes, an answer may be at most one part of so many
 ANSWERS, SETTINGS, RUNS = "answers.jsonl", "evaluation.json", "runs.jsonl"
 
 
@@ -84,8 +85,14 @@ def settings_of(
         "limit": wanted.limit,
         "questions": len(samples),
         "digest": digest_of(benchmark, samples, wanted.protocol, wanted.data),
-        "sampling": asdict(replace(wanted.sampling, max_new_tokens=benchmark.max_new_tokens)),
+        "sampling": asdict(_sampling_of(model, benchmark, wanted)),
     }
+
+
+def _sampling_of(model: Mapping[str, Any], benchmark: Benchmark, wanted: Wanted) -> Sampling:
+    """Return how answers are drawn; they are not longer than a quarter of what the model takes."""
+    most = max(1, model["positions"] // _ANSWER_SHARE)
+    return replace(wanted.sampling, max_new_tokens=min(benchmark.max_new_tokens, most))
 
 
 def agree(folder: Path, answers: Answers, model: Path, wanted: Wanted) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def answer_benchmark(
     settings = settings_of(told, benchmark, samples, wanted)
     how = How(
         Asking(follow_links=True),
-        replace(wanted.sampling, max_new_tokens=benchmark.max_new_tokens),
+        _sampling_of(told, benchmark, wanted),
         in_flight,
         show,
         title=benchmark.name,
