@@ -25,6 +25,7 @@ OWNERS = {
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
+    "openpyxl": {"evaluation/exports.py"},
     "openai": {"serving/client.py"},
     "fastapi": {"serving/server.py"},
     "starlette": {"serving/server.py", "serving/chat_endpoint.py", "serving/exchange.py"},
