@@ -12,6 +12,7 @@ from official_layouts import LAYOUTS
 from megatron_sphinx import evaluation
 from megatron_sphinx.evaluation.benchmarks.registry import named, names
 from megatron_sphinx.evaluation.metrics.yes_no import COGNITION, PERCEPTION
+from megatron_sphinx.evaluation.reference import page
 from megatron_sphinx.evaluation.samples import Answered
 from megatron_sphinx.parsing import read_yaml
 
@@ -140,3 +141,9 @@ def test_files_for_the_tool_of_mme(tmp_path):
     first = answers[0]
     cells = files["existence.txt"].splitlines()[0].split("\t")
     assert cells == ["0001.png", first.sample.fields["question"], "Yes", " ".join(first.text.split())]
+
+
+def test_the_page_of_benchmarks_is_what_their_records_say():
+    assert (Path(__file__).parents[1] / "docs/evaluation_files.md").read_text() == page(), (
+        "run python -m megatron_sphinx.evaluation.reference > docs/evaluation_files.md"
+    )

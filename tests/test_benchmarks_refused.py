@@ -129,6 +129,7 @@ VQA_QUESTIONS, VQA_ANSWERS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_m
         ("nocaps", "nocaps_val_4500_captions.json", with_value(1, "annotations", 0, "image_id"), "is none of images"),
         ("nocaps", "nocaps_val_4500_captions.json", with_value([], "annotations"), "the picture has no caption"),
         ("refcoco_val", "instances.json", with_value([1, 2, 0, 4], "annotations", 0, "bbox"), "no bbox"),
+        ("refcoco_val", "instances.json", with_value([1, 2, 10**400, 4], "annotations", 0, "bbox"), "no bbox"),
         ("refcoco_val", "instances.json", without("annotations", 0), "is not in instances.json"),
         ("refcoco_val", "instances.json", without("images", 0), "is not in instances.json"),
         ("video_bench", "Eval_QA/MSVD_QA_new.json", with_value([], "first", "choices"), "no choices: '[]' is no"),

@@ -108,7 +108,11 @@ def middle_frame(video: Path, span: tuple[float, float] | None = None) -> Path |
     Raises:
         DataError: there is no frame, the file is no video, or no decoder is installed.
     """
-    if video.is_dir():
+    try:
+        is_there, is_folder = video.exists(), video.is_dir()
+    except OSError:  # such as a name that is too long
+        return video
+    if is_folder:
         frames = sorted(path for path in video.iterdir() if path.suffix.lower() in _ENDINGS)
         if span:
             first, last = (int(seconds * _FRAMES_PER_SECOND) for seconds in span)
@@ -116,7 +120,7 @@ def middle_frame(video: Path, span: tuple[float, float] | None = None) -> Path |
         if not frames:
             raise DataError(f"{video}: holds no frames of {span or 'the video'}; give the folder as distributed")
         return frames[len(frames) // 2]
-    return _decoded(video, span) if video.exists() else video
+    return _decoded(video, span) if is_there else video
 
 
 @lru_cache(maxsize=4)
