@@ -35,7 +35,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml", "gpu_check/*.json", "evaluation/*.yaml"]},
+    package_data={
+        "megatron_sphinx": [
+            "presets/*.yaml",
+            "presets/*/*.yaml",
+            "sizing/*.yaml",
+            "gpu_check/*.json",
+            "evaluation/*.yaml",
+        ]
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",

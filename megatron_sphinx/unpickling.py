@@ -53,6 +53,7 @@ _OPERATIONS = {  # of pickletools
     "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
     "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
+_BY_CODE = {operation.code: operation for operation in pickletools.opcodes}
 _MOST_BYTES = 2**24  # of arguments; what is behind them is cut off, and so no pickle
 _LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole process
 # Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
@@ -174,7 +175,7 @@ def _require_plain(content: bytes, others: Collection[str] = ()) -> None:
     So no object is made by a number of an extension or of the reader, nothing is doubled without being written, and no
     table is as large as a number says.
     """
-    for operation, argument, _ in pickletools.genops(content):
+    for operation, argument in _operations(content):
         if operation.name not in _OPERATIONS and operation.name not in others:
             raise pickle.UnpicklingError(f"it holds {operation.name}")
         if operation.name.endswith("PUT") and (argument or 0) > len(content):
@@ -292,3 +293,19 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Raise UnpicklingError, whatever the name."""
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _operations(content: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """Yield what a pickle does and with what.
+
+    pickletools would refuse the texts of Python 2 that are not ASCII: the bytes of these are yielded as they are.
+    """
+    file = io.BytesIO(content)
+    while code := file.read(1):
+        operation = _BY_CODE[code.decode("latin-1")]
+        if operation.name == "STRING":
+            yield operation, file.readline()
+        else:
+            yield operation, operation.arg.reader(file) if operation.arg else None
+        if operation.name == "STOP":
+            return

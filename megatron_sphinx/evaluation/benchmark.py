@@ -42,7 +42,8 @@ class OfficialFile:
 
     def is_in(self, folder: Path) -> bool:
         """Say whether it is in a folder, in one of its forms."""
-        return any(any(folder.glob(form)) for form in self.path.split(" or "))
+        forms = self.path.split(" or ")
+        return any(any(folder.glob(form)) if "*" in form else (folder / form).exists() for form in forms)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Source: pycocoevalcap's cider_scorer.py (arXiv:1411.5726).
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.figures import percent, truths_of
@@ -51,12 +52,13 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
         captions: one of each picture.
         references: people's captions of each picture; how rare words are is counted in them.
     """
-    truths = [[tokenize(text) for text in texts] for texts in references]
+    every = iter(tokenize([text for texts in references for text in texts]))
+    truths = [list(islice(every, len(texts))) for texts in references]
     seen = Counter(gram for texts in truths for gram in {gram for words in texts for gram in _count_grams(words)})
     log_pictures = math.log(max(len(truths), 1))
     scores = []
-    for caption, texts in zip(captions, truths, strict=True):
-        vector = _Vector(tokenize(caption), seen, log_pictures)
+    for caption, texts in zip(tokenize(captions), truths, strict=True):
+        vector = _Vector(caption, seen, log_pictures)
         alike = [vector.similarity(_Vector(words, seen, log_pictures)) for words in texts]
         scores.append(10 * sum(alike) / len(alike))
     return scores

@@ -1,5 +1,6 @@
 """Benchmarks whose questions are told by folders and small files in them: MME, ImageNet, ScreenSpot's three devices."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _pair(task: str, text: Path, picture: Path) -> Iterator[Sample]:
 def read_image_net(folder: Path) -> Iterator[Sample]:
     """Yield the pictures of ImageNet's validation: in folders of classes, or flat with Kaggle's or the devkit's labels.
 
-    A class is called as timm calls it; an answer may be the class alone.
+    Classes are called as `class_names` says; an answer may be the class alone.
 
     Raises:
         DataError: labels are missing, or have another layout.
@@ -125,11 +126,17 @@ def _synsets(meta: Path) -> dict[str, str]:
 
 
 def class_names() -> dict[str, str]:
-    """Return what timm calls the 1,000 classes of ImageNet, by their synsets."""
+    """Return what the 1,000 classes of ImageNet are called, by their synsets: the first of timm's names of each.
+
+    Where two classes have the same first name, such as crane, both have all their names.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    return {synset: info.label_name_to_description(synset, detailed=False) for synset in info.label_names()}
+    all_names = {synset: info.label_name_to_description(synset, detailed=False) for synset in info.label_names()}
+    first = {synset: found.split(",")[0] for synset, found in all_names.items()}
+    count = Counter(first.values())
+    return {synset: name if count[name] == 1 else all_names[synset] for synset, name in first.items()}
 
 
 @checked

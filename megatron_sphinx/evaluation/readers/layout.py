@@ -191,12 +191,17 @@ class Layout:
             answers=(letter,) if letter else () if self.right else self.answers(row),
             choices=choices,
             group=self.group(row) if self.group else "",
-            categories={
-                division: read(row) if callable(read) else part if read == "part" else row.text(read, "")
-                for division, read in self.categories.items()
-            },
+            categories=self._categories(row, part),
             record={name: row.content.get(name) for name in self.record},
         )
+
+    def _categories(self, row: Row, part: str) -> dict[str, str]:
+        """Return which part of each division a row is in; divisions that say nothing of it are left out."""
+        found = {
+            division: read(row) if callable(read) else part if read == "part" else row.text(read, "")
+            for division, read in self.categories.items()
+        }
+        return {division: name for division, name in found.items() if name}
 
 
 @checked

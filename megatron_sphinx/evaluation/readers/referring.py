@@ -51,7 +51,7 @@ def read_references(folder: Path, references: str, split: str) -> Iterator[Sampl
                 id=told.text("sent_id"),
                 picture=images[image].path("{file_name}", pictures),
                 picture_id=image,
-                fields={"phrase": told.filled("sent")},
+                fields={"phrase": told.text("sent")},
                 box=boxes[row.text("ann_id")],
                 record={name: row.content.get(name) for name in ("ref_id", "ann_id", "category_id")},
             )

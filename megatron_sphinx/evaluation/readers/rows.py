@@ -17,6 +17,7 @@ from megatron_sphinx.prepare.texts import check_text
 
 _MOST_OF_A_CELL = 2**27  # characters: a picture in base64
 _MOST_OF_A_LINE = 2**27  # bytes
+_LONGEST_ROW = 2**22  # bytes of a line that is looked at to see whether lines are rows
 _ROWS_AT_ONCE = 16  # of a parquet file, whose rows hold pictures
 _BOM = b"\xef\xbb\xbf"
 _READER = "give the file as its authors distribute it"
@@ -220,12 +221,15 @@ def _row(path: Path, place: str, number: int, key: str, content: Any) -> Row:
 
 
 def _is_lines(path: Path) -> bool:
-    """Say whether the first line that is not blank is a whole object, and another line follows."""
+    """Say whether the first line that is not blank is a row by itself: more lines follow, or it holds plain values."""
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"").removeprefix(_BOM)
+        lines = iter(lambda: file.readline(_LONGEST_ROW), b"")
+        first = next((line for line in lines if line.strip()), b"").removeprefix(_BOM)
         if not (first.startswith(b"{") and first.rstrip().endswith(b"}")):
             return False
-        return any(line.strip() for line in file) and isinstance(_line(path, "line 1", first), dict)
+        follows = any(line.strip() for line in lines)
+    content = _line(path, "line 1", first)
+    return isinstance(content, dict) and (follows or not all(isinstance(value, dict) for value in content.values()))
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -338,8 +342,8 @@ def located(folder: Path, forms: str) -> Path:
         forms: paths from it with ` or ` between them, which may hold `*`.
     """
     names = forms.split(" or ")
-    found = (path for name in names for path in sorted(folder.glob(name)))
-    return next(found, folder / names[0])
+    found = (path for name in names for path in (sorted(folder.glob(name)) if "*" in name else [folder / name]))
+    return next((path for path in found if path.exists()), folder / names[0])
 
 
 def quoted(value: object) -> str:
