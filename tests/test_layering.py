@@ -25,6 +25,8 @@ OWNERS = {
     "megatron.core.datasets": {"data/text.py", "prepare/text.py", "gpu_check/workload.py"},
     "pymupdf": {"prepare/pdf.py"},
     "gradio": {"serving/page.py"},
+    "lmms_eval": {"evaluation/adapters/lmms_eval.py"},
+    "vlmeval": {"evaluation/adapters/vlmevalkit.py"},
     "openpyxl": {"evaluation/exports.py"},
     "openai": {"serving/client.py"},
     "fastapi": {"serving/server.py"},
