@@ -57,7 +57,7 @@ def lettered(choices: Sequence[str]) -> str:
 
 
 def _ten(rng: Random) -> list[str]:
-    return [some_text(rng) for _ in range(10)]
+    return [f"word{rng.randrange(1000)}", *(some_text(rng) for _ in range(9))]
 
 
 def _vqa(folder: Path, rng: Random, questions: str, annotations: str, year: str) -> list[Expected]:
@@ -604,13 +604,16 @@ def mathvista(folder: Path, rng: Random) -> list[Expected]:
     rows, expected = {}, []
     for number in range(1, 3):
         choices, query = (some_texts(rng, 3), None)[number - 1], some_text(rng)
-        kept = {"question_type": ("multi_choice", "free_form")[number - 1], "answer_type": "float", "precision": 1.0}
+        kept = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+        if not choices:
+            kept = {"question_type": "free_form", "answer_type": "float", "precision": 1.0}
+        answer = choices[1] if choices else "1.2"
         rows[str(number)] = kept | {
-            "question": "q", "image": f"images/{number}.jpg", "choices": choices, "unit": None, "answer": "1.2",
+            "question": "q", "image": f"images/{number}.jpg", "choices": choices, "unit": None, "answer": answer,
             "pid": str(number), "query": query, "metadata": {"task": "math word problem", "context": "table"},
         }  # fmt: skip
         expected.append({
-            "id": str(number), "picture": folder / f"images/{number}.jpg", "answers": ("1.2",),
+            "id": str(number), "picture": folder / f"images/{number}.jpg", "answers": (answer,),
             "choices": tuple(choices or ()), "record": kept | {"unit": None},
             "categories": {"task": "math word problem", "context": "table"}, "prompt": query,
         })  # fmt: skip
