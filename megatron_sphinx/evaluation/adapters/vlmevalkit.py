@@ -34,7 +34,7 @@ class Sphinx(BaseModel):  # type: ignore[misc]
         self.model, self._max_new_tokens = load(path, **options), max_new_tokens
 
     def generate_inner(self, message: Sequence[Item], dataset: str | None = None) -> str:
-        """Answer a message.
+        """Answer a message of VLMEvalKit.
 
         Args:
             message: texts, which are joined, and paths of pictures.
