@@ -49,6 +49,8 @@ OPTIONAL = {
     "gguf": ("gguf", "examples/smol.py; pip install 'megatron-sphinx[smol]'"),
     "fastapi": ("fastapi", "serve; pip install 'megatron-sphinx[serve]'"),
     "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
+    "openai": ("openai", "judge, and the web page; pip install 'megatron-sphinx[evaluation]'"),
+    "openpyxl": ("openpyxl", "tables for VLMEvalKit; pip install 'megatron-sphinx[evaluation]'"),
     "av": ("av", "benchmarks of videos; pip install 'megatron-sphinx[video]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
