@@ -136,7 +136,8 @@ _RULES = tuple(
         ("cannot|'twas", str, 3),
         (f"(?:{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna)(?=([^A-Za-z0-9]))", str, 2),
         (
-            f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?|/[A-Za-z]{_NAME}*) *>",
+            f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?"
+            f"|/[A-Za-z]{_NAME}*) *>",
         ),
         ("&(?:MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015]", "--"),
         ("&amp;", "&"),
