@@ -39,11 +39,9 @@ class MadeUp:
 
     def near(self, text: str) -> str:
         """Return a text, or what is nearly the same."""
-        ways = (
-            lambda: text, lambda: text, lambda: text.upper(), lambda: f"{text}.", lambda: f" {text}", lambda: f"the {text}",
-            lambda: text.replace(" ", "  "), lambda: text[:-1], lambda: f"{text}!", lambda: self.text(),
-        )  # fmt: skip
-        return self.chance.choice(ways)()
+        word = self.text()
+        ways = (text, text, text.upper(), f"{text}.", f" {text}", f"the {text}", text.replace(" ", "  "), text[:-1])
+        return self.chance.choice((*ways, f"{text}!", word))
 
     def question(self) -> tuple[str, list[str]]:
         """Return an answer and what ten people answered."""

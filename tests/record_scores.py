@@ -27,7 +27,7 @@ def taken(path: Path, *names: str) -> dict[str, Any]:
     wanted = [node for node in ast.walk(ast.parse(path.read_text())) if getattr(node, "name", None) in names]
     scope: dict[str, Any] = {"re": re, "math": math, "string": string, "cp": __import__("copy"), "os": __import__("os")}
     for node in wanted:
-        node.decorator_list = []  # type: ignore[attr-defined]
+        node.decorator_list.clear()  # type: ignore[attr-defined]
         exec(compile(ast.Module([node], []), str(path), "exec"), scope)  # type: ignore[list-item]
     return scope
 

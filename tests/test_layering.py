@@ -40,6 +40,7 @@ LIGHT = ["errors.py", "parsing.py", "ranges.py", "values.py", "paths.py", "confi
          "data/config.py", "data/packing.py", "data/plan.py", "data/shuffle.py", "data/streams.py",
          "prepare/boxes.py", "prepare/coco.py", "prepare/lines.py", "prepare/records.py", "prepare/tasks.py",
          "generation/requests.py", "generation/ticks.py",
+         *(f"evaluation/metrics/{path.name}" for path in sorted((PACKAGE / "evaluation/metrics").glob("*.py"))),
          "stage/dealing.py", "liveness/progress.py", "liveness/stalls.py", "training/divergence.py",
          "training/memory.py", "training/optimizer.py", "checkpoint/digests.py", "checkpoint/formats/registry.py",
          "sizing/activations.py", "sizing/counts.py", "sizing/hardware.py", "sizing/memory.py",

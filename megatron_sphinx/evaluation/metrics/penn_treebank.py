@@ -136,7 +136,8 @@ _RULES = tuple(
         ("cannot|'twas", str, 3),
         (f"(?:{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna)(?=([^A-Za-z0-9]))", str, 2),
         (
-            f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?|/[A-Za-z]{_NAME}*) *>",
+            f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?"
+            f"|/[A-Za-z]{_NAME}*) *>",
         ),
         ("&(?:MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015]", "--"),
         ("&amp;", "&"),
@@ -218,7 +219,9 @@ _RULES = tuple(
         ),
     )
 )
-_SIMPLE_WORD = re.compile("[A-Za-z]+(?=[ \n])")
+# most words of captions: letters before a space, or before a mark that a space or the end follows
+_SIMPLE_WORD = re.compile("[A-Za-z]+(?=[ \n]|[,;:!?][ \n]|(\\.)\n)")
+_PERIOD_KEPT = re.compile(f"(?:{_SHORTENED}|{_BEFORE_NAME}|{_BEFORE_NUMBER})", re.IGNORECASE)
 _LINE_ENDS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 _LINES_SEEN = 2
 _ODD_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
@@ -246,7 +249,7 @@ def _tokens(line: str, behind: str) -> list[str]:
     text, tokens, place = line + behind, [], 0
     while place < len(line):
         simple = _SIMPLE_WORD.match(text, place)
-        if simple and simple[0].lower() not in _ODD_WORDS:
+        if simple and simple[0].lower() not in _ODD_WORDS and not (simple[1] and _PERIOD_KEPT.match(text, place)):
             tokens.append(simple[0])
             place = simple.end()
             continue
