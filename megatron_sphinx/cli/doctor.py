@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "megatron-core": "megatron.core", "deepspeed": "deepspeed",
     "timm": "timm", "einops": "einops", "fsspec": "fsspec", "ijson": "ijson",
-    "matplotlib": "matplotlib", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml", "safetensors": "safetensors",
+    "matplotlib": "matplotlib", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
+    "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
     "webdataset": "webdataset", "zstandard": "zstandard",
 }  # fmt: skip
