@@ -84,5 +84,8 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],
     },
-    entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"],
+        "lmms_eval.models": ["megatron_sphinx = megatron_sphinx.evaluation.adapters.lmms_eval:manifest"],
+    },
 )

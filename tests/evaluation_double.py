@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def write(data: Path, pictures: int = 4, each: int = 3, name: str = "tiny", seed
     rows = [{"id": f"q{number}", **row} for number, row in enumerate(rows)]
     (folder / "rows.json").write_text(json.dumps(rows))
     return rows
+
+
+def write_pope(data: Path, pictures: Sequence[Path], each: int = 6) -> None:
+    """POPE's official files, with so many questions about the pictures in each of its splits."""
+    home = data / "pope"
+    (home / "val2014").mkdir(parents=True)
+    for picture in pictures:
+        shutil.copy(picture, home / "val2014")
+    for split in ("random", "popular", "adversarial"):
+        rows = [
+            {"question_id": n, "image": pictures[n % len(pictures)].name, "text": f"Is there a {split} {n} in it?",
+             "label": WORDS[n % 2]}
+            for n in range(each)
+        ]  # fmt: skip
+        (home / f"coco_pope_{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def reply(messages, _picture) -> str:

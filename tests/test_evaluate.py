@@ -155,7 +155,7 @@ def test_the_report_stands_beside_the_paper_and_names_what_is_unfinished(data, t
     (out / "other" / "answers.jsonl").rename(out / "other" / "answers.jsonl.partial")
     known = {"tiny": of, "other": benchmark("other")}
     written = write_report(out, data, known, ("sphinx-1k", {"Tiny": 40.0, "Tiny accuracy": 50.0}))
-    assert written.unfinished == ("other",)
+    assert "not finished; run evaluate with the same settings again" in written.left_out["other"]
     content = json.loads((out / "report.json").read_text())
     (entry,) = content["benchmarks"]
     rows = {row["id"]: row["answer"] for row in json.loads((data / "tiny" / "rows.json").read_text())}
@@ -168,12 +168,14 @@ def test_the_report_stands_beside_the_paper_and_names_what_is_unfinished(data, t
     assert sum(part["count"] for part in entry["parts"]["split"].values()) == 12
     page, table = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "sphinx-1k in its paper" in page
-    assert "Not finished, and left out: other" in page
+    assert "other is left out: " in page
+    assert page.count("data:image/png;base64,") == 2
+    assert len(list(out.glob("report_tiny_*.png"))) == 1
     assert "| Tiny \\| one |" in table
     assert content["settings"]["model"]["name"] == "double"
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "the paper has 40.00" in written.lines()[0]
-    assert written.lines()[1] == "other: not finished; run evaluate again"
+    assert written.lines()[1].startswith("other: left out: ")
 
 
 def test_answers_are_no_longer_than_a_quarter_of_what_a_model_takes(data, tmp_path):
@@ -195,13 +197,26 @@ def test_folders_without_answers_are_refused(data, tmp_path):
     with pytest.raises(DataError, match="does not say which model answered; give a folder of evaluate"):
         write_report(tmp_path, data, KNOWN)
     (tmp_path / "evaluation.json").write_text('{"model": {}}')
-    with pytest.raises(DataError, match="has no benchmark whose questions are all answered; run evaluate to its end"):
+    with pytest.raises(DataError, match="has no answers to any benchmark; run evaluate first"):
         write_report(tmp_path, data, KNOWN)
     with pytest.raises(DataError, match=r"answers.jsonl.settings.json: cannot be read .* give a folder of evaluate"):
         read_results(tmp_path, benchmark(), data)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file: cannot be written"):
         run(data, tmp_path / "file", Double(reply))
+
+
+def test_what_cannot_be_reported_is_said_beside_what_can(data, tmp_path):
+    write(data, name="other", seed=5)
+    for of in KNOWN.values():
+        run(data, tmp_path / "out", Double(reply), of=of)
+    (data / "tiny" / "rows.json").unlink()
+    written = write_report(tmp_path / "out", data, KNOWN)
+    assert [entry.results.benchmark.name for entry in written.entries] == ["other"]
+    assert "tiny lacks rows.json (https://example.org/rows); get it and put it there" in written.lines()[1]
+    (data / "other" / "rows.json").unlink()
+    with pytest.raises(DataError, match=r"other lacks rows.json"):
+        write_report(tmp_path / "out", data, KNOWN)
 
 
 def test_damaged_answers_are_refused(data, tmp_path):

@@ -1,29 +1,17 @@
 """POPE in its official layout, answered by a trained model: two replicas are as one, and prefixes are found."""
 
-import json
 import re
-import shutil
 
+from evaluation_double import write_pope
 from test_answers_ranks import leaving
 
 from megatron_sphinx.__main__ import main
-
-SPLITS = ("random", "popular", "adversarial")
 
 
 def test_two_replicas_answer_as_one_and_prefixes_are_found(train, tiny, run_ranks, tmp_path):
     shape = {"training.steps": 2, "optimizer.learning_rate": 0.1, "vision.views": 5, "data.sequence_length": 400}
     run = train(1, shape)
-    home = tmp_path / "data" / "pope"
-    (home / "val2014").mkdir(parents=True)
-    for number in range(3):
-        shutil.copy(tiny.folder / "pictures" / f"{number:03d}.png", home / "val2014" / f"{number}.png")
-    for split in SPLITS:
-        rows = [
-            {"question_id": n, "image": f"{n % 3}.png", "text": f"Is there a {split} {n} in it?", "label": "yes"}
-            for n in range(6)
-        ]
-        (home / f"coco_pope_{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_pope(tmp_path / "data", sorted((tiny.folder / "pictures").glob("*.png"))[:3])
 
     def evaluate(name: str):
         words = [

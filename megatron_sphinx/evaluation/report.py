@@ -1,6 +1,5 @@
 """The report of an evaluation: figures with intervals beside those of a paper, in JSON, Markdown and HTML."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,15 @@ from megatron_sphinx.evaluation.benchmark import Benchmark
 from megatron_sphinx.evaluation.exports import write_exports
 from megatron_sphinx.evaluation.judge import judgings_in
 from megatron_sphinx.evaluation.pages import Block, Heading, Paragraph, Plot, Table, html, markdown
-from megatron_sphinx.evaluation.results import Results, benchmarks_in, is_whole, read_results
+from megatron_sphinx.evaluation.plots import Bar, plot_figures, plot_parts
+from megatron_sphinx.evaluation.results import Results, benchmarks_in, read_results
 from megatron_sphinx.evaluation.run import settings_in
 from megatron_sphinx.evaluation.samples import Judged, Protocol
 from megatron_sphinx.evaluation.scores import Scores, scores_of
 
 _SHOWN_FAULTS = 10
 _ABSENT = "-"
+_MOST_BARS = 40  # of a plot of parts
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,18 @@ class Written:
 
     Attributes:
         entries: its lines.
-        unfinished: benchmarks whose questions are not all answered.
+        left_out: by name, why benchmarks of which there are answers have no line.
         path: of the report in Markdown.
     """
 
     entries: tuple[Entry, ...]
-    unfinished: tuple[str, ...]
+    left_out: Mapping[str, str]
     path: Path
 
     def lines(self) -> list[str]:
         """Return a line for each benchmark, for a terminal."""
         shown = [f"{entry.title}: {_line(entry)}" for entry in self.entries]
-        return shown + [f"{name}: not finished; run evaluate again" for name in self.unfinished]
+        return shown + [f"{name}: left out: {why}" for name, why in self.left_out.items()]
 
 
 def write_report(
@@ -95,20 +96,23 @@ def write_report(
             written.
     """
     settings = settings_in(folder)
-    benchmarks = benchmarks_in(folder, known)
-    unfinished = tuple(one.name for one in benchmarks if not is_whole(folder, one))
     entries: list[Entry] = []
+    left_out: dict[str, str] = {}
     try:
-        for benchmark in benchmarks:
-            if benchmark.name not in unfinished:
+        for benchmark in benchmarks_in(folder, known):
+            try:
                 results = read_results(folder, benchmark, data)
                 entries += _entries(results, folder / benchmark.name, paper[1] if paper else {})
                 write_exports(results, folder / benchmark.name)
+            except DataError as error:  # the others are reported all the same
+                left_out[benchmark.name] = str(error)
         if not entries:
-            raise DataError(f"{folder}: has no benchmark whose questions are all answered; run evaluate to its end")
+            raise DataError(
+                next(iter(left_out.values()), f"{folder}: has no answers to any benchmark; run evaluate first")
+            )
         name = paper[0] if paper else ""
-        blocks = _blocks(settings, entries, unfinished, name)
-        content = {"settings": settings, "paper": name or None, "unfinished": unfinished,
+        blocks = _blocks(settings, entries, left_out, name)
+        content = {"settings": settings, "paper": name or None, "left_out": left_out,
                    "benchmarks": [_as_json(entry) for entry in entries]}  # fmt: skip
         files = {"report.json": json.dumps(content, indent=1, ensure_ascii=False), "report.md": markdown(blocks),
                  "report.html": html(blocks)}  # fmt: skip
@@ -119,7 +123,7 @@ def write_report(
                 partial.write_bytes(text)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror or error}); {remedy_of(error)}") from error
-    return Written(tuple(entries), unfinished, folder / "report.md")
+    return Written(tuple(entries), left_out, folder / "report.md")
 
 
 def _entries(results: Results, folder: Path, columns: Mapping[str, float]) -> list[Entry]:
@@ -174,17 +178,21 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 
 def _blocks(
-    settings: Mapping[str, Any], entries: Sequence[Entry], unfinished: Sequence[str], paper: str
+    settings: Mapping[str, Any], entries: Sequence[Entry], left_out: Mapping[str, str], paper: str
 ) -> list[Block]:
     """Lay the page out."""
     model = settings["model"]
     blocks: list[Block] = [Heading(f"Evaluation of {model['name']}", 1), Paragraph(_introduction(settings))]
     blocks.append(_overview(entries, paper))
-    if unfinished:
-        blocks.append(Paragraph(f"Not finished, and left out: {', '.join(unfinished)}. Run evaluate again."))
-    blocks.append(_plot(entries, paper))
-    for entry in entries:
-        blocks += _details(entry, paper)
+    blocks += [Paragraph(f"{name} is left out: {why}.") for name, why in left_out.items()]
+    bars = [
+        Bar(entry.title, entry.scores.figures[entry.figure], entry.paper.get(entry.figure))
+        for entry in entries
+        if entry.figure in entry.scores.figures
+    ]
+    blocks.append(Plot("report.png", "figures with their intervals", plot_figures(bars, paper)))
+    for number, entry in enumerate(entries):
+        blocks += _details(entry, paper, number)
     rows = [(key, str(value)) for key, value in _flat(settings)]
     rows += [(f"{entry.results.benchmark.name}.digest", entry.results.settings["digest"]) for entry in entries]
     blocks += [Heading("Settings"), Table(("setting", "value"), tuple(dict.fromkeys(rows)), words=2)]
@@ -242,8 +250,8 @@ def _share(scores: Scores) -> str:
     return f"{scores.unparsed / scores.judged:.1%}" if scores.judged else _ABSENT
 
 
-def _details(entry: Entry, paper: str) -> list[Block]:
-    """Return the part of the page about one benchmark."""
+def _details(entry: Entry, paper: str, number: int) -> list[Block]:
+    """Return the part of the page about one line of the report, of which this is the number."""
     scores, results = entry.scores, entry.results
     blocks: list[Block] = [Heading(entry.title)]
     missing = results.asked - len(results.answered)
@@ -266,6 +274,9 @@ def _details(entry: Entry, paper: str) -> list[Block]:
     for division, parts in scores.parts.items():
         cells = [(name, str(part.count), _number(part.value), str(part.unparsed)) for name, part in parts.items()]
         blocks.append(Table((division, "answers", next(iter(scores.figures)), "unparsed"), tuple(cells)))
+        if 1 < len(parts) <= _MOST_BARS:
+            name = f"report_{results.benchmark.name}_{number}_{len(blocks)}.png"
+            blocks.append(Plot(name, f"parts by {division}", plot_parts(parts, next(iter(scores.figures)))))
     blocks += _listed("could not be asked", [f"{one}: {why}" for one, why in results.faults.items()])
     blocks += _listed("were judged by words that were not understood", entry.not_understood)
     return blocks
@@ -284,26 +295,3 @@ def _flat(settings: Any, key: str = "") -> list[tuple[str, Any]]:
     if not isinstance(settings, Mapping):
         return [(key, settings)]
     return [leaf for name, value in settings.items() for leaf in _flat(value, f"{key}.{name}" if key else name)]
-
-
-def _plot(entries: Sequence[Entry], paper: str) -> Plot:
-    """Plot the figures with their intervals, and those of the paper, each benchmark in its own unit."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = [entry for entry in entries if entry.figure in entry.scores.figures]
-    figure = Figure(figsize=(9, 1 + 0.55 * max(1, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(max(1, len(shown)), 1, squeeze=False)[:, 0]
-    for row, entry in zip(axes, shown, strict=False):
-        one, given = entry.scores.figures[entry.figure], entry.paper.get(entry.figure)
-        arms = [[max(0.0, one.value - one.low)], [max(0.0, one.high - one.value)]]
-        row.barh([0], [one.value], color="C0", xerr=arms, capsize=3)
-        if given is not None:
-            row.plot([given, given], [-0.45, 0.45], color="C3", label=f"{paper} in its paper")
-            row.legend(fontsize="x-small", loc="lower right")
-        row.set(yticks=[0], yticklabels=[entry.title], xlim=(0, 1.15 * max(one.high, given or 0, 1e-9)))
-        row.tick_params(labelsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
-    return Plot("report.png", "figures of all benchmarks with their intervals", content.getvalue())

@@ -30,7 +30,8 @@ _ANY_APOSTROPHE = f"(?:{_APOSTROPHE}|[`\u0091\u2018\u201b])"
 _CLITIC = f"{_APOSTROPHE}(?:re|ve|ll|[msd])"
 _NOT = f"n{_ANY_APOSTROPHE}t"
 _NUMBER = "(?:\\d*(?:[.:,\u00ad\u066b\u066c]\\d+)+|\\d+)"
-_ACRONYM = "(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\\.S|U\\.S\\.-(?:U\\.S\\.S\\.R|U\\.K)|[A-Za-z](?:\\.[A-Za-z])+)"
+_ROMAN = "(?-i:[A-Za-z])"  # in a class of its own Python would find other letters that are like these but for case
+_ACRONYM = f"(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\\.S|U\\.S\\.-(?:U\\.S\\.S\\.R|U\\.K)|{_ROMAN}(?:\\.{_ROMAN})+)"
 # Shortened words keep their period. Where a sentence ends behind one there is a second, which is left out like any.
 _SHORTENED = (
     "(?:(?:Ed|Ph)\\.D|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri|Ala|Ariz|(?-i:A)z"
@@ -39,7 +40,7 @@ _SHORTENED = (
     "|Rt|Bancorp|Bhd|Assn|Univ|Intl|Sys|Jr|Sr|Bros|Blvd|Rd|Esq|Bldg|tel|est|ext|sq|etc|al|seq)\\."
 )
 _BEFORE_NAME = (
-    f"(?:{_ACRONYM}|[A-Za-z]|Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt"
+    f"(?:{_ACRONYM}|{_ROMAN}|Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Mt"
     "|Capt|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Ft|Adj|Adv|Asst|Assoc|Ens|Insp|Mlle|Mme|Msgr|Sfc|vs|Alex"
     "|Wm|Jos|Cie|cf|TREAS|Invt|Elec|Natl|M[ft]g|Dept|Ph)\\."
 )
@@ -134,11 +135,14 @@ _RULES = tuple(
         ("c\\+\\+|[cf]#",),
         ("cannot|'twas", str, 3),
         (f"(?:{_APOSTROPHE}tis|gonna|gotta|lemme|gimme|wanna)(?=([^A-Za-z0-9]))", str, 2),
-        (f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?|/[A-Za-z]{_NAME}*) *>",),
+        (
+            f"<(?:[!?][A-Za-z-][^>\r\n]*|[A-Za-z]{_NAME}*(?: +[A-Za-z]{_NAME}*(?: *= *{_VALUE})?)* */?"
+            f"|/[A-Za-z]{_NAME}*) *>",
+        ),
         ("&(?:MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015]", "--"),
         ("&amp;", "&"),
         ("&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);",),
-        (f"{_SHORTENED}(?=([A-Za-z](?![A-Za-z0-9])))",),
+        (f"{_SHORTENED}(?=({_LETTER}(?!{_PLAIN})))",),
         (f"{_WORDS}(?=({_CLITIC}))", _without_soft_hyphens),
         (f"[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*(?=({_NOT}))", _without_soft_hyphens),
         (_WORDS, _without_soft_hyphens),
@@ -169,7 +173,7 @@ _RULES = tuple(
         ("[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",),
         ("(?-i:[A-Z]*)\\$|#",),
         ("[\u00a2-\u00a5\u0080\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6]", _money),
-        (f"[A-Za-z]\\.(?=((?:{_SPACE}|\n)+{_SENTENCE_WORDS}(?:{_SPACE}|\n)))", str, 1),
+        (f"{_ROMAN}\\.(?=((?:{_SPACE}|\n)+{_SENTENCE_WORDS}(?:{_SPACE}|\n)))", str, 1),
         (_SHORTENED,),
         (_BEFORE_NAME,),
         (f"{_BEFORE_NUMBER}(?=((?:{_SPACE}|\n)?\\d))",),
@@ -215,7 +219,9 @@ _RULES = tuple(
         ),
     )
 )
-_SIMPLE_WORD = re.compile("[A-Za-z]+(?=[ \n])")
+# most words of captions: letters before a space, or before a mark that a space or the end follows
+_SIMPLE_WORD = re.compile("[A-Za-z]+(?=[ \n]|[,;:!?][ \n]|(\\.)\n)")
+_PERIOD_KEPT = re.compile(f"(?:{_SHORTENED}|{_BEFORE_NAME}|{_BEFORE_NUMBER})", re.IGNORECASE)
 _LINE_ENDS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
 _LINES_SEEN = 2
 _ODD_WORDS = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
@@ -243,7 +249,7 @@ def _tokens(line: str, behind: str) -> list[str]:
     text, tokens, place = line + behind, [], 0
     while place < len(line):
         simple = _SIMPLE_WORD.match(text, place)
-        if simple and simple[0].lower() not in _ODD_WORDS:
+        if simple and simple[0].lower() not in _ODD_WORDS and not (simple[1] and _PERIOD_KEPT.match(text, place)):
             tokens.append(simple[0])
             place = simple.end()
             continue

@@ -3,6 +3,8 @@
 Source: evaluate.py of DocVQA (arXiv:1907.00490), infographicsvqa_eval.py of Qwen-VL.
 """
 
+from collections.abc import Sequence
+
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.figures import each, percent, truths_of
 from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Verdict
@@ -27,22 +29,27 @@ def anls(answer: str, truths: tuple[str, ...]) -> float:
     Texts are compared in lower case with single spaces, and yet the distance is divided by the length of the longer
     text as it was written: the scorer's habit.
     """
-    form = " ".join(answer.strip().lower().split())
+    form = _spaced(answer)
     distances = []
     for truth in truths:
-        length = max(len(answer.upper()), len(truth.upper()))  # which longer letters such as ß change
-        distance = edit_distance(form, " ".join(truth.strip().lower().split()))
-        distances.append(distance / length if length else 0.0)
+        length = max(len(answer.upper()), len(truth.upper()))  # a few letters change it
+        other = _spaced(truth)
+        is_far = abs(len(form) - len(other)) > _LEAST * length  # so that the distance need not be known
+        distances.append(1.0 if is_far else edit_distance(form, other) / length if length else 0.0)
     similarity = 1 - min(distances)
     return similarity if similarity >= _LEAST else 0.0
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.strip().lower().split())
 
 
 def _judge(answered: Answered, _protocol: Protocol) -> Verdict:
     return Verdict(anls(answered.text, truths_of(answered)), answered.text.strip() or None)
 
 
-def _figures(judged: list[Judged]) -> dict[str, float]:
+def _figures(judged: Sequence[Judged]) -> dict[str, float]:
     return {"ANLS": percent(one.verdict.value for one in judged)}
 
 
-ANLS = Metric("ANLS", each(_judge), lambda judged: _figures(list(judged)))
+ANLS = Metric("ANLS", each(_judge), _figures)
