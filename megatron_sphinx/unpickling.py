@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_sphinx.errors import CheckpointError
+from megatron_sphinx.errors import CheckpointError, DataError
 from megatron_sphinx.paths import is_plain
 from megatron_sphinx.remote import open_file
 from megatron_sphinx.saved import (
@@ -62,6 +62,7 @@ _OPERATIONS = {  # of pickletools
     "EMPTY_SET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "PUT", "BINPUT", "LONG_BINPUT",
     "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 }  # fmt: skip
+_BY_CODE = {operation.code: operation for operation in pickletools.opcodes}
 _MOST_BYTES = 2**24  # of arguments; what is behind them is cut off, and so no pickle
 _LOADING = RLock()  # what torch's `weights_only` takes is a list of the whole process
 # Names that are read as plain values: `_get_layout`, private to torch, is what a pickled torch.layout is made by.
@@ -206,7 +207,7 @@ def _require_plain(content: bytes, others: Collection[str] = ()) -> None:
     So no object is made by a number of an extension or of the reader, nothing is doubled without being written, and no
     table is as large as a number says.
     """
-    for operation, argument, _ in pickletools.genops(content):
+    for operation, argument in _operations(content):
         if operation.name not in _OPERATIONS and operation.name not in others:
             raise pickle.UnpicklingError(f"it holds {operation.name}")
         if operation.name.endswith("PUT") and (argument or 0) > len(content):
@@ -326,3 +327,44 @@ def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
         raise TypeError(f"{shortened(values)} are no sizes")
     return values
+
+
+def plain_pickle(path: Path) -> Any:
+    """Read a pickle that holds numbers, texts, lists, tuples, sets and dictionaries, and names nothing.
+
+    Args:
+        path: such as the references of RefCOCO, which Python 2 has written; their texts are UTF-8.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or names code.
+    """
+    try:
+        content = path.read_bytes()
+        _require_plain(content)
+        return _PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path}: cannot be read as a pickle of plain values ({fault_of(error)})") from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError, whatever the name."""
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _operations(content: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """Yield what a pickle does and with what.
+
+    pickletools would refuse the texts of Python 2 that are not ASCII: the bytes of these are yielded as they are.
+    """
+    file = io.BytesIO(content)
+    while code := file.read(1):
+        operation = _BY_CODE[code.decode("latin-1")]
+        if operation.name == "STRING":
+            yield operation, file.readline()
+        else:
+            yield operation, operation.arg.reader(file) if operation.arg else None
+        if operation.name == "STOP":
+            return

@@ -44,6 +44,7 @@ class Double:
         self._answer, self._seconds, self._dropped = answer, seconds, dropped
         self._chats: dict[int, str] = {}
         self.asked: list[str] = []
+        self.prefixes: list[str] = []
         self.sampled: list[Sampling] = []
         self.finished: Counter[Finish] = Counter()
         self.most = self._now = 0
@@ -58,10 +59,13 @@ class Double:
         shape = shape_of(content)
         return Picture(hashlib.sha256(content).hexdigest(), content, shape.width, shape.height, (0,), 4)
 
-    def chat(self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int) -> ChatPrompt:
+    def chat(
+        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int, answer_prefix: str = ""
+    ) -> ChatPrompt:
         if len(messages[-1].text) + max_new_tokens > self.positions:
             raise DataError(f"too long: {len(messages[-1].text)} + {max_new_tokens}; ask less")
         self.asked.append(messages[-1].text)
+        self.prefixes.append(answer_prefix)
         self._chats[len(self._chats)] = self._answer(messages, picture)
         return ChatPrompt(Prompt((1, len(self._chats) - 1), picture), self._dropped, ("###",))
 

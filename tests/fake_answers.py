@@ -84,7 +84,9 @@ class FakeAnswers:
         key = f"{hash(content):x}"
         return Picture(key, content, shape.width, shape.height, (0,), PICTURE_POSITIONS)
 
-    def chat(self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int) -> ChatPrompt:
+    def chat(
+        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int, _answer_prefix: str = ""
+    ) -> ChatPrompt:
         system = [message for message in messages if message.role == "system"]
         turns, dropped = [message for message in messages if message.role != "system"], 0
         while True:

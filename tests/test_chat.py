@@ -202,3 +202,20 @@ def test_messages_out_of_order_are_refused(messages, fault):
 def test_an_unknown_template_is_refused():
     with pytest.raises(ConfigError, match="template=vicuna: unknown; did you mean vicuna_v1_1"):
         template_of("vicuna")
+
+
+@pytest.mark.parametrize("picture", [None, PICTURE], ids=["text", "picture"])
+def test_an_answer_may_be_made_to_begin_with_a_text(pieces, picture):
+    """Its tokens are those of the whole text, and it takes room as all else does."""
+    template, prefix = template_of("sphinx"), " The answer is"
+    made = make_chat(
+        said("what is this?"), picture, template, pieces, positions=400, max_new_tokens=4, answer_prefix=prefix
+    )
+    head = (pieces.bos, *[0] * (17 if picture else 0))
+    asked = Conversation(()).prompt("what is this?")
+    assert made.prompt.tokens == (*head, *pieces.encode(asked + prefix))
+    size = len(made.prompt.tokens) + 4
+    with pytest.raises(TooLongError):
+        make_chat(
+            said("what is this?"), picture, template, pieces, positions=size - 1, max_new_tokens=4, answer_prefix=prefix
+        )

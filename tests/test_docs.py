@@ -61,11 +61,14 @@ RUN_BY = {
     "megatron-sphinx generate": r'"generate", "\."',
     "megatron-sphinx serve": r'"serve", "\."',
     "megatron-sphinx demo": r'"megatron_sphinx", "demo"',
+    "megatron-sphinx evaluate": r'"evaluate", "pope"',
+    "megatron-sphinx judge": r'"judge", str\(folder\)',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',
     "torchrun": r"torch\.distributed\.run|torchrun",
     "slurm/train.sbatch": r'"slurm" / "train\.sbatch"',
     "slurm/chain.sh": r'"slurm" / "chain\.sh"',
+    "slurm/evaluate.sbatch": r'"slurm" / "evaluate\.sbatch"',
     "slurm/benchmark.sh": r'"slurm" / "benchmark\.sh"',
 }
 

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from evaluation_double import write_pope
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_sphinx.__main__ import main
 
 pytestmark = pytest.mark.timeout(1500)  # every process of a job imports everything anew
 
@@ -332,6 +335,28 @@ def test_a_chain_ends_with_the_job_that_fails(chain):
     jobs = chain(LAUNCHER="mpirun")
     assert [job.wait()[0] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     assert "LAUNCHER=mpirun: unknown; use srun or torchrun" in jobs[0].text()
+
+
+@pytest.mark.slow
+def test_an_evaluation_over_two_nodes_goes_on_after_its_time_limit_and_is_that_of_one_process(
+    cluster, train, tiny, run_ranks
+):
+    run = train(1, {"training.steps": 2, "data.sequence_length": 400})
+    data, alone, job_output = (cluster.folder / name for name in ("data", "alone", "together"))
+    write_pope(data, sorted((tiny.folder / "pictures").glob("*.png"))[:4], each=200)
+    words = ["pope", "--data", str(data), "--model", str(run.folder), "--cache-gib", "0.01", "--output"]
+    run_ranks(1, lambda: main(["evaluate", *words, str(alone)]))
+    job = cluster.submit("--nodes=2", "--ntasks-per-node=1", ROOT / "slurm" / "evaluate.sbatch", *words, job_output)
+    journal, deadline = job_output / "pope" / "answers.jsonl.partial", time.monotonic() + 200
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < 20:
+        assert job.look()["JobState"] not in ENDED, job.text()
+        assert time.monotonic() < deadline, job.text()
+        time.sleep(0.05)
+    assert not call("scancel", "--signal=USR1", "--batch", job.number).returncode
+    assert job.wait() == ("COMPLETED", 1), job.text()
+    assert "the time limit is near: requeued" in job.text()
+    for name in ("pope/answers.jsonl", "report.json", "report.md"):
+        assert (job_output / name).read_bytes() == (alone / name).read_bytes(), name
 
 
 @pytest.mark.slow

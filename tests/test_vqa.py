@@ -101,7 +101,7 @@ class Knows:
     def picture(self, content: bytes) -> Picture:
         return Picture(content.decode(), content, 64, 64, (0,), 19)
 
-    def chat(self, messages, picture, max_new_tokens):
+    def chat(self, messages, picture, max_new_tokens, answer_prefix=""):
         with self._lock:
             self.chats.append(tuple(message.text for message in messages))
             return SimpleNamespace(prompt=Prompt((len(self.chats) - 1,), picture), stop=("\n###",), dropped=0)

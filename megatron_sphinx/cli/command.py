@@ -129,13 +129,18 @@ def add_sha256(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, is_option: bool = False) -> None:
     """Let a parser take the model that answers, and how it is loaded.
 
     Such a command may be started on every rank of a job: the first one alone says what is wrong.
+
+    Args:
+        parser: of the command.
+        is_option: whether the model is given by --model, and may be left out.
     """
     parser.set_defaults(may_be_rank=True)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, or a run's folder")
+    name = "--model" if is_option else "model"
+    parser.add_argument(name, type=Path, metavar="MODEL", help="checkpoint, or a run's folder")
     group = parser.add_argument_group("the model")
     group.add_argument("--config", type=Path, help="configuration or preset of a checkpoint that has none of its own")
     group.add_argument("--tokenizer", type=Path, help="default: the configuration's, or that beside the weights")

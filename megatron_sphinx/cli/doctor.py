@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 # Distributions that must be there, each with the module that is imported of it.
 REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "megatron-core": "megatron.core", "deepspeed": "deepspeed",
-    "timm": "timm", "einops": "einops", "fsspec": "fsspec", "matplotlib": "matplotlib", "numpy": "numpy",
-    "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml", "safetensors": "safetensors",
+    "timm": "timm", "einops": "einops", "fsspec": "fsspec", "ijson": "ijson",
+    "matplotlib": "matplotlib", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
+    "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
     "webdataset": "webdataset", "zstandard": "zstandard",
 }  # fmt: skip
@@ -49,6 +50,9 @@ OPTIONAL = {
     "gguf": ("gguf", "examples/smol.py; pip install 'megatron-sphinx[smol]'"),
     "fastapi": ("fastapi", "serve; pip install 'megatron-sphinx[serve]'"),
     "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
+    "openai": ("openai", "judge, and the web page; pip install 'megatron-sphinx[evaluation]'"),
+    "openpyxl": ("openpyxl", "tables for VLMEvalKit; pip install 'megatron-sphinx[evaluation]'"),
+    "av": ("av", "benchmarks of videos; pip install 'megatron-sphinx[video]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (

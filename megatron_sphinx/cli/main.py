@@ -16,10 +16,12 @@ from megatron_sphinx.cli import (
     convert,
     demo,
     doctor,
+    evaluate,
     export_embeddings,
     generate,
     gpu_check,
     inspect,
+    judge,
     measure,
     mix,
     packing,
@@ -42,7 +44,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
     "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
-    "export-embeddings": export_embeddings,
+    "export-embeddings": export_embeddings, "evaluate": evaluate, "judge": judge,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

@@ -1,9 +1,10 @@
 """What a benchmark is: a record of its files, how they are read, what is asked, and how answers are judged."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_sphinx.errors import DataError
 from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Sample, Verdict
 
 
@@ -29,12 +30,20 @@ class OfficialFile:
     """A file or folder of a benchmark as its authors distribute it.
 
     Attributes:
-        path: relative to the folder of the benchmark; it may hold `*` where names vary.
+        path: relative to the folder of the benchmark; it may hold `*` where names vary, and several paths
+            with ` or ` between them, of which one is enough.
         where: how to get it: the page where its authors offer it.
+        is_needed: whether the benchmark cannot be read without it.
     """
 
     path: str
     where: str
+    is_needed: bool = True
+
+    def is_in(self, folder: Path) -> bool:
+        """Say whether it is in a folder, in one of its forms."""
+        forms = self.path.split(" or ")
+        return any(any(folder.glob(form)) if "*" in form else (folder / form).exists() for form in forms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,7 @@ class Benchmark:
     """A benchmark of the papers, or another one.
 
     Attributes:
-        name: what the command line calls it, in lower case with underscores: the folder in --data has this name, too.
+        name: what the command line calls it, in lower case with underscores.
         title: what tables call it.
         files: what must be there.
         read: yields the samples of the folder that holds the files; raises DataError for another layout.
@@ -54,7 +63,9 @@ class Benchmark:
         is_judged: whether answers are judged by another model, in a step of its own.
         submission: makes what the benchmark's server takes, name of a file to content; None where there is no server.
         table: its column in the papers' tables, as `evaluation/papers.yaml` calls it; empty where there is none.
-        figure: which figure of the metric stands there; empty for its headline.
+        figure: which figure of the metric stands there; empty for its headline. The paper's number of any other figure
+            is in the column that has this one's name, a space and the name of the figure.
+        folder: the name of its folder in --data, which splits of one benchmark share; empty where it is its own name.
     """
 
     name: str
@@ -69,3 +80,26 @@ class Benchmark:
     submission: Callable[[Sequence[Answered]], Mapping[str, str]] | None = None
     table: str = ""
     figure: str = ""
+    folder: str = ""
+
+    def folder_in(self, data: Path) -> Path:
+        """Return the folder of its files in the folder that the user gives."""
+        return data / (self.folder or self.name)
+
+    def missing_in(self, data: Path) -> list[OfficialFile]:
+        """Return the files that are needed and not there."""
+        return [file for file in self.files if file.is_needed and not file.is_in(self.folder_in(data))]
+
+    def samples(self, data: Path) -> Iterator[Sample]:
+        """Yield the samples of its files.
+
+        Args:
+            data: the folder that holds one for each benchmark.
+
+        Raises:
+            DataError: a file is missing, or has another layout.
+        """
+        if missing := self.missing_in(data):
+            lacks = "; ".join(f"{file.path} ({file.where})" for file in missing)
+            raise DataError(f"{self.folder_in(data)}: {self.name} lacks {lacks}; get it and put it there")
+        yield from self.read(self.folder_in(data))

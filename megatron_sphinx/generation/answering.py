@@ -113,8 +113,16 @@ class Answers(Protocol):
             DataError: it is no picture that can be read, it is too large, or the model has no eyes.
         """
 
-    def chat(self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int) -> ChatPrompt:
+    def chat(
+        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int, answer_prefix: str = ""
+    ) -> ChatPrompt:
         """Make a chat ready to be answered, its oldest turns left out where it is too long.
+
+        Args:
+            messages: a system prompt or none, then questions and answers in turn, a question last.
+            picture: what they are about.
+            max_new_tokens: tokens of the answer, at most.
+            answer_prefix: what the answer is made to begin with, its spaces included; what is generated follows it.
 
         Raises:
             DataError: the roles are out of order.

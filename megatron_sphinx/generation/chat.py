@@ -40,6 +40,7 @@ def make_chat(
     *,
     positions: int,
     max_new_tokens: int,
+    answer_prefix: str = "",
 ) -> ChatPrompt:
     """Make the prompt of a chat. Where it is too long its oldest questions go, each with its answer.
 
@@ -52,6 +53,7 @@ def make_chat(
         tokenizer: of the model.
         positions: tokens of prompt and answer together, at most.
         max_new_tokens: tokens of the answer, at most.
+        answer_prefix: what the answer is made to begin with; it is encoded with what the template puts before it.
 
     Raises:
         DataError: the roles are out of order, or a text cannot become tokens.
@@ -63,11 +65,14 @@ def make_chat(
         head = []
     room = positions - max_new_tokens - len(head)
 
+    def written(dropped: int) -> list[_Part]:
+        return [*_write(system, turns[dropped:], question, template), (answer_prefix, False)]
+
     def encoded(dropped: int) -> list[int]:
-        return list(_encode(_write(system, turns[dropped:], question, template), template, tokenizer))
+        return list(_encode(written(dropped), template, tokenizer))
 
     def characters(dropped: int) -> int:
-        return sum(len(text) for text, _ in _write(system, turns[dropped:], question, template))
+        return sum(len(text) for text, _ in written(dropped))
 
     def too_long(size: str) -> TooLongError:
         shown = f"a picture of {picture.positions} and " if picture else ""

@@ -85,12 +85,18 @@ def ground_upright(text: str, picture: Picture, padding: str) -> list[Grounding]
     ]
 
 
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Return width and height of the upright picture, in pixels."""
+    is_turned = picture.orientation in SIDEWAYS
+    return (picture.height, picture.width) if is_turned else (picture.width, picture.height)
+
+
 def _upright(box: Box, picture: Picture) -> Box:
     """Turn a box in what the model sees as the picture has to be turned to be upright."""
     left, top, right, bottom = box
-    width, height = picture.width, picture.height
+    width, height = upright_size(picture)
     if picture.orientation in SIDEWAYS:
-        left, top, right, bottom, width, height = top, left, bottom, right, height, width
+        left, top, right, bottom = top, left, bottom, right
     if picture.orientation in (2, 3, 6, 7):
         left, right = width - right, width - left
     if picture.orientation in (3, 4, 7, 8):

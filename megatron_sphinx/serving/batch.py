@@ -1,7 +1,7 @@
 """Files of questions answered: many at a time, each once, in a file that is in their order."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_sphinx.checkpoint.steps import newest_of
 from megatron_sphinx.errors import CheckpointError, DataError, SphinxError
 from megatron_sphinx.generation.answering import Answers, ChatPrompt, Listener, QueueFullError, Ticket
-from megatron_sphinx.generation.grounding import ground_upright
+from megatron_sphinx.generation.grounding import ground_upright, upright_size
 from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Prompt, Sampling
 from megatron_sphinx.paths import files_in
 from megatron_sphinx.serving.answer_file import AnswerFile
@@ -23,7 +23,7 @@ from megatron_sphinx.serving.box_entries import entries_of
 from megatron_sphinx.serving.questions import Asking, Question, questions_of
 from megatron_sphinx.serving.rows import Source
 
-_OURS = ("answer", "finish", "prompt_tokens", "new_tokens", "boxes", "dropped", "error")
+_OURS = ("answer", "finish", "prompt_tokens", "new_tokens", "boxes", "dropped", "size", "error")
 _MOST_SEED = 2**63
 _RETRY_SECONDS = 0.05  # until a model that takes no more is asked again
 
@@ -41,6 +41,27 @@ class BatchReport:
     answered: int
     errors: int
     before: int
+
+
+@dataclass(frozen=True)
+class How:
+    """How the questions of a file are asked and answered.
+
+    Attributes:
+        asking: how pictures are read.
+        sampling: how questions are answered, but for their seeds.
+        in_flight: how many questions the model has at a time.
+        show: whether there is a progress bar.
+        title: what stands before the bar; empty for nothing.
+        has_size: whether the line of an answer says how large its upright picture is, as `size`: width and height.
+    """
+
+    asking: Asking
+    sampling: Sampling
+    in_flight: int = 64
+    show: bool = False
+    title: str = ""
+    has_size: bool = False
 
 
 def answer_all(
@@ -74,21 +95,60 @@ def answer_all(
         SphinxError: the model ended.
     """
     settings = {
-        "model": {**answers.identity, **_identity(model), "name": answers.name, "positions": answers.positions},
+        "model": model_settings(answers, model),
         "sampling": asdict(sampling),
         "asking": {name: str(value) for name, value in asdict(asking).items()},
         "input": {f"{number}: {source.path}": source.state() for number, source in enumerate(sources)},
     }
+
+    def count() -> int | None:
+        counts = [source.count() for source in sources]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    how = How(asking, sampling, in_flight, show)
+    return answer_questions(answers, settings, lambda: questions_of(sources, asking), count, target, how)
+
+
+def answer_questions(
+    answers: Answers,
+    settings: Mapping[str, Any],
+    questions: Callable[[], Iterable[Question]],
+    count: Callable[[], int | None],
+    target: Path,
+    how: How,
+) -> BatchReport:
+    """Answer questions, wherever they come from, and write a JSON line for each; see `answer_all`.
+
+    Args:
+        answers: the model.
+        settings: plain values that all answers follow from.
+        questions: yields them, always in the same order; not called where all are answered.
+        count: returns how many there are, for a progress bar; None where that is not known.
+        target: the file of answers.
+        how: how they are asked and answered.
+
+    Raises:
+        DataError: the target was begun with other settings, or cannot be written; a question's input cannot be read.
+        SphinxError: the model ended.
+    """
     with AnswerFile(target, settings) as file:
         before = len(file)
         if not file.is_whole:
-            counts = [source.count() for source in sources]
-            total = None if None in counts else sum(count for count in counts if count is not None)
-            bar = {"total": total, "initial": before, "unit": "row", "dynamic_ncols": True, "mininterval": 1.0}
-            with tqdm(**bar, disable=not show) as shown:
-                _ask_all(_Run(answers, file, asking, sampling, in_flight, shown), file, questions_of(sources, asking))
+            bar = {"total": count(), "initial": before, "unit": "row", "dynamic_ncols": True, "mininterval": 1.0}
+            with tqdm(**bar, desc=how.title or None, disable=not how.show) as shown:
+                _ask_all(_Run(answers, file, how, shown), file, questions())
         file.finish()
         return BatchReport(len(file) - file.errors, file.errors, before)
+
+
+def model_settings(answers: Answers, model: Path) -> dict[str, Any]:
+    """Return what tells the answers of one model from those of another, as plain values.
+
+    Args:
+        answers: the model.
+        model: what it was loaded from.
+    """
+    return {**answers.identity, **_identity(model), "name": answers.name, "positions": answers.positions}
 
 
 def _identity(model: Path) -> dict[str, str]:
@@ -117,17 +177,13 @@ class _Run:
     Args:
         answers: the model.
         file: of the answers.
-        asking: how pictures are read.
-        sampling: how questions are answered, but for their seeds.
-        in_flight: how many are on their way at a time.
+        how: how they are asked and answered.
         bar: of the progress.
     """
 
-    def __init__(
-        self, answers: Answers, file: AnswerFile, asking: Asking, sampling: Sampling, in_flight: int, bar: Any
-    ) -> None:
-        self._answers, self._file, self._asking, self._sampling = answers, file, asking, sampling
-        self._in_flight, self._slots, self._bar = in_flight, Semaphore(in_flight), bar
+    def __init__(self, answers: Answers, file: AnswerFile, how: How, bar: Any) -> None:
+        self._answers, self._file, self._how, self._bar = answers, file, how, bar
+        self._sampling, self._slots = how.sampling, Semaphore(how.in_flight)
         self._lock = Lock()
         self._tickets: dict[int, Ticket] = {}
         self._ended: set[int] = set()
@@ -139,9 +195,9 @@ class _Run:
         self._slots.acquire()
         self._check()
         try:
-            content = question.content(self._asking)
+            content = question.content(self._how.asking)
             picture = None if content is None else self._answers.picture(content)
-            chat = self._answers.chat(question.messages, picture, self._sampling.max_new_tokens)
+            chat = self._answers.chat(question.messages, picture, self._sampling.max_new_tokens, question.answer_prefix)
             sampling = replace(
                 self._sampling,
                 seed=(self._sampling.seed + number) % _MOST_SEED,
@@ -167,7 +223,7 @@ class _Run:
 
     def wait(self) -> None:
         """Wait until all questions are answered; raise what ended the model."""
-        for _ in range(self._in_flight):
+        for _ in range(self._how.in_flight):
             self._slots.acquire()
         self._check()
 
@@ -199,7 +255,10 @@ class _Run:
             elif heard.finish is not None:
                 whole = Generation.of(chunks, len(chat.prompt.tokens))
                 counts = {"prompt_tokens": whole.prompt_tokens, "new_tokens": len(whole.tokens)}
-                more = {"boxes": self._boxes(whole.text, chat.prompt.picture), "dropped": chat.dropped}
+                shown = chat.prompt.picture
+                more: dict[str, Any] = {"boxes": self._boxes(whole.text, shown), "dropped": chat.dropped}
+                if self._how.has_size and shown is not None:
+                    more["size"] = upright_size(shown)
                 line = {"answer": whole.text, "finish": whole.finish.value, **counts}
                 self._end(number, question, line | {name: value for name, value in more.items() if value})
 

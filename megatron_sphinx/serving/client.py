@@ -59,13 +59,14 @@ class Server:
     Args:
         url: `http://127.0.0.1:8000`, with or without `/v1` behind it.
         key: what it wants to be shown; None where it wants nothing.
+        option: of the command that the address was given by.
     """
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, option: str = "--server") -> None:
         base = url.rstrip("/")
         parts = urlsplit(base)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ServerError(f"--server={shortened(url, 80)}: is no address; give http://127.0.0.1:8000")
+            raise ServerError(f"{option}={shortened(url, 80)}: is no address; give http://127.0.0.1:8000")
         self.url = base
         self._trusts_environment = parts.hostname not in _HERE  # a proxy does not lead to this machine
         self._options: dict[str, Any] = {
@@ -91,6 +92,32 @@ class Server:
             raise ServerError(f"{self.url}: has no model; start it by megatron-sphinx serve MODEL")
         positions = (models[0].model_extra or {}).get("max_model_len")  # vLLM says it so, too
         return ServedModel(models[0].id, positions if isinstance(positions, int) and positions > 1 else None)
+
+    def ask(
+        self, model: str, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, float], *, retries: int = 3
+    ) -> str:
+        """Return a whole answer; any thread may call this.
+
+        Args:
+            model: its name.
+            messages: in OpenAI's form.
+            sampling: temperature, max_tokens and the like.
+            retries: how often the question is sent again where the server is not there, busy or failing.
+
+        Raises:
+            ServerError: the server is not there, or refuses the request.
+        """
+        sent: Any = messages
+        plain: Any = sampling
+        try:
+            client = openai.DefaultHttpxClient(trust_env=self._trusts_environment)
+            with openai.OpenAI(**{**self._options, "max_retries": retries}, http_client=client) as server:
+                answer: Any = server.chat.completions.create(model=model, messages=sent, **plain)
+        except openai.OpenAIError as error:
+            raise self._refused(error) from error
+        if not answer.choices:
+            raise ServerError(f"{self.url}: sent no answer of {model}; see whether it speaks OpenAI's protocol")
+        return answer.choices[0].message.content or ""
 
     async def stream(
         self, model: str, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, float]

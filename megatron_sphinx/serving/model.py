@@ -128,11 +128,18 @@ class Model:
         return picture_of(content, self._vision)
 
     def chat(
-        self, messages: Sequence[Message], picture: Picture | None, max_new_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        picture: Picture | None,
+        max_new_tokens: int | None = None,
+        answer_prefix: str = "",
     ) -> ChatPrompt:
         """Make a chat ready to be answered; see Answers."""
         new = default_new_tokens(self.positions) if max_new_tokens is None else max_new_tokens
-        return make_chat(messages, picture, self.template, self.tokenizer, positions=self.positions, max_new_tokens=new)
+        return make_chat(
+            messages, picture, self.template, self.tokenizer,
+            positions=self.positions, max_new_tokens=new, answer_prefix=answer_prefix,
+        )  # fmt: skip
 
     def prompt(self, text: str, picture: Shown = None) -> Prompt:
         """Make a prompt of a text as it is, without a template: BOS, the picture, the text."""

@@ -54,6 +54,8 @@ class Question:
         image: path or URL of the picture, or the content of its file; None without a picture.
         root: what the path is relative to.
         fault: why it cannot be asked; empty where it can.
+        answer_prefix: what the answer is made to begin with; it is no part of what is generated.
+        remedy: what to do about a picture that cannot be read.
     """
 
     columns: Mapping[str, Any]
@@ -61,6 +63,8 @@ class Question:
     image: str | bytes | None = None
     root: Path = Path()
     fault: str = ""
+    answer_prefix: str = ""
+    remedy: str = "give its folder by --images"
 
     def content(self, asking: Asking) -> bytes | None:
         """Read the file of the picture; None without a picture.
@@ -83,7 +87,7 @@ class Question:
         path = root / inside(root, self.image, follow_links=asking.follow_links)
         content, fault = file_content(path)
         if fault:
-            raise DataError(f"image: {path} cannot be read ({fault}); give its folder by --images")
+            raise DataError(f"image: {path} cannot be read ({fault}); {self.remedy}")
         return content
 
 

@@ -1,0 +1,1 @@
+"""The benchmarks that are known, a record each: files, fields, prompts, length of answers, metric."""

@@ -1,0 +1,80 @@
+"""The middle frame of a video, out of folders of frames and out of files."""
+
+import io
+import sys
+import wave
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_sphinx.errors import DataError
+from megatron_sphinx.evaluation.readers.video import middle_frame
+
+
+def video(path: Path, frames: int, rate: int = 5) -> Path:
+    """Write a video whose frame number n is grey of 20 n."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = 32, 32
+        for number in range(frames):
+            picture = Image.new("RGB", (32, 32), (20 * number,) * 3)
+            for packet in stream.encode(av.VideoFrame.from_image(picture)):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def number_of(frame: Path | bytes) -> int:
+    """Which frame a picture is, by its grey."""
+    assert isinstance(frame, bytes)
+    return round(Image.open(io.BytesIO(frame)).convert("L").getpixel((16, 16)) / 20)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8])
+def test_the_middle_frame_of_a_file_is_decoded(frames, tmp_path):
+    assert number_of(middle_frame(video(tmp_path / "a.mp4", frames))) == frames // 2
+
+
+def test_the_middle_frame_of_a_part_is_decoded(tmp_path):
+    assert number_of(middle_frame(video(tmp_path / "a.mp4", 11), (1.0, 1.8))) == 7  # frames 5 to 9
+
+
+def test_a_part_behind_the_end_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"has no frame of \(9\.0, 10\.0\)"):
+        middle_frame(video(tmp_path / "a.mp4", 3), (9.0, 10.0))
+
+
+def test_a_file_that_is_no_video_is_refused(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"a\.mp4: is no video that can be read"):
+        middle_frame(tmp_path / "a.mp4")
+
+
+def test_a_file_without_pictures_is_refused(tmp_path):
+    with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", "none"))
+        sound.writeframes(bytes(1600))
+    with pytest.raises(DataError, match="is no video that can be read"):
+        middle_frame(tmp_path / "a.wav")
+
+
+def test_without_a_decoder_one_line_says_what_to_install(tmp_path, monkeypatch):
+    path = video(tmp_path / "a.mp4", 1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"no decoder of videos is installed; pip install 'megatron-sphinx\[video\]'"):
+        middle_frame(path)
+
+
+def test_a_video_that_is_not_there_is_left_to_who_opens_it(tmp_path):
+    for name in ("a.mp4", "a" * 300):
+        assert middle_frame(tmp_path / name) == tmp_path / name
+
+
+def test_a_folder_of_frames_has_its_middle_by_name(tmp_path):
+    for name in ("00003.jpg", "00001.jpg", "00002.JPG", "notes.txt"):
+        (tmp_path / name).touch()
+    assert middle_frame(tmp_path) == tmp_path / "00002.JPG"

@@ -1,0 +1,187 @@
+"""Letters of options and their groups by the rules of VLMEvalKit, LLaVA, Accessory and MMMU; MathVista; quirks."""
+
+import made_up_answers as made_up
+import pytest
+from answered import answered, judge, verdict
+
+from megatron_sphinx.evaluation.metrics.mathvista import MATH_VISTA, extract
+from megatron_sphinx.evaluation.metrics.mmmu import MMMU, read_values
+from megatron_sphinx.evaluation.metrics.options import (
+    CIRCULAR,
+    OPTION_LETTER,
+    PAIRS,
+    SCIENCE_LETTER,
+    read_letter,
+    read_pair_letter,
+    read_science_letter,
+)
+from megatron_sphinx.evaluation.samples import Protocol
+
+FOUR = ("cat", "dog", "cow", "red panda")
+PAPER, OFFICIAL, ACCESSORY = Protocol
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("(B).", "B"),
+        ("B. dog", "B"),
+        ("b", None),
+        ("A or B", None),
+        ("B is what I see in the middle of it", None),  # not among the last four words
+        ("in the middle I see B", "B"),
+        ("The correct answer is **b** as far as one can see here", "B"),
+        ("it is a dog", "B"),  # by the text of the only option in it
+        ("it is a dog or a cat", None),
+        ("a dog " * 9, None),  # much longer than the options
+        ("E", None),
+        ("Cannot determine the answer: B", None),
+        ("Z", None),
+        ("Failed to obtain answer via API. B", None),
+        ("", None),
+    ],
+)
+def test_letters_by_vlmevalkits_rules(text, letter):
+    assert read_letter(text, FOUR) == letter
+    assert verdict(OPTION_LETTER, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("B. dog", "B"),
+        ("B.", None),
+        (" B", None),
+        ("The answer is B.", "B"),
+        ("The answer is B. The answer is B.", None),  # exactly one
+        ("The answer is E.", None),  # four options
+        ("E", None),
+        ("The answer is B", None),
+        ("", None),
+        ("AB", None),
+    ],
+)
+def test_letters_of_scienceqa_by_llavas_rules(text, letter):
+    assert read_science_letter(text, FOUR) == letter
+    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+
+
+@pytest.mark.parametrize("metric", [OPTION_LETTER, SCIENCE_LETTER, CIRCULAR, PAIRS])
+def test_accessory_reads_what_stands_before_the_period_and_never_draws(metric):
+    assert verdict(metric, "B. A", "B", choices=FOUR, protocol=ACCESSORY) == (1, "B")
+    assert verdict(metric, "E", "B", choices=FOUR, protocol=ACCESSORY) == (0, "E")
+    for _ in range(20):  # there a letter is drawn by chance
+        assert verdict(metric, " B", "B", choices=FOUR, protocol=ACCESSORY) == (0, None)
+    assert verdict(metric, "f", "F", choices=FOUR, protocol=ACCESSORY) == (1, "f")
+
+
+def test_letters_of_made_up_answers_are_options_or_nothing():
+    for text, options in made_up.choices(31, 300):
+        letters = "ABCDE"[: len(options)]
+        for read in (read_letter, read_science_letter, read_pair_letter):
+            letter = read(text, options)
+            assert letter is None or letter in letters
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("(a)", "A"), ("b.", "B"), ("(b) open", "B"), ("(a) or (b)", None), ("A", "A"), ("a cat", None)],
+)
+def test_letters_of_mmvp_may_be_small(text, letter):
+    assert read_pair_letter(text, ("Open", "Closed")) == letter
+
+
+def rotations(*texts, group="g"):
+    """Answers to the rotations of a question, of which the right one is A."""
+    return [answered(text, "A", choices=FOUR, number=f"{group}{n}", group=group) for n, text in enumerate(texts)]
+
+
+def test_a_question_counts_where_all_rotations_are_right():
+    found = judge(CIRCULAR, rotations("A", "A") + rotations("A", "B", "A", "A", group="h"))
+    assert CIRCULAR.figures(found) == pytest.approx({"circular accuracy": 50, "accuracy": 500 / 6})
+
+
+def test_a_question_drawn_twice_counts_twice():
+    right, wrong = judge(CIRCULAR, rotations("A", "A")), judge(CIRCULAR, rotations("A", "B", "B", group="h"))
+    assert CIRCULAR.figures(right + wrong + right)["circular accuracy"] == pytest.approx(200 / 3)
+    assert PAIRS.figures(right + wrong + right)["pair accuracy"] == pytest.approx(200 / 3)
+
+
+def test_a_question_without_a_group_is_its_own():
+    found = judge(CIRCULAR, [answered(text, "A", choices=FOUR, number=n) for n, text in enumerate("AB")])
+    assert CIRCULAR.figures(found) == {"circular accuracy": 50, "accuracy": 50}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("(A) or (C)", "C"),  # the one that stands last
+        ("it is C.x B.x", "B"),  # places are looked for with spaces around: of letters with periods the first option
+        ("A cat it is", "A"),
+        ("what one can see is the dog, I believe", "B"),  # an answer of more than five words by its text
+        ("the dog", None),
+        ("", None),
+    ],
+)
+def test_letters_of_mmmu_by_its_rules_and_never_by_chance(text, letter):
+    assert verdict(MMMU, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+
+
+def test_open_answers_of_mmmu():
+    assert verdict(MMMU, "So the total is 1,250.004", "1250")[0] == 1
+    assert verdict(MMMU, "x = 5", "5")[0] == 1
+    assert verdict(MMMU, "a cable", "b")[0] == 0  # a single letter has to be a word of its own
+    assert verdict(MMMU, "it is vitamin b complex", "b")[0] == 1
+    assert verdict(MMMU, "The red one", "blue", "RED")[0] == 1
+    assert verdict(MMMU, " \n", "5") == (0, None)
+    assert 4.0 in read_values("First is 3. Second is 4")
+
+
+def test_sentences_of_mmmu_are_never_parted_at_periods():
+    assert 3.0 not in read_values("it is 3. Then answer 4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "truth", "is_right"),
+    [
+        ("integer", "14", "14", True),
+        ("integer", "The number missing in the sequence is 14.", "14", True),
+        ("integer", "14.7", "14", True),  # cut, as its scorer does
+        ("integer", "none that I see", "0", False),
+        ("float", "0.61", "0.6", True),  # rounded to the precision
+        ("float", "about 0.66 of it", "0.6", False),
+        ("float", "1e999", "0.6", False),
+        ("list", "They are [2007, 2008].", "[2007, 2008]", True),
+        ("list", "2007", "[2007, 2008]", False),
+        ("text", 'The answer is "red".', "red", True),
+        ("integer", "It costs $1,450 or so", "1450", True),
+    ],
+)
+def test_free_answers_of_mathvista(kind, text, truth, is_right):
+    record = {"question_type": "free_form", "answer_type": kind, "precision": 1.0}
+    assert verdict(MATH_VISTA, text, truth, record=record)[0] == is_right
+
+
+@pytest.mark.parametrize(
+    ("text", "settled"),
+    [
+        ("(b) 8/11", "8/11"),
+        ("B", "8/11"),
+        ("The answer is B", "8/11"),
+        ("3/5", "3/5"),
+        ("8-11", "8/11"),  # the nearest by edit distance
+        ("", None),
+        (" ", None),
+    ],
+)
+def test_choices_of_mathvista(text, settled):
+    record = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+    options = ("3/11", "8/11", "6/11", "3/5")
+    assert verdict(MATH_VISTA, text, "8/11", choices=options, record=record) == (float(settled == "8/11"), settled)
+
+
+def test_mathvista_rounds_to_a_whole_number_without_a_precision():
+    assert verdict(MATH_VISTA, "2.4", "2", record={"question_type": "free_form", "answer_type": "float"}) == (1, "2")
+    assert extract("", "free_form", "integer", ()) == ""
