@@ -32,7 +32,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.utils import tensorboard  # noqa: F401
 from tqdm import tqdm
 
-import megatron_sphinx.device  # noqa: F401
+from megatron_sphinx import device
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.data.pairs import SampleIndex
 from megatron_sphinx.data.tokenizer import Tokenizer
@@ -132,6 +132,7 @@ def _rank(rank: int, world: int, port: int, log: Path, work: Callable[[], int | 
     status = 1
     try:
         torch.set_num_threads(1)  # the pool of threads it was forked with is dead, and threads that repair it race
+        device._chosen = None  # a rank chooses for itself, whatever a test chose for the process that it is forked from
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)

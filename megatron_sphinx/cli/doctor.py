@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "megatron-core": "megatron.core", "deepspeed": "deepspeed",
     "timm": "timm", "einops": "einops", "fsspec": "fsspec", "ijson": "ijson",
-    "matplotlib": "matplotlib", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
+    "matplotlib": "matplotlib", "ml_dtypes": "ml_dtypes", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
     "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
-    "webdataset": "webdataset", "zstandard": "zstandard",
+    "webdataset": "webdataset", "xxhash": "xxhash", "zstandard": "zstandard",
 }  # fmt: skip
 # Distributions that a run does without, each with its module and what it is for.
 OPTIONAL = {

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_sphinx.errors import DataError, shortened
 from megatron_sphinx.evaluation.readers.rows import Row, checked, first_there, located, rows_of
 from megatron_sphinx.evaluation.samples import Sample
-from megatron_sphinx.prepare.boxes import is_finite
+from megatron_sphinx.prepare.boxes import from_coco, is_finite
 
 _PICTURES = ("train2014", "images/train2014", "../coco/train2014")
 
@@ -83,5 +83,4 @@ def corners(row: Row, field: str) -> tuple[float, float, float, float]:
     box = row.listed(field)
     if len(box) != 4 or not all(is_finite(side) for side in box) or box[2] <= 0 or box[3] <= 0:
         raise row.fault(f"no {field}: {shortened(box, 80)} is not left, top, width, height in pixels")
-    left, top, width, height = (float(side) for side in box)
-    return left, top, left + width, top + height
+    return from_coco(box)
