@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "megatron-core": "megatron.core", "deepspeed": "deepspeed",
     "timm": "timm", "einops": "einops", "fsspec": "fsspec", "ijson": "ijson",
-    "matplotlib": "matplotlib", "ml_dtypes": "ml_dtypes", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
-    "safetensors": "safetensors",
+    "matplotlib": "matplotlib", "ml_dtypes": "ml_dtypes", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow",
+    "pyyaml": "yaml", "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
     "webdataset": "webdataset", "xxhash": "xxhash", "zstandard": "zstandard",
 }  # fmt: skip
@@ -53,6 +53,7 @@ OPTIONAL = {
     "openai": ("openai", "judge, and the web page; pip install 'megatron-sphinx[evaluation]'"),
     "openpyxl": ("openpyxl", "tables for VLMEvalKit; pip install 'megatron-sphinx[evaluation]'"),
     "av": ("av", "benchmarks of videos; pip install 'megatron-sphinx[video]'"),
+    "universal-pathlib": ("upath", "checkpoints behind URLs; pip install 'megatron-sphinx[remote]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (
