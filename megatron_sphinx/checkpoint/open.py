@@ -54,7 +54,7 @@ def open_checkpoint(
     try:
         if is_finished:
             require_finished(folder)
-        form = _form_of(folder, diff)
+        form = form_of(folder, diff)
         said = [line for file in form.settings(folder) for line in file.check(ignored)]
         checkpoint = form.open_sum(folder, diff) if diff and form.open_sum else form.open(folder, shape)
         checkpoint.source.check()
@@ -75,8 +75,16 @@ def _is_here(form: Format, folder: Path) -> bool:
         return False
 
 
-def _form_of(folder: Path, diff: Path | None) -> Format:
-    """The format of what a folder holds."""
+def form_of(folder: Path, diff: Path | None = None) -> Format:
+    """Recognise the format of what a folder holds, by the names of files alone.
+
+    Args:
+        folder: where a checkpoint is, or a run.
+        diff: a folder of LLaMA2-Accessory's -diff files, to be added to it.
+
+    Raises:
+        CheckpointError: there is nothing of a known format.
+    """
     if (folder / _ADAPTER).is_file():
         raise CheckpointError(f"{folder}: {_ADAPTER} tells of a low-rank adapter; merge it into its base model first")
     for form in formats():

@@ -162,10 +162,11 @@ def check_model(args: argparse.Namespace) -> None:
     """Refuse what can be told to be wrong with a model that answers before anything that takes long is imported.
 
     Raises:
-        CheckpointError: its folder is not there.
+        CheckpointError: its folder is not there, or holds no checkpoint.
         ConfigError: its configuration, or the name of a template, is wrong.
         DataError: its tokenizer cannot be read.
     """
+    from megatron_sphinx.checkpoint.open import form_of
     from megatron_sphinx.checkpoint.steps import require_folder
     from megatron_sphinx.generation.templates import template_of
 
@@ -180,6 +181,7 @@ def check_model(args: argparse.Namespace) -> None:
         from megatron_sphinx.data.tokenizer import Tokenizer
 
         Tokenizer(args.tokenizer)
+    form_of(args.model)
 
 
 _OF_MODEL = (

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sphinx.cli.command import add_model, model_options
+from megatron_sphinx.cli.command import add_model, check_model, model_options
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.generation.limits import Limits
@@ -113,18 +113,18 @@ def _answer(args: argparse.Namespace) -> None:
     """Have the model answer; all that can be wrong with files and arguments is said before it is loaded."""
     if args.model is None:
         raise ConfigError("--model: is not given; name a checkpoint or a run's folder")
-    if not args.model.exists():
-        raise ConfigError(f"--model={args.model}: no such file or folder; name a checkpoint or a run's folder")
+    check_model(args)
     if args.limit is not None:
         check_range(args.limit, _COUNT, "--limit")
     benchmarks = _benchmarks(args.names, args.data)
     wanted = _wanted(args)
     from megatron_sphinx.evaluation.questions import samples_of
     from megatron_sphinx.evaluation.run import agree, answer_benchmark
-    from megatron_sphinx.serving.model import load
 
     for benchmark in benchmarks:
         samples_of(benchmark, args.data, args.limit)
+    from megatron_sphinx.serving.model import load
+
     with load(args.model, **model_options(args)) as model:
         told = agree(args.output, model, args.model, wanted)
         for benchmark in benchmarks:
