@@ -8,6 +8,7 @@ WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=20 -rs
 RANDOM_RUN := runs/demo_random_expert
 RANDOM_VQA := runs/vqa_random_expert
+CLASSIFY := $(BIN)/python -m megatron_sphinx evaluate classes --data data/classes/test --model runs/classes
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
@@ -15,7 +16,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe vqa family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
+.PHONY: demo demo_moe vqa classes family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -43,6 +44,14 @@ vqa: $(VENV)/vqa.installed
 	$(RANKS) -m megatron_sphinx train examples/vqa.yaml run.folder=$(RANDOM_VQA) vision.experts.0.weights=random \
 	    training.epochs=4
 	$(BIN)/python examples/vqa_evaluate.py runs/vqa $(RANDOM_VQA) --started $$(cat $(VENV)/vqa.started)
+
+## classes: train a small SPHINX to say what kind of clothes a picture shows, and test it by generation and by ranking
+classes: $(VENV)/demo.installed
+	$(BIN)/python examples/classes_data.py
+	rm -rf runs/classes
+	$(RANKS) -m megatron_sphinx train examples/classes.yaml
+	$(CLASSIFY) --output runs/classes/generated
+	$(CLASSIFY) --output runs/classes/ranked --by-ranking
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png
 figure7: $(VENV)/demo.installed

@@ -14,6 +14,7 @@ from PIL import Image
 
 from megatron_sphinx.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 from megatron_sphinx.evaluation.readers.video import PARTS_OF_VIDEO_BENCH, PLACES_OF_MVBENCH
+from megatron_sphinx.prepare.classes import image_net_names
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -727,7 +728,21 @@ def imagenet(folder: Path, rng: Random) -> list[Expected]:
         expected.append({
             "id": image, "picture": place / f"{image}.JPEG", "answers": (f"This is a {name}", name),
             "categories": {"class": name}, "record": {"synset": synset}, "prompt": "Classify the image.",
+            "choices": tuple(image_net_names().values()),
         })  # fmt: skip
+    return expected
+
+
+def classes(folder: Path, rng: Random) -> list[Expected]:
+    expected = []
+    for place, name in (("ankle_boot", "ankle boot"), ("bag", "bag")):
+        (folder / place / "more").mkdir(parents=True)
+        for path in (f"{place}/more/{some_ids(rng, 1)[0]}.png", f"{place}/x.JPG"):
+            (folder / path).touch()
+            expected.append({
+                "id": path, "picture": folder / path, "answers": (f"This is a {name}", name),
+                "categories": {"class": name}, "choices": ("ankle boot", "bag"), "prompt": "Classify the image.",
+            })  # fmt: skip
     return expected
 
 
@@ -839,7 +854,8 @@ LAYOUTS: dict[str, Callable[[Path, Random], list[Expected]]] = {
         docvqa_val, docvqa_test, infovqa_val, infovqa_test, chartqa, scienceqa, scienceqa_all, iconqa, iconqa_blank,
         ai2d, mmbench_dev, mmbench_test, mmbench_dev_cn, mmbench_test_cn, ccbench, seed, q_bench, mmvp, mmmu, cmmmu,
         mme,
-        hallusionbench, mathvista, mathverse, llava_bench, mm_vet, flickr30k, nocaps, imagenet, video_bench, mvbench,
+        hallusionbench, mathvista, mathverse, llava_bench, mm_vet, flickr30k, nocaps, imagenet, classes, video_bench,
+        mvbench,
     )},
     "deepform": _ureader("DeepForm", ""), "klc": _ureader("KleisterCharity", ""),
     "wtq": _ureader("WikiTableQuestions", SHORT), "tabfact": _ureader("TabFact", SHORT),

@@ -35,6 +35,7 @@ NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 RUN_BY = {
     "make demo": r'run_example\("demo_evaluate\.py"',
     "make smol": r'"examples" / "smol\.py"',
+    "make classes": r'run_example\("classes_data\.py"',
     "make vqa": r'run_example\("vqa_evaluate\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',

@@ -18,7 +18,7 @@ OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
-    "timm": {"model/visual_experts.py", "model/expert_files.py", "evaluation/readers/folders.py"},
+    "timm": {"model/visual_experts.py", "model/expert_files.py", "prepare/classes.py"},
     "av": {"evaluation/readers/video.py"},
     "ijson": {"evaluation/readers/rows.py"},
     "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},

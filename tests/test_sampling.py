@@ -120,8 +120,12 @@ def test_log_probabilities_are_those_of_the_model():
     logits = torch.randn(70, 400, generator=torch.Generator().manual_seed(2)) * 5
     wanted = logits.log_softmax(1)
     targets = torch.randint(0, 400, (70,), generator=torch.Generator().manual_seed(3)).tolist()
-    assert score(logits, targets) == pytest.approx(
+    assert score(logits, range(70), targets) == pytest.approx(
         [wanted[row, token].item() for row, token in enumerate(targets)], abs=2e-6
+    )
+    rows = [69, *[3] * 68, 69]  # many behind one row, in any order
+    assert score(logits, rows, targets) == pytest.approx(
+        [wanted[row, token].item() for row, token in zip(rows, targets, strict=True)], abs=2e-6
     )
     draws = [
         Draw(row, 0, 2.0, top_k=9, top_p=0.5, repetition_penalty=2.0, seen=(1,), top_logprobs=5) for row in range(70)
@@ -133,7 +137,7 @@ def test_log_probabilities_are_those_of_the_model():
         assert [logprob for _, logprob in one.top] == pytest.approx(best.values.tolist(), abs=2e-6)
     assert draw(logits[:1], [Draw(0, 0, top_logprobs=0)])[0].top == ()
     assert draw(logits[:1], [Draw(0, 0)]) == [TokenLogprob(logits[0].argmax().item(), 0.0)]
-    assert score(logits[:0], []) == []
+    assert score(logits[:0], [], []) == []
 
 
 def test_padding_of_the_vocabulary_is_never_drawn_and_nan_is_an_error():

@@ -2,6 +2,7 @@
 
     megatron-sphinx evaluate pope gqa --data benchmarks --model runs/sphinx --output results --paper sphinx-1k
     megatron-sphinx evaluate --list --data benchmarks
+    megatron-sphinx evaluate imagenet --by-ranking --data benchmarks --model runs/sphinx --output ranked
     megatron-sphinx evaluate --report-only --data benchmarks --output results
 
 NAMES are benchmarks, or `all` for those whose files are there; --list says which are known, and what of their official
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose rules are followed where they differ; default: paper",
     )  # fmt: skip
     rules.add_argument("--limit", type=int, metavar="N", help="the first N questions of each; the report says so")
+    rules.add_argument(
+        "--by-ranking", action="store_true",
+        help="of benchmarks of classes: the class whose sentence is likeliest, of all classes, instead of what is "
+        "generated",
+    )  # fmt: skip
     rules.add_argument("--temperature", type=float, help="default: 0; 0.1 for --protocol accessory")
     rules.add_argument("--top-p", type=float, help="default: 1; 0.75 for --protocol accessory")
     rules.add_argument("--seed", type=int, help="default: 0; 1 for --protocol accessory")
@@ -117,6 +123,8 @@ def _answer(args: argparse.Namespace) -> None:
     if args.limit is not None:
         check_range(args.limit, _COUNT, "--limit")
     benchmarks = _benchmarks(args.names, args.data)
+    if args.by_ranking and (without := [one.name for one in benchmarks if not one.sentence]):
+        raise ConfigError(f"--by-ranking: {without[0]} has no classes to rank; give {_ranked()} alone, or leave it out")
     wanted = _wanted(args)
     from megatron_sphinx.evaluation.questions import samples_of
     from megatron_sphinx.evaluation.run import agree, answer_benchmark
@@ -149,7 +157,14 @@ def _wanted(args: argparse.Namespace) -> Wanted:
     drawn = {name: value for name, value in given.items() if value is not None}
     sampling = replace(sampling_of_protocol(protocol), **drawn)
     check_ranges(sampling, "sampling.")
-    return Wanted(args.data, protocol, sampling, args.limit)
+    return Wanted(args.data, protocol, sampling, args.limit, args.by_ranking)
+
+
+def _ranked() -> str:
+    """Return the names of the benchmarks whose classes can be ranked."""
+    from megatron_sphinx.evaluation.benchmarks.registry import named, names
+
+    return " or ".join(name for name in names() if named(name).sentence)
 
 
 def _benchmarks(given: Sequence[str], data: Path) -> list[Benchmark]:

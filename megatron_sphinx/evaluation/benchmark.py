@@ -65,6 +65,8 @@ class Benchmark:
         table: its column in the papers' tables, as `evaluation/papers.yaml` calls it; empty where there is none.
         figure: which figure of the metric stands there; empty for its headline. The paper's number of any other figure
             is in the column that has this one's name, a space and the name of the figure.
+        sentence: the answer that names a choice of a sample, with {choice} in it, where choices can be ranked by how
+            likely that is; empty where they cannot.
         folder: the name of its folder in --data, which splits of one benchmark share; empty where it is its own name.
     """
 
@@ -80,6 +82,7 @@ class Benchmark:
     submission: Callable[[Sequence[Answered]], Mapping[str, str]] | None = None
     table: str = ""
     figure: str = ""
+    sentence: str = ""
     folder: str = ""
 
     def folder_in(self, data: Path) -> Path:

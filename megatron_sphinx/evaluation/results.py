@@ -69,7 +69,7 @@ def read_results(folder: Path, benchmark: Benchmark, data: Path) -> Results:
         raise DataError(f"{path}: has other ids than the questions; remove it and what is beside it to have it anew")
     padding = settings["model"]["padding"]
     answered = [
-        Answered(sample=sample, text=line["answer"], padding=padding, **_size(line))
+        Answered(sample=sample, text=line["answer"], padding=padding, ranked=_ranked(line), **_size(line))
         for sample, line in zip(samples, lines, strict=True)
         if "answer" in line
     ]
@@ -98,6 +98,11 @@ def copies(answered: Sequence[Answered], number: int) -> list[Answered]:
 def _size(line: Mapping[str, Any]) -> dict[str, int]:
     """Return the size of a line's picture as arguments of Answered."""
     return dict(zip(("width", "height"), line.get("size") or (0, 0), strict=True))
+
+
+def _ranked(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the choices that were ranked, the likeliest first."""
+    return tuple(name for name, _ in line.get("ranked", ()))
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from megatron_sphinx.checkpoint.identity import differences
 from megatron_sphinx.errors import DataError, remedy_of, shortened
 from megatron_sphinx.evaluation.benchmark import Benchmark
 from megatron_sphinx.evaluation.questions import digest_of, questions_of, samples_of
+from megatron_sphinx.evaluation.ranking import RankingWork, rank_questions
 from megatron_sphinx.evaluation.samples import Protocol, Sample
-from megatron_sphinx.generation.answering import Answers, Load
+from megatron_sphinx.generation.answering import Answers, Load, Scorer
 from megatron_sphinx.generation.requests import Sampling
 from megatron_sphinx.parsing import ParseError, read_json
 from megatron_sphinx.prepare.workers import write_json
@@ -33,12 +34,19 @@ class Wanted:
         protocol: whose rules are followed.
         sampling: how answers are drawn; how long they may be is the benchmark's.
         limit: how many of the first samples of each benchmark are asked; None for all.
+        by_ranking: whether the likeliest choice is the answer, instead of what is generated.
     """
 
     data: Path
     protocol: Protocol
     sampling: Sampling
     limit: int | None = None
+    by_ranking: bool = False
+
+    @property
+    def way(self) -> dict[str, bool]:
+        """Return what settings say of how answers are found; nothing where they are generated."""
+        return {"by_ranking": True} if self.by_ranking else {}
 
 
 @dataclass(frozen=True)
@@ -50,20 +58,23 @@ class Answering:
         seconds: that it took, this time.
         prompt_tokens: of the prompts that were computed this time.
         hit_tokens: how many of these were in the prefix cache.
+        ranking: what ranking took; None where answers are generated.
     """
 
     report: BatchReport
     seconds: float
     prompt_tokens: int
     hit_tokens: int
+    ranking: RankingWork | None = None
 
     def __str__(self) -> str:
         before = f", {self.report.before} of them from before" if self.report.before else ""
         share = self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         hits = f"; {share:.1%} of {self.prompt_tokens} prompt tokens were in the prefix cache" if share else ""
+        ranked = f"; {self.ranking}" if self.ranking and self.ranking.pictures else ""
         return (
             f"{self.report.answered} answers, {self.report.errors} that could not be asked{before}, in "
-            f"{self.seconds:.0f} s{hits}"
+            f"{self.seconds:.0f} s{hits}{ranked}"
         )
 
 
@@ -86,6 +97,7 @@ def settings_of(
         "questions": len(samples),
         "digest": digest_of(benchmark, samples, wanted.protocol, wanted.data),
         "sampling": asdict(_sampling_of(model, benchmark, wanted)),
+        **wanted.way,
     }
 
 
@@ -107,6 +119,7 @@ def agree(folder: Path, answers: Answers, model: Path, wanted: Wanted) -> dict[s
     drawn = {name: value for name, value in asdict(wanted.sampling).items() if name != "max_new_tokens"}
     told = {**model_settings(answers, model), "padding": answers.padding}
     current = {"model": told, "protocol": wanted.protocol.value, "limit": wanted.limit, "sampling": drawn}
+    current |= wanted.way
     current = json.loads(json.dumps(current))
     place = folder / SETTINGS
     try:
@@ -139,7 +152,7 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 
 def answer_benchmark(
-    answers: Answers,
+    answers: Scorer,
     told: Mapping[str, Any],
     benchmark: Benchmark,
     wanted: Wanted,
@@ -175,19 +188,24 @@ def answer_benchmark(
     )
     target = folder / benchmark.name / ANSWERS
     before, begin = answers.load(), time.monotonic()
-    report = answer_questions(
-        answers,
-        settings,
-        lambda: questions_of(benchmark, samples, wanted.protocol),
-        lambda: len(samples),
-        target,
-        how,
-    )
-    done = _since(before, answers.load(), report, time.monotonic() - begin)
+    ranking = None
+    if wanted.by_ranking:
+        report, ranking = rank_questions(answers, settings, benchmark, samples, wanted.protocol, target, how)
+    else:
+        report = answer_questions(
+            answers,
+            settings,
+            lambda: questions_of(benchmark, samples, wanted.protocol),
+            lambda: len(samples),
+            target,
+            how,
+        )
+    done = replace(_since(before, answers.load(), report, time.monotonic() - begin), ranking=ranking)
     if done.prompt_tokens:
         with suppress(OSError), (target.parent / RUNS).open("a") as file:
             told_times = {"seconds": done.seconds, "prompt_tokens": done.prompt_tokens, "hit_tokens": done.hit_tokens}
-            file.write(json.dumps({**asdict(report), **told_times}) + "\n")
+            told_work = asdict(ranking) if ranking else {}
+            file.write(json.dumps({**asdict(report), **told_times, **told_work}) + "\n")
     return done
 
 

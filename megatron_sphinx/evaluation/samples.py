@@ -60,6 +60,7 @@ class Answered:
         width: of the upright picture, in pixels; 0 without one.
         height: of the upright picture, in pixels; 0 without one.
         padding: where the picture lies in the square that boxes of the model are fractions of: centre or corner.
+        ranked: the likeliest choices, the likeliest first, where choices were ranked; otherwise none.
     """
 
     sample: Sample
@@ -67,6 +68,7 @@ class Answered:
     width: int = 0
     height: int = 0
     padding: str = "centre"
+    ranked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -156,3 +156,27 @@ class Answers(Protocol):
 
     def close(self) -> None:
         """End the answers that are under way, and let the other ranks of the model go."""
+
+
+class Scorer(Answers, Protocol):
+    """A model that says how likely texts are, too."""
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the ids of a whole answer: its text as it follows a question, and what ends it in the template."""
+
+    def submit_score(
+        self, prompt: Prompt, continuation: Sequence[int], listen: Listener, choices: Sequence[int] = ()
+    ) -> Ticket:
+        """Hand in a request for log-probabilities; returns at once.
+
+        Args:
+            prompt: what the tokens follow.
+            continuation: ids of tokens, each scored behind those before it; empty where there are choices alone.
+            listen: called in another thread with one chunk, which has the log-probability of each token and then of
+                each choice; or with an error.
+            choices: ids of tokens of which each may come next behind the continuation.
+
+        Raises:
+            DataError: there is nothing to score, or it does not fit.
+            QueueFullError: too many requests wait already.
+        """

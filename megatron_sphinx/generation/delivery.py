@@ -111,24 +111,24 @@ class AnswerDelivery:
 
 
 class ScoreDelivery:
-    """Gives the log-probabilities of a continuation, in one chunk that ends by its length.
+    """Gives the log-probabilities of tokens, in one chunk that ends by its length.
 
     Args:
         listen: hears it.
-        continuation: ids of the tokens that are scored.
+        scored: ids of the tokens.
     """
 
-    def __init__(self, listen: Listener, continuation: tuple[int, ...]) -> None:
-        self._told, self._continuation = _Told(listen), continuation
+    def __init__(self, listen: Listener, scored: tuple[int, ...]) -> None:
+        self._told, self._scored = _Told(listen), scored
         self._scores: list[float] = []
 
     def hear(self, outcome: Outcome) -> bool:
         """Take log-probabilities of the next tokens; whether all are there."""
         self._scores += outcome.scores
-        if len(self._scores) < len(self._continuation):
+        if len(self._scores) < len(self._scored):
             return False
-        logprobs = tuple(TokenLogprob(*pair) for pair in zip(self._continuation, self._scores, strict=True))
-        self._told.tell(Chunk("", self._continuation, logprobs, Finish.LENGTH))
+        logprobs = tuple(TokenLogprob(*pair) for pair in zip(self._scored, self._scores, strict=True))
+        self._told.tell(Chunk("", self._scored, logprobs, Finish.LENGTH))
         return True
 
     def begin_again(self) -> None:

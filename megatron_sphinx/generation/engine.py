@@ -69,22 +69,25 @@ class Engine:
         delivery = AnswerDelivery(listen, sampling, self._language.ends, self._language.texts(sampling.stop))
         return self._fitting(prompt, delivery, sampling.max_new_tokens, sampling=sampling)
 
-    def score(self, prompt: Prompt, continuation: tuple[int, ...], listen: Listener) -> CachedSequence:
+    def score(
+        self, prompt: Prompt, continuation: tuple[int, ...], listen: Listener, choices: tuple[int, ...] = ()
+    ) -> CachedSequence:
         """Make a request for the log-probabilities of a continuation ready to be added.
 
         Args:
             prompt: what it follows.
-            continuation: ids of its tokens.
-            listen: hears one chunk, with the log-probability of each token, or an error.
+            continuation: ids of its tokens; empty where there are choices alone.
+            listen: hears one chunk, with the log-probability of each token and then of each choice, or an error.
+            choices: ids of tokens of which each may come next behind the continuation.
 
         Raises:
             DataError: there is nothing to score.
             TooLongError: it does not fit.
         """
-        if not continuation:
+        if not continuation and not choices:
             raise DataError("continuation='': there is nothing to score; give a text of one token or more")
-        delivery = ScoreDelivery(listen, continuation)
-        return self._fitting(prompt, delivery, len(continuation), continuation=continuation)
+        delivery, new = ScoreDelivery(listen, (*continuation, *choices)), len(continuation) + bool(choices)
+        return self._fitting(prompt, delivery, new, continuation=continuation, choices=choices)
 
     def _fitting(
         self,
@@ -93,6 +96,7 @@ class Engine:
         new: int,
         sampling: Sampling | None = None,
         continuation: tuple[int, ...] = (),
+        choices: tuple[int, ...] = (),
     ) -> CachedSequence:
         """Make the sequence of a request, if model and cache are long enough for it."""
         length, executor = len(prompt.tokens), self._executor
@@ -112,6 +116,7 @@ class Engine:
             block=executor.block,
             sampling=sampling,
             continuation=continuation,
+            choices=choices,
             is_shared=self._has_prefix_cache,
         )
 

@@ -265,18 +265,19 @@ def outcomes_of(logits: Tensor, pieces: Sequence[Piece]) -> list[Outcome]:
         pieces: what they were computed of.
     """
     drawing: list[int] = []
-    targets: list[int] = []
+    rows: list[int] = []
     asked: list[int] = []
     row = 0
     for piece in pieces:
-        targets += range(row, row + len(piece.targets))
+        places = {number: row + place for place, number in enumerate(piece.scored)}
+        rows += [places[number] for number, _ in piece.targets]
         asked += [token for _, token in piece.targets]
-        row += len(piece.targets)
+        row += len(places)
         if piece.draw is not None:
             drawing.append(row)
             row += 1
     drawn = iter(draw(logits[drawing], [piece.draw for piece in pieces if piece.draw is not None]))
-    scores = iter(score(logits[targets], asked))
+    scores = iter(score(logits, rows, asked))
     return [
         Outcome(
             next(drawn) if piece.draw is not None else None,

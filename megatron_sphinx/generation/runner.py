@@ -81,8 +81,8 @@ class ModelRunner:
             pieces: those of this rank's replica; none at all is fine.
 
         Returns:
-            On the last stage fp32 logits [rows, vocabulary]: for each piece, those behind its targets, and behind its
-            last token where one is drawn, in this order. None before the last stage.
+            On the last stage fp32 logits [rows, vocabulary]: for each piece, those behind its scored tokens, and behind
+            its last token where one is drawn, in this order. None before the last stage.
         """
         idle = Piece(tokens=(0,), start=0, segments=((self._places, 1),))
         wanted = sum(len(piece.tokens) for piece in pieces)
@@ -155,7 +155,7 @@ def _wanted(pieces: Sequence[Piece]) -> list[int]:
     """List the new tokens behind which logits are wanted, in the order of `ModelRunner.run`."""
     wanted, begin = [], 0
     for piece in pieces:
-        wanted += [begin + number for number, _ in piece.targets]
+        wanted += [begin + number for number in piece.scored]
         begin += len(piece.tokens)
         wanted += [begin - 1] if piece.draw is not None else []
     return wanted

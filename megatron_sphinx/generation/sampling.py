@@ -48,25 +48,27 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[TokenLogprob]:
         tokens[rows] = _sample(penalised[rows], [draws[row] for row in sampled])
     drawn = [TokenLogprob(token, 0.0) for token in tokens.tolist()]
     if asked := [row for row, one in enumerate(draws) if one.top_logprobs is not None]:
-        logprobs = score(logits[asked], [drawn[row].token for row in asked])
+        logprobs = score(logits, asked, [drawn[row].token for row in asked])
         for row, logprob in zip(asked, logprobs, strict=True):
             token = drawn[row].token
             drawn[row] = TokenLogprob(token, logprob, _top(logits[row], draws[row].top_logprobs or 0, token, logprob))
     return drawn
 
 
-def score(logits: Tensor, targets: Sequence[int]) -> list[float]:
-    """Return the log-probability of a token behind each row, in nats.
+def score(logits: Tensor, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Return log-probabilities of tokens, in nats; the sum over the vocabulary is computed once a row.
 
     Args:
         logits: fp32 [rows, vocabulary].
-        targets: the token of each row.
+        rows: of each target the row that it is behind; several may be behind one.
+        targets: ids of tokens.
     """
-    scores: list[float] = []
-    for first in range(0, len(targets), _ROWS_AT_ONCE):
-        rows = logits[first : first + _ROWS_AT_ONCE].double()
-        ids = torch.tensor(targets[first : first + _ROWS_AT_ONCE], device=logits.device)
-        scores += (rows.gather(1, ids[:, None])[:, 0] - rows.logsumexp(1)).tolist()
+    places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+    used, device = torch.tensor(list(places), dtype=torch.int64, device=logits.device), logits.device
+    sums = [logits[some].double().logsumexp(1) for some in used.split(_ROWS_AT_ONCE)]
+    ids, behind = (torch.tensor(one, dtype=torch.int64, device=device) for one in (targets, rows))
+    order = torch.tensor([places[row] for row in rows], dtype=torch.int64, device=device)
+    scores: list[float] = (logits[behind, ids].double() - torch.cat(sums)[order]).tolist()
     return scores
 
 

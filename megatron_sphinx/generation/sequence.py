@@ -14,6 +14,7 @@ class CachedSequence:
         delivery: takes what its pieces give.
         sampling: how the answer is drawn; None where a continuation is scored.
         continuation: ids of the tokens to score.
+        choices: ids of the tokens that are scored behind the continuation, each as if it alone came next.
         block: tokens of a block of the cache.
         is_shared: whether its blocks can be found by other sequences, and theirs by it.
 
@@ -39,16 +40,18 @@ class CachedSequence:
         block: int,
         sampling: Sampling | None = None,
         continuation: tuple[int, ...] = (),
+        choices: tuple[int, ...] = (),
         is_shared: bool = True,
     ) -> None:
-        self.prompt, self.delivery, self._sampling, self._continuation = prompt, delivery, sampling, continuation
+        self.prompt, self.delivery, self._sampling = prompt, delivery, sampling
+        self._continuation, self._choices = continuation, choices
         self.number, self.replica = -1, 0
         self.hold: Hold | None = None
         self.computed = 0
         self.is_under_way = self.is_ended = self.is_encoded_for = False
         self.cached_tokens: int | None = None
         self.picture_end = 1 + prompt.picture.positions if prompt.picture else 0
-        self._tokens = [*prompt.tokens, *continuation[:-1]]
+        self._tokens = [*prompt.tokens, *(continuation if choices else continuation[:-1])]
         self._block, self._keys, self._is_shared = block, list[bytes](), is_shared
         self._seen = self._penalised()
 
@@ -112,7 +115,7 @@ class CachedSequence:
             segments=self.hold.segments(end),
             picture=self.prompt.picture.key if self.prompt.picture and start < self.picture_end and end > 1 else None,
             draw=self._draw(self._sampling) if self._sampling and end == self.length else None,
-            targets=self._targets(start, end) if self._continuation else (),
+            targets=self._targets(start, end) if self._sampling is None else (),
         )
 
     def _draw(self, asked: Sampling) -> Draw:
@@ -129,7 +132,11 @@ class CachedSequence:
         )
 
     def _targets(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
-        """Return which tokens of the continuation are scored behind which of the tokens from start to end."""
+        """Return which tokens of continuation and choices are scored behind which of the tokens from start to end."""
         first = len(self.prompt.tokens) - 1  # token behind which the continuation begins
-        numbers = range(max(start, first), min(end, first + len(self._continuation)))
-        return tuple((number - start, self._continuation[number - first]) for number in numbers)
+        last = first + len(self._continuation)  # behind which the choices stand
+        targets = [(number - start, self._continuation[number - first])
+                   for number in range(max(start, first), min(end, last))]  # fmt: skip
+        if start <= last < end:
+            targets += [(last - start, choice) for choice in self._choices]
+        return tuple(targets)

@@ -78,7 +78,9 @@ class Service:
         """
         return self._hand_in(self._engine.answer(prompt, sampling, listen))
 
-    def score(self, prompt: Prompt, continuation: tuple[int, ...], listen: Listener) -> RequestTicket:
+    def score(
+        self, prompt: Prompt, continuation: tuple[int, ...], listen: Listener, choices: tuple[int, ...] = ()
+    ) -> RequestTicket:
         """Hand in a request for the log-probabilities of a continuation; the arguments are those of Engine.score.
 
         Raises:
@@ -86,7 +88,7 @@ class Service:
             QueueFullError: too many requests are waiting.
             ClosedError: the service is closed.
         """
-        return self._hand_in(self._engine.score(prompt, continuation, listen))
+        return self._hand_in(self._engine.score(prompt, continuation, listen, choices))
 
     def _hand_in(self, sequence: CachedSequence) -> RequestTicket:
         """Give a request to the engine."""

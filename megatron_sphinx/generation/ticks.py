@@ -48,7 +48,8 @@ class Piece:
         picture: key of the picture whose positions are 1 to its number of positions in the sequence; None where no new
             token stands at one.
         draw: how the next token is drawn; None where the prompt goes on in a later tick, or is only scored.
-        targets: (number of a new token, id): the log-probability of which ids behind which new tokens is asked for.
+        targets: (number of a new token, id): the log-probability of which ids behind which new tokens is asked for;
+            those behind one token stand together.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +58,11 @@ class Piece:
     picture: str | None = None
     draw: Draw | None = None
     targets: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Numbers of the new tokens behind which there are targets, each once."""
+        return tuple(dict.fromkeys(number for number, _ in self.targets))
 
 
 @dataclass(frozen=True)

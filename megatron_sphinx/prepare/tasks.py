@@ -45,7 +45,7 @@ PROMPTS = {
     "ocr": "Detect all texts and provide their bounding box coordinated.",  # as the paper writes it
     "relation": "What is the relationship between the object in {subject} and the object in {object}?",
     "describe": "Please provide a short description for this region : {box}",  # section 4.3; spaces are the paper's
-    "classify": "Classify the image.",  # section 3.3.2; the answer is "This is a [CLASS]"
+    "classify": "Classify the image.",  # section 3.3.2
     # LLaMA2-Accessory, accessory/eval_mm/annotations/annotation_config.json
     "vqa": "{question}\nAnswer the question using a single word or phrase.",
     "vqa_unanswerable": "{question} When the provided information is insufficient, respond with 'Unanswerable'.\n"
@@ -54,6 +54,8 @@ PROMPTS = {
     # LLaMA2-Accessory, accessory/demos/multi_turn_mm_box.py
     "caption": "Provide a one-sentence caption for the provided image.",
 }
+
+CLASS_SENTENCE = "This is a {choice}"  # the answer to `classify`, in the same section
 
 ConversationJson = dict[str, Any]
 
@@ -211,7 +213,9 @@ def relation(record: Record, padding: str) -> ConversationJson:
 
 def classify(record: Record, padding: str) -> ConversationJson:
     """Ask for the class of the picture."""
-    return conversation(text_of(record, "image"), [(PROMPTS["classify"], f"This is a {text_of(record, 'class')}")])
+    return conversation(
+        text_of(record, "image"), [(PROMPTS["classify"], CLASS_SENTENCE.format(choice=text_of(record, "class")))]
+    )
 
 
 @dataclass(frozen=True)

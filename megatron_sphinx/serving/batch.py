@@ -160,6 +160,21 @@ def _identity(model: Path) -> dict[str, str]:
     return {"path": str(model.resolve()), "files": hashlib.sha256(repr(states).encode()).hexdigest()}
 
 
+def patiently(hand_in: Callable[[], Ticket], check: Callable[[], None] = lambda: None) -> Ticket:
+    """Hand in a request, again and again while too many wait.
+
+    Args:
+        hand_in: hands it in.
+        check: called before each further time; raises what ended the model.
+    """
+    while True:
+        try:
+            return hand_in()
+        except QueueFullError:
+            sleep(_RETRY_SECONDS)
+            check()
+
+
 def _ask_all(run: "_Run", file: AnswerFile, questions: Iterable[Question]) -> None:
     """Ask what the file does not have, and wait for it."""
     try:
@@ -214,12 +229,7 @@ class _Run:
 
     def _submit(self, prompt: Prompt, sampling: Sampling, listen: Listener) -> Ticket:
         """Hand in a request, again and again while too many wait; raise what ended the model."""
-        while True:
-            try:
-                return self._answers.submit(prompt, sampling, listen)
-            except QueueFullError:
-                sleep(_RETRY_SECONDS)
-                self._check()
+        return patiently(lambda: self._answers.submit(prompt, sampling, listen), self._check)
 
     def wait(self) -> None:
         """Wait until all questions are answered; raise what ended the model."""

@@ -228,10 +228,25 @@ class Model:
         texts = [encode(one) if isinstance(one, str) else one for one in continuations]
         for tokens in texts:
             self._check(prompt, tokens)
-        scores = self._all([partial(self._service.score, prompt, tuple(tokens)) for tokens in texts])
+        scores = self._all([partial(self.submit_score, prompt, tokens) for tokens in texts])
         if any(chunks[-1].finish is Finish.CANCELLED for _, chunks in scores):
             raise ClosedError("the model was closed before it had scored all; load it again")
         return [tuple(each.logprob for each in chunks[-1].logprobs) for _, chunks in scores]
+
+    def submit_score(
+        self, prompt: Prompt, continuation: Sequence[int], listen: Listener, choices: Sequence[int] = ()
+    ) -> RequestTicket:
+        """Hand in a request for log-probabilities; see Scorer."""
+        self._check(prompt, (*continuation, *choices))
+        return self._service.score(prompt, tuple(continuation), listen, tuple(choices))
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the ids of a whole answer; see Scorer. What ends it is EOS where the template has no text for it."""
+        ends = [stop for stop in self.template.stop if self.template.after_answer.startswith(stop)]
+        if ends and ends[0] not in self.template.control:
+            return self._encode_answer(text + ends[0])
+        end = self.tokenizer.encode(ends[0], has_special=True) if ends else [self.tokenizer.eos]
+        return [*self._encode_answer(text), *end]
 
     def _all(self, requests: Sequence[Callable[[Listener], RequestTicket]]) -> list[tuple[RequestTicket, list[Chunk]]]:
         """Hand requests in, as many as may wait at a time, and wait until all are answered."""

@@ -9,6 +9,9 @@ pose, and for locate and describe any whose annotations have `phrases`, a list o
 line, in the order of the annotations; the same command writes the same bytes. Annotations that cannot be used are
 listed in TARGET.quarantine.jsonl.
 
+For classify ANNOTATIONS may be a folder of classes instead: a folder of pictures for each class, called as the class
+is, or by its synset where all are of ImageNet-1K; paths of images are relative to it.
+
 Boxes are written in fractions of the padded square: give --padding as the model has it (vision.padding). TARGET is a
 source of `megatron-sphinx prepare conversations`.
 """
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         quarantine.append(name | {"reason": one_line(reason)})
 
     report, counts = Report(), Built()
-    annotations = read_items_or_object(args.annotations)
+    annotations = _annotations(args.task, args.annotations)
     try:
         built = list(build(args.task, annotations, args.padding, leave_out, counts))
     except DataError as error:
@@ -72,6 +75,15 @@ def run(args: argparse.Namespace) -> int:
     print(report.left_out(), end="")
     print(report.balance("annotations", quarantine_beside(args.target).name))
     return 0
+
+
+def _annotations(task: str, source: Path) -> Any:
+    """Return the annotations in a file, or of the pictures in a folder of classes."""
+    if task != "classify" or not source.is_dir():
+        return read_items_or_object(source)
+    from megatron_sphinx.prepare.classes import read_classes
+
+    return [{"image": one.path, "class": one.name} for one in read_classes(source)]
 
 
 def name_of(source: Any) -> dict[str, Any]:

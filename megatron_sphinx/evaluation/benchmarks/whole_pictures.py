@@ -1,18 +1,19 @@
 """Benchmarks of sentences about a whole picture: answers that a model judges, captions, and classes as text."""
 
+from dataclasses import replace
 from functools import partial
 
 from megatron_sphinx.evaluation.benchmark import Benchmark, OfficialFile
 from megatron_sphinx.evaluation.benchmarks.submissions import json_list, json_object
 from megatron_sphinx.evaluation.metrics.captions import CIDER
-from megatron_sphinx.evaluation.metrics.exact_match import EXACT_MATCH
+from megatron_sphinx.evaluation.metrics.classes import CLASS_MATCH
 from megatron_sphinx.evaluation.metrics.reviews import LLAVA_BENCH as LLAVA_BENCH_REVIEWS
 from megatron_sphinx.evaluation.metrics.reviews import MM_VET as MM_VET_REVIEWS
 from megatron_sphinx.evaluation.readers.captions import read_captions
-from megatron_sphinx.evaluation.readers.folders import read_image_net
+from megatron_sphinx.evaluation.readers.folders import read_class_folders, read_image_net
 from megatron_sphinx.evaluation.readers.judged import read_llava_bench, read_mm_vet
 from megatron_sphinx.evaluation.samples import Protocol
-from megatron_sphinx.prepare.tasks import PROMPTS
+from megatron_sphinx.prepare.tasks import CLASS_SENTENCE, PROMPTS
 
 _IN_THE_WILD = "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 
@@ -85,8 +86,17 @@ IMAGENET = Benchmark(
     read=read_image_net,
     prompts={Protocol.PAPER: PROMPTS["classify"]},
     max_new_tokens=32,
-    metric=EXACT_MATCH,
+    metric=CLASS_MATCH,
     table="imagenet",
+    sentence=CLASS_SENTENCE,
+)
+CLASSES = replace(
+    IMAGENET,
+    name="classes",
+    title="A folder of classes as text",
+    files=(OfficialFile("*", "a folder of pictures for each class; the class is called as its folder is"),),
+    read=read_class_folders,
+    table="",
 )
 
-BENCHMARKS = (LLAVA_BENCH, MM_VET, FLICKR30K, NOCAPS, IMAGENET)
+BENCHMARKS = (LLAVA_BENCH, MM_VET, FLICKR30K, NOCAPS, IMAGENET, CLASSES)

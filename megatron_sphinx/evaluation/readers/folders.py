@@ -1,6 +1,5 @@
-"""Benchmarks whose questions are told by folders and small files in them: MME, ImageNet, ScreenSpot's three devices."""
+"""Benchmarks whose questions are told by folders and small files in them: MME, classes, ScreenSpot's three devices."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,8 @@ from megatron_sphinx.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 from megatron_sphinx.evaluation.readers.referring import corners
 from megatron_sphinx.evaluation.readers.rows import checked, first_there, located, rows_of
 from megatron_sphinx.evaluation.samples import Sample
+from megatron_sphinx.prepare.classes import image_net_names, read_classes
+from megatron_sphinx.prepare.tasks import CLASS_SENTENCE
 
 _TASKS_OF_MME = (*PERCEPTION, *COGNITION)
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")
@@ -66,13 +67,14 @@ def _pair(task: str, text: Path, picture: Path) -> Iterator[Sample]:
 def read_image_net(folder: Path) -> Iterator[Sample]:
     """Yield the pictures of ImageNet's validation: in folders of classes, or flat with Kaggle's or the devkit's labels.
 
-    Classes are called as `class_names` says; an answer may be the class alone.
+    Classes are called as `image_net_names` says.
 
     Raises:
         DataError: labels are missing, or have another layout.
     """
     root = first_there(folder, ("ILSVRC/Data/CLS-LOC/val", "val", "."))
-    names = class_names()
+    names = image_net_names()
+    choices = tuple(names.values())
     for picture, synset in _labelled(folder, root):
         if synset not in names:
             raise DataError(f"{picture}: its class {synset} is none of ImageNet-1K; give the validation as distributed")
@@ -81,9 +83,31 @@ def read_image_net(folder: Path) -> Iterator[Sample]:
             picture=picture,
             picture_id=picture.stem,
             fields={},
-            answers=(f"This is a {names[synset]}", names[synset]),
+            answers=(CLASS_SENTENCE.format(choice=names[synset]), names[synset]),
+            choices=choices,
             categories={"class": names[synset]},
             record={"synset": synset},
+        )
+
+
+@checked
+def read_class_folders(folder: Path) -> Iterator[Sample]:
+    """Yield the pictures of a folder of classes, class by class.
+
+    Raises:
+        DataError: there are no folders of classes, one has no pictures, or two classes have one name.
+    """
+    found = list(read_classes(folder, follow_links=True))
+    choices = tuple(dict.fromkeys(one.name for one in found))
+    for one in found:
+        yield Sample(
+            id=one.path,
+            picture=folder / one.path,
+            picture_id=one.path,
+            fields={},
+            answers=(CLASS_SENTENCE.format(choice=one.name), one.name),
+            choices=choices,
+            categories={"class": one.name},
         )
 
 
@@ -123,20 +147,6 @@ def _synsets(meta: Path) -> dict[str, str]:
         return {str(int(entry["ILSVRC2012_ID"])): str(entry["WNID"]) for entry in table}
     except Exception as error:  # scipy may be missing, and has many errors for a damaged file
         raise DataError(f"{meta}: cannot be read ({error}); give the file of the devkit") from error
-
-
-def class_names() -> dict[str, str]:
-    """Return what the 1,000 classes of ImageNet are called, by their synsets: the first of timm's names of each.
-
-    Where two classes have the same first name, such as crane, both have all their names.
-    """
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    all_names = {synset: info.label_name_to_description(synset, detailed=False) for synset in info.label_names()}
-    first = {synset: found.split(",")[0] for synset, found in all_names.items()}
-    count = Counter(first.values())
-    return {synset: name if count[name] == 1 else all_names[synset] for synset, name in first.items()}
 
 
 @checked
