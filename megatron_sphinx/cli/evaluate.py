@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sphinx.cli.command import add_model, model_options
+from megatron_sphinx.cli.command import add_model, check_experts, model_options
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.generation.limits import Limits
@@ -115,6 +115,7 @@ def _answer(args: argparse.Namespace) -> None:
         raise ConfigError("--model: is not given; name a checkpoint or a run's folder")
     if not args.model.exists():
         raise ConfigError(f"--model={args.model}: no such file or folder; name a checkpoint or a run's folder")
+    check_experts(args)
     if args.limit is not None:
         check_range(args.limit, _COUNT, "--limit")
     benchmarks = _benchmarks(args.names, args.data)

@@ -113,6 +113,7 @@ class CachedSequence:
             picture=self.prompt.picture.key if self.prompt.picture and start < self.picture_end and end > 1 else None,
             draw=self._draw(self._sampling) if self._sampling and end == self.length else None,
             targets=self._targets(start, end) if self._continuation else (),
+            mark=self.prompt.mark,
         )
 
     def _draw(self, asked: Sampling) -> Draw:

@@ -3,7 +3,9 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from queue import SimpleQueue
 from threading import Condition, Thread, current_thread
+from typing import TypeVar, cast
 
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.generation.answering import Listener, Load, QueueFullError
@@ -13,6 +15,7 @@ from megatron_sphinx.generation.requests import Finish, Prompt, Sampling
 from megatron_sphinx.generation.sequence import CachedSequence
 from megatron_sphinx.generation.ticks import Executor
 
+T = TypeVar("T")
 _PICTURE_SECONDS = 0.002  # how often a picture that is all there is to wait for is asked after
 
 
@@ -118,6 +121,36 @@ class Service:
         """Have something done in the engine's thread; the lock is held."""
         self._todo.append(what)
         self._changed.notify_all()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do something in the engine's thread, between two ticks, and return what it gives.
+
+        Raises:
+            SphinxError: the model has ended.
+            ClosedError: the service is closed.
+        """
+        done: SimpleQueue[tuple[T | None, SphinxError | None]] = SimpleQueue()
+
+        def do() -> None:
+            if self._error is not None:
+                done.put((None, self._error))
+                return
+            try:
+                done.put((work(), None))
+            except SphinxError as error:
+                done.put((None, error))
+                raise
+
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self.is_closing:
+                raise ClosedError("the model is being closed: it obeys no order any more; load it again")
+            self._tell(do)
+        result, error = done.get()
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def load(self) -> Load:
         """Return what the engine is at, or was before the tick that it computes now."""

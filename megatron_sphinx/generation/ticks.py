@@ -49,6 +49,7 @@ class Piece:
             token stands at one.
         draw: how the next token is drawn; None where the prompt goes on in a later tick, or is only scored.
         targets: (number of a new token, id): the log-probability of which ids behind which new tokens is asked for.
+        mark: see Prompt.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +58,7 @@ class Piece:
     picture: str | None = None
     draw: Draw | None = None
     targets: tuple[tuple[int, int], ...] = ()
+    mark: int | None = None
 
 
 @dataclass(frozen=True)
