@@ -21,7 +21,6 @@ from megatron_sphinx.evaluation.expert_look import Looking, look
 from megatron_sphinx.evaluation.expert_page import write_look
 from megatron_sphinx.evaluation.expert_pruning import Pruning
 from megatron_sphinx.evaluation.expert_sweep import choose_experts, sweep
-from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.serving.model import load
 from megatron_sphinx.serving.questions import Asking
 
@@ -46,7 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(configuration.load(args.run / "config.yaml").data.tokenizer).parent
     digits = DataSet("digits", pictures_of(folder, args.output / "digits"))
-    with load(args.run, limits=Limits(has_prefix_cache=False)) as model:
+    with load(args.run) as model:
         prompts, labels = (one[: args.limit] for one in held_out(model, folder))
 
         def evaluate(_name: str) -> Mapping[str, float]:

@@ -26,7 +26,7 @@ from megatron_sphinx.evaluation.expert_routing import (
 from megatron_sphinx.generation.expert_orders import Choices, Collect, Restrict, Watch
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.requests import Picture, Prompt
-from megatron_sphinx.generation.service import ClosedError
+from megatron_sphinx.generation.service import BusyError, ClosedError
 from megatron_sphinx.model.architecture import VisionConfig, VisualExpertConfig
 from megatron_sphinx.model.expert_choice import ExpertChoice, KeptExperts
 
@@ -45,7 +45,6 @@ def small(tiny, tmp_path):
 
 def watched(path, prompts, *, limits=None, keep=(), **options):
     """Answers, and what the ranks have seen; on the first rank."""
-    limits = limits or Limits(has_prefix_cache=False)
     with megatron_sphinx.load(path, limits=limits, **{"cache_bytes": 2**22, **options}) as model:
         model.order_experts(Watch(keep))
         answers = model.generate(prompts, max_new_tokens=NEW, ignore_eos=True)
@@ -62,7 +61,7 @@ def test_choices_are_those_of_transformers(run_ranks, small, limits):
     peer, path, prompts = small
 
     def check():
-        answers, seen = watched(path, prompts, limits=Limits(has_prefix_cache=False, **limits))
+        answers, seen = watched(path, prompts, limits=Limits(**limits))
         for prompt, answer in zip(prompts, answers, strict=True):
             tokens = [*prompt.tokens, *answer.tokens[:-1]]  # nothing is computed of the last one
             with torch.no_grad():
@@ -129,7 +128,7 @@ def test_all_layouts_see_alike(run_ranks, tiny, tmp_path, world, sizes):
 
 def restricted(path, prompts, sizes, target: Path):
     """Scores as loaded and with other experts, ordered while the model is loaded."""
-    with megatron_sphinx.load(path, limits=Limits(has_prefix_cache=False), cache_bytes=2**22, **sizes) as model:
+    with megatron_sphinx.load(path, cache_bytes=2**22, **sizes) as model:
         found = []
         for choice in (ExpertChoice(), ExpertChoice(1), ExpertChoice(None, KeptExperts(((0, 3),))), ExpertChoice()):
             model.order_experts(Restrict(choice))
@@ -151,13 +150,15 @@ def test_orders_are_refused(run_ranks, small):
     _, path, _ = small
 
     def check():
-        message = "has_prefix_cache=true: what other experts have computed would be"
-        with megatron_sphinx.load(path, cache_bytes=2**22) as model, pytest.raises(ConfigError, match=message):
-            model.order_experts(Watch())
-        with megatron_sphinx.load(path, cache_bytes=2**22, limits=Limits(has_prefix_cache=False)) as model:
+        with megatron_sphinx.load(path, cache_bytes=2**22) as model:
             with pytest.raises(ConfigError, match="active_experts=5: the model has 4"):
                 model.order_experts(Restrict(ExpertChoice(5)))
+            answer = model.stream(Prompt((1, 5)), max_new_tokens=300, ignore_eos=True)
+            next(answer)
+            with pytest.raises(BusyError, match="requests are under way: wait until they are answered, and order"):
+                model.order_experts(Restrict(ExpertChoice(1)))
             assert "active_experts" not in model.identity
+            answer.close()
         with pytest.raises(ClosedError, match="it obeys no order any more; load it again"):
             model.order_experts(Watch())
 
@@ -215,8 +216,10 @@ def test_counts_are_those_by_hand(choices):
     assert figures["first_weight"] == pytest.approx((weights / 54).tolist())
     of_text = sum(sum(rows)[[0, 1]] for rows in wanted.values()).sum((0, 2))
     assert figures["share"]["text"] == (of_text / of_text.sum(-1, keepdims=True)).tolist()
+    first = sum(sum(rows)[3] for rows in wanted.values())[:, 0]
+    assert figures["share_by_choice"]["view 0"][0] == (first / first.sum(-1, keepdims=True)).tolist()
     second = sum(sum(rows) for rows in wanted.values()).sum(0)[:, choices - 1]
-    assert figures["share_by_choice"][choices - 1] == (second / second.sum(-1, keepdims=True)).tolist()
+    assert figures["share_by_choice"]["both"][choices - 1] == (second / second.sum(-1, keepdims=True)).tolist()
 
 
 def test_a_uniform_router_gives_the_figures_of_mixtrals_paper():
@@ -278,8 +281,7 @@ def test_errors_of_subsets_are_those_of_masked_layers(run_ranks, small):
     _, path, prompts = small
 
     def check():
-        limits = Limits(has_prefix_cache=False)
-        with megatron_sphinx.load(path, cache_bytes=2**22, limits=limits) as model:
+        with megatron_sphinx.load(path, cache_bytes=2**22) as model:
             model.order_experts(Watch((2, 3)))
             runner = model._job.executor._executor._runner
             layers = runner.experts._layers

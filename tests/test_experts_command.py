@@ -9,13 +9,13 @@ from evaluation_double import write_pope
 from test_answers import drawn, saved
 from test_answers_sources import pictures_of
 
+from megatron_sphinx import config as configuration
 from megatron_sphinx.__main__ import main
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.evaluation.benchmarks.registry import named
 from megatron_sphinx.evaluation.expert_data import DataSet
 from megatron_sphinx.evaluation.expert_look import Looking, look
 from megatron_sphinx.evaluation.expert_sweep import check_benchmarks
-from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.serving.model import load
 
 EXPERTS = {"model.experts": 4, "model.experts_per_token": 2, "vision.views": 5, "data.sequence_length": 400}
@@ -47,7 +47,8 @@ def test_a_look_at_the_experts_of_a_run(train, run_ranks, asked, tmp_path):
     words_seen = found["data"]["words"]
     assert words_seen["units"] == 5
     assert words_seen["tokens"]["generated"] <= 5 * 2
-    assert words_seen["tokens"]["view 0"] == words_seen["tokens"]["view 4"] == 4 * 18
+    each = configuration.load(run.folder / "config.yaml").vision.tokens_per_view
+    assert words_seen["tokens"]["view 0"] == words_seen["tokens"]["view 4"] == 4 * each
     assert words_seen["uniform"] == {"share": 0.25, "any_repeated": 1 - 1 / 6}
     assert found["divergence"].keys() == {"words and pope", "words: image and text", "pope: image and text"}
     assert len(found["pruned"]) == 2 * (2 + 1 + 1)
@@ -134,7 +135,7 @@ def test_models_and_questions_without_anything_to_see_are_refused(run_ranks, tin
     end = ["--output", str(tmp_path / "out"), "--cache-gib", "0.01"]
 
     def check():
-        how, asked = {"cache_bytes": 2**22, "limits": Limits(has_prefix_cache=False)}, DataSet.of(f"{none}")
+        how, asked = {"cache_bytes": 2**22}, DataSet.of(f"{none}")
         message = "dense: has no MoE experts to look at; give a mixture of experts"
         with load(dense, **how) as model, pytest.raises(ConfigError, match=message):
             look(model, [], Looking())

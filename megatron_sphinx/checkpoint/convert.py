@@ -79,9 +79,7 @@ def convert(
 ) -> ConversionReport:
     """Write a checkpoint in another format; a run that was stopped goes on where it was.
 
-    Imports no torch.
-
-    Memory: a few MB for each thread, and two tensors of the source where they lie in several chunks.
+    Imports no torch. Takes a few MB for each thread, and two tensors of the source where they lie in several chunks.
 
     Args:
         source: folder of a checkpoint.
@@ -109,17 +107,16 @@ def convert(
     opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
         _check_files(opened)
-    checkpoint, companions = with_companions(_with_encoders(opened, experts, encoders), to)
-    checkpoint = prune(checkpoint, kept) if kept is not None else checkpoint
+    chosen = _with_encoders(opened if kept is None else prune(opened, kept), experts, encoders)
+    checkpoint, companions = with_companions(chosen, to)
     options = replace(options, views=views or options.views, dtype=to.dtype or options.dtype)
     plan = _plan(checkpoint, to, options)
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
     task = task_of(to.name, options, checkpoint.model) + ([f"keep_experts={kept}"] if kept is not None else [])
-    told = _write(
-        target, checkpoint, to, plan, conversion, task, options.dtype, companions, algorithm, verify=verify, show=show
-    )
+    how = (task, options.dtype, companions, algorithm)
+    told = _write(target, checkpoint, to, plan, conversion, *how, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
     notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *told)
     line = _balance(opened, checkpoint, conversion, len(specs))

@@ -20,12 +20,9 @@ from typing import TYPE_CHECKING
 
 from megatron_sphinx.cli.command import add_model, check_model, model_options
 from megatron_sphinx.errors import ConfigError
-from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.ranges import Range, check_range
 
 if TYPE_CHECKING:
-    from megatron_sphinx.evaluation.expert_look import Look
-    from megatron_sphinx.evaluation.expert_sweep import Pruned
     from megatron_sphinx.serving.model import Model
 
 _METHODS = ("random", "usage", "reconstruction")
@@ -64,18 +61,20 @@ def run(args: argparse.Namespace) -> int:
     data = [DataSet.of(one) for one in args.data]
     from megatron_sphinx.evaluation.expert_look import Looking, look
     from megatron_sphinx.evaluation.expert_page import write_look
-    from megatron_sphinx.evaluation.expert_sweep import check_benchmarks, evaluate_benchmarks, sweep
+    from megatron_sphinx.evaluation.expert_pruning import Pruning
+    from megatron_sphinx.evaluation.expert_sweep import check_benchmarks, choose_experts, evaluate_benchmarks, sweep
     from megatron_sphinx.serving.model import load
     from megatron_sphinx.serving.questions import Asking
 
     if args.sweep:
         check_benchmarks(data)
     asking = Asking(args.prompt, images=args.images, follow_links=True)
-    keep = tuple(dict.fromkeys(args.keep)) if "reconstruction" in args.prune else ()
-    with load(args.model, limits=Limits(has_prefix_cache=False), **model_options(args)) as model:
+    subsets = tuple(dict.fromkeys(args.keep)) if "reconstruction" in args.prune else ()
+    with load(args.model, **model_options(args)) as model:
         _check_keep(args, model)
-        found = look(model, data, Looking(asking, args.limit, args.max_new_tokens, keep, show=True))
-        pruned = _prune(args, model, found)
+        found = look(model, data, Looking(asking, args.limit, args.max_new_tokens, subsets, show=True))
+        methods, keeps = ([*dict.fromkeys(given)] for given in (args.prune, args.keep))
+        pruned = choose_experts(model.language, found, [Pruning(method) for method in methods], keeps, args.seeds)
         points = []
         if args.sweep:
             evaluate = evaluate_benchmarks(model, args.model, data, args.output / "sweep", args.limit)
@@ -117,18 +116,3 @@ def _check_keep(args: argparse.Namespace, model: Model) -> None:
     for method in args.prune:
         for keep in args.keep:
             check_keep(keep, model.language.experts, Pruning(method))
-
-
-def _prune(args: argparse.Namespace, model: Model, found: Look) -> list[Pruned]:
-    """Choose experts by each method and number, and write the choices down."""
-    from megatron_sphinx.evaluation.expert_pruning import Pruning
-    from megatron_sphinx.evaluation.expert_sweep import choose_experts
-
-    methods = [Pruning(method) for method in dict.fromkeys(args.prune)]
-    pruned = choose_experts(model.language, found, methods, list(dict.fromkeys(args.keep)), args.seeds)
-    if pruned:
-        args.output.mkdir(parents=True, exist_ok=True)
-    for one in pruned:
-        told = {"model": model.name, "method": one.method.value, "seed": one.seed}
-        one.kept.write(args.output / f"kept_{one.name}.json", **told)
-    return pruned

@@ -66,7 +66,7 @@ def look(model: Model, data: Sequence[DataSet], how: Looking) -> Look:
     """Ask questions, and count what the routers choose.
 
     Args:
-        model: the model, loaded without a prefix cache.
+        model: the model.
         data: what it is asked.
         how: the questions are asked.
 

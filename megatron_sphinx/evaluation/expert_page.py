@@ -41,7 +41,7 @@ def write_look(
     """Write what was seen of a model's experts; return the page in Markdown.
 
     Args:
-        folder: where; the files are experts.json, experts.md, experts.html, and plots.
+        folder: where; the files are experts.json, experts.md, experts.html, plots, and kept experts.
         name: of the model.
         found: what was seen.
         pruned: which experts were chosen to be kept.
@@ -75,6 +75,8 @@ def write_look(
         "experts.md": markdown(blocks),
         "experts.html": html(blocks),
     }
+    for one in pruned:
+        texts[f"kept_{one.name}.json"] = one.kept.as_json(model=name, method=one.method.value, seed=one.seed)
     files = {one: text.encode() for one, text in texts.items()}
     files |= {block.name: block.content for block in blocks if isinstance(block, Plot)}
     try:

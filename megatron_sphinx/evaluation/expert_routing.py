@@ -93,6 +93,12 @@ class RoutingCounts:
         found: Counts = self.assignments[:, places].sum((1, 3))
         return found
 
+    def by_choice(self, kinds: Sequence[str]) -> Counts:
+        """Return how often each expert was which choice of tokens of some kinds: [choices, layers, experts]."""
+        places = [place for place, kind in enumerate(self.kinds) if kind in kinds]
+        found: Counts = self.assignments[:, places].sum((0, 1)).swapaxes(0, 1)
+        return found
+
     @property
     def groups(self) -> dict[str, list[str]]:
         """The kinds by what the paper's figure 5 calls them, text and images together last."""
@@ -153,7 +159,7 @@ def _pairs(kinds: NDArray[np.int64], chosen: Counts, either: Counts) -> Counts:
     is_text: NDArray[np.bool_] = is_same & np.equal(classes[1:], 0)
     is_view: NDArray[np.bool_] = is_same & np.greater(classes[1:], 2)
     is_first: NDArray[np.bool_] = np.equal(chosen[:, 1:, 0], chosen[:, :-1, 0])
-    is_any = (either[:, 1:] & either[:, :-1]).any(2)
+    is_any = np.asarray(np.any(either[:, 1:] & either[:, :-1], axis=2))
     return np.stack([
         np.stack([np.full(len(chosen), some.sum()), is_first[:, some].sum(1), is_any[:, some].sum(1)], 1)
         for some in (is_text, is_view)
@@ -252,7 +258,7 @@ def figures_of(counts: RoutingCounts) -> dict[str, object]:
     groups: Mapping[str, Sequence[str]] = {kind: [kind] for kind in counts.kinds} | counts.groups
     shares = {name: shares_of(counts.of_kinds(kinds).sum(0)) for name, kinds in groups.items()}
     shares = {name: share for name, share in shares.items() if not np.isnan(share).all()}
-    by_choice = shares_of(counts.assignments.sum((0, 1)).swapaxes(0, 1))  # [choices, layers, experts]
+    by_choice = {name: shares_of(counts.by_choice(groups[name])).tolist() for name in shares}
     tokens = counts.assignments.sum((0, 3, 4)) / counts.choices  # [kinds, layers]
     weights = counts.first_weight.sum(0) / tokens.sum(0)
     return {
@@ -260,7 +266,7 @@ def figures_of(counts: RoutingCounts) -> dict[str, object]:
         "tokens": {kind: int(tokens[place, 0]) for place, kind in enumerate(counts.kinds)},
         "uniform": {"share": uniform.share, "any_repeated": uniform.any_repeated},
         "share": {name: share.tolist() for name, share in shares.items()},
-        "share_by_choice": by_choice.tolist(),
+        "share_by_choice": by_choice,
         "evenness": {name: evenness(share).tolist() for name, share in shares.items()},
         "first_repeated": {name: _ratio(counts.pairs[place], 1) for place, name in enumerate(("text", "image"))},
         "any_repeated": {name: _ratio(counts.pairs[place], 2) for place, name in enumerate(("text", "image"))},

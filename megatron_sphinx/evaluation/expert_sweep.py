@@ -72,7 +72,7 @@ def sweep(model: Model, pruned: Sequence[Pruned], evaluate: Callable[[str], Mapp
     """Evaluate a model with 1 to all of its experts active, and with pruned ones; it ends as it was trained.
 
     Args:
-        model: the model, loaded without a prefix cache.
+        model: the model.
         pruned: what is kept, each in turn.
         evaluate: evaluates the model as it is then, given the name of the choice; figures by the titles of tasks.
     """

@@ -23,6 +23,10 @@ class ClosedError(SphinxError):
     """The service takes no requests any more."""
 
 
+class BusyError(SphinxError):
+    """What was ordered cannot be done while requests are under way."""
+
+
 class RequestTicket:
     """A request that was handed in."""
 
@@ -123,11 +127,14 @@ class Service:
         self._changed.notify_all()
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do something in the engine's thread, between two ticks, and return what it gives.
+        """Do something in the engine's thread while no request is under way, and return what it gives.
+
+        What prompts have in common with earlier ones is computed anew behind it.
 
         Raises:
-            SphinxError: the model has ended.
+            BusyError: a request is under way.
             ClosedError: the service is closed.
+            SphinxError: the model has ended.
         """
         done: SimpleQueue[tuple[T | None, SphinxError | None]] = SimpleQueue()
 
@@ -135,7 +142,11 @@ class Service:
             if self._error is not None:
                 done.put((None, self._error))
                 return
+            if not self._engine.is_idle:
+                done.put((None, BusyError("requests are under way: wait until they are answered, and order it then")))
+                return
             try:
+                self._engine.forget_prefixes()
                 done.put((work(), None))
             except SphinxError as error:
                 done.put((None, error))

@@ -73,14 +73,13 @@ class KeptExperts:
             raise ConfigError(f"keep_experts: expert {most}: the model has 0 to {config.experts - 1}; give those")
         return self.layers * (config.layers if len(self.layers) == 1 else 1)
 
-    def write(self, path: Path, **told: Any) -> None:
-        """Write a file that `of` reads.
+    def as_json(self, **told: Any) -> str:
+        """Return the content of a file that `of` reads.
 
         Args:
-            path: the file.
             told: plain values on how the experts were chosen, which stand beside them.
         """
-        path.write_text(json.dumps({_KEPT: [list(row) for row in self.layers], **told}, indent=1) + "\n")
+        return json.dumps({_KEPT: [list(row) for row in self.layers], **told}) + "\n"
 
     def __str__(self) -> str:
         return " ".join(",".join(map(str, row)) for row in self.layers)

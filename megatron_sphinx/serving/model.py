@@ -107,7 +107,7 @@ class Model:
         self.language = source.language
         self.identity: Mapping[str, str] = {**self._whole, **job.choice.fitting(source.language).told}
         language = Language(ends=ends_of(self.template, self.tokenizer), texts=partial(Detokenizer, self.tokenizer))
-        self._service, self._has_prefix_cache = Service(job.executor, language, limits), limits.has_prefix_cache
+        self._service = Service(job.executor, language, limits)
         self._is_closed = False
         if not job.is_alone:
             atexit.register(self.close)  # the other ranks wait for it, and would wait in vain
@@ -327,17 +327,15 @@ class Model:
             What has been recorded, of each replica and stage, where that is asked for.
 
         Raises:
-            ConfigError: the model has no experts, or fewer; or it was loaded with a prefix cache.
+            ConfigError: the model has no experts, or fewer.
+            BusyError: a request is under way.
         """
-        if self._has_prefix_cache:
-            raise ConfigError(
-                "limits.has_prefix_cache=true: what other experts have computed would be taken, and not be seen; load "
-                "the model with limits=Limits(has_prefix_cache=False)"
-            )
         if isinstance(order, Restrict):
             order = Restrict(order.choice.fitting(self.language))
+        seen = self._service.call(lambda: self._job.executor.order_experts(order))
+        if isinstance(order, Restrict):
             self.identity = {**self._whole, **order.choice.told}
-        return self._service.call(lambda: self._job.executor.order_experts(order))
+        return seen
 
     # its life
 
