@@ -76,6 +76,22 @@ def test_figure_7_says_whether_it_shows_what_the_papers_does(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_the_experts_of_the_demo(run_example, run_ranks, tmp_path):
+    data, folder, look = tmp_path / "data", tmp_path / "run", tmp_path / "look"
+    run_example("demo_data.py", data)
+    overrides = [f"vision.experts.0.weights={data / 'efficientnet_lite0.pth'}", "parallel={}", "training.steps=1",
+                 "optimizer.warmup_steps=null", f"run.folder={folder}", f"data.tokenizer={data / 'tokenizer.model'}",
+                 f"data.text={data / 'text'}", f"data.pairs={data / 'pairs'}"]  # fmt: skip
+    run_ranks(1, lambda: main(["train", str(EXAMPLES / "demo_moe.yaml"), *overrides]))
+    said = run_example("demo_experts.py", folder, look, "--limit", 5, "--keep", 6, 1)
+    found = json.loads((look / "experts.json").read_text())
+    assert [one["name"] for one in found["sweep"]] == [line.split()[0] for line in said.splitlines() if " %" in line]
+    assert len(found["sweep"]) == 8 + 2 * (3 + 1 + 1)
+    assert found["data"]["digits"]["units"] == 5
+    assert all(0 <= value <= 100 for one in found["sweep"] for value in one["figures"].values())
+
+
+@pytest.mark.slow
 def test_the_family(run_example, run_ranks, tmp_path):
     """Stage 1 twice, theta_mix, stage 2 with experts and views that are skipped, held-out questions: a step of each."""
     demo, data = tmp_path / "demo", tmp_path / "family"

@@ -23,12 +23,14 @@ from megatron_sphinx.checkpoint.journal import Journal
 from megatron_sphinx.checkpoint.mapping.axes import Model
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion
 from megatron_sphinx.checkpoint.open import open_checkpoint
+from megatron_sphinx.checkpoint.pruning import prune
 from megatron_sphinx.checkpoint.selection import select
 from megatron_sphinx.checkpoint.streams import TensorStreams
 from megatron_sphinx.checkpoint.tally import balance
 from megatron_sphinx.checkpoint.targets import is_taken, partial_of, publish
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import LanguageConfig
+from megatron_sphinx.model.expert_choice import KeptExperts
 from megatron_sphinx.remote import copy_file
 from megatron_sphinx.tensors.dtypes import Array, bits, converted
 from megatron_sphinx.tensors.entries import Entry
@@ -69,6 +71,7 @@ def convert(
     views: int | None = None,
     experts: Sequence[str] = (),
     encoders: Path | None = None,
+    kept: KeptExperts | None = None,
     ignored: Collection[str] = (),
     algorithm: Algorithm = "xxh3_128",
     verify: bool = False,
@@ -76,9 +79,7 @@ def convert(
 ) -> ConversionReport:
     """Write a checkpoint in another format; a run that was stopped goes on where it was.
 
-    Imports no torch.
-
-    Memory: a few MB for each thread, and two tensors of the source where they lie in several chunks.
+    Imports no torch. Takes a few MB for each thread, and two tensors of the source where they lie in several chunks.
 
     Args:
         source: folder of a checkpoint.
@@ -90,6 +91,7 @@ def convert(
         views: views of a picture, if they are not those of `options`.
         experts: which of the visual experts of a released model to keep; all unless given.
         encoders: folder of frozen experts, a file each, that the target shall have; the source's unless given.
+        kept: the MoE experts that the target has; all unless given.
         ignored: keys of the source's configuration that the user says are of no matter.
         algorithm: of the digests of what is written, for the format that keeps them.
         verify: read everything back and compare it with the source.
@@ -98,19 +100,23 @@ def convert(
     Raises:
         CheckpointError: the source is incomplete, damaged or unknown; the target exists, cannot be written, or cannot
             hold such a model; what was read back differs.
+        ConfigError: `kept` does not fit the source.
     """
     if is_taken(target):
         raise CheckpointError(f"{target}: exists; give another TARGET, or remove it")
     opened, to = open_checkpoint(source, shape, diff, ignored), format_named(form)
     if verify:
         _check_files(opened)
-    checkpoint, companions = with_companions(_with_encoders(opened, experts, encoders), to)
+    chosen = _with_encoders(opened if kept is None else prune(opened, kept), experts, encoders)
+    checkpoint, companions = with_companions(chosen, to)
     options = replace(options, views=views or options.views, dtype=to.dtype or options.dtype)
     plan = _plan(checkpoint, to, options)
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
-    told = _write(target, checkpoint, to, plan, conversion, options, companions, algorithm, verify=verify, show=show)
+    task = task_of(to.name, options, checkpoint.model) + ([f"keep_experts={kept}"] if kept is not None else [])
+    how = (task, options.dtype, companions, algorithm)
+    told = _write(target, checkpoint, to, plan, conversion, *how, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
     notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *told)
     line = _balance(opened, checkpoint, conversion, len(specs))
@@ -123,7 +129,8 @@ def _write(
     to: Format,
     plan: WritePlan,
     conversion: Conversion,
-    options: WriteOptions,
+    task: Sequence[str],
+    dtype: np.dtype | None,
     companions: Mapping[str, Path],
     algorithm: Algorithm,
     *,
@@ -133,8 +140,8 @@ def _write(
     """Write the target under a hidden name, and give it its own when it is complete; what must be told of it."""
     partial = partial_of(target)
     try:
-        with Journal([partial], task_of(to.name, options, checkpoint.model), _inputs(checkpoint)) as journal:
-            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype, algorithm)
+        with Journal([partial], task, _inputs(checkpoint)) as journal:
+            streams = TensorStreams(partial, checkpoint, to, plan, conversion, dtype, algorithm)
             streams.write(journal, show)
             if not to.has_encoders:
                 write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)

@@ -1,13 +1,12 @@
 """Fewer visual experts than a checkpoint has: what begins a SPHINX-X with the weights of a SPHINX."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_sphinx.checkpoint.encoders import RELEASED
 from megatron_sphinx.checkpoint.formats.format import SourceCheckpoint
 from megatron_sphinx.errors import CheckpointError
 from megatron_sphinx.model.architecture import VISUAL_EXPERTS
-from megatron_sphinx.tensors.entries import Chunk, Entry
 
 _PROJECTION = "visual_proj.0.weight"
 
@@ -43,28 +42,7 @@ def select(checkpoint: SourceCheckpoint, kept: Sequence[str]) -> SourceCheckpoin
     entries = {(spec.file, spec.name): source.entries[spec.file, spec.name] for spec in specs}
     for spec in specs:
         if spec.rule.weights == (_PROJECTION,):
-            entries[spec.file, spec.name] = _columns(entries[spec.file, spec.name], spans)
+            entries[spec.file, spec.name] = entries[spec.file, spec.name].of_spans(1, spans)
     files = {RELEASED[name] for name in kept}
     encoders = {name: tensors for name, tensors in checkpoint.encoders.items() if name in files}
     return replace(checkpoint, model=model, source=replace(source, specs=specs, entries=entries), encoders=encoders)
-
-
-def _columns(entry: Entry, spans: Sequence[tuple[int, int]]) -> Entry:
-    """Columns of a matrix, side by side."""
-    added = _columns(entry.added, spans) if entry.added is not None else None
-    width = sum(stop - start for start, stop in spans)
-    return replace(entry, shape=(entry.shape[0], width), chunks=tuple(_chunks(entry, spans)), added=added)
-
-
-def _chunks(entry: Entry, spans: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
-    """The boxes of a matrix that lie in spans of its columns, where they lie when the spans are side by side."""
-    end = 0  # of the spans so far
-    for start, stop in spans:
-        for chunk in entry.chunks:
-            begin = chunk.offset[1]
-            first, last = max(start, begin), min(stop, begin + chunk.shape[1])
-            if first < last:
-                first_byte = chunk.start + (first - begin) * chunk.stride[1] * entry.dtype.itemsize
-                offset, shape = (chunk.offset[0], end + first - start), (chunk.shape[0], last - first)
-                yield replace(chunk, start=first_byte, offset=offset, shape=shape)
-        end += stop - start

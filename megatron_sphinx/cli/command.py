@@ -151,6 +151,10 @@ def add_model(parser: argparse.ArgumentParser, *, is_option: bool = False) -> No
     group.add_argument(
         "--cache-gib", type=float, help="of each rank's key-value cache; default: what there is room for"
     )
+    group.add_argument("--active-experts", type=int, metavar="K", help="of a token, in a mixture; default: as trained")
+    group.add_argument(
+        "--keep-experts", metavar="KEPT", help="of a mixture's experts choose among these: a file of experts, or 0,2,5"
+    )
     group = parser.add_argument_group("its layout, started by torchrun or srun; replicas take the ranks that are left")
     group.add_argument("--tensor", type=int, metavar="RANKS", help="that share each matrix; default: 1")
     group.add_argument("--pipeline", type=int, metavar="STAGES", help="that the layers are cut into; default: 1")
@@ -163,7 +167,7 @@ def check_model(args: argparse.Namespace) -> None:
 
     Raises:
         CheckpointError: its folder is not there, or holds no checkpoint.
-        ConfigError: its configuration, or the name of a template, is wrong.
+        ConfigError: its configuration, the name of a template, or a number of experts is wrong.
         DataError: its tokenizer cannot be read.
     """
     from megatron_sphinx.checkpoint.open import form_of
@@ -173,6 +177,8 @@ def check_model(args: argparse.Namespace) -> None:
     require_folder(args.model)
     if args.template is not None:
         template_of(args.template)
+    if "active_experts" in args:
+        check_experts(args)
     if args.config is not None:
         from megatron_sphinx import config as configuration
 
@@ -184,8 +190,22 @@ def check_model(args: argparse.Namespace) -> None:
     form_of(args.model)
 
 
+def check_experts(args: argparse.Namespace) -> None:
+    """Refuse numbers of MoE experts that no model has.
+
+    Raises:
+        ConfigError: one is out of its range, or the kept ones cannot be read.
+    """
+    from megatron_sphinx.model.expert_choice import ExpertChoice, KeptExperts
+
+    ExpertChoice(args.active_experts)
+    if args.keep_experts is not None:
+        KeptExperts.of(args.keep_experts)
+
+
 _OF_MODEL = (
     "config", "tokenizer", "template", "device", "precision", "positions", "tensor", "pipeline", "expert", "encoder",
+    "active_experts", "keep_experts",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     megatron-sphinx convert meta-llama/Llama-2-7b-hf weights/llama2_7b --to megatron
     megatron-sphinx convert SPHINX-v2-1k start --to megatron --verify
     megatron-sphinx convert runs/stage2 exported --to accessory --tensor-parallel 2 --encoders start/encoders
+    megatron-sphinx convert runs/moe pruned --to hf --keep-experts look/kept_usage_6.json
 
 Formats: hf (Llama, Mixtral; projections and tags in sphinx.safetensors), internlm2, meta (also Mistral's Mixtral),
 accessory (LLaMA2-Accessory, all SPHINX types), megatron (ours; begin a run with it: model.weights=TARGET), torch_dist
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts", default="", help="of a released model's visual experts keep these: clip_convnext_xxl,dinov2_vitg14"
     )
     add("--encoders", type=place, help="folder of frozen experts for TARGET, as --to makes one; default: SOURCE's own")
+    add("--keep-experts", metavar="KEPT", help="of a mixture's experts keep these: a file of experts, or 0,2,5")
     add_ignore(parser)
     add_sha256(parser)
     add("--verify", action="store_true", help="check SOURCE's checksums; read everything back and compare it")
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sphinx.checkpoint.convert import convert
     from megatron_sphinx.checkpoint.formats.format import WriteOptions
     from megatron_sphinx.config import load
+    from megatron_sphinx.model.expert_choice import KeptExperts
     from megatron_sphinx.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
     dtype = dict(zip(DTYPES, (FLOAT32, BFLOAT16, FLOAT16), strict=True))[args.dtype] if args.dtype else None
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     done = convert(
         args.source, args.target, args.form, options,
         shape=load(args.preset).model if args.preset else None, diff=args.diff, views=args.views,
-        experts=[*filter(None, args.experts.split(","))], encoders=args.encoders, ignored=args.ignore,
+        experts=[*filter(None, args.experts.split(","))], encoders=args.encoders,
+        kept=KeptExperts.of(args.keep_experts) if args.keep_experts is not None else None, ignored=args.ignore,
         algorithm=args.algorithm, verify=args.verify, show=True,
     )  # fmt: skip
     for note in done.notes:

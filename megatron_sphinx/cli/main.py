@@ -17,6 +17,7 @@ from megatron_sphinx.cli import (
     demo,
     doctor,
     evaluate,
+    experts,
     export_embeddings,
     generate,
     gpu_check,
@@ -44,7 +45,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
     "gpu-check": gpu_check, "chat": chat, "generate": generate, "serve": serve, "demo": demo,
-    "export-embeddings": export_embeddings, "evaluate": evaluate, "judge": judge,
+    "export-embeddings": export_embeddings, "evaluate": evaluate, "judge": judge, "experts": experts,
 }  # fmt: skip
 PROGRAM = "megatron-sphinx"
 SHELLS = ("bash", "zsh", "tcsh")

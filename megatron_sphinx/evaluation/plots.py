@@ -32,7 +32,7 @@ def plot_figures(bars: Sequence[Bar], paper: str) -> bytes:
         bars: the figures.
         paper: the name of the model that the paper's figures are of.
     """
-    figure, rows = _figure(max(1, len(bars)), 0.55)
+    figure, rows = canvas(max(1, len(bars)), 0.55)
     for row, bar in zip(rows, bars, strict=False):
         one = bar.figure
         arms = [[max(0.0, one.value - one.low)], [max(0.0, one.high - one.value)]]
@@ -42,7 +42,7 @@ def plot_figures(bars: Sequence[Bar], paper: str) -> bytes:
             row.legend(fontsize="x-small", loc="lower right")
         row.set(yticks=[0], yticklabels=[bar.title], xlim=(0, _ROOM * max(one.high, bar.paper or 0, 1e-9)))
         row.tick_params(labelsize="small")
-    return _png(figure)
+    return png(figure)
 
 
 def plot_parts(parts: Mapping[str, Part], name: str) -> bytes:
@@ -53,15 +53,15 @@ def plot_parts(parts: Mapping[str, Part], name: str) -> bytes:
         name: of the figure.
     """
     shown = {title: part.value for title, part in parts.items() if part.value is not None}
-    figure, (axes,) = _figure(1, 0.28 * len(shown))
+    figure, (axes,) = canvas(1, 0.28 * len(shown))
     axes.barh(list(shown), list(shown.values()), color="C0")
     axes.invert_yaxis()
     axes.set(xlabel=name, xlim=(0, _ROOM * max([*shown.values(), 1e-9])))
     axes.tick_params(labelsize="small")
-    return _png(figure)
+    return png(figure)
 
 
-def _figure(rows: int, inches: float) -> tuple[Any, Sequence[Any]]:
+def canvas(rows: int, inches: float) -> tuple[Any, Sequence[Any]]:
     """Make a figure with so many axes below each other, each so many inches high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -71,7 +71,7 @@ def _figure(rows: int, inches: float) -> tuple[Any, Sequence[Any]]:
     return figure, figure.subplots(rows, 1, squeeze=False)[:, 0].tolist()
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     """Return the content of a file that shows a figure; equal figures give equal bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})

@@ -117,7 +117,7 @@ class Engine:
             sampling=sampling,
             continuation=continuation,
             choices=choices,
-            is_shared=self._has_prefix_cache,
+            is_shared=self._has_prefix_cache and prompt.mark is None,  # what is recorded must be computed
         )
 
     def add(self, sequence: CachedSequence) -> None:
@@ -128,6 +128,11 @@ class Engine:
             works = [_LOAD_SHARE * replica.foreseen(sequence) + replica.load for replica in self._replicas]
             sequence.replica = works.index(min(works))
         self._replicas[sequence.replica].add(sequence)
+
+    def forget_prefixes(self) -> None:
+        """Take nothing any more of what has been computed; there must be nothing to do."""
+        for replica in self._replicas:
+            replica.forget_prefixes()
 
     def cancel(self, sequence: CachedSequence) -> None:
         """End a request that nobody wants any more; nothing happens where it has ended."""

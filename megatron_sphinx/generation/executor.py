@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sphinx.generation.expert_orders import Collect, ExpertOrder, WatchedExperts
 from megatron_sphinx.generation.pictures import views_of_picture
 from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.runner import ModelRunner
@@ -101,6 +102,18 @@ class LanguageRankExecutor:
         ready, self._ready = self._ready, []
         return ready
 
+    def order_experts(self, order: ExpertOrder) -> list[WatchedExperts]:
+        """Have all ranks obey an order about MoE experts, while no request is under way; return what each has seen."""
+        self._tell(order)
+        own = self._groups.seat.rank
+        found = [self._runner.experts.obey(order)]
+        for rank in self._first_tensor_ranks():
+            if rank != own and isinstance(order, Collect):
+                heard: list[Any] = [None]
+                dist.recv_object_list(heard, src=rank, group=self._groups.storage)
+                found += heard
+        return [one for one in found if one is not None]
+
     def close(self) -> None:
         """Let all other ranks go."""
         for remote in self._remote:
@@ -116,10 +129,23 @@ class LanguageRankExecutor:
                 outcomes = self._compute(order)
                 if outcomes is not None:
                     dist.send_object_list([outcomes], dst=0, group=self._groups.storage)
+            elif isinstance(order, ExpertOrder):
+                seen = self._runner.experts.obey(order)
+                if isinstance(order, Collect) and not self._groups.seat.tensor:
+                    dist.send_object_list([seen], dst=0, group=self._groups.storage)
             else:
                 self._obey(order)
 
     # on all
+
+    def _first_tensor_ranks(self) -> list[int]:
+        """List the first of the ranks that share each stage's matrices, of every replica."""
+        layout = self._groups.layout
+        return [
+            layout.rank_of(data=replica, tensor=0, pipeline=stage)
+            for replica in range(self.replicas)
+            for stage in range(self.stages)
+        ]
 
     def _tell(self, order: object) -> None:
         if not self._is_alone:

@@ -39,13 +39,18 @@ class Replica:
 
     def __init__(self, executor: Executor, limits: Limits, counts: Counter[str]) -> None:
         self._limits, self._stages, self._counts = limits, executor.stages, counts
-        self.pool = BlockPool(executor.places, executor.block)
+        self._executor = executor
+        self.forget_prefixes()
         self.embeddings = EmbeddingCache(limits.picture_positions, limits.encodings)
         self.waiting: list[CachedSequence] = []
         self.running: list[CachedSequence] = []
         self.promised = Counter[bytes]()
         self._making: dict[bytes, CachedSequence] = {}  # blocks, and who computes them
         self._seers: set[CachedSequence] = set()  # use the embeddings of their pictures
+
+    def forget_prefixes(self) -> None:
+        """Begin with empty blocks; no sequence may hold any."""
+        self.pool = BlockPool(self._executor.places, self._executor.block)
 
     @property
     def load(self) -> int:

@@ -80,10 +80,12 @@ class Prompt:
     Attributes:
         tokens: ids, BOS first; behind it those of the picture's positions, which are 0, then the text.
         picture: None for a prompt of text alone.
+        mark: the number under which the choices of the routers are recorded, while a model does that; None for not.
     """
 
     tokens: tuple[int, ...]
     picture: Picture | None = None
+    mark: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sphinx.generation.expert_watch import ExpertWatch
 from megatron_sphinx.generation.ticks import Piece
 from megatron_sphinx.model.attention import PackedRows, rotation_at
 from megatron_sphinx.model.cache import CachedDocuments, Extent, KeyValueCache, bytes_per_token
@@ -31,6 +32,7 @@ class ModelRunner:
 
     Attributes:
         cache_bytes: what the cache takes on this rank.
+        experts: obeys what is ordered of the MoE experts.
         feature_values: numbers of a view's features; 0 where the model has no eyes, and after the first stage.
     """
 
@@ -52,6 +54,7 @@ class ModelRunner:
         self._decode = decode or InferenceDecoder(model.language, groups)
         self._is_shared = groups.layout.config.expert > 1
         self._multiple = groups.layout.config.token_multiple
+        self.experts = ExpertWatch(model.language)
         self._pictures: dict[str, Tensor] = {}
         self._sending: list[tuple[dist.Work | None, Tensor]] = []
 
@@ -110,7 +113,9 @@ class ModelRunner:
         hidden = (
             self._model.embed(tokens, *self._placed(pieces)) if groups.is_first_stage else self._received(len(tokens))
         )
+        self.experts.begin(pieces)
         out = self._decode(hidden, rows)
+        self.experts.end()
         if groups.is_last_stage:
             return out
         self._send_on(out)

@@ -116,6 +116,7 @@ class CachedSequence:
             picture=self.prompt.picture.key if self.prompt.picture and start < self.picture_end and end > 1 else None,
             draw=self._draw(self._sampling) if self._sampling and end == self.length else None,
             targets=self._targets(start, end) if self._sampling is None else (),
+            mark=self.prompt.mark,
         )
 
     def _draw(self, asked: Sampling) -> Draw:

@@ -3,7 +3,9 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from queue import SimpleQueue
 from threading import Condition, Thread, current_thread
+from typing import TypeVar, cast
 
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.generation.answering import Listener, Load, QueueFullError
@@ -13,11 +15,16 @@ from megatron_sphinx.generation.requests import Finish, Prompt, Sampling
 from megatron_sphinx.generation.sequence import CachedSequence
 from megatron_sphinx.generation.ticks import Executor
 
+T = TypeVar("T")
 _PICTURE_SECONDS = 0.002  # how often a picture that is all there is to wait for is asked after
 
 
 class ClosedError(SphinxError):
     """The service takes no requests any more."""
+
+
+class BusyError(SphinxError):
+    """What was ordered cannot be done while requests are under way."""
 
 
 class RequestTicket:
@@ -120,6 +127,43 @@ class Service:
         """Have something done in the engine's thread; the lock is held."""
         self._todo.append(what)
         self._changed.notify_all()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do something in the engine's thread while no request is under way, and return what it gives.
+
+        What prompts have in common with earlier ones is computed anew behind it.
+
+        Raises:
+            BusyError: a request is under way.
+            ClosedError: the service is closed.
+            SphinxError: the model has ended.
+        """
+        done: SimpleQueue[tuple[T | None, SphinxError | None]] = SimpleQueue()
+
+        def do() -> None:
+            if self._error is not None:
+                done.put((None, self._error))
+                return
+            if not self._engine.is_idle:
+                done.put((None, BusyError("requests are under way: wait until they are answered, and order it then")))
+                return
+            try:
+                self._engine.forget_prefixes()
+                done.put((work(), None))
+            except SphinxError as error:
+                done.put((None, error))
+                raise
+
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self.is_closing:
+                raise ClosedError("the model is being closed: it obeys no order any more; load it again")
+            self._tell(do)
+        result, error = done.get()
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def load(self) -> Load:
         """Return what the engine is at, or was before the tick that it computes now."""

@@ -50,6 +50,7 @@ class Piece:
         draw: how the next token is drawn; None where the prompt goes on in a later tick, or is only scored.
         targets: (number of a new token, id): the log-probability of which ids behind which new tokens is asked for;
             those behind one token stand together.
+        mark: see Prompt.
     """
 
     tokens: tuple[int, ...]
@@ -58,6 +59,7 @@ class Piece:
     picture: str | None = None
     draw: Draw | None = None
     targets: tuple[tuple[int, int], ...] = ()
+    mark: int | None = None
 
     @property
     def scored(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Mixture of experts: megatron-core's layer with routers that balance by row, and experts as grouped products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_sphinx.device import current_platform
+from megatron_sphinx.model.expert_choice import ExpertChoice
 from megatron_sphinx.model.kernels import Kernels
 
 TEXT, IMAGE, PADDING = 0, 1, 2  # kinds of tokens
@@ -62,11 +63,47 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
     def __init__(self, *args: Any, balance: float, z_loss: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.balance, self.z_loss = balance, z_loss
+        self.active: int | None = None
+        self.kept: Tensor | None = None
+
+    def restrict(self, active: int | None, kept: Sequence[int] | None) -> None:
+        """Choose among fewer experts, or another number of them, from now on; without gradients.
+
+        Args:
+            active: experts of each token; None for as many as in training.
+            kept: the experts that may be chosen; None for all.
+        """
+        self.active = active
+        self.kept = None if kept is None else torch.tensor(kept, device=self.weight.device)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts compute each token."""
+        wanted: int = self.active or self.topk
+        return wanted if self.kept is None else min(wanted, len(self.kept))
 
     def gating(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., experts] in fp32 from hidden states [..., hidden]."""
-        logits: Tensor = F.linear(hidden.float(), self.weight.float())
-        return logits
+        """Compute logits [..., experts] in fp32 from hidden states [..., hidden]; those of pruned experts are -inf."""
+        weight = self.weight if self.kept is None else self.weight[self.kept]
+        logits: Tensor = F.linear(hidden.float(), weight.float())
+        if self.kept is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.num_experts), -torch.inf).index_copy(-1, self.kept, logits)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the experts of each token.
+
+        Args:
+            logits: fp32 [tokens, experts].
+
+        Returns:
+            int64 [tokens, chosen]: numbers of the experts, that of the largest logit first; and the softmax over their
+            logits, of this shape.
+
+        Source: Mixtral, arXiv:2401.04088, section 2.1.
+        """
+        largest, experts = logits.topk(self.experts_per_token, 1)
+        return experts, largest.softmax(-1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose the experts of each token and their weights, and attach the routers' losses to the weights.
@@ -78,6 +115,11 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
         Returns:
             Weights [tokens, experts], zero where not chosen, and bool [tokens, experts], which are chosen.
         """
+        if self.active is not None or self.kept is not None:
+            flat = logits.flatten(0, 1)
+            experts, shares = self.choose(flat)
+            weights = torch.zeros_like(flat).scatter(1, experts, shares)
+            return weights, torch.zeros_like(flat, dtype=torch.bool).scatter(1, experts, True)
         weights, chosen = super().routing(logits)
         if self.routing_of_batch is not None and torch.is_grad_enabled():
             loss = self._losses(logits.flatten(0, 1), chosen, self.routing_of_batch)
@@ -111,9 +153,15 @@ class RowRouter(TopKRouter):  # type: ignore[misc]
 
 
 class RowMoE(MoELayer):  # type: ignore[misc]
-    """megatron-core's MoE layer, which knows the rows; its activations can be computed again in backward."""
+    """megatron-core's MoE layer, which knows the rows; its activations can be computed again in backward.
+
+    Attributes:
+        observer: is shown the layer and the hidden states that come in, [tokens, 1, hidden], before they are computed;
+            None for nobody.
+    """
 
     routing_of_batch: Routing | None = None  # set before every forward
+    observer: "Callable[[RowMoE, Tensor], None] | None" = None
 
     def __init__(self, *args: Any, collection: ProcessGroupCollection, is_recomputed: bool, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"pg_collection": collection}))  # 0.16 hands it to its own class only
@@ -121,6 +169,8 @@ class RowMoE(MoELayer):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """Send each token through its chosen experts: [tokens, 1, hidden] to a tensor of this shape, and no bias."""
+        if self.observer is not None:
+            self.observer(self, hidden_states)
         batch = self.routing_of_batch
 
         def work(hidden: Tensor) -> Tensor:
@@ -129,6 +179,19 @@ class RowMoE(MoELayer):  # type: ignore[misc]
 
         out = checkpoint(work, False, hidden_states) if self.is_recomputed else work(hidden_states)
         return out, None
+
+
+def restrict_experts(model: nn.Module, choice: ExpertChoice) -> None:
+    """Let a rank's part of a model answer with the experts of a choice from now on.
+
+    Args:
+        model: this rank's part.
+        choice: the experts, as `ExpertChoice.fitting` gives them for the whole model.
+    """
+    for layer in model.modules():
+        if isinstance(layer, RowMoE):
+            kept = choice.kept.layers[layer.layer_number - 1] if choice.kept is not None else None
+            layer.router.restrict(choice.active, kept)
 
 
 class RowLayer(TransformerLayer):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from megatron_sphinx.errors import ConfigError, DataError, SphinxError, nearest
 from megatron_sphinx.generation.answering import ChatPrompt, Listener, Load, Message, QueueFullError
 from megatron_sphinx.generation.chat import ends_of, make_chat
 from megatron_sphinx.generation.engine import Language
+from megatron_sphinx.generation.expert_orders import ExpertOrder, Restrict, WatchedExperts
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.pictures import picture_of
 from megatron_sphinx.generation.requests import (
@@ -48,7 +49,8 @@ def load(path: str | Path, *, template: str | None = None, limits: Limits | None
         template: what stands around the messages of a chat, by its name in `generation.templates`; None for that of
             SPHINX for a model that sees, chatml where the tokenizer has its tokens, and plain text otherwise.
         limits: how much is taken on at once.
-        options: the attributes of `LoadOptions`; those of `ParallelConfig` may be given by themselves: `tensor=2`.
+        options: the attributes of `LoadOptions`; those of `ParallelConfig` may be given by themselves: `tensor=2`; so
+            may `active_experts` and `keep_experts` of a mixture of experts.
 
     Raises:
         SphinxError: the user's mistake, such as no checkpoint, a damaged one, or a layout that does not fit.
@@ -77,6 +79,8 @@ class Model:
         positions: tokens of prompt and answer together, at most.
         padding: where a picture is in the square that boxes are fractions of: centre or corner.
         has_vision: whether it can be asked about pictures.
+        vision: how a picture is shown to it; None where it reads text only.
+        language: shape of its language model.
         identity: by names, what its answers follow from beside its weights: see Answers.
         replicas: how many of it answer beside each other.
         tokenizer: its tokenizer.
@@ -86,20 +90,22 @@ class Model:
 
     def __init__(self, job: Job, template: str | None, limits: Limits) -> None:
         source = job.source
-        self._job, self._vision, self._vocabulary = job, source.vision, source.language.vocabulary
+        self._job, self.vision, self._vocabulary = job, source.vision, source.language.vocabulary
         self.name, self.positions, self.cache_bytes = source.name, job.executor.positions, job.cache_bytes
-        self.has_vision = self._vision is not None
-        self.padding = self._vision.padding if self._vision else "centre"
+        self.has_vision = self.vision is not None
+        self.padding = self.vision.padding if self.vision else "centre"
         self.tokenizer = Tokenizer(source.tokenizer)
         name = template or self._likely_template()
         self.template: ChatTemplate = template_of(name)
         self.replicas = job.executor.replicas
-        self.identity: Mapping[str, str] = {
+        self._whole: Mapping[str, str] = {
             "template": name,
             "precision": job.precision,
             "tokenizer": self.tokenizer.identity.sha256,
             "config": hashlib.sha256(repr((source.language, source.vision, source.seed)).encode()).hexdigest(),
         }
+        self.language = source.language
+        self.identity: Mapping[str, str] = {**self._whole, **job.choice.fitting(source.language).told}
         language = Language(ends=ends_of(self.template, self.tokenizer), texts=partial(Detokenizer, self.tokenizer))
         self._service = Service(job.executor, language, limits)
         self._is_closed = False
@@ -123,9 +129,9 @@ class Model:
 
     def picture(self, content: bytes) -> Picture:
         """Look at the content of a picture's file; see Answers."""
-        if self._vision is None:
+        if self.vision is None:
             raise DataError(f"{self.name}: reads text only; leave the picture out, or load a model with projections")
-        return picture_of(content, self._vision)
+        return picture_of(content, self.vision)
 
     def chat(
         self,
@@ -323,6 +329,28 @@ class Model:
         except OSError as error:
             raise DataError(f"picture={picture}: {error.strerror}; give a picture that can be read") from error
         return self.picture(content)
+
+    # its experts
+
+    def order_experts(self, order: ExpertOrder) -> list[WatchedExperts]:
+        """Have all ranks obey an order about their MoE experts, while no request is under way.
+
+        Args:
+            order: what to do; see `generation.expert_orders`.
+
+        Returns:
+            What has been recorded, of each replica and stage, where that is asked for.
+
+        Raises:
+            ConfigError: the model has no experts, or fewer.
+            BusyError: a request is under way.
+        """
+        if isinstance(order, Restrict):
+            order = Restrict(order.choice.fitting(self.language))
+        seen = self._service.call(lambda: self._job.executor.order_experts(order))
+        if isinstance(order, Restrict):
+            self.identity = {**self._whole, **order.choice.told}
+        return seen
 
     # its life
 

@@ -15,12 +15,15 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.device import Platform
 from megatron_sphinx.errors import ConfigError, SphinxError, nearest
 from megatron_sphinx.generation.executor import LanguageRankExecutor, serve_encoder
+from megatron_sphinx.generation.expert_orders import ExpertOrder, WatchedExperts
 from megatron_sphinx.generation.requests import Picture
 from megatron_sphinx.generation.runner import ModelRunner, cache_places
 from megatron_sphinx.generation.ticks import Outcome, Tick
 from megatron_sphinx.liveness.lifeline import Lifeline
 from megatron_sphinx.liveness.progress import Activity, Progress
 from megatron_sphinx.model.encoders import FrozenEncoders
+from megatron_sphinx.model.expert_choice import ExpertChoice, KeptExperts
+from megatron_sphinx.model.experts import restrict_experts
 from megatron_sphinx.model.language import build_language
 from megatron_sphinx.model.sphinx import SphinxModel
 from megatron_sphinx.model.vision import VisualProjection
@@ -62,6 +65,8 @@ class LoadOptions:
         positions: tokens of the longest sequence; None for that of its training.
         cache_bytes: memory of each rank's key-value cache; None for most of a GPU's that is left, or for a quarter of
             the machine's.
+        choice: the MoE experts that compute a token; given by `active_experts`, a number, and `keep_experts`, which
+            `KeptExperts.of` reads.
         command: what the ranks run, by the name that their messages have.
     """
 
@@ -72,6 +77,7 @@ class LoadOptions:
     precision: str | None = None
     positions: Annotated[int | None, Range(least=2, most=2**24)] = None
     cache_bytes: Annotated[int | None, Range(least=1, most=2**50)] = None
+    choice: ExpertChoice = field(default_factory=ExpertChoice)
     command: str = "load"
 
     @classmethod
@@ -81,6 +87,9 @@ class LoadOptions:
         Raises:
             ConfigError: one is not known, or out of its range.
         """
+        active, kept = given.pop("active_experts", None), given.pop("keep_experts", None)
+        if active is not None or kept is not None:
+            given["choice"] = ExpertChoice(active, None if kept is None else KeptExperts.of(kept))
         known, sizes = {item.name for item in fields(cls)}, {item.name for item in fields(ParallelConfig)}
         if unknown := sorted(given.keys() - known - sizes):
             raise ConfigError(
@@ -133,6 +142,10 @@ class JobExecutor:
         """Return the pictures that are ready; see Executor."""
         return self._named(self._executor.encoded)
 
+    def order_experts(self, order: ExpertOrder) -> list[WatchedExperts]:
+        """Have all ranks obey an order about MoE experts; see LanguageRankExecutor."""
+        return self._named(lambda: self._executor.order_experts(order))
+
     def follow(self) -> None:
         """Do what the first rank says, until that closes."""
         self._executor.follow()
@@ -164,6 +177,7 @@ class Job:
         source: what was loaded.
         precision: bf16 or fp32, what it computes in.
         cache_bytes: of this rank's key-value cache.
+        choice: the MoE experts that it was loaded with.
         command: what the ranks run, by the name that their messages have.
     """
 
@@ -171,6 +185,7 @@ class Job:
     source: ModelSource
     precision: str
     cache_bytes: int
+    choice: ExpertChoice
     command: str
     _lifeline: Lifeline
     _groups: ProcessGroups
@@ -249,7 +264,13 @@ def _load(
     progress: Progress,
 ) -> Job | None:
     """Load this rank's part of the model; an encoder rank encodes with it until the first rank closes."""
-    source = agree(lambda: ModelSource.open(path, options.config, options.tokenizer), groups.control)
+
+    def opened() -> ModelSource:
+        source = ModelSource.open(path, options.config, options.tokenizer)
+        options.choice.fitting(source.language)  # which refuses experts that there are not
+        return source
+
+    source = agree(opened, groups.control)
     encoders = _encoders(source, groups, platform)
     if groups.seat.encoder is not None:
         assert encoders is not None, "an encoder rank without encoders"
@@ -260,13 +281,15 @@ def _load(
     precision = options.precision or source.precision or ("bf16" if platform.is_cuda else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = build_model(source, groups, platform, dtype, positions)
+    restrict_experts(model, options.choice.fitting(source.language))
     places = _places(model, groups, platform, positions, options.cache_bytes)
     runner = ModelRunner(model, places=places, vocabulary=source.language.vocabulary)
     executor = LanguageRankExecutor(runner, groups, encoders, places=places, block=_BLOCK, positions=positions)
     progress.note(Activity.ANSWERING)
     return Job(
-        JobExecutor(executor, lifeline), source, precision, runner.cache_bytes, options.command, lifeline, groups
-    )
+        JobExecutor(executor, lifeline), source, precision, runner.cache_bytes, options.choice, options.command,
+        lifeline, groups,
+    )  # fmt: skip
 
 
 def _encoders(source: ModelSource, groups: ProcessGroups, platform: Platform) -> FrozenEncoders | None:

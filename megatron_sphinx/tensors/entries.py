@@ -4,6 +4,7 @@ Nothing is loaded to be looked at, and the pages of a tensor are given back once
 """
 
 import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -75,6 +76,39 @@ class Entry:
     def paths(self) -> set[Path]:
         """The files that the tensor and its difference lie in."""
         return {chunk.path for chunk in self.chunks} | (self.added.paths if self.added else set())
+
+    def of_spans(self, dimension: int, spans: Sequence[tuple[int, int]]) -> "Entry":
+        """Describe a part of the tensor: spans of one of its dimensions, side by side.
+
+        Args:
+            dimension: which one.
+            spans: first index of each span, and the one behind its last.
+        """
+        added = self.added.of_spans(dimension, spans) if self.added is not None else None
+        size = sum(stop - start for start, stop in spans)
+        chunks = tuple(_chunks_of_spans(self, dimension, spans))
+        return replace(self, shape=_with(self.shape, dimension, size), chunks=chunks, added=added)
+
+
+def _chunks_of_spans(entry: Entry, dimension: int, spans: Sequence[tuple[int, int]]) -> Iterator[Chunk]:
+    """Yield the boxes of a tensor that lie in spans of a dimension, where they lie when the spans are side by side."""
+    end = 0  # of the spans so far
+    for start, stop in spans:
+        for chunk in entry.chunks:
+            begin = chunk.offset[dimension]
+            first, last = max(start, begin), min(stop, begin + chunk.shape[dimension])
+            if first < last:
+                yield replace(
+                    chunk,
+                    start=chunk.start + (first - begin) * chunk.stride[dimension] * entry.dtype.itemsize,
+                    offset=_with(chunk.offset, dimension, end + first - start),
+                    shape=_with(chunk.shape, dimension, last - first),
+                )
+        end += stop - start
+
+
+def _with(numbers: tuple[int, ...], place: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:place], number, *numbers[place + 1 :])
 
 
 class MappedFiles:
