@@ -63,6 +63,8 @@ RUN_BY = {
     "megatron-sphinx serve": r'"serve", "\."',
     "megatron-sphinx demo": r'"megatron_sphinx", "demo"',
     "megatron-sphinx evaluate": r'"evaluate", "pope"',
+    "megatron-sphinx experts": r'"experts", str\(run\.folder\)',
+    "python examples/demo_experts.py": r'run_example\("demo_experts\.py"',
     "megatron-sphinx judge": r'"judge", str\(folder\)',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',

@@ -84,7 +84,9 @@ def test_our_own_choice_is_megatron_cores_to_the_bit(run_ranks, small):
     run_ranks(1, check)
 
 
-@pytest.mark.parametrize("form", ["hf", "meta", "accessory", "megatron"])
+@pytest.mark.parametrize(
+    "form", ["hf", "megatron", *(pytest.param(form, marks=pytest.mark.slow) for form in ("meta", "accessory"))]
+)
 def test_a_pruned_checkpoint_answers_as_the_masked_one_to_the_bit(run_ranks, tiny, small, tmp_path, form):
     _, path, prompts = small
     source = path

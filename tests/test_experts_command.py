@@ -67,6 +67,7 @@ def test_a_look_at_the_experts_of_a_run(train, run_ranks, asked, tmp_path):
     assert "6 answers, 1 errors" in ranks.text() or "5 answers, 1 errors" in ranks.text()
 
 
+@pytest.mark.slow
 def test_a_sweep_evaluates_benchmarks_with_other_experts(train, run_ranks, asked, tmp_path):
     run = train(1, {"training.steps": 2, "optimizer.learning_rate": 0.1} | EXPERTS)
     out = tmp_path / "look"

@@ -114,8 +114,7 @@ def convert(
     specs = [spec for file in plan.files for spec in file.tensors]
     conversion = Conversion(checkpoint.source, specs)
     differing = tuple((spec.name, most) for spec, most in conversion.differing_copies())
-    task = task_of(to.name, options, checkpoint.model) + ([f"keep_experts={kept}"] if kept is not None else [])
-    how = (task, options.dtype, companions, algorithm)
+    how = (options, kept, companions, algorithm)
     told = _write(target, checkpoint, to, plan, conversion, *how, verify=verify, show=show)
     parameters = sum(prod(spec.shape) for spec in specs)
     notes = (*checkpoint.notes, *_not_told(checkpoint, plan), *told)
@@ -129,8 +128,8 @@ def _write(
     to: Format,
     plan: WritePlan,
     conversion: Conversion,
-    task: Sequence[str],
-    dtype: np.dtype | None,
+    options: WriteOptions,
+    kept: KeptExperts | None,
     companions: Mapping[str, Path],
     algorithm: Algorithm,
     *,
@@ -140,8 +139,8 @@ def _write(
     """Write the target under a hidden name, and give it its own when it is complete; what must be told of it."""
     partial = partial_of(target)
     try:
-        with Journal([partial], task, _inputs(checkpoint)) as journal:
-            streams = TensorStreams(partial, checkpoint, to, plan, conversion, dtype, algorithm)
+        with Journal([partial], task_of(to.name, options, checkpoint.model, kept), _inputs(checkpoint)) as journal:
+            streams = TensorStreams(partial, checkpoint, to, plan, conversion, options.dtype, algorithm)
             streams.write(journal, show)
             if not to.has_encoders:
                 write_encoders(partial, checkpoint.encoders, checkpoint.source.maps)
@@ -191,13 +190,14 @@ def _balance(opened: SourceCheckpoint, checkpoint: SourceCheckpoint, conversion:
     return balance(str(opened.folder), parts, left_out)
 
 
-def task_of(form: str, options: WriteOptions, model: Model) -> list[str]:
+def task_of(form: str, options: WriteOptions, model: Model, kept: KeptExperts | None = None) -> list[str]:
     """Say what a conversion does, in the words by which one that was stopped is recognised: they must not change."""
     names = ("tensor_parallel", "dtype", "shard_bytes", "is_sparse")
     told = {name: repr(getattr(options, name)) for name in names}
     told["dtype"] = f"torch.{options.dtype.name}" if options.dtype else "None"
     values = ", ".join(f"{name}={value}" for name, value in told.items())
-    return [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
+    task = [form, f"Wanted({values})", str(model)]  # as the class of the options was called at first
+    return task if kept is None else [*task, f"keep_experts={kept}"]
 
 
 def _with_encoders(checkpoint: SourceCheckpoint, experts: Sequence[str], folder: Path | None) -> SourceCheckpoint:

@@ -47,7 +47,7 @@ class DataSet:
         return cls(name or path.stem, path)
 
     def questions(self, asking: Asking, limit: int | None) -> Iterator[Question]:
-        """Yield its questions.
+        """Yield the questions of the data set.
 
         Args:
             asking: how rows of files become questions.

@@ -20,7 +20,7 @@ _BATCH = 64  # questions whose choices are in memory at a time
 
 @dataclass
 class Look:
-    """What was seen.
+    """What was seen of the experts of a model.
 
     Attributes:
         counts: of each data set.
