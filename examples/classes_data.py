@@ -17,18 +17,17 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 from debian_data import unpack
 from demo_data import imagenet_weights
 from PIL import Image
+from vqa_data import train_tokenizer
 
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.errors import SphinxError
 from megatron_sphinx.prepare import tasks
 from megatron_sphinx.prepare.classes import read_classes
 from megatron_sphinx.prepare.conversations import index_conversations
-from megatron_sphinx.prepare.template import parse
 
 PACKAGE = "dataset-fashion-mnist"
 FILES = "usr/share/datasets/fashion-mnist"
@@ -83,24 +82,6 @@ def write_classes(pictures: np.ndarray, labels: np.ndarray, folder: Path) -> Non
         (folder / CLASSES[label] / f"{number:05d}.jpg").write_bytes(jpeg(picture))
 
 
-def train_tokenizer(dialogs: list[tasks.ConversationJson]) -> bytes:
-    """Train a sentencepiece model whose pieces are the words of the dialogs; bytes stand for all others."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(parse(each).text()[0] for each in dialogs),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",  # the stop string begins with a line's end
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["\n"],
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def write(package: Path, folder: Path, train: int, test: int) -> str:
     """Write everything into a folder; return one line that says what was made."""
     write_classes(*clothes(package, "train", train), folder / "train")
@@ -109,7 +90,7 @@ def write(package: Path, folder: Path, train: int, test: int) -> str:
     records = [{"image": one.path, "class": one.name} for one in read_classes(folder / "train")]
     dialogs = [tasks.classify(record, "centre") for record in records]
     (folder / "dialogs.json").write_text(json.dumps(dialogs))
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(dialogs[:: max(1, len(dialogs) // 500)]))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(dialogs[:: max(1, len(dialogs) // 500)], VOCABULARY))
     tokenizer = Tokenizer(folder / "tokenizer.model")
     made = index_conversations([folder / "dialogs.json"], folder / "conversations", tokenizer, images=folder / "train")
     return f"{made.taken} pictures of {len(CLASSES)} classes to train on, {test} held out"

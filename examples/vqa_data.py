@@ -83,13 +83,13 @@ def dialog(questions: Sequence[dict[str, str]], rng: np.random.Generator) -> Con
     return whole
 
 
-def train_tokenizer(dialogs: Sequence[ConversationJson]) -> bytes:
+def train_tokenizer(dialogs: Sequence[ConversationJson], vocabulary: int = VOCABULARY) -> bytes:
     """Train a sentencepiece model whose pieces are the words of the dialogs; bytes stand for all others."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(parse(each).text()[0] for each in dialogs[:500]),
         model_writer=model,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",  # the stop string begins with a line's end

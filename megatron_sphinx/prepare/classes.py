@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sphinx.data.images import ENDINGS
 from megatron_sphinx.errors import DataError
 from megatron_sphinx.paths import files_in
 
@@ -106,6 +105,8 @@ def _names_of(root: Path, folders: list[str]) -> dict[str, str]:
 
 def _pictures_in(place: Path, follow_links: bool) -> list[Path]:
     """Return the pictures of a class, sorted."""
+    from megatron_sphinx.data.images import ENDINGS
+
     try:
         next(place.iterdir(), None)  # which a walk over folders would pass over in silence
         found = files_in(place, ENDINGS, follow_links=follow_links)
