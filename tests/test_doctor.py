@@ -130,5 +130,6 @@ def test_all_that_an_installation_asks_for_is_looked_at():
     )
     assert set(required) == doctor.REQUIRED.keys()
     extras = re.findall(r'^[A-Z]+ = \["([\w-]+)', text, re.MULTILINE)
-    looked_at = {"transformers", "pymupdf", "shtab", "liger-kernel", "gguf", "fastapi", "gradio", "av", "openai"}
+    looked_at = {"transformers", "pymupdf", "shtab", "liger-kernel", "gguf", "fastapi", "gradio", "av", "openai",
+                 "opencv-python-headless", "universal-pathlib"}  # fmt: skip
     assert set(extras) == looked_at <= doctor.OPTIONAL.keys()

@@ -37,7 +37,8 @@ REQUIRED = {
     "matplotlib": "matplotlib", "numpy": "numpy", "pillow": "PIL", "pyarrow": "pyarrow", "pyyaml": "yaml",
     "safetensors": "safetensors",
     "sentencepiece": "sentencepiece", "tensorboard": "tensorboard", "tokenizers": "tokenizers", "tqdm": "tqdm",
-    "webdataset": "webdataset", "zstandard": "zstandard",
+    "webdataset": "webdataset", "zstandard": "zstandard", "ml_dtypes": "ml_dtypes",
+    "xxhash": "xxhash",
 }  # fmt: skip
 # Distributions that a run does without, each with its module and what it is for.
 OPTIONAL = {
@@ -52,7 +53,10 @@ OPTIONAL = {
     "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
     "openai": ("openai", "judge, and the web page; pip install 'megatron-sphinx[evaluation]'"),
     "openpyxl": ("openpyxl", "tables for VLMEvalKit; pip install 'megatron-sphinx[evaluation]'"),
-    "av": ("av", "benchmarks of videos; pip install 'megatron-sphinx[video]'"),
+    "universal-pathlib": ("upath", "checkpoints behind URLs; pip install 'megatron-sphinx[remote]'"),
+    "opencv-python-headless": ("cv2", "cascades; pip install 'megatron-sphinx[cascades]'"),
+    "scikit-image": ("skimage", "cascades; pip install 'megatron-sphinx[cascades]'"),
+    "av": ("av", "videos; pip install 'megatron-sphinx[video]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (
