@@ -201,6 +201,7 @@ def test_results_of_before_are_not_overwritten(cascade, tmp_path):
     assert (tmp_path / "out" / "describe.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_docs_are_made_by_the_example(run_example, tmp_path):  # noqa: F811
     run_example("cascades.py", tmp_path, "--plot", tmp_path / "plot.png")
     made, shown = (Image.open(path).convert("RGB") for path in (tmp_path / "plot.png", ROOT / "docs" / "cascades.png"))

@@ -163,12 +163,15 @@ def test_two_boxes_have_two_masks_and_equal_ones_the_same(segmenter):
     assert not other[:, 20:].any()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
 @pytest.mark.parametrize(
     "box", [(0.0, 0.0, *map(float, SIZE)), (3.2, 4.0, 4.4, 5.0), (118.5, 88.5, 120.0, 90.0), (0.0, 10.0, 120.0, 12.0)]
 )
 def test_a_mask_is_never_empty_nor_beside_its_box(segmenter, box):
-    for picture in (scene(3)[0], Image.new("RGB", SIZE, "red")):  # one colour: nothing can be separated
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*SIZE[::-1], 3), np.uint8))
+    plain = (Image.new("RGB", SIZE, colour) for colour in ("red", "grey"))  # nothing can be separated
+    for picture in (scene(3)[0], noise, *plain):
         (mask,) = segmenter().masks(picture, [box])
         rows, columns = np.nonzero(mask)
         assert box[0] - 1 < columns.min() <= columns.max() < box[2]

@@ -1,6 +1,5 @@
 """The random walker and biharmonic inpainting by scikit-image."""
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,12 +44,10 @@ class RandomWalker:
         down = (y - rows.mean()) / max(_SEED * np.ptp(rows), 1)
         labels = np.where(candidates, 0, _BACKGROUND)
         labels[(across**2 + down**2 <= 1) & candidates] = _OBJECT
-        if labels.all():  # a box of few pixels, all of them in its middle
+        if labels.all() or not np.ptp(pixels):  # few pixels, all in the middle of the box; or all of one colour
             return candidates
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # which solver it would rather use
-            found = self._walk(pixels, labels, mode="cg_j", channel_axis=-1)
-        is_object: Mask = found == _OBJECT
+        # solved directly, for iterations do not end on noise
+        is_object: Mask = self._walk(pixels, labels, mode="bf", channel_axis=-1) == _OBJECT
         return is_object
 
 
