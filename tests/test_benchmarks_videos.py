@@ -1,4 +1,4 @@
-"""The middle frame of a video, out of folders of frames and out of files."""
+"""Frames of a video, out of folders of frames and out of files."""
 
 import io
 import sys
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.evaluation.readers.video import middle_frame
+from megatron_sphinx.generation.videos import frames_of, middle_frame
 
 
 def video(path: Path, frames: int, rate: int = 5) -> Path:
@@ -78,3 +78,12 @@ def test_a_folder_of_frames_has_its_middle_by_name(tmp_path):
     for name in ("00003.jpg", "00001.jpg", "00002.JPG", "notes.txt"):
         (tmp_path / name).touch()
     assert middle_frame(tmp_path) == tmp_path / "00002.JPG"
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [4]), (2, [2, 6]), (4, [1, 3, 5, 7]), (20, list(range(8)))])
+def test_frames_are_the_middles_of_equal_parts(count, expected, tmp_path):
+    assert [number_of(frame) for frame in frames_of(video(tmp_path / "a.mp4", 8), count)] == expected
+    (tmp_path / "frames").mkdir()
+    for number in range(8):
+        (tmp_path / "frames" / f"{number}.png").touch()
+    assert [int(path.stem) for path in frames_of(tmp_path / "frames", count)] == expected

@@ -11,7 +11,7 @@ import pytest
 from conftest import TOOLS
 
 from megatron_sphinx.__main__ import main
-from megatron_sphinx.cli.main import COMMANDS, PREPARE
+from megatron_sphinx.cli.main import CASCADES, COMMANDS, PREPARE
 from megatron_sphinx.cli.plan.plain import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ HEAVY = {
 }  # fmt: skip
 HELPS = [
     [], *([name] for name in COMMANDS), ["prepare"], *(["prepare", name] for name in PREPARE),
+    ["cascade"], *(["cascade", name] for name in CASCADES),
     ["prepare", "som", "mark"], ["prepare", "som", "merge"], *(["plan", kind] for kind in KINDS),
 ]  # fmt: skip
 DOORS = {
@@ -265,6 +266,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
     [
         (["pre"], {"prepare"}),
         (["prepare", ""], set(PREPARE)),
+        (["cascade", ""], set(CASCADES)),
         (["prepare", "pairs", "--tok"], {"--tokenizer"}),
         (["prepare", "som", ""], {"mark", "merge"}),
         (["plan", ""], set(KINDS)),

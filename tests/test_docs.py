@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {key.name: key for key in config_reference.keys_of(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS}
 PROGRAMS = (["megatron-sphinx"], ["python", "-m", "megatron_sphinx"])
+GROUPS = ("plan", "prepare", "cascade")  # commands that are followed by a kind
 # Files whose names look like keys.
 NO_KEYS = {"config.yaml", "config.<number>.yaml", "config.py", "loss.png"}
 
@@ -66,6 +67,10 @@ RUN_BY = {
     "megatron-sphinx experts": r'"experts", str\(run\.folder\)',
     "python examples/demo_experts.py": r'run_example\("demo_experts\.py"',
     "megatron-sphinx judge": r'"judge", str\(folder\)',
+    "megatron-sphinx cascade segment": r'cascade\("segment"',
+    "megatron-sphinx cascade inpaint": r'cascade\("inpaint"',
+    "megatron-sphinx cascade describe": r'cascade\("describe"',
+    "megatron-sphinx cascade video": r'cascade\("video"',
     "megatron-sphinx report": r'"report"|"benchmark_report(\.py)?"',
     "python tools/compare/step.py": r'"compare" / "step\.py"',
     "torchrun": r"torch\.distributed\.run|torchrun",
@@ -102,7 +107,7 @@ class Command:
         for program in PROGRAMS:
             if words[: len(program)] == program:
                 words = ["megatron-sphinx", *words[len(program) :]]
-        has_parts = words[:2] in (["megatron-sphinx", "plan"], ["megatron-sphinx", "prepare"])
+        has_parts = words[:1] == ["megatron-sphinx"] and words[1] in GROUPS
         return words[0] if words[0].startswith("slurm/") else " ".join(words[: 3 if has_parts else 2])
 
 
@@ -305,7 +310,7 @@ def test_commands_are_taken_by_the_programs_that_they_name(command, parse):
 
 def has_arguments(words: list[str]) -> bool:
     """Whether something stands behind the names of commands; in a sentence a command may stand alone."""
-    return len(words) > (2 if words[0] in ("plan", "prepare") else 1) or words[-1].startswith("-")
+    return len(words) > (2 if words[0] in GROUPS else 1) or words[-1].startswith("-")
 
 
 def test_every_kind_of_command_is_run_by_a_test_or_by_ci():

@@ -132,6 +132,6 @@ def test_all_that_an_installation_asks_for_is_looked_at():
     extras = re.findall(r'^[A-Z]+ = \["([\w-]+)', text, re.MULTILINE)
     looked_at = {
         "transformers", "pymupdf", "shtab", "liger-kernel", "gguf", "fastapi", "gradio", "av", "openai",
-        "universal-pathlib",
+        "universal-pathlib", "opencv-python-headless",
     }  # fmt: skip
     assert set(extras) == looked_at <= doctor.OPTIONAL.keys()

@@ -11,17 +11,19 @@ PACKAGE = Path(__file__).parents[1] / "megatron_sphinx"
 ORDER = [
     "errors", "parsing", "ranges", "values", "console", "paths", "remote", "lock", "saved", "unpickling", "settings",
     "tensors", "device", "liveness", "parallel", "model", "data", "prepare", "stage", "checkpoint", "generation",
-    "training", "config_names", "config", "config_reference", "run", "serving", "evaluation", "sizing", "benchmark",
-    "gpu_check", "cli", "__main__",
+    "training", "config_names", "config", "config_reference", "run", "serving", "evaluation", "cascades", "sizing",
+    "benchmark", "gpu_check", "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
     "deepspeed": {"training/deepspeed_setup.py", "gpu_check/peer.py"},
     "megatron.core.parallel_state": {"parallel/groups.py"},
     "megatron.core.tensor_parallel.random": {"parallel/seeding.py", "device.py"},
     "timm": {"model/visual_experts.py", "model/expert_files.py", "prepare/classes.py"},
-    "av": {"evaluation/readers/video.py"},
+    "av": {"generation/videos.py"},
     "ijson": {"evaluation/readers/rows.py"},
-    "transformers": {"model/visual_experts.py", "gpu_check/peer.py"},
+    "transformers": {"model/visual_experts.py", "gpu_check/peer.py", "cascades/sam.py"},
+    "cv2": {"cascades/opencv.py"},
+    "skimage": {"cascades/scikit_image.py"},
     "fsspec": {"data/files.py", "remote.py"},
     "upath": {"remote.py"},
     "megatron.core.datasets": {"data/text.py", "gpu_check/workload.py"},

@@ -29,6 +29,10 @@ REFUSED = [
     ["prepare", "pairs", *PREPARED, "--held-out", "3"], ["prepare", "tasks", "caption", "NOWHERE", "NEW"],
     ["prepare", "ocr", "NOWHERE", "NEW"], ["prepare", "som", "mark", "NOWHERE", "NOWHERE", "NEW"],
     ["prepare", "som", "merge", "NOWHERE", "NOWHERE", "NEW"], ["gpu-check", "none-such"], ["demo", "--port", "-1"],
+    ["cascade", "segment", "--picture", "NOWHERE", "--model", "NOWHERE", *OUTPUT],
+    ["cascade", "inpaint", "--picture", "NOWHERE", "--model", "HERE", "--sam", "NOWHERE", *OUTPUT],
+    ["cascade", "describe", "--picture", "NOWHERE", "--model", "HERE", *OUTPUT],
+    ["cascade", "video", "--video", "NOWHERE", "--question", "what?", "--model", "HERE", *OUTPUT],
 ]  # fmt: skip
 PLANNED = [
     ["plan", "sizes", "sphinx_moe"], ["plan", "sphinx_tiny", "--json"], ["plan", "published"],

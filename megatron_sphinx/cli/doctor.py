@@ -52,8 +52,10 @@ OPTIONAL = {
     "gradio": ("gradio", "the web page; pip install 'megatron-sphinx[page]'"),
     "openai": ("openai", "judge, and the web page; pip install 'megatron-sphinx[evaluation]'"),
     "openpyxl": ("openpyxl", "tables for VLMEvalKit; pip install 'megatron-sphinx[evaluation]'"),
-    "av": ("av", "benchmarks of videos; pip install 'megatron-sphinx[video]'"),
     "universal-pathlib": ("upath", "checkpoints behind URLs; pip install 'megatron-sphinx[remote]'"),
+    "opencv-python-headless": ("cv2", "cascades; pip install 'megatron-sphinx[cascades]'"),
+    "scikit-image": ("skimage", "cascades; pip install 'megatron-sphinx[cascades]'"),
+    "av": ("av", "videos; pip install 'megatron-sphinx[video]'"),
     "shtab": ("shtab", "--print-completion; pip install 'megatron-sphinx[completion]'"),
 }
 VARIABLES = (

@@ -31,6 +31,7 @@ from megatron_sphinx.cli import (
     train,
     views,
 )
+from megatron_sphinx.cli.cascade import describe, inpaint, segment, video
 from megatron_sphinx.cli.command import Command, add_command, execute, help_line
 from megatron_sphinx.cli.plan import plain
 from megatron_sphinx.cli.prepare import conversations, ocr, pairs, som, tasks, text
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 PREPARE: Mapping[str, Command] = {
     "pairs": pairs, "text": text, "conversations": conversations, "tasks": tasks, "ocr": ocr, "som": som,
 }  # fmt: skip
+CASCADES: Mapping[str, Command] = {"segment": segment, "inpaint": inpaint, "describe": describe, "video": video}
 COMMANDS: Mapping[str, Command] = {
     "train": train, "config": config, "plan": plain, "convert": convert, "mix": mix, "inspect": inspect,
     "views": views, "packing": packing, "benchmark": benchmark, "report": report, "measure": measure, "doctor": doctor,
@@ -67,6 +69,7 @@ def make_parser(*, has_plan_kinds: bool) -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_group(subparsers, "prepare", PREPARE, "Make data ready to train on: pairs, text, conversations.")
+    _add_group(subparsers, "cascade", CASCADES, "Hand a model's boxes on: masks, inpainting, dense captions; videos.")
     for name, command in COMMANDS.items():
         if name == "plan" and has_plan_kinds:
             _add_group(subparsers, name, plain.KINDS, help_line(plain))

@@ -53,6 +53,7 @@ PROMPTS = {
     "locate": "Please provide the bounding box coordinate of the region this sentence describes: {phrase}.",
     # LLaMA2-Accessory, accessory/demos/multi_turn_mm_box.py
     "caption": "Provide a one-sentence caption for the provided image.",
+    "detailed_caption": "Generate a detailed description about the image.",
 }
 
 CLASS_SENTENCE = "This is a {choice}"  # the answer to `classify`, in the same section

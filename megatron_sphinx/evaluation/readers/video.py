@@ -3,16 +3,15 @@
 Source: SPHINX-X, arXiv:2402.05935, section 4.4: frames are sampled evenly, and the middle one is the only input.
 """
 
-import io
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
-from megatron_sphinx.errors import DataError, shortened
+from megatron_sphinx.errors import shortened
 from megatron_sphinx.evaluation.readers.layout import letter_in, option_lines, same_as
 from megatron_sphinx.evaluation.readers.rows import Row, checked, first_there, located, rows_of
 from megatron_sphinx.evaluation.samples import Sample
+from megatron_sphinx.generation.videos import middle_frame
 
 PARTS_OF_VIDEO_BENCH = (
     "ActivityNet", "MSVD", "MSRVTT", "TGIF", "Youcook2", "Ucfcrime", "MOT", "TVQA", "MV", "NBA", "Driving-exam",
@@ -30,9 +29,6 @@ PLACES_OF_MVBENCH = {
     "egocentric_navigation": "vlnqa", "episodic_reasoning": "tvqa/frames_fps3_hq",
     "counterfactual_inference": "clevrer/video_validation",
 }  # fmt: skip
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-_FRAMES_PER_SECOND = 3.0  # of folders of frames in MVBench
-_LEAST_SECONDS = 0.001
 
 
 @checked
@@ -93,59 +89,3 @@ def _seconds(row: Row, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise row.fault(f"no {field}: {shortened(value, 80)!r} is no time in seconds")
     return float(value)
-
-
-def middle_frame(video: Path, span: tuple[float, float] | None = None) -> Path | bytes:
-    """Return the middle frame of a video.
-
-    Args:
-        video: a file, or a folder of frames that are named in their order.
-        span: the part that is meant, in seconds; None for all of it.
-
-    Returns:
-        The file of the frame, or a PNG of it. A video that is not there is returned as it is: whoever opens it says so.
-
-    Raises:
-        DataError: there is no frame, the file is no video, or no decoder is installed.
-    """
-    try:
-        is_there, is_folder = video.exists(), video.is_dir()
-    except OSError:  # such as a name that is too long
-        return video
-    if is_folder:
-        frames = sorted(path for path in video.iterdir() if path.suffix.lower() in _ENDINGS)
-        if span:
-            first, last = (int(seconds * _FRAMES_PER_SECOND) for seconds in span)
-            frames = frames[first : max(last, first) + 1]
-        if not frames:
-            raise DataError(f"{video}: holds no frames of {span or 'the video'}; give the folder as distributed")
-        return frames[len(frames) // 2]
-    return _decoded(video, span) if is_there else video
-
-
-@lru_cache(maxsize=4)
-def _decoded(video: Path, span: tuple[float, float] | None) -> bytes:
-    """Return a PNG of the middle frame of a file, which several questions in a row are about."""
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(
-            f"{video}: no decoder of videos is installed; pip install 'megatron-sphinx[video]', or give a folder of "
-            "frames of this name"
-        ) from error
-    try:
-        with av.open(str(video)) as container:
-            stream = container.streams.video[0]
-            times = [frame.time or 0.0 for frame in container.decode(stream)]
-            low, high = span or (0.0, math.inf)
-            meant = [number for number, time in enumerate(times) if low <= time <= max(high, low + _LEAST_SECONDS)]
-            if not meant:
-                raise DataError(f"{video}: has no frame of {span or 'it'}; give the file as distributed")
-            container.seek(0)
-            chosen = meant[len(meant) // 2]
-            frame = next(frame for number, frame in enumerate(container.decode(stream)) if number == chosen)
-            content = io.BytesIO()
-            frame.to_image().save(content, "PNG")
-    except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"{video}: is no video that can be read ({error}); give the file as distributed") from error
-    return content.getvalue()
