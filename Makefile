@@ -8,6 +8,7 @@ WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=20 -rs
 RANDOM_RUN := runs/demo_random_expert
 RANDOM_VQA := runs/vqa_random_expert
+EVALUATION := runs/evaluation
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
@@ -15,7 +16,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe vqa family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
+.PHONY: demo demo_moe vqa evaluate family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -43,6 +44,25 @@ vqa: $(VENV)/vqa.installed
 	$(RANKS) -m megatron_sphinx train examples/vqa.yaml run.folder=$(RANDOM_VQA) vision.experts.0.weights=random \
 	    training.epochs=4
 	$(BIN)/python examples/vqa_evaluate.py runs/vqa $(RANDOM_VQA) --started $$(cat $(VENV)/vqa.started)
+
+## evaluate: after vqa, its model on benchmarks in their official layouts, then tuned to find boxes; with blind controls
+evaluate: $(VENV)/vqa.installed
+	@date +%s > $(VENV)/evaluate.started
+	$(BIN)/python examples/evaluate_data.py
+	rm -rf runs/locate $(EVALUATION)
+	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml
+	$(call ASK,shown)
+	$(call ASK,swapped)
+	$(call ASK,grey)
+	$(BIN)/python examples/evaluate.py $(EVALUATION) --started $$(cat $(VENV)/evaluate.started)
+
+# both models, with one kind of pictures; the reports are $(EVALUATION)/KIND/MODEL/report.html
+define ASK
+	$(BIN)/python -m megatron_sphinx evaluate vqav2_val gqa pope_random --model runs/vqa \
+	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/vqa
+	$(BIN)/python -m megatron_sphinx evaluate refcoco_val --model runs/locate \
+	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/locate
+endef
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png
 figure7: $(VENV)/demo.installed
