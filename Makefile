@@ -9,6 +9,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=20 -rs
 RANDOM_RUN := runs/demo_random_expert
 RANDOM_VQA := runs/vqa_random_expert
 CLASSIFY := $(BIN)/python -m megatron_sphinx evaluate classes --data data/classes/test --model runs/classes
+EVALUATION := runs/evaluation
+LOCATE := runs/locate
+SINGLE := model.weights=runs/vqa run.folder=$(LOCATE)/single data.conversations=data/evaluate/single \
+    training.epochs=1 optimizer.minimum_learning_rate=1.5e-3
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
@@ -16,7 +20,7 @@ FROM_TEXT := examples/figure7.yaml model.weights=$(FIGURE7)/language run.folder=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo_moe vqa classes family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
+.PHONY: demo demo_moe vqa classes evaluate family figure7 smol test test_slow test_fuzz test_gpu test_all gpu lint benchmark skipping clean
 
 ## demo: train a small SPHINX on real digits and real documentation, then test it on digits it never saw
 demo: $(VENV)/demo.installed
@@ -52,6 +56,26 @@ classes: $(VENV)/demo.installed
 	$(RANKS) -m megatron_sphinx train examples/classes.yaml
 	$(CLASSIFY) --output runs/classes/generated
 	$(CLASSIFY) --output runs/classes/ranked --by-ranking
+
+## evaluate: after vqa, its model on benchmarks in their official layouts, then tuned to find boxes; with blind controls
+evaluate: $(VENV)/vqa.installed
+	@date +%s > $(VENV)/evaluate.started
+	$(BIN)/python examples/evaluate_data.py
+	rm -rf $(LOCATE) $(EVALUATION)
+	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml $(SINGLE)
+	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml
+	$(call ASK,shown)
+	$(call ASK,swapped)
+	$(call ASK,grey)
+	$(BIN)/python examples/evaluate.py $(EVALUATION) --started $$(cat $(VENV)/evaluate.started)
+
+# both models, with one kind of pictures; the reports are $(EVALUATION)/KIND/MODEL/report.html
+define ASK
+	$(BIN)/python -m megatron_sphinx evaluate vqav2_val gqa pope_random --model runs/vqa \
+	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/vqa
+	$(BIN)/python -m megatron_sphinx evaluate refcoco_val --model $(LOCATE)/scenes \
+	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/locate
+endef
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png
 figure7: $(VENV)/demo.installed

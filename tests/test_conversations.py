@@ -75,9 +75,9 @@ def random_conversation(rng: random.Random) -> Conversation:
 
 
 def labels_by_character(tokenizer: Tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    """Walk through the bytes that the pieces stand for; a token is learned where one of its bytes is of an answer."""
+    """Walk through the bytes of the pieces; a token is learned where one is of an answer or of the space before it."""
     text, answers = conversation.text()
-    of_answer = [any(begin <= at < end for begin, end in answers) for at in range(len(text))]
+    of_answer = [any(begin - 1 <= at < end for begin, end in answers) for at in range(len(text))]
     learned = [flag for flag, letter in zip(of_answer, text, strict=True) for _ in letter.encode()]
     model, ids, at = tokenizer._encoding._model, tokenizer.encode(text), -1  # a space is put before the text
     is_learned = []
@@ -99,15 +99,20 @@ def test_labels_are_those_of_a_reference_on_characters(tokenizers, seed):
         assert (ids, is_answer.tolist()) == labels_by_character(tokenizer, conversation)
 
 
-def test_an_answer_is_what_would_be_generated(tokenizers):
-    """The tokens behind the prompt's, up to the stop string, and no token of a question."""
-    conversation = Conversation((("What is it?", "A cat."),))
+@pytest.mark.parametrize(("answer", "is_alone"), [("A cat.", False), ("{0.25}", True)])
+def test_an_answer_is_what_would_be_generated(tokenizers, answer, is_alone):
+    """The tokens behind the prompt's, up to the stop string, and no token of a question.
+
+    The first is the space before the answer, also where it is a token by itself.
+    """
+    conversation = Conversation((("What is it?", answer),))
     ids, is_answer = conversation.encode(tokenizers[0])
     prompt = tokenizers[0].encode(Conversation(()).prompt("What is it?"))
     assert ids[: len(prompt)] == prompt
     assert not is_answer[: len(prompt)].any()
     assert is_answer[len(prompt) :].all()
-    assert tokenizers[0].decode(ids[len(prompt) :]) == "A cat.\n###"
+    assert (tokenizers[0].decode([ids[len(prompt)]]) == "") == is_alone
+    assert tokenizers[0].decode(ids[len(prompt) :]) == f"{answer}\n###"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ RUN_BY = {
     "make smol": r'"examples" / "smol\.py"',
     "make classes": r'run_example\("classes_data\.py"',
     "make vqa": r'run_example\("vqa_evaluate\.py"',
+    "make evaluate": r'run_example\("evaluate\.py"',
     "make test": r"^(timed )?make test$",
     "megatron-sphinx doctor": r'"doctor"',
     "megatron-sphinx train": r'"train", str\(config\), "--check"',
@@ -340,7 +341,7 @@ def test_commands_that_take_no_time_do_what_they_say(command, capsys, monkeypatc
 
 def test_the_makefile_calls_programs_with_arguments_that_they_take(parse):
     """The lines of the targets that train for minutes, parsed; what they do is tested with few steps."""
-    names = ("demo", "demo_moe", "vqa", "figure7", "family", "benchmark", "skipping", "gpu")
+    names = ("demo", "demo_moe", "vqa", "evaluate", "figure7", "family", "benchmark", "skipping", "gpu")
     made = subprocess.run(
         ["make", "--dry-run", "--always-make", "--no-print-directory", *names],
         cwd=ROOT, capture_output=True, text=True, check=True,

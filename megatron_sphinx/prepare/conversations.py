@@ -28,7 +28,7 @@ from megatron_sphinx.prepare.workers import (
 )
 
 _NO_IMAGE = ShardImage(0, 0, 0, 0, 0, 0)
-_RECORDS = 2  # version of what is kept of a unit while an index is made
+_RECORDS = 3  # version of what is kept of a unit while an index is made
 _MOST_KEY = 200  # characters of an id in the quarantine
 
 

@@ -53,15 +53,15 @@ class Conversation:
     def encode(self, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:
         """Return the token ids of the whole, without BOS and EOS, and for each whether it belongs to an answer.
 
-        Tokens are found by the characters that they stand for. One that begins with the space before an answer belongs
-        to the answer: it is what a model generates.
+        Tokens are found by the characters that they stand for. The space before an answer belongs to it, whether it is
+        a token by itself or the beginning of one: a prompt ends before it, so a model has to generate it.
         """
         text, answers = self.text()
         ids, spans = tokenizer.encode_with_spans(text)
         begin, end = np.array(spans, np.int64).reshape(-1, 2).T
         is_answer = np.zeros(len(ids), np.bool_)
         for first, last in answers:
-            is_answer |= (begin < last) & ((end > first) | ((begin == end) & (begin >= first)))
+            is_answer |= (begin < last) & (end >= first)
         return ids, is_answer
 
 
