@@ -118,9 +118,8 @@ class Search:
 
     def __init__(self, tree: TokenTree, most: int) -> None:
         self._tree, self._most = tree, min(most, len(tree))
-        self._open: list[
-            tuple[float, bool, int, Branch]
-        ] = []  # a heap; beginnings come before texts that are as likely
+        # a heap: the likeliest first, and beginnings before texts that are as likely
+        self._open: list[tuple[float, bool, int, Branch]] = []
         self._asked = tree.root
         self._bound = 0.0
         self.found: list[tuple[int, float]] = []
