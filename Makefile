@@ -10,9 +10,6 @@ RANDOM_RUN := runs/demo_random_expert
 RANDOM_VQA := runs/vqa_random_expert
 CLASSIFY := $(BIN)/python -m megatron_sphinx evaluate classes --data data/classes/test --model runs/classes
 EVALUATION := runs/evaluation
-LOCATE := runs/locate
-SINGLE := model.weights=runs/vqa run.folder=$(LOCATE)/single data.conversations=data/evaluate/single \
-    training.epochs=1 optimizer.minimum_learning_rate=1.5e-3
 FIGURE7 := runs/figure7
 FAMILY := runs/family
 SYNTHETIC := data.pairs=data/family/syn training.steps=40 optimizer.learning_rate=1e-3 model.weights=$(FAMILY)
@@ -61,8 +58,7 @@ classes: $(VENV)/demo.installed
 evaluate: $(VENV)/vqa.installed
 	@date +%s > $(VENV)/evaluate.started
 	$(BIN)/python examples/evaluate_data.py
-	rm -rf $(LOCATE) $(EVALUATION)
-	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml $(SINGLE)
+	rm -rf runs/locate $(EVALUATION)
 	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml
 	$(call ASK,shown)
 	$(call ASK,swapped)
@@ -73,7 +69,7 @@ evaluate: $(VENV)/vqa.installed
 define ASK
 	$(BIN)/python -m megatron_sphinx evaluate vqav2_val gqa pope_random --model runs/vqa \
 	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/vqa
-	$(BIN)/python -m megatron_sphinx evaluate refcoco_val --model $(LOCATE)/scenes \
+	$(BIN)/python -m megatron_sphinx evaluate refcoco_val --model runs/locate \
 	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/locate
 endef
 

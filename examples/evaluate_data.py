@@ -4,8 +4,7 @@
 
 Writes into FOLDER (data/evaluate), from what examples/vqa_data.py has made and from scenes that are drawn:
 
-* single/: of each training scene of one shape a dialog that asks for its box;
-* conversations/: of each training scene of one to three shapes a dialog that asks for all boxes;
+* conversations/: of each training scene a dialog that asks for the boxes of its shapes;
 * shown/: folders as `megatron-sphinx evaluate --data` takes them: vqav2, gqa and pope with easy-VQA's test questions,
   refcoco with scenes that training never sees, and the pictures of vqav2 and pope in coco;
 * swapped/ and grey/: the blind controls: for each question the picture is that of another one, or all grey.
@@ -35,7 +34,7 @@ from megatron_sphinx.prepare.tasks import ConversationJson
 Question = dict[str, str]  # image, question, answer
 Pictures = Sequence[Image.Image]
 
-TRAINING_SEED, TEST_SEED, SINGLE_SEED = 1, 2, 3
+TRAINING_SEED, TEST_SEED = 1, 2
 PEOPLE = 10  # who answered a question of VQA
 GREY = (128, 128, 128)
 CONTROLS: dict[str, Callable[[Pictures], Pictures]] = {
@@ -62,8 +61,9 @@ def dialogs(drawn: Sequence[Scene], rng: np.random.Generator) -> Iterator[Conver
         yield from tasks.merge(turns, len(turns))
 
 
-def write_training(folder: Path, drawn: Sequence[Scene], tokenizer: Tokenizer) -> int:
-    """Write the index of the dialogs about scenes; return how many there are."""
+def write_training(folder: Path, count: int, tokenizer: Tokenizer) -> int:
+    """Write the index of the dialogs about so many scenes; return how many there are."""
+    drawn = list(scenes(TRAINING_SEED, count))
     with tempfile.TemporaryDirectory() as name:
         for number, scene in enumerate(drawn):
             scene.picture().save(Path(name) / f"{number}.png")
@@ -209,14 +209,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/evaluate"))
     parser.add_argument("--vqa", type=Path, default=Path("data/vqa"), help="what examples/vqa_data.py has made")
-    parser.add_argument("--scenes", type=int, default=8000, help="of each kind that are trained on")
+    parser.add_argument("--scenes", type=int, default=8000, help="that are trained on")
     parser.add_argument("--tests", type=int, default=250, help="pictures of each kind that are asked about")
     args = parser.parse_args()
     done = args.folder / "prepared.txt"
     if not done.is_file():
-        tokenizer = Tokenizer(args.vqa / "tokenizer.model")
-        made = write_training(args.folder / "single", list(scenes(SINGLE_SEED, args.scenes, 1)), tokenizer)
-        made += write_training(args.folder / "conversations", list(scenes(TRAINING_SEED, args.scenes)), tokenizer)
+        made = write_training(args.folder / "conversations", args.scenes, Tokenizer(args.vqa / "tokenizer.model"))
         drawn = list(scenes(TEST_SEED, args.tests))
         questions = write_benchmarks(args.folder, args.vqa / "test", args.tests, drawn)
         boxes = sum(len(scene.sentences(thing)) for scene in drawn for thing in scene.things)

@@ -81,26 +81,25 @@ def _sides(box: Box, other: Box) -> list[str]:
     return ["left"] * (box[2] <= other[0]) + ["right"] * (box[0] >= other[2])
 
 
-def scenes(seed: int, count: int, most: int = 3) -> Iterator[Scene]:
+def scenes(seed: int, count: int) -> Iterator[Scene]:
     """Draw scenes at random; each shape in them has a sentence of its own.
 
     Args:
         seed: of the random numbers.
         count: how many scenes.
-        most: shapes in a scene.
     """
     rng = np.random.default_rng(seed)
     while count:
-        scene = _drawn(rng, most)
+        scene = _drawn(rng)
         if all(scene.sentences(thing) for thing in scene.things):
             count -= 1
             yield scene
 
 
-def _drawn(rng: np.random.Generator, most: int) -> Scene:
-    """Draw a scene of at least one shape."""
+def _drawn(rng: np.random.Generator) -> Scene:
+    """Draw a scene of one to three shapes."""
     things: list[Thing] = []
-    wanted = int(rng.integers(1, most + 1))
+    wanted = int(rng.integers(1, 4))
     while len(things) < wanted:
         things = []
         for _ in range(_ATTEMPTS):
