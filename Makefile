@@ -54,9 +54,11 @@ classes: $(VENV)/demo.installed
 	$(CLASSIFY) --output runs/classes/generated
 	$(CLASSIFY) --output runs/classes/ranked --by-ranking
 
-## evaluate: after vqa, its model on benchmarks in their official layouts, then tuned to find boxes; with blind controls
+## evaluate: after vqa, its model on benchmarks in their official layouts, then tuned to find boxes, and the model of
+## classes; with blind controls
 evaluate: $(VENV)/vqa.installed
 	@date +%s > $(VENV)/evaluate.started
+	test -d runs/classes/ranked || $(MAKE) classes
 	$(BIN)/python examples/evaluate_data.py
 	rm -rf runs/locate $(EVALUATION)
 	$(RANKS) -m megatron_sphinx train examples/evaluate.yaml
@@ -65,12 +67,14 @@ evaluate: $(VENV)/vqa.installed
 	$(call ASK,grey)
 	$(BIN)/python examples/evaluate.py $(EVALUATION) --started $$(cat $(VENV)/evaluate.started)
 
-# both models, with one kind of pictures; the reports are $(EVALUATION)/KIND/MODEL/report.html
+# the three models, with one kind of pictures; the reports are $(EVALUATION)/KIND/MODEL/report.html
 define ASK
 	$(BIN)/python -m megatron_sphinx evaluate vqav2_val gqa pope_random --model runs/vqa \
 	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/vqa
 	$(BIN)/python -m megatron_sphinx evaluate refcoco_val --model runs/locate \
 	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/locate
+	$(BIN)/python -m megatron_sphinx evaluate classes --model runs/classes \
+	    --data data/evaluate/$(1) --output $(EVALUATION)/$(1)/classes
 endef
 
 ## figure7: what captions alone do to a language model, as figure 7 of SPHINX has it; the plot is examples/figure7.png

@@ -2,11 +2,13 @@
 
     examples/evaluate_data.py [FOLDER]
 
-Writes into FOLDER (data/evaluate), from what examples/vqa_data.py has made and from scenes that are drawn:
+Writes into FOLDER (data/evaluate), from what examples/vqa_data.py and examples/classes_data.py have made, and from
+scenes that are drawn:
 
 * conversations/: of each training scene a dialog that asks for the boxes of its shapes;
 * shown/: folders as `megatron-sphinx evaluate --data` takes them: vqav2, gqa and pope with easy-VQA's test questions,
-  refcoco with scenes that training never sees, and the pictures of vqav2 and pope in coco;
+  refcoco with scenes that training never sees, classes with Fashion-MNIST's test pictures, and the pictures of vqav2
+  and pope in coco;
 * swapped/ and grey/: the blind controls: for each question the picture is that of another one, or all grey.
 
 Does nothing where that is all there.
@@ -204,11 +206,27 @@ def write_benchmarks(folder: Path, test: Path, pictures: int, drawn: Sequence[Sc
     return sum(map(len, asked))
 
 
+def write_classes(folder: Path, test: Path, count: int) -> None:
+    """Write test pictures of clothes, and their blind controls, as folders of classes.
+
+    Args:
+        folder: gets one for each of CONTROLS.
+        test: has the folder `classes`, as examples/classes_data.py leaves it.
+        count: of pictures, at most; the first ones by their numbers, which mix the classes.
+    """
+    files = sorted(test.glob("classes/*/*.jpg"), key=lambda file: file.name)[:count]
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    for control, changed in CONTROLS.items():
+        for file, picture in zip(files, changed(pictures), strict=True):
+            write_pictures(folder / control / "classes" / file.parent.name, [picture], file.name)
+
+
 def main() -> int:
     """Make the data; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/evaluate"))
     parser.add_argument("--vqa", type=Path, default=Path("data/vqa"), help="what examples/vqa_data.py has made")
+    parser.add_argument("--classes", type=Path, default=Path("data/classes"), help="that of examples/classes_data.py")
     parser.add_argument("--scenes", type=int, default=8000, help="that are trained on")
     parser.add_argument("--tests", type=int, default=250, help="pictures of each kind that are asked about")
     args = parser.parse_args()
@@ -217,6 +235,7 @@ def main() -> int:
         made = write_training(args.folder / "conversations", args.scenes, Tokenizer(args.vqa / "tokenizer.model"))
         drawn = list(scenes(TEST_SEED, args.tests))
         questions = write_benchmarks(args.folder, args.vqa / "test", args.tests, drawn)
+        write_classes(args.folder, args.classes / "test", args.tests)
         boxes = sum(len(scene.sentences(thing)) for scene in drawn for thing in scene.things)
         done.write_text(f"{made} dialogs about scenes; tests: {questions} questions, {boxes} sentences\n")
     print(f"{args.folder}: {done.read_text()}", end="")

@@ -1,4 +1,4 @@
-"""Scenes of one to three shapes, each with its box and with sentences that are true of it alone."""
+"""Scenes of one or two shapes, each with its box and with sentences that are true of it alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,9 +97,9 @@ def scenes(seed: int, count: int) -> Iterator[Scene]:
 
 
 def _drawn(rng: np.random.Generator) -> Scene:
-    """Draw a scene of one to three shapes."""
+    """Draw a scene of one or two shapes."""
     things: list[Thing] = []
-    wanted = int(rng.integers(1, 4))
+    wanted = int(rng.integers(1, 3))
     while len(things) < wanted:
         things = []
         for _ in range(_ATTEMPTS):

@@ -25,7 +25,7 @@ from megatron_sphinx.prepare.tasks import PROMPTS
 from megatron_sphinx.prepare.template import SYSTEM
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BENCHMARKS = ("vqav2_val", "gqa", "pope_random", "refcoco_val")
+BENCHMARKS = ("vqav2_val", "gqa", "pope_random", "refcoco_val", "classes")
 QUESTIONS = {  # about each of the pictures, by the colour of its shape
     "what color is the shape?": lambda colour: colour,
     "is there a red shape in the image?": lambda colour: "yes" if colour == "red" else "no",
@@ -68,10 +68,15 @@ def made(run_example, tmp_path):
                   for asked, answer in QUESTIONS.items()]  # fmt: skip
     (images.parent / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train_tokenizer(tmp_path / "vqa" / "tokenizer", [SYSTEM, *QUESTIONS] * 9, 330)
-    folder, options = tmp_path / "made", ("--scenes", 12, "--tests", TESTS)
-    said = run_example("evaluate_data.py", folder, "--vqa", tmp_path / "vqa", *options)
+    for number, colour in enumerate(PICTURES):
+        place = tmp_path / "classes" / "test" / "classes" / colour
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), colour).save(place / f"{number}.jpg")
+    folder = tmp_path / "made"
+    options = ("--vqa", tmp_path / "vqa", "--classes", tmp_path / "classes", "--scenes", 12, "--tests", TESTS)
+    said = run_example("evaluate_data.py", folder, *options)
     assert said.startswith(f"{folder}: 12 dialogs about scenes; tests: {TESTS * len(QUESTIONS)} questions, ")
-    assert run_example("evaluate_data.py", folder, "--vqa", tmp_path / "vqa", *options) == said  # there already
+    assert run_example("evaluate_data.py", folder, *options) == said  # there already
     return folder
 
 
@@ -92,7 +97,7 @@ def test_boxes_of_scenes_are_those_of_what_is_painted(scenes):
             painted[top:bottom, left:right] = True
             shapes[thing.shape, len(scene.things)] += 1
         assert (pixels[~painted] == 255).all()
-    assert len(shapes) == len(scenes.SHAPES) * 3
+    assert len(shapes) == len(scenes.SHAPES) * 2
 
 
 def test_a_sentence_is_true_of_one_shape_alone(scenes):
@@ -131,6 +136,7 @@ def test_the_readers_read_what_was_written(made, scenes):
     drawn = list(scenes.scenes(2, TESTS))
     told = [(sentence, thing.box) for scene in drawn for thing in scene.things for sentence in scene.sentences(thing)]
     assert [(one.fields["phrase"], one.box) for one in samples["refcoco_val"]] == told
+    assert sorted(one.answers[-1] for one in samples["classes"]) == sorted(PICTURES[:TESTS])
     for sample in (each for of_one in samples.values() for each in of_one):
         with Image.open(sample.picture) as picture:
             assert picture.format == "JPEG"
@@ -178,7 +184,7 @@ def test_the_table(run_example, made, scenes, tmp_path):
     for control in ("shown", "grey"):
         double = Double(lambda messages, picture: truth.get(picture.content, {}).get(messages[-1].text, "no"))
         wanted = Wanted(made / control, Protocol.PAPER, Sampling())
-        for model, names in {"vqa": BENCHMARKS[:3], "locate": BENCHMARKS[3:]}.items():
+        for model, names in {"vqa": BENCHMARKS[:3], "locate": BENCHMARKS[3:4], "classes": BENCHMARKS[4:]}.items():
             output = results / control / model
             told = agree(output, double, Path(model), wanted)
             for name in names:
