@@ -16,7 +16,6 @@ Does nothing where that is all there.
 
 import argparse
 import json
-import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.prepare import tasks
 from megatron_sphinx.prepare.conversations import index_conversations
 from megatron_sphinx.prepare.tasks import ConversationJson
+from megatron_sphinx.tensors.pickle_writer import dumps
 
 Question = dict[str, str]  # image, question, answer
 Pictures = Sequence[Image.Image]
@@ -178,7 +178,7 @@ def write_refcoco(folder: Path, drawn: Sequence[Scene]) -> None:
     categories = [{"id": 1 + number, "name": shape} for number, shape in enumerate(SHAPES)]
     content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     write_json(folder / "instances.json", content)
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+    (folder / "refs(unc).p").write_bytes(dumps(references))
 
 
 def write_benchmarks(folder: Path, test: Path, pictures: int, drawn: Sequence[Scene]) -> int:

@@ -132,6 +132,7 @@ def _rank(rank: int, world: int, port: int, log: Path, work: Callable[[], int | 
     status = 1
     try:
         torch.set_num_threads(1)  # the pool of threads it was forked with is dead, and threads that repair it race
+        gc.freeze()  # what is inherited is not this rank's to collect: some of it ends with threads that are not here
         device._chosen = None  # a rank chooses for itself, whatever a test chose for the process that it is forked from
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
@@ -146,6 +147,14 @@ def _rank(rank: int, world: int, port: int, log: Path, work: Callable[[], int | 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """A folder that is taken for a checkpoint as long as nobody opens it: for commands whose model is a double."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "consolidated.00.pth").touch()
+    return str(folder)
 
 
 @pytest.fixture

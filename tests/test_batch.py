@@ -378,9 +378,9 @@ def test_a_folder_with_shards_is_those(tmp_path):
     assert sources_of([tmp_path])[0].count() is None
 
 
-def test_the_command_says_how_many_answers_and_errors_there_are(pictures, tmp_path, monkeypatch, capsys):
+def test_the_command_says_how_many_answers_and_errors_there_are(pictures, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model, "load", lambda path, **options: Double(caption))
-    words = ["generate", ".", "--input", str(pictures), "--output", str(tmp_path / "o"), "--prompt", "p"]
+    words = ["generate", checkpoint, "--input", str(pictures), "--output", str(tmp_path / "o"), "--prompt", "p"]
     assert main([*words, "--temperature", "0.5", "--stop", "x"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'o'}: 3 answers, 1 errors\n"
     assert main([*words, "--temperature", "0.5", "--stop", "x"]) == 0

@@ -142,10 +142,10 @@ class LoadedModel:
         return [SimpleNamespace(text=f"{where} {size} {prompt}") for prompt, size in zip(prompts, sizes, strict=True)]
 
 
-def test_a_model_is_asked_as_a_script_is(cascade, tmp_path, monkeypatch):
+def test_a_model_is_asked_as_a_script_is(cascade, checkpoint, tmp_path, monkeypatch):
     loaded = LoadedModel()
     monkeypatch.setattr(model, "load", lambda path, **options: loaded)
-    given = ("--model", str(tmp_path), "--max-new-tokens", "9")
+    given = ("--model", checkpoint, "--max-new-tokens", "9")
     status, out, error = cascade("describe", given=given)
     assert (status, error) == (0, "")
     assert out.endswith("1 regions described, by the model m\n")

@@ -111,10 +111,10 @@ def test_a_sweep_evaluates_benchmarks_with_other_experts(train, run_ranks, asked
         (["--active-experts", "0"], "active_experts=0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused_at_once(words, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_looked_at_is_refused_at_once(words, message, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = [] if "--data" in words else ["--data", "."]
-    assert main(["experts", ".", "--output", "out", *data, *words]) == 2
+    assert main(["experts", checkpoint, "--output", "out", *data, *words]) == 2
     assert re.search(f"^megatron-sphinx experts: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 

@@ -88,8 +88,8 @@ def test_boxes_and_points_are_drawn_on_a_copy(padding, top):
 
 
 def test_a_long_answer_of_brackets_takes_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     parts = ("[", "[0,", "<p>", "[0,0]", "<p>a</p>[0,0,1,1]", "a. ", "and ")
     for text in ("[" + " " * 200_000 + "x]", *(part * 50_000 + "[0,0]" for part in parts)):
         parse_brackets(text)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3

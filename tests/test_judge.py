@@ -220,7 +220,7 @@ def test_a_server_that_refuses_is_told_in_a_line(status, message):
         assert len(server.asked) == (2 if status == 503 else 1)
 
 
-def test_what_the_commands_refuse(answered, capsys, monkeypatch):
+def test_what_the_commands_refuse(answered, checkpoint, capsys, monkeypatch):
     data, folder = answered
     given = ["--data", str(data), "--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "j"]
     evaluate = ["evaluate", "--data", str(data), "--output", str(folder)]
@@ -233,12 +233,12 @@ def test_what_the_commands_refuse(answered, capsys, monkeypatch):
         (["evaluate", "pope", "--data", "/nowhere"], "--data=/nowhere: no such folder; give the one that holds"),
         (["evaluate", "pope", "--data", str(data)], "--output: is not given; name the folder"),
         ([*evaluate, "pope"], "--model: is not given; name a checkpoint"),
-        ([*evaluate, "pope", "--model", "/nowhere"], "--model=/nowhere: no such file or folder; name a checkpoint"),
-        ([*evaluate, "--model", str(data)], "NAME: no benchmark is given; give some, or all; see evaluate --list"),
-        ([*evaluate, "popo", "--model", str(data)], "popo: is no benchmark; did you mean pope?"),
-        ([*evaluate, "pope", "--model", str(data), "--limit", "0"], "--limit=0"),
-        ([*evaluate, "mm_vet", "--model", str(data), "--top-p", "2"], "sampling.top_p=2"),
-        ([*evaluate, "pope", "--model", str(data)], "pope lacks coco_pope_random.json"),
+        ([*evaluate, "pope", "--model", "/nowhere"], "/nowhere: no such folder; give the folder of a checkpoint"),
+        ([*evaluate, "--model", checkpoint], "NAME: no benchmark is given; give some, or all; see evaluate --list"),
+        ([*evaluate, "popo", "--model", checkpoint], "popo: is no benchmark; did you mean pope?"),
+        ([*evaluate, "pope", "--model", checkpoint, "--limit", "0"], "--limit=0"),
+        ([*evaluate, "mm_vet", "--model", checkpoint, "--top-p", "2"], "sampling.top_p=2"),
+        ([*evaluate, "pope", "--model", checkpoint], "pope lacks coco_pope_random.json"),
         ([*evaluate, "--report-only", "--paper", "sphinx-k"], "--paper=sphinx-k: unknown; did you mean sphinx-"),
         ([*evaluate, "--report-only", "--paper", "?"], "--paper=?: unknown; known: sphinx, sphinx-1k"),
     ]:  # fmt: skip
@@ -248,7 +248,7 @@ def test_what_the_commands_refuse(answered, capsys, monkeypatch):
         assert error.count("\n") == 1
     empty = data / "empty"
     empty.mkdir()
-    assert main(["evaluate", "all", "--data", str(empty), "--output", "o", "--model", str(data)]) == 2
+    assert main(["evaluate", "all", "--data", str(empty), "--output", "o", "--model", checkpoint]) == 2
     assert "holds all files of no benchmark; see evaluate --list" in capsys.readouterr().err
 
 
@@ -262,11 +262,11 @@ def test_a_folder_without_judged_answers_is_refused(tmp_path, capsys):
         judging.judge_prompt_of(type("R", (), {"benchmark": named("pope")})())
 
 
-def test_evaluate_answers_and_reports(tmp_path, capsys, monkeypatch):
+def test_evaluate_answers_and_reports(checkpoint, tmp_path, capsys, monkeypatch):
     mm_vet(tmp_path / "data")
     double = Double(reply)
     monkeypatch.setattr(models, "load", lambda path, **options: double)
-    words = ["evaluate", "all", "--data", str(tmp_path / "data"), "--model", str(tmp_path), "--output",
+    words = ["evaluate", "all", "--data", str(tmp_path / "data"), "--model", checkpoint, "--output",
              str(tmp_path / "out"), "--paper", "sphinx-2k", "--protocol", "accessory", "--seed", "7"]  # fmt: skip
     assert main(words) == 0
     assert [(one.temperature, one.seed) for one in double.sampled] == [(0.1, 7 + number) for number in range(6)]

@@ -338,8 +338,8 @@ def test_a_damaged_picture_costs_itself_alone(data, tmp_path):
     assert "not an image" in read_results(tmp_path / "out", named("classes"), data).faults["coat/0.png"]
 
 
-def test_benchmarks_without_classes_are_refused(data, tmp_path, capsys):
-    words = ["evaluate", "classes", "gqa", "--by-ranking", "--data", str(data), "--model", str(data), "--output", "x"]
+def test_benchmarks_without_classes_are_refused(data, checkpoint, capsys):
+    words = ["evaluate", "classes", "gqa", "--by-ranking", "--data", str(data), "--model", checkpoint, "--output", "x"]
     assert main(words) == 2
     message = "--by-ranking: gqa has no classes to rank; give imagenet or classes alone, or leave it out"
     assert message in capsys.readouterr().err

@@ -508,8 +508,8 @@ def test_the_usual_port_of_a_host_may_be_named(allowed):
         (["--host", "no.such.host.invalid", "--port", "0"], "--host=no.such.host.invalid --port=0: cannot be"),
     ],
 )  # fmt: skip
-def test_the_command_refuses_wrong_arguments(words, message, capsys):
-    assert main(["serve", ".", *words]) == 2
+def test_the_command_refuses_wrong_arguments(words, message, checkpoint, capsys):
+    assert main(["serve", checkpoint, *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -520,14 +520,14 @@ def test_a_port_that_is_taken_is_told():
             HttpServer(Gate(None, 1), Limits(), Access(), "127.0.0.1", port)
 
 
-def test_who_may_be_reached_from_elsewhere_is_warned_of_having_no_key(capsys, monkeypatch):
+def test_who_may_be_reached_from_elsewhere_is_warned_of_having_no_key(checkpoint, capsys, monkeypatch):
     monkeypatch.setenv("MEGATRON_SPHINX_API_KEY", "secret")
-    assert main(["serve", ".", "--host", "no.such.host.invalid"]) == 2
+    assert main(["serve", checkpoint, "--host", "no.such.host.invalid"]) == 2
     assert "whoever reaches" not in capsys.readouterr().err
     monkeypatch.delenv("MEGATRON_SPHINX_API_KEY")
-    assert main(["serve", ".", "--host", "no.such.host.invalid"]) == 2
+    assert main(["serve", checkpoint, "--host", "no.such.host.invalid"]) == 2
     said = capsys.readouterr().err
     assert "--host=no.such.host.invalid: whoever reaches this machine may ask; give --api-key to change that" in said
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert main(["serve", "."]) == 2
+    assert main(["serve", checkpoint]) == 2
     assert "fastapi is not installed; pip install 'megatron-sphinx[serve]'" in capsys.readouterr().err

@@ -125,11 +125,11 @@ def test_what_ends_the_model_ends_the_chat():
         talk(Chat(Lost(tell), Sampling()), "a\n")
 
 
-def test_the_command_asks_given_questions(picture, monkeypatch, capsys):
+def test_the_command_asks_given_questions(picture, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(model, "load", lambda path, **options: Double(tell))
-    assert main(["chat", ".", str(picture), "-m", "a", "-m", "b", "--system", "s"]) == 0
+    assert main(["chat", checkpoint, str(picture), "-m", "a", "-m", "b", "--system", "s"]) == 0
     assert capsys.readouterr().out == "40x20 s:s|u:a\n40x20 s:s|u:a|a:40x20 s:s|u:a|u:b\n"
-    assert main(["chat", ".", "none.png", "-m", "a"]) == 2
+    assert main(["chat", checkpoint, "none.png", "-m", "a"]) == 2
     assert "none.png: cannot be read" in capsys.readouterr().err
 
 
@@ -140,15 +140,15 @@ from megatron_sphinx.__main__ import main
 from megatron_sphinx.serving import model
 answer = lambda messages, _: "word " * (400 if messages[-1].text == "long" else 2)
 model.load = lambda path, **options: Double(answer, 0.01)
-sys.exit(main(["chat", "."]))
+sys.exit(main(["chat", sys.argv[1]]))
 """
 
 
-def test_in_a_terminal_answers_stream_and_ctrl_c_ends_one_of_them():
+def test_in_a_terminal_answers_stream_and_ctrl_c_ends_one_of_them(checkpoint):
     ours, theirs = pty.openpty()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "dumb"}
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        [sys.executable, "-c", PROGRAM, checkpoint], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
         start_new_session=True,
     )  # fmt: skip
     os.close(theirs)

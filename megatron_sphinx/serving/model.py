@@ -18,15 +18,7 @@ from megatron_sphinx.generation.engine import Language
 from megatron_sphinx.generation.expert_orders import ExpertOrder, Restrict, WatchedExperts
 from megatron_sphinx.generation.limits import Limits
 from megatron_sphinx.generation.pictures import picture_of
-from megatron_sphinx.generation.requests import (
-    Chunk,
-    Finish,
-    Generation,
-    Picture,
-    Prompt,
-    Sampling,
-    default_new_tokens,
-)
+from megatron_sphinx.generation.requests import Chunk, Finish, Generation, Picture, Prompt, Sampling, default_new_tokens
 from megatron_sphinx.generation.service import ClosedError, RequestTicket, Service
 from megatron_sphinx.generation.stopping import Detokenizer
 from megatron_sphinx.generation.templates import ChatTemplate, template_of
