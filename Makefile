@@ -54,8 +54,8 @@ classes: $(VENV)/demo.installed
 	$(CLASSIFY) --output runs/classes/generated
 	$(CLASSIFY) --output runs/classes/ranked --by-ranking
 
-## evaluate: after vqa, its model on benchmarks in their official layouts, then tuned to find boxes, and the model of
-## classes; with blind controls
+## evaluate: after vqa, its model on benchmarks in their official layouts, one that learns boxes, and that of classes;
+## with blind controls
 evaluate: $(VENV)/vqa.installed
 	@date +%s > $(VENV)/evaluate.started
 	test -d runs/classes/ranked || $(MAKE) classes

@@ -74,11 +74,11 @@ def main() -> int:
     parser.add_argument("--started", type=float, help="when it all began, in seconds since 1970")
     args = parser.parse_args()
     table = collect(args.results, args.data)
-    print(f"{'':18}{'figure':>14}{'questions':>11}" + "".join(f"{control:>10}" for control in CONTROLS))
+    print(f"{'':28}{'figure':>14}{'questions':>11}" + "".join(f"{control:>10}" for control in CONTROLS))
     for (title, name), columns in table.items():
         asked = max(count for count, _ in columns.values())
         values = "".join(f"{columns[control][1]:10.1f}" if control in columns else f"{'':10}" for control in CONTROLS)
-        print(f"{title:18}{name:>14}{asked:11}{values}")
+        print(f"{title:28}{name:>14}{asked:11}{values}")
     if args.started:
         print(f"{time.time() - args.started:.0f} seconds")
     rows = [{"title": title.strip(), "figure": name, "values": columns} for (title, name), columns in table.items()]

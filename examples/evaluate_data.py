@@ -37,6 +37,7 @@ Question = dict[str, str]  # image, question, answer
 Pictures = Sequence[Image.Image]
 
 TRAINING_SEED, TEST_SEED = 1, 2
+TURNS = 3  # of a dialog about a scene
 PEOPLE = 10  # who answered a question of VQA
 GREY = (128, 128, 128)
 CONTROLS: dict[str, Callable[[Pictures], Pictures]] = {
@@ -47,7 +48,9 @@ CONTROLS: dict[str, Callable[[Pictures], Pictures]] = {
 
 
 def dialogs(drawn: Sequence[Scene], rng: np.random.Generator) -> Iterator[ConversationJson]:
-    """Make of each scene one dialog: for each of its shapes, in random order, one of its sentences and its box.
+    """Make of each scene one dialog: TURNS times, a shape drawn anew, one of its sentences, and its box.
+
+    A shape may be asked for again, so that what was asked before does not tell which one is left.
 
     Args:
         drawn: the scenes; the picture of each is called after its number.
@@ -56,7 +59,7 @@ def dialogs(drawn: Sequence[Scene], rng: np.random.Generator) -> Iterator[Conver
     for number, scene in enumerate(drawn):
         picture = {"image": f"{number}.png", "width": SIDE, "height": SIDE}
         turns = []
-        for place in rng.permutation(len(scene.things)):
+        for place in rng.integers(0, len(scene.things), TURNS):
             thing = scene.things[place]
             phrase = str(rng.choice(scene.sentences(thing)))
             turns.append(tasks.locate({**picture, "phrase": phrase, "box": list(thing.box)}, "centre"))
@@ -227,7 +230,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/evaluate"))
     parser.add_argument("--vqa", type=Path, default=Path("data/vqa"), help="what examples/vqa_data.py has made")
     parser.add_argument("--classes", type=Path, default=Path("data/classes"), help="that of examples/classes_data.py")
-    parser.add_argument("--scenes", type=int, default=8000, help="that are trained on")
+    parser.add_argument("--scenes", type=int, default=24_000, help="that are trained on")
     parser.add_argument("--tests", type=int, default=250, help="pictures of each kind that are asked about")
     args = parser.parse_args()
     done = args.folder / "prepared.txt"

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")  # those of easy-VQA
 SIDE = 112  # pixels of a picture, and of the visual expert
-LEAST, MOST = 28, 56  # pixels of a side of a shape
-GAP = 4  # pixels between the boxes of two shapes, at least
+CELL = 28  # pixels: a patch of the picture, in whole numbers of which shapes lie
+MOST = 2  # cells of a side of a shape
 _ATTEMPTS = 100  # at a place for one more shape
 
 Box = tuple[int, int, int, int]
@@ -112,15 +112,15 @@ def _drawn(rng: np.random.Generator) -> Scene:
 
 
 def _thing(rng: np.random.Generator) -> Thing:
-    """Draw a shape anywhere in a picture; a circle is as wide as high."""
+    """Draw a shape in any cells of a picture; a circle is as wide as high."""
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(COLOURS))
-    width, height = (int(side) for side in rng.integers(LEAST, MOST + 1, 2))
+    width, height = (CELL * int(side) for side in rng.integers(1, MOST + 1, 2))
     if shape == "circle":
         height = width
-    left, top = (int(rng.integers(0, SIDE - side + 1)) for side in (width, height))
+    left, top = (CELL * int(rng.integers(0, (SIDE - side) // CELL + 1)) for side in (width, height))
     return Thing(shape, colour, (left, top, left + width, top + height))
 
 
 def _meet(one: Box, other: Box) -> bool:
-    """Say whether two boxes come nearer to each other than GAP."""
-    return all(one[axis] < other[axis + 2] + GAP and other[axis] < one[axis + 2] + GAP for axis in (0, 1))
+    """Say whether two boxes have a part in common."""
+    return all(one[axis] < other[axis + 2] and other[axis] < one[axis + 2] for axis in (0, 1))
