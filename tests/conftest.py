@@ -47,6 +47,7 @@ from matplotlib import pyplot  # noqa: F401
 torch.set_num_threads(1)  # a process that has started threads must not fork
 tqdm.set_lock(RLock())  # its own lock is shared with what is forked: a rank killed while it holds it stops all others
 TOOLS = Path(__file__).parents[1] / "tools"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 HELD_OUT = 14  # pictures that nothing is trained on
 COLOURS = ("red", "green", "blue", "black", "yellow", "purple", "orange", "gray")
 
@@ -147,6 +148,19 @@ def _rank(rank: int, world: int, port: int, log: Path, work: Callable[[], int | 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """`run_example(name, *args)` runs a program of examples/, and returns what it prints."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name: str, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        assert runpy.run_path(str(EXAMPLES / name))["main"]() == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,19 +31,6 @@ QUESTIONS = {  # about each of the pictures, by the colour of its shape
 }
 PICTURES = ("red", "blue", "teal", "green", "red")
 TESTS = 4
-
-
-@pytest.fixture
-def run_example(monkeypatch, capsys):
-    """`run_example(name, *args)` runs a program of examples/, and returns what it prints."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def run(name: str, *args: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        assert runpy.run_path(str(EXAMPLES / name))["main"]() == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture

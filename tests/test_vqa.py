@@ -3,8 +3,6 @@
 import itertools
 import json
 import random
-import runpy
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,19 +20,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SHORT = "\nAnswer the question using a single word or phrase."
-
-
-@pytest.fixture
-def run_example(monkeypatch, capsys):
-    """`run_example(name, *args)` runs a program of examples/, and returns what it prints."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def run(name: str, *args: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        assert runpy.run_path(str(EXAMPLES / name))["main"]() == 0
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def _bgr(pixels: Pixels) -> Pixels:
 
 
 def _cv2() -> Any:
-    """Import OpenCV.
+    """Return the module of OpenCV, which computes in the thread that calls it.
 
     Raises:
         ConfigError: it is not installed.
