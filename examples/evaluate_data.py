@@ -5,7 +5,8 @@
 Writes into FOLDER (data/evaluate), from what examples/vqa_data.py and examples/classes_data.py have made, and from
 scenes that are drawn:
 
-* conversations/: of each training scene a dialog that asks for the boxes of its shapes;
+* conversations/: of each training scene a dialog that asks for the boxes of its shapes; tokenizer.model, trained on
+  these dialogs;
 * shown/: folders as `megatron-sphinx evaluate --data` takes them: vqav2, gqa and pope with easy-VQA's test questions,
   refcoco with scenes that training never sees, classes with Fashion-MNIST's test pictures, and the pictures of vqav2
   and pope in coco;
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scenes import SHAPES, SIDE, Scene, scenes
+from vqa_data import train_tokenizer
 
 from megatron_sphinx.data.tokenizer import Tokenizer
 from megatron_sphinx.prepare import tasks
@@ -66,15 +68,22 @@ def dialogs(drawn: Sequence[Scene], rng: np.random.Generator) -> Iterator[Conver
         yield from tasks.merge(turns, len(turns))
 
 
-def write_training(folder: Path, count: int, tokenizer: Tokenizer) -> int:
-    """Write the index of the dialogs about so many scenes; return how many there are."""
-    drawn = list(scenes(TRAINING_SEED, count))
+def write_training(folder: Path, count: int) -> int:
+    """Write a tokenizer, and the index of dialogs about so many scenes of two shapes; return how many there are.
+
+    Who tells two shapes apart finds a lone one, but not the other way round: so no scene of one is trained on.
+    """
+    drawn = list(scenes(TRAINING_SEED, count, least=2))
+    asked = list(dialogs(drawn, np.random.default_rng(TRAINING_SEED)))
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.write_bytes(train_tokenizer(asked))
     with tempfile.TemporaryDirectory() as name:
         for number, scene in enumerate(drawn):
             scene.picture().save(Path(name) / f"{number}.png")
         source = Path(name) / "dialogs.json"
-        source.write_text(json.dumps(list(dialogs(drawn, np.random.default_rng(TRAINING_SEED)))))
-        return index_conversations([source], folder, tokenizer).taken
+        source.write_text(json.dumps(asked))
+        return index_conversations([source], folder / "conversations", Tokenizer(tokenizer)).taken
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -230,12 +239,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/evaluate"))
     parser.add_argument("--vqa", type=Path, default=Path("data/vqa"), help="what examples/vqa_data.py has made")
     parser.add_argument("--classes", type=Path, default=Path("data/classes"), help="that of examples/classes_data.py")
-    parser.add_argument("--scenes", type=int, default=24_000, help="that are trained on")
+    parser.add_argument("--scenes", type=int, default=48_000, help="that are trained on")
     parser.add_argument("--tests", type=int, default=250, help="pictures of each kind that are asked about")
     args = parser.parse_args()
     done = args.folder / "prepared.txt"
     if not done.is_file():
-        made = write_training(args.folder / "conversations", args.scenes, Tokenizer(args.vqa / "tokenizer.model"))
+        made = write_training(args.folder, args.scenes)
         drawn = list(scenes(TEST_SEED, args.tests))
         questions = write_benchmarks(args.folder, args.vqa / "test", args.tests, drawn)
         write_classes(args.folder, args.classes / "test", args.tests)

@@ -81,25 +81,26 @@ def _sides(box: Box, other: Box) -> list[str]:
     return ["left"] * (box[2] <= other[0]) + ["right"] * (box[0] >= other[2])
 
 
-def scenes(seed: int, count: int) -> Iterator[Scene]:
+def scenes(seed: int, count: int, least: int = 1) -> Iterator[Scene]:
     """Draw scenes at random; each shape in them has a sentence of its own.
 
     Args:
         seed: of the random numbers.
         count: how many scenes.
+        least: shapes of a scene; it has that many or two.
     """
     rng = np.random.default_rng(seed)
     while count:
-        scene = _drawn(rng)
+        scene = _drawn(rng, least)
         if all(scene.sentences(thing) for thing in scene.things):
             count -= 1
             yield scene
 
 
-def _drawn(rng: np.random.Generator) -> Scene:
-    """Draw a scene of one or two shapes."""
+def _drawn(rng: np.random.Generator, least: int) -> Scene:
+    """Draw a scene of `least` to two shapes."""
     things: list[Thing] = []
-    wanted = int(rng.integers(1, 3))
+    wanted = int(rng.integers(least, 3))
     while len(things) < wanted:
         things = []
         for _ in range(_ATTEMPTS):

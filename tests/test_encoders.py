@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_sphinx.errors import ConfigError
 from megatron_sphinx.model.architecture import (
+    VISUAL_EXPERTS,
     VisionConfig,
     VisualExpertConfig,
 )
@@ -24,6 +25,7 @@ MIXTURES = [
     ("clip_vit_small", "clip_convnext_small", "dinov2_small"),
     ("blip2_qformer_small", "dinov2_small"),
     ("efficientnet_lite0", "dinov2_small"),
+    ("efficientnet_lite0_stride16",),
 ]
 
 
@@ -74,7 +76,7 @@ def test_convnext_patches_are_repeated_and_its_global_token_is_their_mean():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("names", MIXTURES, ids=lambda names: names[0])
 def test_the_bits_of_a_feature_do_not_depend_on_its_company(names, dtype):
-    config = mixture(*names, grid=4, batch_views=5)
+    config = mixture(*names, grid=VISUAL_EXPERTS[names[-1]].grid, batch_views=5)
     views, count = pixels(config, 23), 23
     model = encoders(config, dtype)
     reference = model(views)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers_double import Double
-from conftest import train_tokenizer
 from PIL import Image
 
 from megatron_sphinx.data.pairs import SampleIndex
@@ -20,7 +19,6 @@ from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.generation.requests import Sampling
 from megatron_sphinx.prepare.boxes import format_box
 from megatron_sphinx.prepare.tasks import PROMPTS
-from megatron_sphinx.prepare.template import SYSTEM
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = ("vqav2_val", "gqa", "pope_random", "refcoco_val", "classes")
@@ -52,7 +50,6 @@ def made(run_example, tmp_path):
         lines += [{"image": f"{number}.png", "question": asked, "answer": answer(colour)}
                   for asked, answer in QUESTIONS.items()]  # fmt: skip
     (images.parent / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train_tokenizer(tmp_path / "vqa" / "tokenizer", [SYSTEM, *QUESTIONS] * 9, 330)
     for number, colour in enumerate(PICTURES):
         place = tmp_path / "classes" / "test" / "classes" / colour
         place.mkdir(parents=True, exist_ok=True)
@@ -141,16 +138,18 @@ def test_blind_controls_ask_alike_about_other_pictures(made):
             assert np.abs(pixels(none) - 128).max() < 3
 
 
-def test_a_dialog_asks_for_boxes_of_its_scene(made, scenes, tmp_path):
-    tokenizer = Tokenizer(tmp_path / "vqa" / "tokenizer.model")
+def test_a_dialog_asks_for_boxes_of_its_scene_of_two(made, scenes):
+    tokenizer = Tokenizer(made / "tokenizer.model")
     index = SampleIndex([made / "conversations"], "conversations")
-    for sample, scene in enumerate(scenes.scenes(1, 12)):
+    for sample, scene in enumerate(scenes.scenes(1, 12, least=2)):
+        assert len(scene.things) == 2
         turns = tokenizer.decode(index.caption(sample).tolist()).split("Human: ")[1:]
         truth = {sentence: thing for thing in scene.things for sentence in scene.sentences(thing)}
         found = []
         for turn in turns:
             question, answer, *_ = (part.strip() for part in re.split("### Assistant:|###", turn))
             before, after = PROMPTS["locate"].split("{phrase}")
+            assert len(tokenizer.encode(question)) < 1.5 * len(question.split()), "words are pieces"
             found.append(truth[question.removeprefix(before).removesuffix(after)])
             assert answer == format_box(found[-1].box, scenes.SIDE, scenes.SIDE, "centre")
         assert len(found) == 3

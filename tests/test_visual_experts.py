@@ -19,6 +19,7 @@ PARAMETERS = {
     "dinov2_vitg14": 1_134_769_664,
     "blip2_qformer": 985_952_256 + 105_137_664 + 32 * 768,
     "efficientnet_lite0": 3_371_008,
+    "efficientnet_lite0_stride16": 3_371_008,
 }
 
 
@@ -35,6 +36,19 @@ def test_experts_at_full_size_keep_their_contract(name):
     whole, patches = FAMILIES[expert.family](model, views)
     assert whole.shape == (2, expert.channels)
     assert patches.shape == (2, expert.grid**2, expert.channels)
+
+
+def test_patches_of_16_pixels_are_those_within_the_whole_network_and_nothing_behind_them_is_computed():
+    model = build_expert(VISUAL_EXPERTS["efficientnet_lite0_stride16"]).eval()
+    views, within, later = torch.randn(2, 3, 112, 112), [], []
+    model.blocks[4].register_forward_hook(lambda _module, _inputs, output: within.append(output))
+    model.blocks[5].register_forward_hook(lambda _module, _inputs, output: later.append(output))
+    with torch.no_grad():
+        model.forward_features(views)
+        whole, patches = FAMILIES["cnn_stride16"](model, views)
+    assert (len(within), len(later)) == (2, 1)
+    assert torch.equal(patches, within[0].flatten(2).transpose(1, 2))
+    assert torch.equal(whole, patches.mean(1))
 
 
 # Multiply-adds of the published shapes, twice; BLIP-2: its vision model, then its Q-Former.

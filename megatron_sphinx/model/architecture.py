@@ -160,7 +160,8 @@ class VisualExpert:
     """A frozen visual expert: how it is built and what comes out of it.
 
     Attributes:
-        family: which feature contract it follows (encoders.py): clip, dinov2, convnext, cnn, qformer.
+        family: which feature contract it follows (visual_experts.py): clip, dinov2, convnext, cnn, cnn_stride16,
+            qformer.
         model: the timm model, empty for the Q-Former.
         pixels: side of its square input.
         channels: width of each feature token.
@@ -209,6 +210,9 @@ VISUAL_EXPERTS: dict[str, VisualExpert] = {
     "efficientnet_lite0": VisualExpert(
         family="cnn", model="tf_efficientnet_lite0", pixels=112, channels=1280, grid=4, mean=HALF, std=HALF
     ),
+    "efficientnet_lite0_stride16": VisualExpert(
+        family="cnn_stride16", model="tf_efficientnet_lite0", pixels=112, channels=112, grid=7, mean=HALF, std=HALF
+    ),
     # The same architectures, small: for tests and for a laptop.
     "clip_vit_small": VisualExpert(
         family="clip", model="vit_large_patch14_clip_quickgelu_224", pixels=56, channels=64, grid=4,
@@ -235,8 +239,8 @@ class VisualExpertConfig:
 
     Attributes:
         name: name of the visual expert: clip_vit_l14, clip_convnext_xxl, clip_convnext_xxl_512, dinov2_vitg14,
-            blip2_qformer, efficientnet_lite0; or, for tests and laptops, clip_vit_small, clip_convnext_small,
-            dinov2_small, blip2_qformer_small.
+            blip2_qformer, efficientnet_lite0, efficientnet_lite0_stride16; or, for tests and laptops, clip_vit_small,
+            clip_convnext_small, dinov2_small, blip2_qformer_small.
         weights: path of a local .safetensors or torch file, or `random` for weights drawn from run.seed.
     """
 

@@ -26,6 +26,7 @@ WORK = {
     "dinov2_vitg14": ExpertWork(1_134_769_664, 598_780_133_376, 3_158_016),
     "blip2_qformer": ExpertWork(1_091_114_496, 533_467_126_272, 4_737_024),
     "efficientnet_lite0": ExpertWork(3_371_008, 211_222_176, 903_168),
+    "efficientnet_lite0_stride16": ExpertWork(3_371_008, 121_634_464, 903_168),
     "clip_vit_small": ExpertWork(139_008, 4_694_528, 13_056),
     "clip_convnext_small": ExpertWork(201_520, 6_738_688, 49_152),
     "dinov2_small": ExpertWork(394_944, 13_419_648, 13_056),

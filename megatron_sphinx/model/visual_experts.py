@@ -61,6 +61,18 @@ def _cnn(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(1), patches
 
 
+def _cnn_stride16(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of the last stage of a convolutional network that keeps patches of 16 pixels: their mean, and they.
+
+    They tell what lies where better than those of the last stage, each of which has seen most of the picture; the
+    stages behind are not computed.
+    """
+    stage = [info["reduction"] for info in model.feature_info].index(16)
+    [features] = model.forward_intermediates(pixels, indices=[stage], stop_early=True, intermediates_only=True)
+    patches = features.flatten(2).transpose(1, 2)
+    return patches.mean(1), patches
+
+
 # What an expert's family gives: one global vector [views, channels] and patches [views, native grid ** 2, channels],
 # row by row. Source: encode_image of the released accessory/model/LLM/llama_ens.py; CLIP without its last projection.
 FAMILIES: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
@@ -68,6 +80,7 @@ FAMILIES: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "dinov2": _vit,
     "convnext": _convnext,
     "cnn": _cnn,
+    "cnn_stride16": _cnn_stride16,
 }
 
 
