@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megatron_sphinx.checkpoint import convert as converting
 from megatron_sphinx.checkpoint.convert import convert
 from megatron_sphinx.checkpoint.formats.format import WriteOptions
 from megatron_sphinx.checkpoint.mapping.conversion import Conversion, TensorSource
@@ -175,6 +176,22 @@ def test_flipped_bits_are_refused(stored_file, tmp_path):
         place = whole.index(weight.weight.detach().numpy().tobytes()[:40])
         file.write_bytes(flipped(whole, place + rng.randrange(40), rng.randrange(8)))
         refused(file.parent, rf"{file.name} is damaged \(its checksum differs\)", verify=True)
+
+
+def test_verifying_finds_a_bit_that_the_disk_does_not_keep(tiny_hf, tmp_path, monkeypatch):
+    _, folder = tiny_hf
+    opened = converting.open_checkpoint
+
+    def faulty(source: Path, *arguments, is_finished: bool = True, **named):
+        if not is_finished:
+            file = next(source.glob("*.safetensors"))
+            whole = file.read_bytes()
+            file.write_bytes(flipped(whole, len(whole) - 2, 3))
+        return opened(source, *arguments, is_finished=is_finished, **named)
+
+    monkeypatch.setattr(converting, "open_checkpoint", faulty)
+    convert(folder, tmp_path / "unseen", "hf", WriteOptions())
+    refused(folder, r"read back differs; the disk or the memory is faulty", verify=True)
 
 
 def test_what_is_pickled_is_not_run(stored_file, tmp_path):

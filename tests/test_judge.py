@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -250,6 +251,15 @@ def test_what_the_commands_refuse(answered, checkpoint, capsys, monkeypatch):
     empty.mkdir()
     assert main(["evaluate", "all", "--data", str(empty), "--output", "o", "--model", checkpoint]) == 2
     assert "holds all files of no benchmark; see evaluate --list" in capsys.readouterr().err
+
+
+def test_without_the_library_of_the_protocol_one_line_says_what_to_install(answered, capsys, monkeypatch):
+    data, folder = answered
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "megatron_sphinx.serving.client")
+    words = ["judge", str(folder), "--data", str(data), "--endpoint", "http://127.0.0.1:1/v1", "--judge-model", "j"]
+    assert main(words) == 2
+    assert "openai is not installed; pip install 'megatron-sphinx[evaluation]'" in capsys.readouterr().err
 
 
 def test_a_folder_without_judged_answers_is_refused(tmp_path, capsys):

@@ -162,6 +162,24 @@ def test_an_archive_that_is_not_whole_is_refused(tmp_path):
     refused(path, "it is a program of TorchScript")
 
 
+def test_a_file_of_something_else_than_tensors_by_name_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save([torch.ones(4)], path)
+    refused(path, "a.pth: holds no tensors by name; give a checkpoint of a model")
+    torch.save({"model": {"a": torch.ones(4), "step": 3}}, path)
+    refused(path, "a.pth: step is no tensor; give a checkpoint of a model")
+
+
+def test_a_record_that_is_not_where_the_list_says_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    archive_of(path)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("archive/data/0").header_offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + b"XX" + whole[place + 2 :])
+    refused(path, "its record data/0 is not where it is said to be")
+
+
 def test_a_compressed_archive_is_refused(tmp_path):
     saved, path = io.BytesIO(), tmp_path / "a.pth"
     torch.save({"a": torch.ones(4)}, saved)
