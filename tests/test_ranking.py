@@ -191,15 +191,19 @@ def test_a_trained_model_ranks_as_it_scores(train, tiny, run_ranks, tmp_path):
     run_ranks(1, check)
     ranks = run_ranks(1, leaving(lambda: main([*words, "--cache-gib", "0.01", "--output", str(tmp_path / "out")])))
     assert "requests and" in ranks.text(0)
+    run_ranks(2, leaving(lambda: main([*words, "--cache-gib", "0.01", "--output", str(tmp_path / "two")])))
     wanted = json.loads((tmp_path / "scores.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "out/classes/answers.jsonl").read_text().splitlines()]
-    assert len(lines) == len(classes)
-    for line in lines:
-        assert [name for name, _ in line["ranked"]] == [name for name, _ in wanted[line["id"]]]
-        assert [score for _, score in line["ranked"]] == pytest.approx(
-            [score for _, score in wanted[line["id"]]], abs=1e-5
-        )
-        assert line["answer"] == f"This is a {line['ranked'][0][0]}"
+    for folder in ("out", "two"):
+        answers = tmp_path / folder / "classes/answers.jsonl"
+        lines = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert len(lines) == len(classes)
+        for line in lines:
+            assert [name for name, _ in line["ranked"]] == [name for name, _ in wanted[line["id"]]]
+            assert [score for _, score in line["ranked"]] == pytest.approx(
+                [score for _, score in wanted[line["id"]]], abs=1e-5
+            )
+            assert line["answer"] == f"This is a {line['ranked'][0][0]}"
+    assert (tmp_path / "two/report.md").read_bytes() == (tmp_path / "out/report.md").read_bytes()
 
 
 @pytest.mark.parametrize(
