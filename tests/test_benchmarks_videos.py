@@ -45,13 +45,13 @@ def test_the_middle_frame_of_a_part_is_decoded(tmp_path):
 
 def test_a_part_behind_the_end_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"has no frame of \(9\.0, 10\.0\)"):
-        middle_frame(video(tmp_path / "a.mp4", 3), (9.0, 10.0))
+        frames_of(video(tmp_path / "a.mp4", 3), 1, (9.0, 10.0))
 
 
 def test_a_file_that_is_no_video_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"a\.mp4: is no video that can be read"):
-        middle_frame(tmp_path / "a.mp4")
+        frames_of(tmp_path / "a.mp4", 1)
 
 
 def test_a_file_without_pictures_is_refused(tmp_path):
@@ -59,7 +59,7 @@ def test_a_file_without_pictures_is_refused(tmp_path):
         sound.setparams((1, 2, 8000, 0, "NONE", "none"))
         sound.writeframes(bytes(1600))
     with pytest.raises(DataError, match="is no video that can be read"):
-        middle_frame(tmp_path / "a.wav")
+        frames_of(tmp_path / "a.wav", 1)
 
 
 def test_without_a_decoder_one_line_says_what_to_install(tmp_path, monkeypatch):
@@ -69,8 +69,10 @@ def test_without_a_decoder_one_line_says_what_to_install(tmp_path, monkeypatch):
         middle_frame(path)
 
 
-def test_a_video_that_is_not_there_is_left_to_who_opens_it(tmp_path):
-    for name in ("a.mp4", "a" * 300):
+def test_a_video_that_is_not_there_or_damaged_is_left_to_who_opens_it(tmp_path):
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.mp4", "a" * 300, "damaged.mp4", "empty"):
         assert middle_frame(tmp_path / name) == tmp_path / name
 
 

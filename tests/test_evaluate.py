@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import re
 import signal
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from megatron_sphinx.errors import DataError
 from megatron_sphinx.evaluation import scores
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.exports import write_exports
+from megatron_sphinx.evaluation.metrics.options import PAIRS
 from megatron_sphinx.evaluation.pages import Heading, Paragraph, Plot, Table, html, markdown
-from megatron_sphinx.evaluation.questions import samples_of, sampling_of_protocol
+from megatron_sphinx.evaluation.questions import digest_of, samples_of, sampling_of_protocol
 from megatron_sphinx.evaluation.report import write_report
 from megatron_sphinx.evaluation.results import read_results
 from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Sample, Verdict
@@ -146,6 +149,24 @@ def test_what_cannot_be_asked_is_listed_and_not_counted(data, tmp_path):
     assert "6 could not be asked: q" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_what_counts_together_with_it_is_left_out_too(data, tmp_path):
+    """Pictures 0 and 1 are a pair; of the half that is left nobody can say whether it is right."""
+
+    def pairs(folder: Path):
+        for sample in read(folder):
+            yield replace(sample, group=f"pair {int(sample.picture_id[0]) // 2}")
+
+    paired = benchmark(read=pairs)
+    (data / "tiny" / "1.png").unlink()
+    run(data, tmp_path / "out", Double(reply), of=paired)
+    written = write_report(tmp_path / "out", data, {"tiny": paired})
+    assert "6 of 12 questions" in written.lines()[0]
+    entry = json.loads((tmp_path / "out" / "report.json").read_text())["benchmarks"][0]
+    assert (entry["answered"], entry["scored"]) == (9, 6)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "3 could not be asked, and 3 that count together with them are left out; intervals" in page
+
+
 def test_the_report_stands_beside_the_paper_and_names_what_is_unfinished(data, tmp_path):
     write(tmp_path / "data", name="other", seed=5)
     out = tmp_path / "out"
@@ -219,6 +240,25 @@ def test_what_cannot_be_reported_is_said_beside_what_can(data, tmp_path):
         write_report(tmp_path / "out", data, KNOWN)
 
 
+def test_answers_of_another_model_are_not_reported_under_this_one(data, tmp_path):
+    """As where a folder of answers was copied beside those of another evaluation."""
+    write(data, name="other", seed=5)
+    for of in KNOWN.values():
+        run(data, tmp_path / "out", Double(reply), of=of)
+    path = tmp_path / "out" / "tiny" / "answers.jsonl.settings.json"
+    made = json.loads(path.read_text())
+    for change, message in [
+        ({"model": {**made["model"], "name": "B"}}, r"tiny: its answers were made with model\.name=.?B.?, not "),
+        ({"protocol": "accessory"}, r"tiny: its answers were made with protocol=.?accessory.?, not .?paper"),
+        ({"by_ranking": True}, "its answers were made with by_ranking=True, not None; evaluate into another --output"),
+    ]:
+        digest = digest_of(benchmark(), samples_of(benchmark(), data), Protocol({**made, **change}["protocol"]), data)
+        path.write_text(json.dumps({**made, **change, "digest": digest}))
+        written = write_report(tmp_path / "out", data, KNOWN)
+        assert [entry.results.benchmark.name for entry in written.entries] == ["other"]
+        assert re.search(message, written.lines()[1]), written.lines()
+
+
 def test_damaged_answers_are_refused(data, tmp_path):
     run(data, tmp_path / "out", Double(reply))
     path = tmp_path / "out" / "tiny" / "answers.jsonl"
@@ -277,6 +317,17 @@ def test_intervals_are_those_of_a_share(monkeypatch):
     half = 1.96 * (share.value * (1 - share.value) / 400) ** 0.5
     assert share.high - share.low == pytest.approx(2 * half, rel=0.15)
     assert (found.unparsed, found.judged) == (400, 400)
+
+
+def test_pairs_of_pictures_are_drawn_as_pairs():
+    """The interval of a share of pairs is that of a binomial share; both halves are right in 36 % of them."""
+    rng = random.Random(2)
+    samples = [Sample(id=str(n), picture=None, picture_id=str(n), fields={}, group=str(n // 2)) for n in range(600)]
+    judged = [Judged(Answered(sample=one, text=""), Verdict(float(rng.random() < 0.6), "x")) for one in samples]
+    share = scores_of(judged, PAIRS.figures).figures["pair accuracy"]
+    assert share.low < share.value < share.high
+    half = 196 * (share.value / 100 * (1 - share.value / 100) / 300) ** 0.5
+    assert share.high - share.low == pytest.approx(2 * half, rel=0.15)
 
 
 def test_work_is_bounded_and_numbers_that_are_none_are_left_out(monkeypatch):

@@ -11,11 +11,12 @@ from megatron_sphinx.evaluation.metrics.options import (
     OPTION_LETTER,
     PAIRS,
     SCIENCE_LETTER,
+    VIDEO_PARTS,
     read_letter,
     read_pair_letter,
     read_science_letter,
 )
-from megatron_sphinx.evaluation.samples import Protocol
+from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Sample, Verdict
 
 FOUR = ("cat", "dog", "cow", "red panda")
 PAPER, OFFICIAL, ACCESSORY = Protocol
@@ -185,3 +186,27 @@ def test_choices_of_mathvista(text, settled):
 def test_mathvista_rounds_to_a_whole_number_without_a_precision():
     assert verdict(MATH_VISTA, "2.4", "2", record={"question_type": "free_form", "answer_type": "float"}) == (1, "2")
     assert extract("", "free_form", "integer", ()) == ""
+
+
+def test_video_bench_is_the_mean_of_its_parts_and_the_authors_weighted_score():
+    """As Table 7 of SPHINX-X, whose 39.0 is the mean of its 13 parts; weights as in Step3_compute_scores.py."""
+    counts = {"MSVD": (1000, 567), "MOT": (36, 2), "NBA": (100, 31), "Driving-exam": (10, 5), "SQA3D": (20, 5)}
+    judged = [
+        Judged(
+            Answered(
+                sample=Sample(id=f"{part} {n}", picture=None, picture_id=part, fields={}, categories={"part": part}),
+                text="",
+            ),
+            Verdict(float(n < right), "A"),
+        )
+        for part, (count, right) in counts.items()
+        for n in range(count)
+    ]
+    found = VIDEO_PARTS.figures(judged)
+    shares = {part: 100 * right / count for part, (count, right) in counts.items()}
+    assert next(iter(found)) == "mean accuracy"
+    assert found["mean accuracy"] == pytest.approx(sum(shares.values()) / 5)
+    first = (shares["MSVD"] + 0.5 * shares["MOT"]) / 1.5
+    third = (0.5 * shares["Driving-exam"] + shares["SQA3D"]) / 1.5
+    assert found["weighted score"] == pytest.approx((first + shares["NBA"] + third) / 3)
+    assert {part: found[part] for part in shares} == pytest.approx(shares)

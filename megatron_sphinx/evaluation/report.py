@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sphinx.checkpoint.identity import differences
 from megatron_sphinx.data.files import renamed
-from megatron_sphinx.errors import DataError, remedy_of
+from megatron_sphinx.errors import DataError, remedy_of, shortened
 from megatron_sphinx.evaluation.benchmark import Benchmark
 from megatron_sphinx.evaluation.exports import write_exports
 from megatron_sphinx.evaluation.judge import judgings_in
@@ -102,6 +103,7 @@ def write_report(
         for benchmark in benchmarks_in(folder, known):
             try:
                 results = read_results(folder, benchmark, data)
+                _agree(results, settings, folder)
                 entries += _entries(results, folder / benchmark.name, paper[1] if paper else {})
                 write_exports(results, folder / benchmark.name)
             except DataError as error:  # the others are reported all the same
@@ -126,6 +128,17 @@ def write_report(
     return Written(tuple(entries), left_out, folder / "report.md")
 
 
+def _agree(results: Results, settings: Mapping[str, Any], folder: Path) -> None:
+    """Raise a DataError where answers follow from something else than what their folder says of all."""
+    names = {*settings, "by_ranking"} - {"sampling"}  # which differs by benchmark
+    of_all, own = ({name: one.get(name) for name in names} for one in (settings, results.settings))
+    for key, wanted, found in differences(of_all, own):
+        raise DataError(
+            f"{folder / results.benchmark.name}: its answers were made with {key}={shortened(found, 80)}, not "
+            f"{shortened(wanted, 80)}; evaluate into another --output"
+        )
+
+
 def _entries(results: Results, folder: Path, columns: Mapping[str, float]) -> list[Entry]:
     """Return the lines of a benchmark: one, or one for each judge."""
     benchmark, protocol = results.benchmark, results.protocol
@@ -133,8 +146,9 @@ def _entries(results: Results, folder: Path, columns: Mapping[str, float]) -> li
     if benchmark.submission is not None and not any(one.sample.answers or one.sample.box for one in results.answered):
         return [Entry(results, scores_of([], metric.figures), "", (), "its server", {})]
     if not benchmark.is_judged:
-        verdicts = metric.judge(results.answered, protocol) if results.answered else []
-        judged = [Judged(one, verdict) for one, verdict in zip(results.answered, verdicts, strict=True)]
+        counted = results.countable
+        verdicts = metric.judge(counted, protocol) if counted else []
+        judged = [Judged(one, verdict) for one, verdict in zip(counted, verdicts, strict=True)]
         scores = scores_of(judged, metric.figures)
         return [Entry(results, scores, "", (), "", _paper_of(benchmark, scores, columns))]
     entries = []
@@ -255,10 +269,12 @@ def _details(entry: Entry, paper: str, number: int) -> list[Block]:
     scores, results = entry.scores, entry.results
     blocks: list[Block] = [Heading(entry.title)]
     missing = results.asked - len(results.answered)
+    lost = len(results.answered) - len(results.countable)
+    beside = f", and {lost} that count together with them are left out" if lost else ""
     blocks.append(
         Paragraph(
             f"{scores.judged} of {results.asked} questions are scored by {results.benchmark.metric.name}; "
-            f"{missing} could not be asked; intervals are of {scores.replicates} draws."
+            f"{missing} could not be asked{beside}; intervals are of {scores.replicates} draws."
         )
     )
     if entry.waits_for:

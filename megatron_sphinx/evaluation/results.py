@@ -23,6 +23,7 @@ class Results:
         asked: how many questions there are.
         answered: the samples with their answers, in the order in which they were asked.
         faults: by ids, why the others could not be asked.
+        broken: the groups of these.
         settings: what the answers follow from.
     """
 
@@ -30,7 +31,16 @@ class Results:
     asked: int
     answered: tuple[Answered, ...]
     faults: Mapping[str, str]
+    broken: frozenset[str]
     settings: Mapping[str, Any]
+
+    @property
+    def countable(self) -> tuple[Answered, ...]:
+        """The answers that count: without those of groups of which another question could not be asked.
+
+        Of a pair with one half it cannot be said whether it is right.
+        """
+        return tuple(one for one in self.answered if one.sample.group not in self.broken)
 
     @property
     def protocol(self) -> Protocol:
@@ -74,7 +84,8 @@ def read_results(folder: Path, benchmark: Benchmark, data: Path) -> Results:
         if "answer" in line
     ]
     faults = {line["id"]: str(line["error"]) for line in lines if "error" in line}
-    return Results(benchmark, len(samples), tuple(answered), faults, settings)
+    broken = frozenset(sample.group for sample in samples if sample.id in faults and sample.group)
+    return Results(benchmark, len(samples), tuple(answered), faults, broken, settings)
 
 
 def copies(answered: Sequence[Answered], number: int) -> list[Answered]:

@@ -72,7 +72,8 @@ class Scores:
 def scores_of(judged: Sequence[Judged], figures: Figures, *, seed: int = 0) -> Scores:
     """Compute the figures of judged answers, with intervals, and those of their categories.
 
-    Pictures are drawn with repetition, each with all its answers: answers about one picture are not independent.
+    Pictures are drawn with repetition, each with all its answers: answers about one picture are not independent. Those
+    whose answers count together, such as the two of a pair, are drawn together.
 
     Args:
         judged: the answers.
@@ -118,8 +119,26 @@ def _unparsed(judged: Sequence[Judged]) -> int:
     return sum(one.verdict.parsed is None for one in judged)
 
 
+def _units(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Return the answers that are drawn together: those about one picture, and about pictures that a group joins."""
+    above: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while above.setdefault(key, key) != key:
+            above[key] = key = above[above[key]]
+        return key
+
+    for one in judged:
+        if one.answered.sample.group:
+            above[root(f"group {one.answered.sample.group}")] = root(f"picture {one.answered.sample.picture_id}")
+    units: dict[str, list[Judged]] = defaultdict(list)
+    for one in judged:
+        units[root(f"picture {one.answered.sample.picture_id}")].append(one)
+    return list(units.values())
+
+
 class _Drawing:
-    """Draws of pictures, with what their answers came to.
+    """Draws of pictures, with what their answers came to; pictures that a group joins are drawn as one.
 
     Args:
         judged: the answers.
@@ -127,10 +146,7 @@ class _Drawing:
     """
 
     def __init__(self, judged: Sequence[Judged], seed: int) -> None:
-        by_picture: dict[str, list[Judged]] = defaultdict(list)
-        for one in judged:
-            by_picture[one.answered.sample.picture_id].append(one)
-        self._pictures = list(by_picture.values())
+        self._pictures = _units(judged)
         self._sums = np.array([sum(one.verdict.value for one in those) for those in self._pictures])
         self._sizes = np.array([len(those) for those in self._pictures])
         self._copies: dict[tuple[int, int], list[Judged]] = {}

@@ -17,6 +17,10 @@ Span = tuple[float, float]
 _Frame = TypeVar("_Frame")
 
 
+class NoFrameError(DataError):
+    """A video is damaged, or has no frame where one is looked for."""
+
+
 def middle_frame(video: Path, span: Span | None = None) -> Path | bytes:
     """Return the middle frame of a video, which is all that SPHINX-X looks at.
 
@@ -25,18 +29,18 @@ def middle_frame(video: Path, span: Span | None = None) -> Path | bytes:
         span: the part that is meant, in seconds; None for all of it.
 
     Returns:
-        The file of the frame, or a PNG of it. A video that is not there is returned as it is: whoever opens it says so.
+        The file of the frame, or a PNG of it. A video that is not there, or has no frame that can be read, is returned
+        as it is: whoever opens it as a picture says so, and the other videos are asked about all the same.
 
     Raises:
-        DataError: there is no frame, the file is no video, or no decoder is installed.
+        DataError: no decoder is installed.
 
     Source: SPHINX-X, arXiv:2402.05935, section 4.4.
     """
     try:
-        is_there = video.exists()
-    except OSError:  # such as a name that is too long
+        return frames_of(video, 1, span)[0] if video.exists() else video
+    except (OSError, NoFrameError):  # such as a name that is too long
         return video
-    return frames_of(video, 1, span)[0] if is_there else video
 
 
 def frames_of(video: Path, count: int, span: Span | None = None) -> Sequence[Path | bytes]:
@@ -51,7 +55,8 @@ def frames_of(video: Path, count: int, span: Span | None = None) -> Sequence[Pat
         Files of frames, or PNGs of them.
 
     Raises:
-        DataError: the video cannot be opened, has no frame, the file is no video, or no decoder is installed.
+        NoFrameError: the video has no frame, or the file is no video that can be read.
+        DataError: no decoder is installed.
     """
     if not video.is_dir():
         return _decoded(video, count, span)
@@ -60,7 +65,7 @@ def frames_of(video: Path, count: int, span: Span | None = None) -> Sequence[Pat
         first, last = (int(seconds * _FRAMES_PER_SECOND) for seconds in span)
         frames = frames[first : max(last, first) + 1]
     if not frames:
-        raise DataError(f"{video}: holds no frames of {span or 'the video'}; give the folder as distributed")
+        raise NoFrameError(f"{video}: holds no frames of {span or 'the video'}; give the folder as distributed")
     return _spread(frames, count)
 
 
@@ -87,7 +92,7 @@ def _decoded(video: Path, count: int, span: Span | None) -> Sequence[bytes]:
             low, high = span or (0.0, math.inf)
             meant = [number for number, time in enumerate(times) if low <= time <= max(high, low + _LEAST_SECONDS)]
             if not meant:
-                raise DataError(f"{video}: has no frame of {span or 'it'}; give the file as distributed")
+                raise NoFrameError(f"{video}: has no frame of {span or 'it'}; give the file as distributed")
             container.seek(0)
             chosen = set(_spread(meant, count))
             frames = []
@@ -99,5 +104,5 @@ def _decoded(video: Path, count: int, span: Span | None) -> Sequence[bytes]:
                 if len(frames) == len(chosen):
                     break
     except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"{video}: is no video that can be read ({error}); give the file as distributed") from error
+        raise NoFrameError(f"{video}: is no video that can be read ({error}); give the file as distributed") from error
     return frames

@@ -1,7 +1,7 @@
 """Benchmarks of videos, of which the middle frame is looked at."""
 
 from megatron_sphinx.evaluation.benchmark import Benchmark, OfficialFile
-from megatron_sphinx.evaluation.metrics.options import OPTION_LETTER
+from megatron_sphinx.evaluation.metrics.options import OPTION_LETTER, VIDEO_PARTS
 from megatron_sphinx.evaluation.readers.video import (
     PARTS_OF_VIDEO_BENCH,
     PLACES_OF_MVBENCH,
@@ -31,7 +31,7 @@ VIDEO_BENCH = Benchmark(
     read=read_video_bench,
     prompts={Protocol.PAPER: PROMPTS["choice"]},
     max_new_tokens=10,
-    metric=OPTION_LETTER,
+    metric=VIDEO_PARTS,
     table="video_bench",
 )  # fmt: skip
 MVBENCH = Benchmark(

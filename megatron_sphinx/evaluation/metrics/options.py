@@ -7,13 +7,14 @@ Source: vlmeval/utils/matching_util.py of VLMEvalKit; llava/eval/eval_science_qa
 accessory/eval_mm/evaluate.py of LLaMA2-Accessory.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.exact_match import accessory_form
-from megatron_sphinx.evaluation.metrics.figures import accuracy, each, group_percent, own_group, truths_of
+from megatron_sphinx.evaluation.metrics.figures import accuracy, each, group_percent, own_group, parts, truths_of
 from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Verdict
 
 _REFUSALS = (
@@ -128,7 +129,30 @@ def _pairs(judged: Sequence[Judged]) -> dict[str, float]:
     return {"pair accuracy": group_percent(judged, own_group), **accuracy(judged)}
 
 
+# Video-Bench's groups of data sets, and how much each counts in its group; Step3_compute_scores.py of its authors.
+_VIDEO_GROUPS = (
+    {"ActivityNet": 1, "MSVD": 1, "MSRVTT": 1, "TGIF": 1, "Youcook2": 1, "Ucfcrime": 1, "MOT": 0.5},
+    {"TVQA": 1, "MV": 1, "NBA": 1},
+    {"Driving-exam": 0.5, "Driving-decision-making": 1, "SQA3D": 1},
+)
+
+
+def _video_parts(judged: Sequence[Judged]) -> dict[str, float]:
+    """Return the mean of the data sets' accuracies, as SPHINX-X has it, the authors' weighted score, and each of them.
+
+    The weighted score is the mean of three groups; what has no answers is left out of its group.
+    """
+    found = {part: accuracy(ones)["accuracy"] for part, ones in parts(judged, "part").items()}
+    groups = [[(weight, found[part]) for part, weight in group.items() if part in found] for group in _VIDEO_GROUPS]
+    means = [
+        sum(weight * value for weight, value in group) / sum(weight for weight, _ in group) for group in groups if group
+    ]
+    mean = sum(found.values()) / len(found) if found else math.nan
+    return {"mean accuracy": mean, "weighted score": sum(means) / len(means) if means else math.nan, **found}
+
+
 OPTION_LETTER = Metric("option letter", each(_judged_by(read_letter)), accuracy)
 SCIENCE_LETTER = Metric("option letter (ScienceQA)", each(_judged_by(read_science_letter)), accuracy)
 CIRCULAR = Metric("circular evaluation", each(_judged_by(read_letter)), _circular)
+VIDEO_PARTS = Metric("option letter by data set", each(_judged_by(read_letter)), _video_parts)
 PAIRS = Metric("pairs", each(_judged_by(read_pair_letter)), _pairs)
