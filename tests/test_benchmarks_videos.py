@@ -1,15 +1,23 @@
 """Frames of a video, out of folders of frames and out of files."""
 
 import io
+import shutil
 import sys
 import wave
 from pathlib import Path
 
 import pytest
+from answers_double import Double
+from evaluation_double import benchmark, judge, run, write
 from PIL import Image
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.generation.videos import frames_of, middle_frame
+from megatron_sphinx.evaluation.benchmark import Metric
+from megatron_sphinx.evaluation.metrics.figures import accuracy
+from megatron_sphinx.evaluation.questions import digest_of
+from megatron_sphinx.evaluation.report import write_report
+from megatron_sphinx.evaluation.samples import Protocol, Sample
+from megatron_sphinx.generation.videos import MiddleFrame, frames_of, middle_frame
 
 
 def video(path: Path, frames: int, rate: int = 5) -> Path:
@@ -36,11 +44,11 @@ def number_of(frame: Path | bytes) -> int:
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 8])
 def test_the_middle_frame_of_a_file_is_decoded(frames, tmp_path):
-    assert number_of(middle_frame(video(tmp_path / "a.mp4", frames))) == frames // 2
+    assert number_of(middle_frame(video(tmp_path / "a.mp4", frames)).picture()) == frames // 2
 
 
 def test_the_middle_frame_of_a_part_is_decoded(tmp_path):
-    assert number_of(middle_frame(video(tmp_path / "a.mp4", 11), (1.0, 1.8))) == 7  # frames 5 to 9
+    assert number_of(middle_frame(video(tmp_path / "a.mp4", 11), (1.0, 1.8)).picture()) == 7  # frames 5 to 9
 
 
 def test_a_part_behind_the_end_is_refused(tmp_path):
@@ -72,8 +80,43 @@ def test_without_a_decoder_one_line_says_what_to_install(tmp_path, monkeypatch):
 def test_a_video_that_is_not_there_or_damaged_is_left_to_who_opens_it(tmp_path):
     (tmp_path / "damaged.mp4").write_bytes(b"no video")
     (tmp_path / "empty").mkdir()
-    for name in ("a.mp4", "a" * 300, "damaged.mp4", "empty"):
+    assert middle_frame(tmp_path / "damaged.mp4").picture() == tmp_path / "damaged.mp4"
+    for name in ("a.mp4", "a" * 300, "empty"):
         assert middle_frame(tmp_path / name) == tmp_path / name
+
+
+def test_frames_are_decoded_when_they_are_asked_about(tmp_path, monkeypatch):
+    """A damaged video costs its own question; a report decodes nothing."""
+    video(tmp_path / "a.mp4", 5)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+
+    def read(folder: Path):
+        for name in ("a", "b"):
+            yield Sample(
+                id=name, picture=middle_frame(folder.parent / f"{name}.mp4"), picture_id=name,
+                fields={"question": "What"}, answers=("grey",), categories={},
+            )  # fmt: skip
+
+    videos = benchmark(read=read, metric=Metric("word", judge, accuracy))
+    write(tmp_path / "data")
+    shutil.move(tmp_path / "a.mp4", tmp_path / "data")
+    shutil.move(tmp_path / "b.mp4", tmp_path / "data")
+    greys = []
+
+    def answer(_messages, picture) -> str:
+        greys.append(number_of(picture.content))
+        return "grey"
+
+    done = run(tmp_path / "data", tmp_path / "out", Double(answer), of=videos)
+    assert (greys, done.report.answered, done.report.errors) == ([2], 1, 1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match="no decoder of videos is installed"):
+        write_report(tmp_path / "out", tmp_path / "data", {"tiny": videos})
+    monkeypatch.undo()
+    monkeypatch.setattr(MiddleFrame, "picture", lambda _: pytest.fail("decoded"))
+    assert "1 of 2 questions" in write_report(tmp_path / "out", tmp_path / "data", {"tiny": videos}).lines()[0]
+    one, two = (digest_of(videos, [s], Protocol.PAPER, tmp_path) for s in read(tmp_path / "data" / "tiny"))
+    assert one != two
 
 
 def test_a_folder_of_frames_has_its_middle_by_name(tmp_path):

@@ -10,6 +10,7 @@ from megatron_sphinx.evaluation.benchmark import Benchmark
 from megatron_sphinx.evaluation.samples import Protocol, Sample
 from megatron_sphinx.generation.answering import Message
 from megatron_sphinx.generation.requests import Sampling
+from megatron_sphinx.generation.videos import MiddleFrame
 from megatron_sphinx.serving.questions import Question
 
 # Source: accessory/eval_mm of the released code draws by these; the papers do not say how answers are drawn.
@@ -65,6 +66,8 @@ def questions_of(benchmark: Benchmark, samples: Sequence[Sample], protocol: Prot
     """
     for sample in samples:
         prompt, picture = prompt_of(benchmark, sample, protocol), sample.picture
+        if isinstance(picture, MiddleFrame):
+            picture = picture.picture()
         yield Question(
             columns={"id": sample.id, "picture": sample.picture_id, "question": prompt},
             messages=(Message("user", prompt),),
@@ -87,10 +90,16 @@ def digest_of(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protoco
     digest = hashlib.sha256(benchmark.answer_prefix.get(protocol, "").encode())
     for sample in samples:
         picture = sample.picture
-        if isinstance(picture, Path):
-            shown = str(picture.relative_to(data) if picture.is_relative_to(data) else picture)
+        if isinstance(picture, MiddleFrame):
+            shown = f"{_relative(picture.video, data)} {picture.span}"
+        elif isinstance(picture, Path):
+            shown = _relative(picture, data)
         else:
             shown = "" if picture is None else hashlib.sha256(picture).hexdigest()
         asked = (sample.id, sample.picture_id, prompt_of(benchmark, sample, protocol), shown)
         digest.update(repr(asked).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

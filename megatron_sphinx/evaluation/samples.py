@@ -6,6 +6,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from megatron_sphinx.generation.videos import MiddleFrame
+
 
 class Protocol(StrEnum):
     """Whose rules an evaluation follows where they differ: in prompts, decoding, and how answers are read.
@@ -27,7 +29,8 @@ class Sample:
 
     Attributes:
         id: what the benchmark calls it; no two of a benchmark have the same.
-        picture: the picture's file, or the content of one; None for a question without a picture.
+        picture: the picture's file, or the content of one, or the frame of a video; None for a question without a
+            picture.
         picture_id: what samples about one picture have in common: bootstrap and prefix cache go by it.
         fields: what stands in the benchmark's prompt, by the names of its places: question, options, hint.
         answers: the right answers, one or several; empty where only a server or a judge knows.
@@ -39,7 +42,7 @@ class Sample:
     """
 
     id: str
-    picture: Path | bytes | None
+    picture: Path | bytes | MiddleFrame | None
     picture_id: str
     fields: Mapping[str, str]
     answers: tuple[str, ...] = ()

@@ -3,9 +3,10 @@
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_sphinx.errors import DataError
 
@@ -21,7 +22,31 @@ class NoFrameError(DataError):
     """A video is damaged, or has no frame where one is looked for."""
 
 
-def middle_frame(video: Path, span: Span | None = None) -> Path | bytes:
+@dataclass(frozen=True)
+class MiddleFrame:
+    """The middle frame of a video file, which is decoded when it is asked about: frames of a benchmark fill no memory.
+
+    Attributes:
+        video: the file.
+        span: the part that is meant, in seconds; None for all of it.
+    """
+
+    video: Path
+    span: Span | None = None
+
+    def picture(self) -> Path | bytes:
+        """Decode the frame to a PNG; a file of which none can be read is returned as it is, for who opens it says so.
+
+        Raises:
+            DataError: no decoder is installed.
+        """
+        try:
+            return frames_of(self.video, 1, self.span)[0]
+        except NoFrameError:
+            return self.video
+
+
+def middle_frame(video: Path, span: Span | None = None) -> Path | MiddleFrame:
     """Return the middle frame of a video, which is all that SPHINX-X looks at.
 
     Args:
@@ -29,16 +54,19 @@ def middle_frame(video: Path, span: Span | None = None) -> Path | bytes:
         span: the part that is meant, in seconds; None for all of it.
 
     Returns:
-        The file of the frame, or a PNG of it. A video that is not there, or has no frame that can be read, is returned
-        as it is: whoever opens it as a picture says so, and the other videos are asked about all the same.
+        The file of the frame, or what decodes it. A video that is not there, or a folder without frames, is returned as
+        it is: whoever opens it as a picture says so, and the other videos are asked about all the same.
 
     Raises:
-        DataError: no decoder is installed.
+        DataError: no decoder is installed, and the video is a file.
 
     Source: SPHINX-X, arXiv:2402.05935, section 4.4.
     """
     try:
-        return frames_of(video, 1, span)[0] if video.exists() else video
+        if video.is_file():
+            _import_decoder(video)
+            return MiddleFrame(video, span)
+        return _in_folder(video, 1, span)[0] if video.exists() else video
     except (OSError, NoFrameError):  # such as a name that is too long
         return video
 
@@ -58,15 +86,30 @@ def frames_of(video: Path, count: int, span: Span | None = None) -> Sequence[Pat
         NoFrameError: the video has no frame, or the file is no video that can be read.
         DataError: no decoder is installed.
     """
-    if not video.is_dir():
-        return _decoded(video, count, span)
-    frames = sorted(path for path in video.iterdir() if path.suffix.lower() in _ENDINGS)
+    return _in_folder(video, count, span) if video.is_dir() else _decoded(video, count, span)
+
+
+def _in_folder(folder: Path, count: int, span: Span | None) -> list[Path]:
+    """Return files of frames that a folder holds."""
+    frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
     if span:
         first, last = (int(seconds * _FRAMES_PER_SECOND) for seconds in span)
         frames = frames[first : max(last, first) + 1]
     if not frames:
-        raise NoFrameError(f"{video}: holds no frames of {span or 'the video'}; give the folder as distributed")
+        raise NoFrameError(f"{folder}: holds no frames of {span or 'the video'}; give the folder as distributed")
     return _spread(frames, count)
+
+
+def _import_decoder(video: Path) -> Any:
+    """Import what decodes videos."""
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(
+            f"{video}: no decoder of videos is installed; pip install 'megatron-sphinx[video]', or give a folder of "
+            "frames of this name"
+        ) from error
+    return av
 
 
 def _spread(items: Sequence[_Frame], count: int) -> list[_Frame]:
@@ -78,13 +121,7 @@ def _spread(items: Sequence[_Frame], count: int) -> list[_Frame]:
 @lru_cache(maxsize=4)
 def _decoded(video: Path, count: int, span: Span | None) -> Sequence[bytes]:
     """Return PNGs of frames of a file, which several questions in a row are about."""
-    try:
-        import av
-    except ImportError as error:
-        raise DataError(
-            f"{video}: no decoder of videos is installed; pip install 'megatron-sphinx[video]', or give a folder of "
-            "frames of this name"
-        ) from error
+    av = _import_decoder(video)
     try:
         with av.open(str(video)) as container:
             stream = container.streams.video[0]

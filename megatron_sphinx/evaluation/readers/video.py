@@ -36,7 +36,7 @@ def read_video_bench(folder: Path) -> Iterator[Sample]:
     """Yield the samples of Video-Bench: 13 data sets, whose answers are with the questions or in a file of their own.
 
     Raises:
-        DataError: a file is missing, has another layout, or a video cannot be read.
+        DataError: a file is missing or has another layout, or no decoder of videos is installed.
     """
     truths = located(folder, "ANSWER.json or Eval_QA/ANSWER.json or answer/ANSWER.json")
     told = {row.key: row for row in rows_of(truths)} if truths.exists() else {}
@@ -66,7 +66,7 @@ def read_mvbench(folder: Path) -> Iterator[Sample]:
     """Yield the samples of MVBench: 20 tasks; where a question is about a part of a video, its middle frame is taken.
 
     Raises:
-        DataError: a file is missing, has another layout, or a video cannot be read.
+        DataError: a file is missing or has another layout, or no decoder of videos is installed.
     """
     for task, place in PLACES_OF_MVBENCH.items():
         for row in rows_of(folder / "json" / f"{task}.json"):
