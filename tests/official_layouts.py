@@ -583,17 +583,18 @@ def mme(folder: Path, rng: Random) -> list[Expected]:
 def hallusionbench(folder: Path, rng: Random) -> list[Expected]:
     (folder / "hallusion_bench").mkdir(parents=True)
     rows, expected = [], []
-    for seen, figure, name in (("0", "0", None), ("1", "1", "./VS/chart/0_1.png"), ("2", "2", "./VS/chart/0_2.png")):
+    for seen, figure, name in (("0", "0", None), ("1", "1", "VS/chart/0_1.png"), ("2", "2", "VS/chart/0_2.png")):
         question = some_text(rng)
         parts = {
             "category": "VS", "subcategory": "chart", "set_id": "0", "figure_id": figure, "question_id": "3",
             "visual_input": seen,
         }  # fmt: skip
-        rows.append(parts | {"question": question, "gt_answer": "1", "gt_answer_details": "", "filename": name})
+        file = name and rng.choice(("./", "./hallusion_bench/", "hallusion_bench/")) + name  # versions differ
+        rows.append(parts | {"question": question, "gt_answer": "1", "gt_answer_details": "", "filename": file})
         expected.append({
             "id": f"VS/chart/0/{figure}/3", "answers": ("yes",), "record": parts,
             "picture": folder / "hallusion_bench" / name if name else None, "fields": {"question": question},
-            "categories": {"category": "VS", "subcategory": "chart", "difficulty": "hard" if seen == "2" else "easy"},
+            "categories": {"category": "VS", "subcategory": "chart", "difficulty": "easy" if figure == "0" else "hard"},
             "prompt": question + SHORT,
         })  # fmt: skip
     write(folder / "HallusionBench.json", rows)

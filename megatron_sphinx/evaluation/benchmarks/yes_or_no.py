@@ -67,8 +67,8 @@ def _is_text_only(row: Row) -> bool:
 
 
 def _difficulty(row: Row) -> str:
-    """Return whether the picture was edited, which is hard."""
-    return "hard" if row.text("visual_input") == "2" else "easy"
+    """Return whether the question is about the first figure, or none, which is easy, or about another one."""
+    return "easy" if row.text("figure_id") == "0" else "hard"
 
 
 HALLUSIONBENCH = Benchmark(
@@ -85,6 +85,7 @@ HALLUSIONBENCH = Benchmark(
             id="{category}/{subcategory}/{set_id}/{figure_id}/{question_id}",
             picture="{filename}",
             folders=("hallusion_bench", "."),
+            picture_root="hallusion_bench",
             is_text_only=_is_text_only,
             answers=word("gt_answer", {"0": "no", "1": "yes"}),
             categories={"category": "category", "subcategory": "subcategory", "difficulty": _difficulty},
