@@ -8,7 +8,7 @@ from megatron_sphinx.evaluation.metrics.yes_no import HALLUSION_BENCH
 from megatron_sphinx.evaluation.metrics.yes_no import MME as MME_SCORE
 from megatron_sphinx.evaluation.metrics.yes_no import POPE as POPE_SCORE
 from megatron_sphinx.evaluation.readers.folders import read_mme
-from megatron_sphinx.evaluation.readers.layout import Layout, one, read_layout, word
+from megatron_sphinx.evaluation.readers.layout import Layout, read_layout, word
 from megatron_sphinx.evaluation.readers.rows import Row
 from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.prepare.tasks import PROMPTS
@@ -24,7 +24,7 @@ def _pope(name: str, title: str, splits: tuple[str, ...]) -> Benchmark:
         picture="{image}",
         folders=("val2014", "../coco/val2014"),
         fields={"question": "text"},
-        answers=one("label"),
+        answers=word("label", {"yes": "yes", "no": "no"}),
         categories={"split": "part"},
     )
     return Benchmark(

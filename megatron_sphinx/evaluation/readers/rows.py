@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from string import Formatter
 from typing import Any, ParamSpec
 
 from megatron_sphinx.errors import DataError, shortened
@@ -132,6 +133,10 @@ class Row:
             DataError: the row has no such field, or one of another kind.
         """
         known = {**self.content, "key": self.key, "number": self.number, **others}
+        for _, field, _, _ in Formatter().parse(template):
+            value = known.get(field or "", "")
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise self._no(str(field), value, "text")
         try:
             return template.format_map(known)
         except KeyError as error:
