@@ -128,7 +128,7 @@ VQA_QUESTIONS, VQA_ANSWERS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_m
         ("hallusionbench", "HallusionBench.json", with_value(True, 0, "set_id"), "no set_id: 'True' is no text"),
         ("hallusionbench", "HallusionBench.json", with_value("2", 0, "gt_answer"), "'2' is none of 0, 1"),
         ("mathvista", "testmini.json", without("first", "query"), "'1': no query"),
-        ("mathverse", "testmini.json", with_value("Find x.", 0, "question_for_eval"), "it has no lines of options"),
+        ("mathverse", "testmini.json", with_value(None, 0, "question_for_eval"), "no question_for_eval: 'None'"),
         ("llava_bench", "context.jsonl", with_value("2.jpg", 0, "image"), "image 001.jpg is not in context.jsonl"),
         ("llava_bench", "answers_gpt4.jsonl", without(0), "question_id 0 is not in answers_gpt4.jsonl"),
         ("llava_bench", "rule.json", without("llava_bench_conv"), "no conv"),

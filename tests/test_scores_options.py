@@ -4,6 +4,7 @@ import made_up_answers as made_up
 import pytest
 from answered import answered, judge, verdict
 
+from megatron_sphinx.evaluation.metrics.mathverse import MATH_VERSE
 from megatron_sphinx.evaluation.metrics.mathvista import MATH_VISTA, extract
 from megatron_sphinx.evaluation.metrics.mmmu import MMMU, read_values
 from megatron_sphinx.evaluation.metrics.options import (
@@ -127,6 +128,31 @@ def test_a_question_without_a_group_is_its_own():
 )
 def test_letters_of_mmmu_by_its_rules_and_never_by_chance(text, letter):
     assert verdict(MMMU, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B:60°", "B"),
+        ("B: 60° where A is", "B"),
+        ("b:60°", None),
+        ("it is C:40°", "C"),
+        ("选择 C\uff1a40°", "C"),
+        ("(B)", "B"),
+        ("B", "B"),
+        ("E:3", None),
+        ("the angle that is looked for is 60°", "B"),
+        ("a long answer with no letter, as one sees", None),  # A and C are choices without a text
+        ("", None),
+    ],
+)
+def test_letters_of_mathverse_may_have_a_colon(text, letter):
+    assert verdict(MATH_VERSE, text, "B", choices=("A", "60°", "C", "no correct")) == (float(letter == "B"), letter)
+
+
+def test_open_answers_of_mathverse_are_read_as_those_of_mmmu():
+    assert verdict(MATH_VERSE, "So x = 2.5", "2.5") == (1, "2.5")
+    assert verdict(MATH_VERSE, " ", "2.5") == (0, None)
 
 
 def test_open_answers_of_mmmu():

@@ -7,15 +7,15 @@ Source: eval/eval_utils.py of MMMU (arXiv:2311.16502).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron_sphinx.evaluation.benchmark import Metric
-from megatron_sphinx.evaluation.metrics.figures import accuracy, each, truths_of
+from megatron_sphinx.evaluation.metrics.figures import JudgeOne, accuracy, each, truths_of
 from megatron_sphinx.evaluation.metrics.options import choice_letters
 from megatron_sphinx.evaluation.samples import Answered, Protocol, Verdict
 
 _ENDS = ",.!?;:'"
-_MANY_WORDS = 5
+MANY_WORDS = 5  # of an answer that is no longer read by the texts of the choices
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
@@ -25,22 +25,35 @@ _NUMBERS = (
 Value = float | str
 
 
-def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of the choice that an answer means; None where it means none.
+def letter_that_stands(text: str, letters: Iterable[str]) -> str | None:
+    """Return the letter that stands in an answer by itself; None where none does.
 
-    Letters in parentheses come first, then letters before a space, before a period, and in an answer of more than five
-    words the texts of the choices. Of several the one that stands last is meant.
+    Letters in parentheses come first, then letters before a space, then before a period. Of several the last is meant.
     """
     for mark in _ENDS:
         text = text.strip(mark)
-    text, letters = f" {text} ", choice_letters(choices)
+    text = f" {text} "
     for found_as, placed_as in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         if found := [letter for letter in letters if found_as.format(letter) in text]:
             places = [text.rfind(placed_as.format(letter)) for letter in found]
             return found[places.index(max(places))]
-    if len(text.split()) <= _MANY_WORDS:
+    return None
+
+
+def read_choice(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the choice that an answer means; None where it means none.
+
+    A letter that stands by itself comes first, and in an answer of more than five words the texts of the choices. Of
+    several the one that stands last is meant.
+    """
+    letters = choice_letters(choices)
+    if letter := letter_that_stands(text, letters):
+        return letter
+    for mark in _ENDS:
+        text = text.strip(mark)
+    if len(text.split()) <= MANY_WORDS:
         return None
-    text = text.lower()
+    text = f" {text} ".lower()
     places = [text.rfind(choice.lower()) for choice in letters.values()]
     return list(letters)[places.index(max(places))] if max(places, default=-1) >= 0 else None
 
@@ -86,16 +99,21 @@ def _matches(said: Value, right: Sequence[Value]) -> bool:
     return said in right
 
 
-def _judge(answered: Answered, _protocol: Protocol) -> Verdict:
-    truths = truths_of(answered)
-    if answered.sample.choices:
-        letter = read_choice(answered.text, answered.sample.choices)
-        return Verdict(float(letter in truths), letter)
-    if not answered.text.strip():
-        return Verdict(0.0, None)
-    values, right = read_values(answered.text), [value for truth in truths for value in settle_value(truth)]
-    hits = [value for value in values if _matches(value, right)]
-    return Verdict(float(bool(hits)), str((hits or values)[0]))
+def judge_by(read: Callable[[str, Sequence[str]], str | None]) -> JudgeOne:
+    """Return the judge that reads letters by a rule, and words and numbers by those of MMMU, in all protocols."""
+
+    def judge(answered: Answered, _protocol: Protocol) -> Verdict:
+        truths = truths_of(answered)
+        if answered.sample.choices:
+            letter = read(answered.text, answered.sample.choices)
+            return Verdict(float(letter in truths), letter)
+        if not answered.text.strip():
+            return Verdict(0.0, None)
+        values, right = read_values(answered.text), [value for truth in truths for value in settle_value(truth)]
+        hits = [value for value in values if _matches(value, right)]
+        return Verdict(float(bool(hits)), str((hits or values)[0]))
+
+    return judge
 
 
-MMMU = Metric("MMMU", each(_judge), accuracy)
+MMMU = Metric("MMMU", each(judge_by(read_choice)), accuracy)
