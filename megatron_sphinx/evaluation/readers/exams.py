@@ -6,11 +6,12 @@ import binascii
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.evaluation.prompts import LETTER, LETTER_SLIP, SHORT
+from megatron_sphinx.evaluation.prompts import CMMMU_OPTIONS, CMMMU_TASKS, LETTER, LETTER_SLIP, SHORT
 from megatron_sphinx.evaluation.readers.layout import cells, letter_in, option_lines, place_in
 from megatron_sphinx.evaluation.readers.rows import Row, checked, first_there, located, object_of, rows_of
 from megatron_sphinx.evaluation.samples import Sample
@@ -18,8 +19,6 @@ from megatron_sphinx.evaluation.samples import Sample
 _PLACE_OF_A_PICTURE = re.compile(r"<image \d+>|<img=\"[^\"]*\">")
 _LONGEST_REFERENCE = 64  # signs in the column of pictures: what is not longer names the row that has the picture
 _ROTATED = 1_000_000  # what a rotation of a question has more in its index
-_KINDS_OF_CMMMU = {"选择": "choice", "判断": "judgement", "填空": "blank"}
-_JUDGEMENT = "\n请回答对或错。"
 
 
 def _problems(folder: Path, split: str) -> Iterator[Row]:
@@ -218,7 +217,8 @@ def read_mmmu(folder: Path, split: str) -> Iterator[Sample]:
             choices = _options(row)
             answer = row.text("answer")
             truths = (answer,) if choices else tuple(str(each) for each in _literal(row, answer, [answer]))
-            yield _exam(row, choices, () if answer == "?" else truths, source.parent.name, "question_type")
+            sample = _exam(row, choices, () if answer == "?" else truths, source.parent.name, "question_type")
+            yield _told(sample)
 
 
 def _options(row: Row) -> tuple[str, ...]:
@@ -251,15 +251,15 @@ def read_cmmmu(folder: Path, split: str) -> Iterator[Sample]:
     for source in _parquets(folder, split):
         for row in rows_of(source):
             kind = row.filled("type")
-            if kind not in _KINDS_OF_CMMMU:
-                raise row.fault(f"no type: {kind} is none of {', '.join(_KINDS_OF_CMMMU)}")
+            if kind not in CMMMU_TASKS:
+                raise row.fault(f"no type: {kind} is none of {', '.join(CMMMU_TASKS)}")
             names = [f"option{number}" for number in range(1, 5)]
             choices = cells(names)(row) if kind == "选择" else ()
             answer = row.text("answer", "").strip()
             sample = _exam(row, choices, (answer,) if answer not in ("", "?") else (), source.parent.name, "type")
-            if kind == "判断":
-                sample = _told(sample, _JUDGEMENT)
-            yield sample
+            lines = "".join(f"({letter}) {choice}\n" for letter, choice in zip("ABCD", choices, strict=False))
+            told = {"task": CMMMU_TASKS[kind], "choices": CMMMU_OPTIONS.format(lines=lines) if choices else ""}
+            yield replace(sample, fields={**sample.fields, **told})
 
 
 def _parquets(folder: Path, split: str) -> list[Path]:
@@ -280,8 +280,7 @@ def _exam(row: Row, choices: tuple[str, ...], truths: tuple[str, ...], subject: 
         raise row.fault("no image_1: it holds no picture")
     question = _PLACE_OF_A_PICTURE.sub("", row.filled("question")).strip() or row.filled("question")
     listed = f"Choices:\n{option_lines(choices)}" if choices else ""
-    told = LETTER if choices else SHORT
-    sample = Sample(
+    return Sample(
         id=row.filled("id"),
         picture=content,
         picture_id=hashlib.sha256(content).hexdigest()[:32],
@@ -293,14 +292,9 @@ def _exam(row: Row, choices: tuple[str, ...], truths: tuple[str, ...], subject: 
         },
         record={kind: row.content[kind]},
     )  # fmt: skip
-    return _told(sample, told)
 
 
-def _told(sample: Sample, told: str) -> Sample:
-    """Return a sample that asks for an answer of some form."""
-    from dataclasses import replace
-
-    slip = LETTER_SLIP if told == LETTER else told
-    listed = sample.fields["choices"]
-    told, slip = (text if listed else text.lstrip("\n") for text in (told, slip))
+def _told(sample: Sample) -> Sample:
+    """Return a sample of MMMU that asks for an answer of some form."""
+    told, slip = (LETTER, LETTER_SLIP) if sample.choices else (SHORT.lstrip("\n"),) * 2
     return replace(sample, fields={**sample.fields, "told": told, "told_by_accessory": slip})
