@@ -67,7 +67,30 @@ def test_letters_by_vlmevalkits_rules(text, letter):
 )
 def test_letters_of_scienceqa_by_llavas_rules(text, letter):
     assert read_science_letter(text, FOUR) == letter
-    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR, protocol=OFFICIAL) == (float(letter == "B"), letter)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B.", "B"),
+        (" B.", "B"),
+        ("B", "B"),
+        (" B", "B"),
+        ("(B).", "B"),
+        ("B. dog", "B"),
+        ("B: dog", "B"),
+        ("B dog", "B"),
+        (" The answer is B.", "B"),
+        ("A cat is not an animal", None),  # the article
+        ("Bison", None),
+        ("E.", None),  # four options
+        ("a dog", None),
+        ("", None),
+    ],
+)
+def test_letters_of_scienceqa_go_on_from_what_the_answer_is_made_to_begin_with(text, letter):
+    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR, protocol=PAPER) == (float(letter == "B"), letter)
 
 
 @pytest.mark.parametrize("metric", [OPTION_LETTER, SCIENCE_LETTER, CIRCULAR, PAIRS])

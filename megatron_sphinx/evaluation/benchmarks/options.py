@@ -7,7 +7,7 @@ from megatron_sphinx.evaluation.benchmarks.submissions import json_lines, json_o
 from megatron_sphinx.evaluation.metrics.cmmmu import CMMMU as CMMMU_RULES
 from megatron_sphinx.evaluation.metrics.exact_match import EXACT_MATCH, OPTION_TEXT
 from megatron_sphinx.evaluation.metrics.mmmu import MMMU as MMMU_RULES
-from megatron_sphinx.evaluation.metrics.options import CIRCULAR, OPTION_LETTER, PAIRS, SCIENCE_LETTER
+from megatron_sphinx.evaluation.metrics.options import CIRCULAR, OPTION_LETTER, PAIRS, SCIENCE_LETTER, SCIENCE_PREFIX
 from megatron_sphinx.evaluation.prompts import CMMMU_PROMPT, LETTER, LETTER_IN_CHINESE, LETTER_SLIP, SHORT
 from megatron_sphinx.evaluation.readers.exams import (
     read_ai2d,
@@ -41,7 +41,7 @@ def _science(name: str, title: str, *, with_picture_only: bool) -> Benchmark:
         prompts={Protocol.PAPER: _CONTEXT + LETTER, Protocol.ACCESSORY: _CONTEXT + LETTER_SLIP},
         max_new_tokens=10,
         metric=SCIENCE_LETTER,
-        answer_prefix={Protocol.PAPER: " The answer is", Protocol.ACCESSORY: " The answer is", Protocol.OFFICIAL: ""},
+        answer_prefix=SCIENCE_PREFIX,
         table="scienceqa",
         folder="scienceqa",
     )
