@@ -108,6 +108,17 @@ def test_mmbench_is_asked_officially_with_lines_of_options(name, end, tmp_path):
         assert asked(name, sample, Protocol.OFFICIAL) == asks
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_documents_are_found_as_they_are_distributed_now(split, tmp_path):
+    folder = tmp_path / "docvqa"
+    (folder / "spdocvqa_images").mkdir(parents=True)
+    row = {"questionId": 1, "question": "q", "image": "documents/a_1.png", "answers": ["x"]}
+    kind = "_withQT" if split == "val" else ""
+    write(folder / f"spdocvqa_qas/{split}_v1.0{kind}.json", {"dataset_name": "docvqa", "data": [row]})
+    (sample,) = named(f"docvqa_{split}").samples(tmp_path)
+    assert sample.picture == folder / "spdocvqa_images/a_1.png"
+
+
 @pytest.mark.parametrize(
     ("text", "choices"),
     [
