@@ -108,6 +108,15 @@ def test_mmbench_is_asked_officially_with_lines_of_options(name, end, tmp_path):
         assert asked(name, sample, Protocol.OFFICIAL) == asks
 
 
+@pytest.mark.parametrize("place", ["data/images", "data/trainval2017"])
+def test_pictures_of_vsr_are_found_in_folders_of_its_repository(place, tmp_path):
+    expected = LAYOUTS["vsr"](tmp_path / "vsr", Random(17))
+    (tmp_path / "vsr/images").rmdir()
+    (tmp_path / "vsr" / place).mkdir(parents=True)
+    found = [sample.picture for sample in named("vsr").samples(tmp_path)]
+    assert found == [tmp_path / "vsr" / place / each["picture"].name for each in expected]
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_documents_are_found_as_they_are_distributed_now(split, tmp_path):
     folder = tmp_path / "docvqa"
