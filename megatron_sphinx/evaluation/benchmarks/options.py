@@ -30,7 +30,10 @@ _EXAM = "Question:\n{question}\n{choices}"
 
 
 def _science(name: str, title: str, *, with_picture_only: bool) -> Benchmark:
-    """Return the test part of ScienceQA; the model's answer is made to begin as the released code does."""
+    """Return the test part of ScienceQA; the model's answer is made to begin as the released code does.
+
+    The paper's number is that of the questions with a picture.
+    """
     return Benchmark(
         name=name,
         title=title,
@@ -42,13 +45,16 @@ def _science(name: str, title: str, *, with_picture_only: bool) -> Benchmark:
         max_new_tokens=10,
         metric=SCIENCE_LETTER,
         answer_prefix=SCIENCE_PREFIX,
-        table="scienceqa",
+        table="scienceqa" if with_picture_only else "",
         folder="scienceqa",
     )
 
 
 def _icons(name: str, title: str, kind: str, prompt: str, metric: Metric) -> Benchmark:
-    """Return the questions of one kind of IconQA; those whose options are pictures need several pictures a prompt."""
+    """Return the questions of one kind of IconQA; those whose options are pictures need several pictures a prompt.
+
+    The paper's number is put beside the kind that is asked as the paper asks, for a letter.
+    """
     return Benchmark(
         name=name,
         title=title,
@@ -60,7 +66,7 @@ def _icons(name: str, title: str, kind: str, prompt: str, metric: Metric) -> Ben
         prompts={Protocol.PAPER: prompt},
         max_new_tokens=10,
         metric=metric,
-        table="iconqa",
+        table="iconqa" if kind == "choose_txt" else "",
         folder="iconqa",
     )
 
