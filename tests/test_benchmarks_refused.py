@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 from official_layouts import LAYOUTS, write
 
+from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.evaluation.benchmarks.registry import named, names
+from megatron_sphinx.evaluation.questions import questions_of
 from megatron_sphinx.evaluation.readers import rows
+from megatron_sphinx.evaluation.samples import Protocol
+from megatron_sphinx.serving.questions import Asking
 from megatron_sphinx.unpickling import plain_pickle
 
 Change = Callable[[Any], Any]
@@ -187,11 +191,24 @@ def test_a_spoiled_table_is_refused(change, fault, tmp_path):
     assert fault in spoiled_table(tmp_path, change)
 
 
-@pytest.mark.parametrize(("cell", "fault"), [("77", "which is not before it"), ("", "no image: it is empty")])
-def test_a_row_without_a_picture_is_refused(cell, fault, tmp_path):
+def test_a_row_with_the_picture_of_no_row_before_it_is_refused(tmp_path):
     (tmp_path / "ccbench").mkdir()
-    (tmp_path / "ccbench/CCBench.tsv").write_text(f"index\tquestion\tA\tB\tanswer\timage\n5\tq\tx\ty\tA\t{cell}\n")
-    assert fault in refusal("ccbench", tmp_path)
+    (tmp_path / "ccbench/CCBench.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n5\tq\tx\ty\tA\t77\n")
+    assert "which is not before it" in refusal("ccbench", tmp_path)
+
+
+def test_a_row_of_a_table_without_a_picture_cannot_be_asked_and_the_others_can(tmp_path):
+    (tmp_path / "ccbench").mkdir()
+    picture = base64.b64encode(b"BM").decode()
+    cells = {5: picture, 6: "", 7: "", 8: "6"}
+    rows = "".join(f"{index}\tq\tx\ty\tA\t{cell}\n" for index, cell in cells.items())
+    (tmp_path / "ccbench/CCBench.tsv").write_text(f"index\tquestion\tA\tB\tanswer\timage\n{rows}")
+    samples = list(named("ccbench").samples(tmp_path))
+    assert [sample.picture for sample in samples] == [b"BM", b"", b"", b""]
+    assert [sample.picture_id for sample in samples[1:]] == [f"no picture of {index}" for index in (6, 7, 6)]
+    for question in list(questions_of(named("ccbench"), samples, Protocol.PAPER))[1:]:
+        with pytest.raises(DataError, match="not an image: the file is empty"):
+            decode(question.content(Asking()))
 
 
 @pytest.mark.parametrize("limit", [0, 2**26])
@@ -315,8 +332,8 @@ def test_references_need_their_file(tmp_path):
         list(named("refcoco_val").read(tmp_path))
 
 
-def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
-    """The refusal of MMMU or CMMMU with one row whose fields were changed."""
+def write_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> None:
+    """Write MMMU or CMMMU with one row whose fields were changed."""
     import pyarrow
     from pyarrow import parquet
 
@@ -325,6 +342,11 @@ def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
     row |= {"question_type": "multiple-choice", "type": "选择", **{f"option{n}": "x" for n in range(1, 5)}} | fields
     (tmp_path / name / "Art").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name / "Art" / file)
+
+
+def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
+    """The refusal of MMMU or CMMMU with one row whose fields were changed."""
+    write_exam(name, tmp_path, file, **fields)
     return refusal(name, tmp_path)
 
 
@@ -333,12 +355,24 @@ def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
     [
         ({"options": "x, y"}, "row 1: no options: 'x, y' is no list"),
         ({"options": "[x, y]"}, "no options"),
-        ({"image_1": None}, "no image_1: it holds no picture"),
         ({"image_1": "a.png"}, "no image_1: it holds no picture"),
     ],
 )
 def test_a_spoiled_row_of_mmmu_is_refused(fields, fault, tmp_path):
     assert fault in spoiled_exam("mmmu", tmp_path, "validation-00000-of-00001.parquet", **fields)
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": "1.png"}, {"bytes": b"", "path": "1.png"}])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("mmmu", "validation-00000-of-00001.parquet"), ("cmmmu", "val-00000-of-00001.parquet")],
+)
+def test_a_row_of_an_exam_without_a_picture_cannot_be_asked(name, file, cell, tmp_path):
+    write_exam(name, tmp_path, file, image_1=cell)
+    (sample,) = named(name).samples(tmp_path)
+    assert (sample.picture, sample.picture_id) == (b"", "no picture of a")
+    with pytest.raises(DataError, match="not an image: the file is empty"):
+        decode(sample.picture)
 
 
 def test_a_kind_that_cmmmu_has_not_is_refused(tmp_path):

@@ -153,6 +153,8 @@ def read_seed(folder: Path) -> Iterator[Sample]:
 def read_table(folder: Path, name: str) -> Iterator[Sample]:
     """Yield the samples of a table of MMBench's layout, whose pictures are in it as base64.
 
+    A row whose picture is empty is a sample all the same, with an empty picture, which cannot be asked about.
+
     Args:
         folder: that of the benchmark.
         name: the file, which may have several names with ` or ` between them.
@@ -167,6 +169,7 @@ def read_table(folder: Path, name: str) -> Iterator[Sample]:
         index = row.integer("index")
         picture, digest = _picture(row, pictures)
         picture = kept.setdefault(digest, picture)
+        digest = digest or f"no picture of {index}"
         pictures[str(index)] = (picture, digest)
         choices = cells([letter for letter in letters if letter in row.content])(row)
         letter = letter_in("answer")(row, choices)
@@ -186,7 +189,7 @@ def read_table(folder: Path, name: str) -> Iterator[Sample]:
 
 
 def _picture(row: Row, others: dict[str, tuple[bytes, str]]) -> tuple[bytes, str]:
-    """Return the picture of a row of a table, and its digest."""
+    """Return the picture of a row of a table, and its digest; an empty one, which cannot be asked about, has none."""
     text = row.text("image", "").strip()
     if text and len(text) <= _LONGEST_REFERENCE and text.isdecimal():
         if text not in others:
@@ -196,9 +199,12 @@ def _picture(row: Row, others: dict[str, tuple[bytes, str]]) -> tuple[bytes, str
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise row.fault(f"no image: it is no base64 ({error})") from error
-    if not content:
-        raise row.fault("no image: it is empty")
-    return content, hashlib.sha256(content).hexdigest()[:32]
+    return content, _digest(content)
+
+
+def _digest(picture: bytes) -> str:
+    """Return what tells a picture from others; nothing for an empty one."""
+    return hashlib.sha256(picture).hexdigest()[:32] if picture else ""
 
 
 @checked
@@ -272,26 +278,35 @@ def _parquets(folder: Path, split: str) -> list[Path]:
 
 
 def _exam(row: Row, choices: tuple[str, ...], truths: tuple[str, ...], subject: str, kind: str) -> Sample:
-    """Return the sample of a row with pictures in cells of their own: image_1, image_2 and so on."""
+    """Return the sample of a row with pictures in cells of their own: image_1, image_2 and so on.
+
+    Where all are empty, the picture of the sample is, too, and cannot be asked about.
+    """
     pictures = [row.content[name] for name in sorted(row.content) if re.fullmatch(r"image_\d+", name)]
     pictures = [picture for picture in pictures if picture is not None]
-    content = pictures[0].get("bytes") if pictures and isinstance(pictures[0], dict) else None
-    if not isinstance(content, bytes) or not content:
-        raise row.fault("no image_1: it holds no picture")
+    content = _content(row, pictures[0]) if pictures else b""
     question = _PLACE_OF_A_PICTURE.sub("", row.filled("question")).strip() or row.filled("question")
     listed = f"Choices:\n{option_lines(choices)}" if choices else ""
     return Sample(
         id=row.filled("id"),
         picture=content,
-        picture_id=hashlib.sha256(content).hexdigest()[:32],
+        picture_id=_digest(content) or f"no picture of {row.filled('id')}",
         fields={"question": question, "choices": listed},
         answers=truths,
         choices=choices,
         categories={
-            "subject": subject, "kind": row.filled(kind), "pictures": "one" if len(pictures) == 1 else "several",
+            "subject": subject, "kind": row.filled(kind), "pictures": "several" if len(pictures) > 1 else "one",
         },
         record={kind: row.content[kind]},
     )  # fmt: skip
+
+
+def _content(row: Row, picture: Any) -> bytes:
+    """Return the content of a picture's cell; nothing for an empty one."""
+    content = picture.get("bytes") if isinstance(picture, dict) else picture
+    if content is not None and not isinstance(content, bytes):
+        raise row.fault("no image_1: it holds no picture")
+    return content or b""
 
 
 def _told(sample: Sample) -> Sample:
