@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_sphinx.evaluation.metrics.yes_no import COGNITION, PERCEPTION
+from megatron_sphinx.evaluation.prompts import CMMMU_TASKS
 from megatron_sphinx.evaluation.readers.video import PARTS_OF_VIDEO_BENCH, PLACES_OF_MVBENCH
 from megatron_sphinx.prepare.classes import image_net_names
 
@@ -522,13 +523,15 @@ def cmmmu(folder: Path, rng: Random) -> list[Expected]:
             **{f"option{place}": option for place, option in enumerate(options, 1)},
             "image_1": {"bytes": content, "path": "1.png"}, "image_2": None,
         })  # fmt: skip
-        end = {"选择": LETTER, "判断": "请回答对或错。", "填空": SHORT.lstrip("\n")}[kind]
-        listed = f"Choices:\n{lettered(choices)}" if kind == "选择" else ""
+        begin = {"选择": "请回答以下多项选择题，", "判断": "请回答以下判断题，", "填空": "请回答以下填空题，"}[kind]
+        begin = next(text for text in CMMMU_TASKS.values() if text.startswith(begin))
+        lines = "".join(f"({letter}) {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
+        listed = f"选项：\n{lines}\n" if kind == "选择" else ""
         expected.append({
             "id": str(number), "picture": content, "answers": (answer,),
             "choices": tuple(choices) if kind == "选择" else (),
             "categories": {"subject": "art", "kind": kind, "pictures": "one"},
-            "prompt": f"Question:\n{question}\n{listed}{end}",
+            "prompt": f"{begin}\n\n问题：{question}\n{listed}正确答案：\n",
         })  # fmt: skip
     _parquet(folder / "art/val-00000-of-00001.parquet", rows)
     return expected
@@ -583,17 +586,18 @@ def mme(folder: Path, rng: Random) -> list[Expected]:
 def hallusionbench(folder: Path, rng: Random) -> list[Expected]:
     (folder / "hallusion_bench").mkdir(parents=True)
     rows, expected = [], []
-    for seen, figure, name in (("0", "0", None), ("1", "1", "./VS/chart/0_1.png"), ("2", "2", "./VS/chart/0_2.png")):
+    for seen, figure, name in (("0", "0", None), ("1", "1", "VS/chart/0_1.png"), ("2", "2", "VS/chart/0_2.png")):
         question = some_text(rng)
         parts = {
             "category": "VS", "subcategory": "chart", "set_id": "0", "figure_id": figure, "question_id": "3",
             "visual_input": seen,
         }  # fmt: skip
-        rows.append(parts | {"question": question, "gt_answer": "1", "gt_answer_details": "", "filename": name})
+        file = name and rng.choice(("./", "./hallusion_bench/", "hallusion_bench/")) + name  # versions differ
+        rows.append(parts | {"question": question, "gt_answer": "1", "gt_answer_details": "", "filename": file})
         expected.append({
             "id": f"VS/chart/0/{figure}/3", "answers": ("yes",), "record": parts,
             "picture": folder / "hallusion_bench" / name if name else None, "fields": {"question": question},
-            "categories": {"category": "VS", "subcategory": "chart", "difficulty": "hard" if seen == "2" else "easy"},
+            "categories": {"category": "VS", "subcategory": "chart", "difficulty": "easy" if figure == "0" else "hard"},
             "prompt": question + SHORT,
         })  # fmt: skip
     write(folder / "HallusionBench.json", rows)

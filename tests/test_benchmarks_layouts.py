@@ -1,5 +1,6 @@
 """Every benchmark reads its official layout: samples field by field, prompts to the letter."""
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -105,6 +106,46 @@ def test_mmbench_is_asked_officially_with_lines_of_options(name, end, tmp_path):
         hint = sample.fields["hint"]
         asks = hint + sample.fields["question"] + "\n" + lettered(sample.choices) + end
         assert asked(name, sample, Protocol.OFFICIAL) == asks
+
+
+@pytest.mark.parametrize("place", ["data/images", "data/trainval2017"])
+def test_pictures_of_vsr_are_found_in_folders_of_its_repository(place, tmp_path):
+    expected = LAYOUTS["vsr"](tmp_path / "vsr", Random(17))
+    (tmp_path / "vsr/images").rmdir()
+    (tmp_path / "vsr" / place).mkdir(parents=True)
+    found = [sample.picture for sample in named("vsr").samples(tmp_path)]
+    assert found == [tmp_path / "vsr" / place / each["picture"].name for each in expected]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_documents_are_found_as_they_are_distributed_now(split, tmp_path):
+    folder = tmp_path / "docvqa"
+    (folder / "spdocvqa_images").mkdir(parents=True)
+    row = {"questionId": 1, "question": "q", "image": "documents/a_1.png", "answers": ["x"]}
+    kind = "_withQT" if split == "val" else ""
+    write(folder / f"spdocvqa_qas/{split}_v1.0{kind}.json", {"dataset_name": "docvqa", "data": [row]})
+    (sample,) = named(f"docvqa_{split}").samples(tmp_path)
+    assert sample.picture == folder / "spdocvqa_images/a_1.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("Find x.\nChoices:\nA:40°\nB:x: y\nC. 1 \nD:No correct", ("40°", "x: y", "1", "No correct")),
+        ("Choices:\nA:\nB:\nC:\nD:", ("A", "B", "C", "D")),  # they are in the picture
+        ("Choices:\nA: \nB: 5", ("A", "5")),
+        ("A: one of two lines that meet\nB: the other one\nChoices:\nA:1\nB:2\nP: x\nC:3", ("1", "2", "3")),
+        ("Find x.", ("A", "B", "C", "D")),
+        ("Choices:A:1 B:2", ("A", "B", "C", "D")),
+    ],
+)
+def test_options_of_mathverse_are_lines_or_letters(text, choices, tmp_path):
+    LAYOUTS["mathverse"](tmp_path / "mathverse", Random(16))
+    path = tmp_path / "mathverse/testmini.json"
+    content = json.loads(path.read_text())
+    content[0]["question_for_eval"] = text
+    path.write_text(json.dumps(content))
+    assert next(iter(named("mathverse").samples(tmp_path))).choices == choices
 
 
 def test_a_bom_and_other_line_ends_change_nothing(tmp_path):

@@ -42,6 +42,13 @@ def test_every_column_of_the_papers_has_a_benchmark_or_is_known_to_have_none():
     assert {column.partition(" ")[0] for column in COLUMNS} - heads == OF_NO_BENCHMARK_HERE
 
 
+@pytest.mark.parametrize(
+    ("column", "split"), [("scienceqa", "scienceqa"), ("iconqa", "iconqa"), ("vsr", "vsr_all"), ("pope", "pope")]
+)
+def test_a_number_stands_beside_the_split_that_it_is_of_alone(column, split):
+    assert [name for name in names() if named(name).table == column] == [split]
+
+
 def test_no_number_is_given_twice():
     given = [(model, column) for table in TABLES for model, row in table["models"].items() for column in row]
     assert len(given) == len(set(given))

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 from official_layouts import LAYOUTS, write
 
+from megatron_sphinx.data.images import decode
 from megatron_sphinx.errors import ConfigError, DataError
 from megatron_sphinx.evaluation.benchmarks.registry import named, names
+from megatron_sphinx.evaluation.questions import questions_of
 from megatron_sphinx.evaluation.readers import rows
+from megatron_sphinx.evaluation.samples import Protocol
+from megatron_sphinx.serving.questions import Asking
 from megatron_sphinx.unpickling import plain_pickle
 
 Change = Callable[[Any], Any]
@@ -120,9 +124,15 @@ VQA_QUESTIONS, VQA_ANSWERS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_m
         ("q_bench", "llvisionqa_dev.json", with_value("x", 0, "correct_ans"), "'x' is none of its options"),
         ("q_bench", "llvisionqa_dev.json", with_value(["a"] * 27, 0, "candidates"), "too many options"),
         ("pope", "coco_pope_popular.json", without(1, "label"), "line 2: no label"),
+        ("pope", "coco_pope_popular.json", with_value("maybe", 1, "label"), "line 2: no label: 'maybe' is none of yes"),
+        ("pope", "coco_pope_random.json", with_value(None, 0, "image"), "line 1: no image: 'None' is no text"),
+        ("pope", "coco_pope_random.json", with_value("", 0, "image"), "line 1: no path: '' names no file"),
+        ("pope", "coco_pope_random.json", with_value(None, 0, "question_id"), "no question_id: 'None' is no text"),
+        ("pope", "coco_pope_random.json", with_value(["a.jpg"], 0, "image"), "no image: \"['a.jpg']\" is no text"),
+        ("hallusionbench", "HallusionBench.json", with_value(True, 0, "set_id"), "no set_id: 'True' is no text"),
         ("hallusionbench", "HallusionBench.json", with_value("2", 0, "gt_answer"), "'2' is none of 0, 1"),
         ("mathvista", "testmini.json", without("first", "query"), "'1': no query"),
-        ("mathverse", "testmini.json", with_value("Find x.", 0, "question_for_eval"), "it has no lines of options"),
+        ("mathverse", "testmini.json", with_value(None, 0, "question_for_eval"), "no question_for_eval: 'None'"),
         ("llava_bench", "context.jsonl", with_value("2.jpg", 0, "image"), "image 001.jpg is not in context.jsonl"),
         ("llava_bench", "answers_gpt4.jsonl", without(0), "question_id 0 is not in answers_gpt4.jsonl"),
         ("llava_bench", "rule.json", without("llava_bench_conv"), "no conv"),
@@ -180,11 +190,24 @@ def test_a_spoiled_table_is_refused(change, fault, tmp_path):
     assert fault in spoiled_table(tmp_path, change)
 
 
-@pytest.mark.parametrize(("cell", "fault"), [("77", "which is not before it"), ("", "no image: it is empty")])
-def test_a_row_without_a_picture_is_refused(cell, fault, tmp_path):
+def test_a_row_with_the_picture_of_no_row_before_it_is_refused(tmp_path):
     (tmp_path / "ccbench").mkdir()
-    (tmp_path / "ccbench/CCBench.tsv").write_text(f"index\tquestion\tA\tB\tanswer\timage\n5\tq\tx\ty\tA\t{cell}\n")
-    assert fault in refusal("ccbench", tmp_path)
+    (tmp_path / "ccbench/CCBench.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n5\tq\tx\ty\tA\t77\n")
+    assert "which is not before it" in refusal("ccbench", tmp_path)
+
+
+def test_a_row_of_a_table_without_a_picture_cannot_be_asked_and_the_others_can(tmp_path):
+    (tmp_path / "ccbench").mkdir()
+    picture = base64.b64encode(b"BM").decode()
+    cells = {5: picture, 6: "", 7: "", 8: "6"}
+    rows = "".join(f"{index}\tq\tx\ty\tA\t{cell}\n" for index, cell in cells.items())
+    (tmp_path / "ccbench/CCBench.tsv").write_text(f"index\tquestion\tA\tB\tanswer\timage\n{rows}")
+    samples = list(named("ccbench").samples(tmp_path))
+    assert [sample.picture for sample in samples] == [b"BM", b"", b"", b""]
+    assert [sample.picture_id for sample in samples[1:]] == [f"no picture of {index}" for index in (6, 7, 6)]
+    for question in list(questions_of(named("ccbench"), samples, Protocol.PAPER))[1:]:
+        with pytest.raises(DataError, match="not an image: the file is empty"):
+            decode(question.content(Asking()))
 
 
 @pytest.mark.parametrize("limit", [0, 2**26])
@@ -308,8 +331,8 @@ def test_references_need_their_file(tmp_path):
         list(named("refcoco_val").read(tmp_path))
 
 
-def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
-    """The refusal of MMMU or CMMMU with one row whose fields were changed."""
+def write_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> None:
+    """Write MMMU or CMMMU with one row whose fields were changed."""
     import pyarrow
     from pyarrow import parquet
 
@@ -318,6 +341,11 @@ def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
     row |= {"question_type": "multiple-choice", "type": "选择", **{f"option{n}": "x" for n in range(1, 5)}} | fields
     (tmp_path / name / "Art").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name / "Art" / file)
+
+
+def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
+    """The refusal of MMMU or CMMMU with one row whose fields were changed."""
+    write_exam(name, tmp_path, file, **fields)
     return refusal(name, tmp_path)
 
 
@@ -326,12 +354,24 @@ def spoiled_exam(name: str, tmp_path: Path, file: str, **fields: Any) -> str:
     [
         ({"options": "x, y"}, "row 1: no options: 'x, y' is no list"),
         ({"options": "[x, y]"}, "no options"),
-        ({"image_1": None}, "no image_1: it holds no picture"),
         ({"image_1": "a.png"}, "no image_1: it holds no picture"),
     ],
 )
 def test_a_spoiled_row_of_mmmu_is_refused(fields, fault, tmp_path):
     assert fault in spoiled_exam("mmmu", tmp_path, "validation-00000-of-00001.parquet", **fields)
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": "1.png"}, {"bytes": b"", "path": "1.png"}])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("mmmu", "validation-00000-of-00001.parquet"), ("cmmmu", "val-00000-of-00001.parquet")],
+)
+def test_a_row_of_an_exam_without_a_picture_cannot_be_asked(name, file, cell, tmp_path):
+    write_exam(name, tmp_path, file, image_1=cell)
+    (sample,) = named(name).samples(tmp_path)
+    assert (sample.picture, sample.picture_id) == (b"", "no picture of a")
+    with pytest.raises(DataError, match="not an image: the file is empty"):
+        decode(sample.picture)
 
 
 def test_a_kind_that_cmmmu_has_not_is_refused(tmp_path):

@@ -4,6 +4,8 @@ import made_up_answers as made_up
 import pytest
 from answered import answered, judge, verdict
 
+from megatron_sphinx.evaluation.metrics.cmmmu import CMMMU
+from megatron_sphinx.evaluation.metrics.mathverse import MATH_VERSE
 from megatron_sphinx.evaluation.metrics.mathvista import MATH_VISTA, extract
 from megatron_sphinx.evaluation.metrics.mmmu import MMMU, read_values
 from megatron_sphinx.evaluation.metrics.options import (
@@ -66,7 +68,30 @@ def test_letters_by_vlmevalkits_rules(text, letter):
 )
 def test_letters_of_scienceqa_by_llavas_rules(text, letter):
     assert read_science_letter(text, FOUR) == letter
-    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR) == (float(letter == "B"), letter)
+    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR, protocol=OFFICIAL) == (float(letter == "B"), letter)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B.", "B"),
+        (" B.", "B"),
+        ("B", "B"),
+        (" B", "B"),
+        ("(B).", "B"),
+        ("B. dog", "B"),
+        ("B: dog", "B"),
+        ("B dog", "B"),
+        (" The answer is B.", "B"),
+        ("A cat is not an animal", None),  # the article
+        ("Bison", None),
+        ("E.", None),  # four options
+        ("a dog", None),
+        ("", None),
+    ],
+)
+def test_letters_of_scienceqa_go_on_from_what_the_answer_is_made_to_begin_with(text, letter):
+    assert verdict(SCIENCE_LETTER, text, "B", choices=FOUR, protocol=PAPER) == (float(letter == "B"), letter)
 
 
 @pytest.mark.parametrize("metric", [OPTION_LETTER, SCIENCE_LETTER, CIRCULAR, PAIRS])
@@ -130,6 +155,31 @@ def test_letters_of_mmmu_by_its_rules_and_never_by_chance(text, letter):
     assert verdict(MMMU, text, "B", choices=FOUR) == (float(letter == "B"), letter)
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B:60°", "B"),
+        ("B: 60° where A is", "B"),
+        ("b:60°", None),
+        ("it is C:40°", "C"),
+        ("选择 C\uff1a40°", "C"),
+        ("(B)", "B"),
+        ("B", "B"),
+        ("E:3", None),
+        ("the angle that is looked for is 60°", "B"),
+        ("a long answer with no letter, as one sees", None),  # A and C are choices without a text
+        ("", None),
+    ],
+)
+def test_letters_of_mathverse_may_have_a_colon(text, letter):
+    assert verdict(MATH_VERSE, text, "B", choices=("A", "60°", "C", "no correct")) == (float(letter == "B"), letter)
+
+
+def test_open_answers_of_mathverse_are_read_as_those_of_mmmu():
+    assert verdict(MATH_VERSE, "So x = 2.5", "2.5") == (1, "2.5")
+    assert verdict(MATH_VERSE, " ", "2.5") == (0, None)
+
+
 def test_open_answers_of_mmmu():
     assert verdict(MMMU, "So the total is 1,250.004", "1250")[0] == 1
     assert verdict(MMMU, "x = 5", "5")[0] == 1
@@ -142,6 +192,72 @@ def test_open_answers_of_mmmu():
 
 def test_sentences_of_mmmu_are_never_parted_at_periods():
     assert 3.0 not in read_values("it is 3. Then answer 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "parsed"),
+    [
+        ("答案是B。", "B", "B"),
+        ("B", "B", "B"),
+        ("AB", "AB", "AB"),
+        ("(B) 和 (A)", "AB", "AB"),
+        ("A, B, 还是 B", "B", "B"),  # the most frequent
+        ("(C) 不是 A A", "C", "C"),  # parentheses come first
+        ("我选乙", "B", "B"),
+        ("不知道", "B", None),
+        ("", "B", None),
+    ],
+)
+def test_letters_of_cmmmu_may_be_several(text, truth, parsed):
+    found = verdict(CMMMU, text, truth, choices=("甲", "乙", "丙", "丁"), record={"type": "选择"})
+    assert found == (float(parsed == truth), parsed)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("错误", "错"),
+        ("不对", "错"),
+        ("错。", "错"),
+        ("这个说法不正确。", "错"),
+        ("对", "对"),
+        ("所以答案是正确的。", "对"),
+        ("对的，没有错误", "对"),
+        ("陈述是对的。答案是错。", None),  # as much for as against
+        ("是否正确", None),
+        ("图中有一只猫", None),
+        ("", None),
+    ],
+)
+def test_judgements_of_cmmmu_are_never_drawn(text, parsed):
+    for truth in "对错":
+        assert verdict(CMMMU, text, truth, record={"type": "判断"}) == (float(parsed == truth), parsed)
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "is_right"),
+    [
+        ("400J", "400", True),
+        ("答案是400。", "400", True),
+        ("由图可知。\n因此等于 1250.004 元", "1250", True),
+        ("x = 5", "5", True),
+        ("x = 5。然后不知道", "5", True),  # a number anywhere where no sentence has a mark
+        ("等于1,250", "1250", True),
+        ("等于 1,250 元", "1250", False),  # only a number by itself may have commas
+        ("五四运动是1919年", "五四运动", False),  # what stands behind the mark
+        ("它叫五四运动", "五四运动", True),
+        ("五四" + "很长" * 20, "五四", False),
+        ("as far as I can tell", "五四", False),
+        (" \n", "5", False),
+    ],
+)
+def test_blanks_of_cmmmu(text, truth, is_right):
+    assert verdict(CMMMU, text, truth, record={"type": "填空"})[0] == is_right
+
+
+def test_blanks_of_cmmmu_that_are_much_longer_than_the_truth_are_unparsed():
+    assert verdict(CMMMU, "as far as I can tell", "五四", record={"type": "填空"}) == (0, None)
+    assert verdict(CMMMU, " \n", "5", record={"type": "填空"}) == (0, None)
 
 
 @pytest.mark.parametrize(

@@ -156,17 +156,43 @@ def test_mme_adds_accuracy_and_that_of_pictures_with_both_right():
     assert list(MME.figures(judge(MME, every)).items())[:2] == [("perception", 2000), ("cognition", 800)]
 
 
-def test_hallusion_bench_by_question_figure_answer_and_edited_pictures():
-    def one(text, question, figure, visual):
-        record = {"category": "VD", "subcategory": "math", "set_id": 0, "question_id": question, "figure_id": figure,
-                  "visual_input": visual}  # fmt: skip
-        return answered(text, "yes", number=f"{question}{figure}", record=record)
+def of_hallusion(text, question, figure, category="VD"):
+    """An answer to a question of HallusionBench, which is yes."""
+    record = {"category": category, "subcategory": "math", "set_id": 0, "question_id": question, "figure_id": figure}
+    return answered(text, "yes", number=f"{category}{question}{figure}", record=record)
 
-    asked = [one("Yes.", 0, 0, 1), one("yes", 0, 1, "2"), one("yes and no", 1, 0, 1), one("yes", 1, 1, 2)]
+
+def test_hallusion_bench_by_question_figure_answer_and_difficulty():
+    one = of_hallusion
+    asked = [one("Yes.", 0, 0), one("yes", 0, 1), one("yes and no", 1, 0), one("yes", 1, "1")]
     found = judge(HALLUSION_BENCH, asked)
     assert [answer.verdict.parsed for answer in found] == ["yes", "yes", None, "yes"]
     assert HALLUSION_BENCH.figures(found) == {"aAcc": 75, "qAcc": 50, "fAcc": 50, "easy": 50, "hard": 100}
     assert math.isnan(HALLUSION_BENCH.figures(found[:1])["hard"])
+
+
+def test_questions_of_hallusion_bench_without_a_figure_are_of_no_figure_and_easy():
+    one = of_hallusion
+    asked = [one("yes", 0, "0"), one("no", 0, "1"), one("no", 0, "0", "VS"), one("yes", 0, "1", "VS")]
+    figures = HALLUSION_BENCH.figures(judge(HALLUSION_BENCH, asked))
+    assert figures == pytest.approx({"aAcc": 50, "qAcc": 0, "fAcc": 200 / 3, "easy": 50, "hard": 50})
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("I don't know.", "uncertain"),
+        ("It cannot be determined from the question.", "uncertain"),
+        ("Uncertain", "uncertain"),
+        ("No, I am not sure", "no"),
+        ("maybe so", None),
+        ("", None),
+    ],
+)
+def test_who_does_not_know_is_right_only_where_there_is_no_figure(text, parsed):
+    asked = [of_hallusion(text, 0, "0", "VS"), of_hallusion(text, 0, "1", "VS"), of_hallusion(text, 0, "0", "VD")]
+    verdicts = [one.verdict for one in judge(HALLUSION_BENCH, asked)]
+    assert [(one.value, one.parsed) for one in verdicts] == [(float(parsed == "uncertain"), parsed), *[(0, parsed)] * 2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ _READING = "rrc.cvc.uab.es/?ch=17&com=downloads"
 _UREADER = "huggingface.co/datasets/Mizukiluke/ureader-instruction-1.0"
 
 
-def _document(name: str, title: str, file: str, picture: str, folders: tuple[str, ...], tokens: int) -> Benchmark:
+def _document(
+    name: str, title: str, file: str, picture: str, folders: tuple[str, ...], tokens: int, root: str = ""
+) -> Benchmark:
     """Return a benchmark of the document reading challenge; the answers of test are the server's."""
     layout = Layout(
         parts={"": file},
@@ -26,15 +28,15 @@ def _document(name: str, title: str, file: str, picture: str, folders: tuple[str
         id="{questionId}",
         picture=picture,
         folders=folders,
+        picture_root=root,
         answers=where_given(several("answers"), "answers"),
         record=("questionId",),
     )
-    family, _, split = name.partition("_")
-    pictures = " or ".join(f"{place}/documents" if place in (split, ".") else place for place in folders)
+    family, _, _ = name.partition("_")
     return Benchmark(
         name=name,
         title=title,
-        files=(OfficialFile(file, _READING), OfficialFile(pictures, _READING)),
+        files=(OfficialFile(file, _READING), OfficialFile(" or ".join(folders), _READING)),
         read=partial(read_layout, layout=layout),
         prompts={Protocol.PAPER: PROMPTS["vqa"]},
         max_new_tokens=tokens,
@@ -45,9 +47,9 @@ def _document(name: str, title: str, file: str, picture: str, folders: tuple[str
     )
 
 
-def _forms(name: str, folder: str) -> str:
+def _forms(name: str, *folders: str) -> str:
     """Return the names that a file of questions has, with kinds of questions and without."""
-    return " or ".join(f"{place}{name}{kind}.json" for place in ("", folder) for kind in ("", "_withQT"))
+    return " or ".join(f"{place}{name}{kind}.json" for place in ("", *folders) for kind in ("", "_withQT"))
 
 
 def _ureader(name: str, title: str, file: str, metric: Metric, tokens: int, *, is_bare: bool) -> Benchmark:
@@ -95,8 +97,10 @@ CHARTQA = Benchmark(
 )  # fmt: skip
 
 BENCHMARKS = (
-    _document("docvqa_val", "DocVQA (val)", _forms("val_v1.0", "val/"), "{image}", ("val", "."), 32),
-    _document("docvqa_test", "DocVQA (test)", "test_v1.0.json or test/test_v1.0.json", "{image}", ("test", "."), 32),
+    _document("docvqa_val", "DocVQA (val)", _forms("val_v1.0", "val/", "spdocvqa_qas/"), "{image}",
+              ("val/documents", "documents", "spdocvqa_images"), 32, "documents"),
+    _document("docvqa_test", "DocVQA (test)", _forms("test_v1.0", "test/", "spdocvqa_qas/"), "{image}",
+              ("test/documents", "documents", "spdocvqa_images"), 32, "documents"),
     _document("infovqa_val", "InfoVQA (val)", _forms("infographicsVQA_val_v1.0", "infographicsvqa_qas/"),
               "{image_local_name}", ("infographicsvqa_images", "infographicVQA_val_v1.0_images", "images"), 25),
     _document("infovqa_test", "InfoVQA (test)", _forms("infographicsVQA_test_v1.0", "infographicsvqa_qas/"),

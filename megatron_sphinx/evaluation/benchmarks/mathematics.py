@@ -2,15 +2,17 @@
 
 import re
 from functools import partial
+from string import ascii_uppercase
 
 from megatron_sphinx.evaluation.benchmark import Benchmark, OfficialFile
+from megatron_sphinx.evaluation.metrics.mathverse import MATH_VERSE
 from megatron_sphinx.evaluation.metrics.mathvista import MATH_VISTA
-from megatron_sphinx.evaluation.metrics.mmmu import MMMU
 from megatron_sphinx.evaluation.readers.layout import Layout, one, read_layout
 from megatron_sphinx.evaluation.readers.rows import Row
 from megatron_sphinx.evaluation.samples import Protocol
 
-_OPTION = re.compile(r"^\s*([A-Z])\s*[:.]\s*(.*)$", re.MULTILINE)
+_OPTION = re.compile(r"^[^\S\n]*([A-Z])[^\S\n]*[:.][^\S\n]*(.*)$", re.MULTILINE)
+_LETTERS = "ABCD"  # of options that are in the picture alone
 
 
 def _of_vista(row: Row) -> tuple[str, ...]:
@@ -19,13 +21,17 @@ def _of_vista(row: Row) -> tuple[str, ...]:
 
 
 def _of_verse(row: Row) -> tuple[str, ...]:
-    """Return MathVerse's options, which are lines of the text for the judge."""
+    """Return MathVerse's options, which are lines of the text for the judge, with letters from A in their order.
+
+    An option without a text is its letter; where there are no two lines, the options are the letters A to D.
+    """
     if row.filled("question_type") != "multi-choice":
         return ()
-    choices = tuple(text.strip() for _, text in _OPTION.findall(row.text("question_for_eval")))
-    if not choices:
-        raise row.fault("no question_for_eval: it has no lines of options, A:, B: and so on")
-    return choices
+    choices: list[str] = []
+    for letter, text in _OPTION.findall(row.text("question_for_eval").rpartition("Choices:")[2]):
+        if letter == ascii_uppercase[len(choices) % len(ascii_uppercase)]:
+            choices.append(text.strip() or letter)
+    return tuple(choices) if len(choices) > 1 else tuple(_LETTERS)
 
 
 MATHVISTA = Benchmark(
@@ -80,7 +86,7 @@ MATHVERSE = Benchmark(
     ),
     prompts={Protocol.PAPER: "{query}"},
     max_new_tokens=64,
-    metric=MMMU,
+    metric=MATH_VERSE,
 )
 
 BENCHMARKS = (MATHVISTA, MATHVERSE)

@@ -4,10 +4,11 @@ from functools import partial
 
 from megatron_sphinx.evaluation.benchmark import Benchmark, Metric, OfficialFile
 from megatron_sphinx.evaluation.benchmarks.submissions import json_lines, json_object, table
+from megatron_sphinx.evaluation.metrics.cmmmu import CMMMU as CMMMU_RULES
 from megatron_sphinx.evaluation.metrics.exact_match import EXACT_MATCH, OPTION_TEXT
 from megatron_sphinx.evaluation.metrics.mmmu import MMMU as MMMU_RULES
-from megatron_sphinx.evaluation.metrics.options import CIRCULAR, OPTION_LETTER, PAIRS, SCIENCE_LETTER
-from megatron_sphinx.evaluation.prompts import LETTER, LETTER_IN_CHINESE, LETTER_SLIP, SHORT
+from megatron_sphinx.evaluation.metrics.options import CIRCULAR, OPTION_LETTER, PAIRS, SCIENCE_LETTER, SCIENCE_PREFIX
+from megatron_sphinx.evaluation.prompts import CMMMU_PROMPT, LETTER, LETTER_IN_CHINESE, LETTER_SLIP, SHORT
 from megatron_sphinx.evaluation.readers.exams import (
     read_ai2d,
     read_cmmmu,
@@ -29,7 +30,10 @@ _EXAM = "Question:\n{question}\n{choices}"
 
 
 def _science(name: str, title: str, *, with_picture_only: bool) -> Benchmark:
-    """Return the test part of ScienceQA; the model's answer is made to begin as the released code does."""
+    """Return the test part of ScienceQA; the model's answer is made to begin as the released code does.
+
+    The paper's number is that of the questions with a picture.
+    """
     return Benchmark(
         name=name,
         title=title,
@@ -40,14 +44,17 @@ def _science(name: str, title: str, *, with_picture_only: bool) -> Benchmark:
         prompts={Protocol.PAPER: _CONTEXT + LETTER, Protocol.ACCESSORY: _CONTEXT + LETTER_SLIP},
         max_new_tokens=10,
         metric=SCIENCE_LETTER,
-        answer_prefix={Protocol.PAPER: " The answer is", Protocol.ACCESSORY: " The answer is", Protocol.OFFICIAL: ""},
-        table="scienceqa",
+        answer_prefix=SCIENCE_PREFIX,
+        table="scienceqa" if with_picture_only else "",
         folder="scienceqa",
     )
 
 
 def _icons(name: str, title: str, kind: str, prompt: str, metric: Metric) -> Benchmark:
-    """Return the questions of one kind of IconQA; those whose options are pictures need several pictures a prompt."""
+    """Return the questions of one kind of IconQA; those whose options are pictures need several pictures a prompt.
+
+    The paper's number is put beside the kind that is asked as the paper asks, for a letter.
+    """
     return Benchmark(
         name=name,
         title=title,
@@ -59,7 +66,7 @@ def _icons(name: str, title: str, kind: str, prompt: str, metric: Metric) -> Ben
         prompts={Protocol.PAPER: prompt},
         max_new_tokens=10,
         metric=metric,
-        table="iconqa",
+        table="iconqa" if kind == "choose_txt" else "",
         folder="iconqa",
     )
 
@@ -165,20 +172,28 @@ MMVP = Benchmark(
 )
 
 
-def _exam(name: str, title: str, split: str, where: str, *, is_chinese: bool) -> Benchmark:
-    """Return MMMU or CMMMU."""
-    return Benchmark(
-        name=name,
-        title=title,
-        files=(OfficialFile(f"*/{split}-*.parquet", where),),
-        read=partial(read_cmmmu if is_chinese else read_mmmu, split=split),
-        prompts={Protocol.PAPER: _EXAM + "{told}", Protocol.ACCESSORY: _EXAM + "{told_by_accessory}"},
-        max_new_tokens=10,
-        metric=MMMU_RULES,
-        submission=json_object(f"{name}_answers.json"),
-        table=name,
-    )
-
+MMMU = Benchmark(
+    name="mmmu",
+    title="MMMU (val)",
+    files=(OfficialFile("*/validation-*.parquet", "huggingface.co/datasets/MMMU/MMMU"),),
+    read=partial(read_mmmu, split="validation"),
+    prompts={Protocol.PAPER: _EXAM + "{told}", Protocol.ACCESSORY: _EXAM + "{told_by_accessory}"},
+    max_new_tokens=10,
+    metric=MMMU_RULES,
+    submission=json_object("mmmu_answers.json"),
+    table="mmmu",
+)
+CMMMU = Benchmark(
+    name="cmmmu",
+    title="CMMMU (val)",
+    files=(OfficialFile("*/val-*.parquet", "huggingface.co/datasets/m-a-p/CMMMU"),),
+    read=partial(read_cmmmu, split="val"),
+    prompts={Protocol.PAPER: CMMMU_PROMPT},
+    max_new_tokens=10,
+    metric=CMMMU_RULES,
+    submission=json_object("cmmmu_answers.json"),
+    table="cmmmu",
+)
 
 BENCHMARKS = (
     _science("scienceqa", "ScienceQA (images)", with_picture_only=True),
@@ -196,7 +211,5 @@ BENCHMARKS = (
            column="mmbench_cn", folder="mmbench", is_chinese=True, is_once=False),
     _table("ccbench", "CCBench", "CCBench.tsv or CCBench_legacy.tsv",
            column="ccbench", folder="ccbench", is_chinese=True, is_once=True),
-    SEED, Q_BENCH, MMVP,
-    _exam("mmmu", "MMMU (val)", "validation", "huggingface.co/datasets/MMMU/MMMU", is_chinese=False),
-    _exam("cmmmu", "CMMMU (val)", "val", "huggingface.co/datasets/m-a-p/CMMMU", is_chinese=True),
+    SEED, Q_BENCH, MMVP, MMMU, CMMMU,
 )  # fmt: skip

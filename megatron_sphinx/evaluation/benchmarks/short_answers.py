@@ -130,13 +130,20 @@ GQA = Benchmark(
 )
 
 
-def _vsr(name: str, title: str, files: str) -> Benchmark:
-    """Return a part of Visual Spatial Reasoning."""
+def _vsr(name: str, title: str, files: str, table: str = "") -> Benchmark:
+    """Return a part of Visual Spatial Reasoning; the released code evaluates on all of it."""
     layout = Layout(
         parts={"": files},
         id="{number}",
         picture="{image}",
-        folders=("images", "../coco/trainval2017", "trainval2017", "../coco/train2017"),
+        folders=(
+            "images",
+            "data/images",
+            "trainval2017",
+            "data/trainval2017",
+            "../coco/trainval2017",
+            "../coco/train2017",
+        ),
         fields={"caption": "caption"},
         answers=word("label", {"0": "false", "1": "true"}),
         categories={"relation": "relation"},
@@ -152,7 +159,7 @@ def _vsr(name: str, title: str, files: str) -> Benchmark:
         prompts={Protocol.PAPER: 'Is the following statement "{caption}" true or false?'},
         max_new_tokens=10,
         metric=EXACT_MATCH,
-        table="vsr",
+        table=table,
         folder="vsr",
     )
 
@@ -203,6 +210,6 @@ BENCHMARKS = (
     VQAV2_VAL, VQAV2_TESTDEV, OKVQA, _viz_wiz("val"), _viz_wiz("test"), GQA,
     _vsr("vsr", "VSR (zero-shot)", f"{_of_split('zeroshot')} or test.jsonl"),
     _vsr("vsr_random", "VSR (random split)", _of_split("random")),
-    _vsr("vsr_all", "VSR (all)", "all_vsr_validated_data.jsonl or data/data_files/all_vsr_validated_data.jsonl"),
+    _vsr("vsr_all", "VSR (all)", "all_vsr_validated_data.jsonl or data/data_files/all_vsr_validated_data.jsonl", "vsr"),
     TEXTVQA, OCRVQA,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from megatron_sphinx.evaluation.metrics.yes_no import HALLUSION_BENCH
 from megatron_sphinx.evaluation.metrics.yes_no import MME as MME_SCORE
 from megatron_sphinx.evaluation.metrics.yes_no import POPE as POPE_SCORE
 from megatron_sphinx.evaluation.readers.folders import read_mme
-from megatron_sphinx.evaluation.readers.layout import Layout, one, read_layout, word
+from megatron_sphinx.evaluation.readers.layout import Layout, read_layout, word
 from megatron_sphinx.evaluation.readers.rows import Row
 from megatron_sphinx.evaluation.samples import Protocol
 from megatron_sphinx.prepare.tasks import PROMPTS
@@ -24,7 +24,7 @@ def _pope(name: str, title: str, splits: tuple[str, ...]) -> Benchmark:
         picture="{image}",
         folders=("val2014", "../coco/val2014"),
         fields={"question": "text"},
-        answers=one("label"),
+        answers=word("label", {"yes": "yes", "no": "no"}),
         categories={"split": "part"},
     )
     return Benchmark(
@@ -67,8 +67,8 @@ def _is_text_only(row: Row) -> bool:
 
 
 def _difficulty(row: Row) -> str:
-    """Return whether the picture was edited, which is hard."""
-    return "hard" if row.text("visual_input") == "2" else "easy"
+    """Return whether the question is about the first figure, or none, which is easy, or about another one."""
+    return "easy" if row.text("figure_id") == "0" else "hard"
 
 
 HALLUSIONBENCH = Benchmark(
@@ -85,6 +85,7 @@ HALLUSIONBENCH = Benchmark(
             id="{category}/{subcategory}/{set_id}/{figure_id}/{question_id}",
             picture="{filename}",
             folders=("hallusion_bench", "."),
+            picture_root="hallusion_bench",
             is_text_only=_is_text_only,
             answers=word("gt_answer", {"0": "no", "1": "yes"}),
             categories={"category": "category", "subcategory": "subcategory", "difficulty": _difficulty},

@@ -28,6 +28,8 @@ _LAST_WORDS = 4
 _ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 _SCIENCE_ANSWER = re.compile(r"The answer is ([A-Z]).")
 _FIVE_LETTERS = "ABCDE"
+SCIENCE_PREFIX = {Protocol.PAPER: " The answer is", Protocol.ACCESSORY: " The answer is", Protocol.OFFICIAL: ""}
+_BEHIND_PREFIX = re.compile(r"\(?([A-Z])\)?(?:[.,:;)\n]|$|(?<!A) )")
 
 
 def choice_letters(choices: Sequence[str]) -> dict[str, str]:
@@ -85,6 +87,18 @@ def read_science_letter(text: str, choices: Sequence[str]) -> str | None:
     return letter if letter is not None and letter in _FIVE_LETTERS[: len(choices)] else None
 
 
+def read_letter_behind_prefix(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter that an answer to ScienceQA means that was made to begin with `The answer is`.
+
+    What LLaVA's rules read in the answer alone counts first. Then the answer goes on from what it begins with: a letter
+    that the next sign or the end ends is that of `The answer is X.`; before a space A may be the article.
+    """
+    text = text.strip()
+    behind = _BEHIND_PREFIX.match(text)
+    letter = read_science_letter(text, choices) or (behind[1] if behind else None)
+    return letter if letter is not None and letter in _FIVE_LETTERS[: len(choices)] else None
+
+
 def read_pair_letter(text: str, choices: Sequence[str]) -> str | None:
     """Return the letter that an answer to MMVP means: its options are called (a) and (b), so small letters count."""
     bare = text.strip().removesuffix(".")
@@ -117,6 +131,12 @@ def _judged_by(read: Callable[[str, Sequence[str]], str | None]) -> Callable[[An
         return Verdict(float(letter in truths_of(answered)), letter)
 
     return judge
+
+
+def _judge_science(answered: Answered, protocol: Protocol) -> Verdict:
+    """Judge a letter of ScienceQA; where the protocol has the answer begin with words, these are part of it."""
+    read = read_letter_behind_prefix if SCIENCE_PREFIX[protocol] else read_science_letter
+    return _judged_by(read)(answered, protocol)
 
 
 def _circular(judged: Sequence[Judged]) -> dict[str, float]:
@@ -152,7 +172,7 @@ def _video_parts(judged: Sequence[Judged]) -> dict[str, float]:
 
 
 OPTION_LETTER = Metric("option letter", each(_judged_by(read_letter)), accuracy)
-SCIENCE_LETTER = Metric("option letter (ScienceQA)", each(_judged_by(read_science_letter)), accuracy)
+SCIENCE_LETTER = Metric("option letter (ScienceQA)", each(_judge_science), accuracy)
 CIRCULAR = Metric("circular evaluation", each(_judged_by(read_letter)), _circular)
 VIDEO_PARTS = Metric("option letter by data set", each(_judged_by(read_letter)), _video_parts)
 PAIRS = Metric("pairs", each(_judged_by(read_pair_letter)), _pairs)

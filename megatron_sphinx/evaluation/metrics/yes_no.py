@@ -1,10 +1,11 @@
 """Questions answered by yes or no: POPE, MME and HallusionBench.
 
-Source: evaluate.py of AoiDragon/POPE; calculation.py of MME's eval_tool; evaluation.py of HallusionBench
+Source: evaluate.py of AoiDragon/POPE; calculation.py of MME's eval_tool; evaluation.py and utils.py of HallusionBench
 (arXiv:2310.14566) and vlmeval/dataset/utils/yorn.py of VLMEvalKit.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_sphinx.evaluation.benchmark import Metric
 from megatron_sphinx.evaluation.metrics.figures import accuracy, each, group_percent, parts, percent, truths_of
@@ -14,6 +15,13 @@ from megatron_sphinx.evaluation.samples import Answered, Judged, Protocol, Verdi
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
+_UNCERTAIN = "uncertain"  # what an answer that leaves the question open is read as
+_LEFT_OPEN = re.compile(
+    r"\b(?:uncertain|unsure|unclear|unknown|unanswerable|undetermined|not (?:sure|certain|clear|known)|"
+    r"(?:do not|don.?t) know|"
+    r"(?:impossible to|unable to|could not|can ?not|can.?t) (?:be )?(?:tell|say|answer|determined?))\b",
+    re.IGNORECASE,
+)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
@@ -31,8 +39,14 @@ def read_mme(text: str) -> str | None:
 
 
 def read_hallusion(text: str) -> str | None:
-    """Return yes or no as VLMEvalKit reads an answer: the one of both words that it has; None for neither or both."""
+    """Return yes or no as VLMEvalKit reads an answer: the one of both words that it has.
+
+    An answer with neither, which says that it does not know, is `uncertain`, where the benchmark's judge finds it
+    unclear; any other with neither or both is None.
+    """
     found = {"yes", "no"} & set(strip_punctuation(text.lower()).split())
+    if not found and _LEFT_OPEN.search(text):
+        return _UNCERTAIN
     return found.pop() if len(found) == 1 else None
 
 
@@ -93,12 +107,24 @@ def _mme(judged: Sequence[Judged]) -> dict[str, float]:
     return sums | {task: tasks[task] for task in (*PERCEPTION, *COGNITION) if task in tasks}
 
 
-def _hallusion(judged: Sequence[Judged]) -> dict[str, float]:
-    """Return the accuracy by question, figure and answer, and by question over easy and over hard pictures.
+def _has_no_figure(record: Mapping[str, object]) -> bool:
+    """Say whether a question of HallusionBench is asked without its figure, which would be a supplement to it."""
+    return str(record["category"]) == "VS" and str(record["figure_id"]) == "0"
 
-    A question counts where it is right for all its figures, a figure where all questions about it are right. Pictures
-    that were edited, with visual_input 2, are the hard ones. Samples have category, subcategory, set_id, figure_id,
-    question_id and visual_input of the benchmark's file in their records.
+
+def _judge_hallusion(answered: Answered, _protocol: Protocol) -> Verdict:
+    """Judge a word; without a figure, who does not know is right, too."""
+    word = read_hallusion(answered.text)
+    is_open = word == _UNCERTAIN and _has_no_figure(answered.sample.record)
+    return Verdict(float(is_open or word == truths_of(answered)[0].strip().lower()), word)
+
+
+def _hallusion(judged: Sequence[Judged]) -> dict[str, float]:
+    """Return the accuracy by question, figure and answer, and by question over easy and over hard figures.
+
+    A question counts where it is right for all its figures, a figure where all questions about it are right; questions
+    without a figure are of none. Figure 0 is the easy one, the others are hard. Samples have category, subcategory,
+    set_id, figure_id and question_id of the benchmark's file in their records.
     """
 
     def key(field: str) -> Callable[[Judged], object]:
@@ -106,12 +132,13 @@ def _hallusion(judged: Sequence[Judged]) -> dict[str, float]:
         return lambda one: tuple(str(one.answered.sample.record[name]) for name in names)
 
     def is_hard(one: Judged) -> bool:
-        return str(one.answered.sample.record["visual_input"]) == "2"
+        return str(one.answered.sample.record["figure_id"]) != "0"
 
+    shown = [one for one in judged if not _has_no_figure(one.answered.sample.record)]
     return {
         "aAcc": percent(one.verdict.value for one in judged),
         "qAcc": group_percent(judged, key("question_id")),
-        "fAcc": group_percent(judged, key("figure_id")),
+        "fAcc": group_percent(shown, key("figure_id")),
         "easy": group_percent([one for one in judged if not is_hard(one)], key("question_id")),
         "hard": group_percent([one for one in judged if is_hard(one)], key("question_id")),
     }
@@ -119,4 +146,4 @@ def _hallusion(judged: Sequence[Judged]) -> dict[str, float]:
 
 POPE = Metric("POPE", each(_judged_by(read_pope)), _pope)
 MME = Metric("MME", each(_judged_by(read_mme)), _mme)
-HALLUSION_BENCH = Metric("HallusionBench", each(_judged_by(read_hallusion)), _hallusion)
+HALLUSION_BENCH = Metric("HallusionBench", each(_judge_hallusion), _hallusion)

@@ -6,11 +6,12 @@ import binascii
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sphinx.errors import DataError
-from megatron_sphinx.evaluation.prompts import LETTER, LETTER_SLIP, SHORT
+from megatron_sphinx.evaluation.prompts import CMMMU_OPTIONS, CMMMU_TASKS, LETTER, LETTER_SLIP, SHORT
 from megatron_sphinx.evaluation.readers.layout import cells, letter_in, option_lines, place_in
 from megatron_sphinx.evaluation.readers.rows import Row, checked, first_there, located, object_of, rows_of
 from megatron_sphinx.evaluation.samples import Sample
@@ -18,8 +19,6 @@ from megatron_sphinx.evaluation.samples import Sample
 _PLACE_OF_A_PICTURE = re.compile(r"<image \d+>|<img=\"[^\"]*\">")
 _LONGEST_REFERENCE = 64  # signs in the column of pictures: what is not longer names the row that has the picture
 _ROTATED = 1_000_000  # what a rotation of a question has more in its index
-_KINDS_OF_CMMMU = {"选择": "choice", "判断": "judgement", "填空": "blank"}
-_JUDGEMENT = "\n请回答对或错。"
 
 
 def _problems(folder: Path, split: str) -> Iterator[Row]:
@@ -154,6 +153,8 @@ def read_seed(folder: Path) -> Iterator[Sample]:
 def read_table(folder: Path, name: str) -> Iterator[Sample]:
     """Yield the samples of a table of MMBench's layout, whose pictures are in it as base64.
 
+    A row whose picture is empty is a sample all the same, with an empty picture, which cannot be asked about.
+
     Args:
         folder: that of the benchmark.
         name: the file, which may have several names with ` or ` between them.
@@ -168,6 +169,7 @@ def read_table(folder: Path, name: str) -> Iterator[Sample]:
         index = row.integer("index")
         picture, digest = _picture(row, pictures)
         picture = kept.setdefault(digest, picture)
+        digest = digest or f"no picture of {index}"
         pictures[str(index)] = (picture, digest)
         choices = cells([letter for letter in letters if letter in row.content])(row)
         letter = letter_in("answer")(row, choices)
@@ -187,7 +189,7 @@ def read_table(folder: Path, name: str) -> Iterator[Sample]:
 
 
 def _picture(row: Row, others: dict[str, tuple[bytes, str]]) -> tuple[bytes, str]:
-    """Return the picture of a row of a table, and its digest."""
+    """Return the picture of a row of a table, and its digest; an empty one, which cannot be asked about, has none."""
     text = row.text("image", "").strip()
     if text and len(text) <= _LONGEST_REFERENCE and text.isdecimal():
         if text not in others:
@@ -197,9 +199,12 @@ def _picture(row: Row, others: dict[str, tuple[bytes, str]]) -> tuple[bytes, str
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise row.fault(f"no image: it is no base64 ({error})") from error
-    if not content:
-        raise row.fault("no image: it is empty")
-    return content, hashlib.sha256(content).hexdigest()[:32]
+    return content, _digest(content)
+
+
+def _digest(picture: bytes) -> str:
+    """Return what tells a picture from others; nothing for an empty one."""
+    return hashlib.sha256(picture).hexdigest()[:32] if picture else ""
 
 
 @checked
@@ -218,7 +223,8 @@ def read_mmmu(folder: Path, split: str) -> Iterator[Sample]:
             choices = _options(row)
             answer = row.text("answer")
             truths = (answer,) if choices else tuple(str(each) for each in _literal(row, answer, [answer]))
-            yield _exam(row, choices, () if answer == "?" else truths, source.parent.name, "question_type")
+            sample = _exam(row, choices, () if answer == "?" else truths, source.parent.name, "question_type")
+            yield _told(sample)
 
 
 def _options(row: Row) -> tuple[str, ...]:
@@ -251,15 +257,15 @@ def read_cmmmu(folder: Path, split: str) -> Iterator[Sample]:
     for source in _parquets(folder, split):
         for row in rows_of(source):
             kind = row.filled("type")
-            if kind not in _KINDS_OF_CMMMU:
-                raise row.fault(f"no type: {kind} is none of {', '.join(_KINDS_OF_CMMMU)}")
+            if kind not in CMMMU_TASKS:
+                raise row.fault(f"no type: {kind} is none of {', '.join(CMMMU_TASKS)}")
             names = [f"option{number}" for number in range(1, 5)]
             choices = cells(names)(row) if kind == "选择" else ()
             answer = row.text("answer", "").strip()
             sample = _exam(row, choices, (answer,) if answer not in ("", "?") else (), source.parent.name, "type")
-            if kind == "判断":
-                sample = _told(sample, _JUDGEMENT)
-            yield sample
+            lines = "".join(f"({letter}) {choice}\n" for letter, choice in zip("ABCD", choices, strict=False))
+            told = {"task": CMMMU_TASKS[kind], "choices": CMMMU_OPTIONS.format(lines=lines) if choices else ""}
+            yield replace(sample, fields={**sample.fields, **told})
 
 
 def _parquets(folder: Path, split: str) -> list[Path]:
@@ -272,35 +278,38 @@ def _parquets(folder: Path, split: str) -> list[Path]:
 
 
 def _exam(row: Row, choices: tuple[str, ...], truths: tuple[str, ...], subject: str, kind: str) -> Sample:
-    """Return the sample of a row with pictures in cells of their own: image_1, image_2 and so on."""
+    """Return the sample of a row with pictures in cells of their own: image_1, image_2 and so on.
+
+    Where all are empty, the picture of the sample is, too, and cannot be asked about.
+    """
     pictures = [row.content[name] for name in sorted(row.content) if re.fullmatch(r"image_\d+", name)]
     pictures = [picture for picture in pictures if picture is not None]
-    content = pictures[0].get("bytes") if pictures and isinstance(pictures[0], dict) else None
-    if not isinstance(content, bytes) or not content:
-        raise row.fault("no image_1: it holds no picture")
+    content = _content(row, pictures[0]) if pictures else b""
     question = _PLACE_OF_A_PICTURE.sub("", row.filled("question")).strip() or row.filled("question")
     listed = f"Choices:\n{option_lines(choices)}" if choices else ""
-    told = LETTER if choices else SHORT
-    sample = Sample(
+    return Sample(
         id=row.filled("id"),
         picture=content,
-        picture_id=hashlib.sha256(content).hexdigest()[:32],
+        picture_id=_digest(content) or f"no picture of {row.filled('id')}",
         fields={"question": question, "choices": listed},
         answers=truths,
         choices=choices,
         categories={
-            "subject": subject, "kind": row.filled(kind), "pictures": "one" if len(pictures) == 1 else "several",
+            "subject": subject, "kind": row.filled(kind), "pictures": "several" if len(pictures) > 1 else "one",
         },
         record={kind: row.content[kind]},
     )  # fmt: skip
-    return _told(sample, told)
 
 
-def _told(sample: Sample, told: str) -> Sample:
-    """Return a sample that asks for an answer of some form."""
-    from dataclasses import replace
+def _content(row: Row, picture: Any) -> bytes:
+    """Return the content of a picture's cell; nothing for an empty one."""
+    content = picture.get("bytes") if isinstance(picture, dict) else picture
+    if content is not None and not isinstance(content, bytes):
+        raise row.fault("no image_1: it holds no picture")
+    return content or b""
 
-    slip = LETTER_SLIP if told == LETTER else told
-    listed = sample.fields["choices"]
-    told, slip = (text if listed else text.lstrip("\n") for text in (told, slip))
+
+def _told(sample: Sample) -> Sample:
+    """Return a sample of MMMU that asks for an answer of some form."""
+    told, slip = (LETTER, LETTER_SLIP) if sample.choices else (SHORT.lstrip("\n"),) * 2
     return replace(sample, fields={**sample.fields, "told": told, "told_by_accessory": slip})

@@ -139,6 +139,7 @@ class Layout:
         id: what a sample is called, with fields of the row in braces; `key`, `number` and `part` may stand there, too.
         picture: the name of its picture, likewise.
         folders: where pictures may be, of which the first that is there is taken.
+        picture_root: a folder that names of pictures may begin with, for which `folders` stand; empty for none.
         is_text_only: says of a row that it has no picture; None where all have.
         fields: places of the prompt, and which field of the row stands there, `?` behind it where it may be missing.
         answers: reads the right answers.
@@ -154,6 +155,7 @@ class Layout:
     id: str = "{key}"
     picture: str
     folders: tuple[str, ...] = ("",)
+    picture_root: str = ""
     is_text_only: Callable[[Row], bool] | None = None
     fields: Mapping[str, str] = field(default_factory=lambda: {"question": "question"})
     answers: Texts = nothing
@@ -185,7 +187,7 @@ class Layout:
             raise row.fault("no id: it is empty")
         return Sample(
             id=name,
-            picture=None if is_text_only else row.path(self.picture, folder),
+            picture=None if is_text_only else row.path(self.picture, folder, self.picture_root),
             picture_id=f"no picture of {name}" if is_text_only else row.formed(self.picture),
             fields=places | {"options": option_lines(choices)} if choices else places,
             answers=(letter,) if letter else () if self.right else self.answers(row),

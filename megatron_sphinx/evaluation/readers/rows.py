@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from string import Formatter
 from typing import Any, ParamSpec
 
 from megatron_sphinx.errors import DataError, shortened
@@ -111,17 +112,19 @@ class Row:
         content = value if isinstance(value, Mapping) else {field: value}
         return Row(self.file, self.place, self.number, self.key, content)
 
-    def path(self, template: str, folder: Path) -> Path:
+    def path(self, template: str, folder: Path, root: str = "") -> Path:
         """Return where a picture is, which need not be there.
 
         Args:
             template: path from the folder, with fields of the row in braces.
             folder: that of the benchmark.
+            root: a folder that the path may begin with, which is that of the benchmark and is left out.
 
         Raises:
             DataError: a field is missing, or leads out of the folder.
         """
-        return folder / self._inside(self.formed(template))
+        name = self._inside(self.formed(template))
+        return folder / (name.removeprefix(f"{root}/") if root else name)
 
     def formed(self, template: str, **others: str) -> str:
         """Return a template with fields of the row in its places; `key`, `number` and others may stand there, too.
@@ -130,6 +133,10 @@ class Row:
             DataError: the row has no such field, or one of another kind.
         """
         known = {**self.content, "key": self.key, "number": self.number, **others}
+        for _, field, _, _ in Formatter().parse(template):
+            value = known.get(field or "", "")
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise self._no(str(field), value, "text")
         try:
             return template.format_map(known)
         except KeyError as error:
