@@ -598,7 +598,7 @@ def hallusionbench(folder: Path, rng: Random) -> list[Expected]:
             "id": f"VS/chart/0/{figure}/3", "answers": ("yes",), "record": parts,
             "picture": folder / "hallusion_bench" / name if name else None, "fields": {"question": question},
             "categories": {"category": "VS", "subcategory": "chart", "difficulty": "easy" if figure == "0" else "hard"},
-            "prompt": question + SHORT,
+            "prompt": question + SHORT, "group": "VS/chart/0",
         })  # fmt: skip
     write(folder / "HallusionBench.json", rows)
     return expected

@@ -88,6 +88,7 @@ HALLUSIONBENCH = Benchmark(
             picture_root="hallusion_bench",
             is_text_only=_is_text_only,
             answers=word("gt_answer", {"0": "no", "1": "yes"}),
+            group=lambda row: "/".join(row.text(name) for name in ("category", "subcategory", "set_id")),
             categories={"category": "category", "subcategory": "subcategory", "difficulty": _difficulty},
             record=("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input"),
         ),
