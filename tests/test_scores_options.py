@@ -234,6 +234,12 @@ def test_judgements_of_cmmmu_are_never_drawn(text, parsed):
         assert verdict(CMMMU, text, truth, record={"type": "判断"}) == (float(parsed == truth), parsed)
 
 
+@pytest.mark.parametrize("text", ["不对", "不正确。", "答案是不准确"])
+def test_the_authors_of_cmmmu_find_affirmation_in_a_denial(text):
+    for protocol, parsed in ((PAPER, "错"), (ACCESSORY, "错"), (OFFICIAL, "对")):
+        assert verdict(CMMMU, text, "错", protocol=protocol, record={"type": "判断"}) == (float(parsed == "错"), parsed)
+
+
 @pytest.mark.parametrize(
     ("text", "truth", "is_right"),
     [

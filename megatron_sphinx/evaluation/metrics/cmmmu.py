@@ -1,8 +1,8 @@
 """CMMMU: letters, a judgement, or words and numbers, found in a Chinese answer by the rules of its scorer.
 
 Samples have `type` of the benchmark's file in their records. Where the scorer draws an answer by chance, because it
-finds none or as much for as against, the answer is wrong here. And where it takes `不对` for `对`, which it looks for
-first and finds inside, the answer denies here.
+finds none or as much for as against, the answer is wrong here. It takes `不对` for `对`, which it looks for first and
+finds inside; so does the protocol of the authors here, while such an answer denies by the others.
 
 Source: eval/eval_script.py of CMMMU (arXiv:2401.11944).
 """
@@ -54,12 +54,18 @@ def _parts(text: str, marks: Sequence[str], of_last: Sequence[str] = ()) -> list
     return key_parts(re.split("。|\n", text), marks, of_last) or [text]
 
 
-def read_judgement(text: str) -> str | None:
-    """Return 对 or 错, of which an answer has more; None where it has neither, or as much of both."""
+def read_judgement(text: str, *, as_authors: bool = False) -> str | None:
+    """Return 对 or 错, of which an answer has more; None where it has neither, or as much of both.
+
+    Args:
+        text: the answer.
+        as_authors: whether `不对` affirms, as it does to the authors' scorer.
+    """
     parts = {part for part in _parts(text, _JUDGED_BEHIND) if not any(word in part for word in _ASKS)}
     balance = 0
     for part in parts:
-        if any(word in _DENIED.sub("", part) for word in _AFFIRMS):
+        said = part if as_authors else _DENIED.sub("", part)
+        if any(word in said for word in _AFFIRMS):
             balance += 1
         elif any(word in part for word in _DENIES):
             balance -= 1
@@ -94,11 +100,14 @@ def read_values(text: str, truth: str) -> list[Value]:
     return [value for one in found for value in settle_value(one, truth)]
 
 
-def _judge(answered: Answered, _protocol: Protocol) -> Verdict:
+def _judge(answered: Answered, protocol: Protocol) -> Verdict:
     truth, text = truths_of(answered)[0], answered.text
     kind = answered.sample.record["type"]
     if kind != _BLANK:
-        read = read_letters(text, answered.sample.choices) if kind == _CHOICE else read_judgement(text)
+        if kind == _CHOICE:
+            read = read_letters(text, answered.sample.choices)
+        else:
+            read = read_judgement(text, as_authors=protocol is Protocol.OFFICIAL)
         return Verdict(float(read == truth), read)
     values = read_values(text, truth) if text.strip() else []
     right = settle_value(truth, truth)
