@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -159,8 +160,7 @@ def test_judgements_of_other_answers_and_damaged_ones_are_refused(answered):
     judge(results, folder / "mm_vet", lambda *_: "1", "j")
     path = folder / "mm_vet" / judging.FOLDER / "j.jsonl"
     with pytest.raises(DataError, match=r"was begun with asked=.*remove j.jsonl and what is beside it"):
-        judge(type(results)(results.benchmark, 5, results.answered[1:], {}, results.settings), path.parents[1],
-              lambda *_: "1", "j")  # fmt: skip
+        judge(replace(results, answered=results.answered[1:]), path.parents[1], lambda *_: "1", "j")
     lines = path.read_bytes()
     path.write_bytes(lines[:-10])
     with pytest.raises(DataError, match=r"j.jsonl: cannot be read \(.*remove it, and judge again"):
