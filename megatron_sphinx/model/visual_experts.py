@@ -49,28 +49,31 @@ def _vit(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], tokens[:, 1:]
 
 
+def _of_map(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of a map of features [views, channels, rows, columns], and its patches, row by row."""
+    patches = features.flatten(2).transpose(1, 2)
+    return patches.mean(1), patches
+
+
 def _convnext(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Features of a ConvNeXt: the mean of its patches, and the patches after the head's norm."""
-    patches = model.head.norm(model.forward_features(pixels)).flatten(2).transpose(1, 2)
-    return patches.mean(1), patches
+    return _of_map(model.head.norm(model.forward_features(pixels)))
 
 
 def _cnn(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Features of another convolutional network: the mean of its patches, and the patches."""
-    patches = model.forward_features(pixels).flatten(2).transpose(1, 2)
-    return patches.mean(1), patches
+    return _of_map(model.forward_features(pixels))
 
 
 def _cnn_stride16(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of the last stage of a convolutional network that keeps patches of 16 pixels: their mean, and they.
+    """Features of a convolutional network where its patches are 16 pixels wide: their mean, and the patches.
 
-    They tell what lies where better than those of the last stage, each of which has seen most of the picture; the
-    stages behind are not computed.
+    They tell what lies where better than the features at its end, each of which has seen most of the picture. The
+    stages behind them are not computed.
     """
     stage = [info["reduction"] for info in model.feature_info].index(16)
     [features] = model.forward_intermediates(pixels, indices=[stage], stop_early=True, intermediates_only=True)
-    patches = features.flatten(2).transpose(1, 2)
-    return patches.mean(1), patches
+    return _of_map(features)
 
 
 # What an expert's family gives: one global vector [views, channels] and patches [views, native grid ** 2, channels],
